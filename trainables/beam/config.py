@@ -1,0 +1,72 @@
+"""The settings of the beam family, as its space files write them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trainables.contract import UserError
+
+Modality = Literal["image", "lidar", "radar", "gps"]
+MODALITIES: tuple[Modality, ...] = ("image", "lidar", "radar", "gps")
+SENSORS: tuple[Modality, ...] = ("image", "lidar", "radar")  # those with an encoder; gps is a pair of tokens
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Size of the simulated data set that stands in when `root` is None."""
+
+    passes: int = 40  # cars driving past a station, over all scenarios
+    frames: int = 30  # measured instants of a pass
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which windows are read, and in what form they reach the network."""
+
+    root: str | None = None  # folder that holds Multi_Modal/; None: simulated data
+    prepared: str | None = None  # where decoded arrays are kept; None: the user's cache folder
+    modalities: tuple[Modality, ...] = MODALITIES
+    history: int = 5  # instants in a window; fewer than the files have: the newest ones
+    image_size: int = 256  # side of the camera picture, the lidar histogram and the radar maps, pixels
+    gps_repr: Literal["local", "sincos", "minmax", "angle2"] = "local"
+    scenario_fov: bool = True  # lidar field of view cut per scenario
+    split: Literal["honest", "legacy"] = "honest"  # whole passes or blocks held out; legacy: random windows
+    holdout: float = 0.2  # share of the passes (or blocks) held out
+    split_seed: int = 100
+    simulated: Simulated = field(default_factory=Simulated)
+
+    def __post_init__(self) -> None:
+        if not self.modalities:
+            raise UserError("data.modalities is empty; name at least one of image, lidar, radar, gps")
+        if len(set(self.modalities)) != len(self.modalities):
+            raise UserError(f"data.modalities names one twice: {list(self.modalities)}")
+        if not 0 < self.holdout < 1:
+            raise UserError(f"data.holdout = {self.holdout} must lie between 0 and 1")
+        if self.history < 1:
+            raise UserError(f"data.history = {self.history} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Fusion network: one encoder per sensor, fused after each of four stages."""
+
+    channels: tuple[int, int, int, int] = (64, 128, 256, 512)  # of the four stages
+    image_depths: tuple[int, int, int, int] = (3, 4, 6, 3)  # ResNet-34
+    sensor_depths: tuple[int, int, int, int] = (2, 2, 2, 2)  # ResNet-18, lidar and radar
+    norm: Literal["batch", "group"] = "batch"  # group: exact under accumulation and over ranks
+    block: Literal["uni", "bi", "cs_bi"] = "cs_bi"
+    n_layer: int = 8
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    anchors: int = 8  # each map is pooled to anchors x anchors tokens
+    dropout: float = 0.1
+    time_fusion: Literal["sum", "v1", "v2"] = "v2"
+    # The published behaviour and its mend (specs in README): legacy is N(0, 0.02) everywhere, one LayerNorm over the
+    # whole (tokens, channels) plane, a backward branch that is never flipped back, and no residual.
+    mamba_init: Literal["mamba", "legacy"] = "mamba"
+    ln_shape: Literal["channel", "plane"] = "channel"
+    align_backward: bool = True
+    residual: bool = True

@@ -1,0 +1,92 @@
+"""The contract between the search engine and whatever it trains.
+
+A trainable is a generator. It receives a `Trial`, trains, and yields once per epoch:
+
+    def train(trial):
+        for epoch in range(start, trial.config.epochs):
+            ...
+            yield Report({"loss": 0.03}, state=lambda: {"epoch": epoch, "model": model.state_dict()})
+
+It runs without the engine, `for report in train(Trial(config)): ...`, and under plain `torchrun`. A module that
+holds a trainable may also define
+
+    Config     a frozen dataclass; `trial.config` is then an instance of it, and the plain dict otherwise
+    prepare    a function of the config, called once on the driver before any worker starts: look at the data, build
+               what all trials share, and raise `UserError` for what a person must mend
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+State = dict[str, Any]
+
+
+class UserError(ValueError):
+    """A mistake that a person can mend; the message names the place, the value, the rule and the remedy."""
+
+
+class Diverged(RuntimeError):
+    """Training blew up: a loss, a gradient or the objective is no longer finite.
+
+    `step` is the optimizer step (counted from the start of the trial) that could not be taken; None where unknown.
+    """
+
+    def __init__(self, reason: str, step: int | None = None) -> None:
+        super().__init__(reason, step)
+        self.reason = reason
+        self.step = step
+
+    def __str__(self) -> str:
+        return self.reason if self.step is None else f"{self.reason} (step {self.step})"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a trainable yields after each epoch.
+
+    metrics: numbers by name; only those of rank 0 are read.
+    state: returns what `Trial.resume` needs to go on after this epoch. Called on rank 0, and only when a checkpoint is
+        really wanted, before the generator runs on.
+    """
+
+    metrics: Mapping[str, float]
+    state: Callable[[], State] | None = None
+
+
+def _from_torchrun(name: str, otherwise: int) -> Callable[[], int]:
+    return lambda: int(os.environ.get(name, otherwise))
+
+
+def default_device() -> torch.device:
+    """This rank's GPU, or the CPU on a machine without one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting, to be run to its end, as one rank sees it.
+
+    config: the trainable module's `Config`, or a plain dict for a module without one.
+    seed: the same on every rank.
+    rank, world_size: this process among those that train together; torchrun's environment unless given.
+    device: where this rank computes.
+    resume: the state of the last checkpoint, or None for a fresh start.
+    cache: lives as long as the process, from one trial to the next: data sets, compiled kernels, pre-trained encoders.
+        What is kept must not depend on the searched parameters, or be keyed by them.
+    """
+
+    config: Any
+    seed: int = 0
+    rank: int = field(default_factory=_from_torchrun("RANK", 0))
+    world_size: int = field(default_factory=_from_torchrun("WORLD_SIZE", 1))
+    device: torch.device = field(default_factory=default_device)
+    resume: State | None = None
+    cache: dict[Any, Any] = field(default_factory=dict)
