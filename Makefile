@@ -1,0 +1,44 @@
+# make search | test | check | bench | clean: `make help` says what each does.
+
+PYTHON ?= python3
+SPACE ?= rebuild
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help search test check bench clean
+
+help:
+	@echo "make search   search the hyperparameters of a space: make search SPACE=rebuild ARGS='--trials 8'"
+	@echo "make test     every test that can run on this machine"
+	@echo "make check    lint, format, types and the tests without Ray, in under a minute"
+	@echo "make bench    what the search costs beside the documented pattern of Ray Tune and Ray Train"
+	@echo "make clean    remove the environment and the caches; results/ stays"
+
+search: $(STAMP)
+	$(BIN)/python launch.py --space $(SPACE) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -q -m "not ray and not slow"
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+# The environment, made again when the dependencies change.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed and $(PYTHON) is not: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@echo "Setting up .venv: once, a few minutes ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
