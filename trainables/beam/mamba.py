@@ -1,0 +1,152 @@
+"""Mamba, the selective state-space layer: plain PyTorch, and on CUDA mamba-ssm's kernel where it is installed.
+
+    h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t        y_t = C_t . h_t + skip u_t
+
+Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023. Parameter names, shapes
+and initial values are those of mamba_ssm.modules.mamba_simple.Mamba, so that state dicts move both ways.
+
+Shape suffixes: B batch, L tokens, C width, D inner width (expand C), N states per inner channel, R rank of delta.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+try:  # optional: needs nvcc at build time
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+except ImportError:
+    selective_scan_fn = None
+
+# Tokens whose states are held at once. A piece of (CHUNK, B, N, D) states then stays in the processor's cache; 16 to 32
+# were the fastest of 8 to 128 at B=8, L=962, D=128, N=16.
+CHUNK = 16
+
+
+def selective_scan(
+    u_BDL: Tensor, delta_BDL: Tensor, a_DN: Tensor, b_BNL: Tensor, c_BNL: Tensor, skip_D: Tensor
+) -> Tensor:
+    """The scan over L; `delta` is positive already. Returns (B, D, L) in u's type; computes in float32 at least."""
+    dtype = torch.promote_types(u_BDL.dtype, torch.float32)
+    inputs = [x.to(dtype) for x in (u_BDL, delta_BDL, a_DN, b_BNL, c_BNL, skip_D)]
+    kernel = selective_scan_fn if u_BDL.is_cuda and dtype is torch.float32 else None  # compiled for float32 only
+    with torch.autocast(u_BDL.device.type, enabled=False):
+        y_BDL: Tensor = (kernel or _plain_scan)(*inputs)
+    return y_BDL.to(u_BDL.dtype)
+
+
+def _plain_scan(u_BDL: Tensor, delta_BDL: Tensor, a_DN: Tensor, b_BNL: Tensor, c_BNL: Tensor, skip_D: Tensor) -> Tensor:
+    u_LBD, delta_LBD, b_LBN, c_LBN = (x.permute(2, 0, 1).contiguous() for x in (u_BDL, delta_BDL, b_BNL, c_BNL))
+    y_LBD: Tensor = _Scan.apply(u_LBD, delta_LBD, a_DN.t().contiguous(), b_LBN, c_LBN) + u_LBD * skip_D
+    return y_LBD.permute(1, 2, 0)
+
+
+class _Scan(torch.autograd.Function):
+    """The scan with time first, so that a step is one operation on one contiguous slice.
+
+    Keeping every state for the backward pass would take N times the memory of the input, and autograd over L steps
+    is slower than the mathematics. So only the state at the start of each chunk is kept, and the chunk's states are
+    computed again on the way back, as the CUDA kernel does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u_LBD: Tensor, delta_LBD: Tensor, a_ND: Tensor, b_LBN: Tensor, c_LBN: Tensor) -> Tensor:
+        y_LBD = torch.empty_like(u_LBD)
+        h_BND = u_LBD.new_zeros(u_LBD.shape[1], *a_ND.shape)
+        starts = []
+        for piece in _pieces(len(u_LBD)):
+            starts.append(h_BND)
+            _, h_LBND = _states(u_LBD[piece], delta_LBD[piece], a_ND, b_LBN[piece], h_BND)
+            y_LBD[piece] = torch.matmul(c_LBN[piece].unsqueeze(2), h_LBND).squeeze(2)
+            h_BND = h_LBND[-1].clone()
+        ctx.save_for_backward(u_LBD, delta_LBD, a_ND, b_LBN, c_LBN, *starts)
+        return y_LBD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y_LBD: Tensor) -> tuple[Tensor, ...]:
+        u_LBD, delta_LBD, a_ND, b_LBN, c_LBN, *starts = ctx.saved_tensors
+        grad_u, grad_delta, grad_b, grad_c = (torch.empty_like(x) for x in (u_LBD, delta_LBD, b_LBN, c_LBN))
+        grad_a_ND = torch.zeros_like(a_ND)
+        carry_BND = torch.zeros_like(starts[0])  # what later tokens send back to the last state of this chunk
+        for piece, start_BND in zip(reversed(_pieces(len(u_LBD))), reversed(starts), strict=True):
+            u, delta, b, c, grad_y = (x[piece] for x in (u_LBD, delta_LBD, b_LBN, c_LBN, grad_y_LBD))
+            decay_LBND, h_LBND = _states(u, delta, a_ND, b, start_BND)
+            grad_c[piece] = torch.matmul(h_LBND, grad_y.unsqueeze(3)).squeeze(3)
+
+            grad_h_LBND = grad_y.unsqueeze(2) * c.unsqueeze(3)
+            grad_h_LBND[-1] += carry_BND
+            _accumulate(decay_LBND.unbind(0)[:0:-1], grad_h_LBND.unbind(0)[::-1])
+            carry_BND = decay_LBND[0] * grad_h_LBND[0]
+
+            grad_in = torch.matmul(b.unsqueeze(2), grad_h_LBND).squeeze(2)  # of delta u
+            grad_b[piece] = torch.matmul(grad_h_LBND, (delta * u).unsqueeze(3)).squeeze(3)
+            decay_LBND[1:] *= h_LBND[:-1]
+            decay_LBND[0] *= start_BND
+            grad_exponent = grad_h_LBND.mul_(decay_LBND)  # of delta A
+            grad_u[piece] = grad_in * delta
+            grad_delta[piece] = grad_in * u + (grad_exponent * a_ND).sum(2)
+            grad_a_ND += (grad_exponent * delta.unsqueeze(2)).sum((0, 1))
+        return grad_u, grad_delta, grad_a_ND, grad_b, grad_c
+
+
+def _pieces(length: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
+
+
+def _states(u_LBD: Tensor, delta_LBD: Tensor, a_ND: Tensor, b_LBN: Tensor, start_BND: Tensor) -> tuple[Tensor, Tensor]:
+    """Decay factors and states of one chunk, both (L, B, N, D), after the state `start_BND`."""
+    decay_LBND = (delta_LBD.unsqueeze(2) * a_ND).exp_()
+    h_LBND = (delta_LBD * u_LBD).unsqueeze(2) * b_LBN.unsqueeze(3)
+    h_LBND[0].addcmul_(decay_LBND[0], start_BND)
+    _accumulate(decay_LBND.unbind(0)[1:], h_LBND.unbind(0))
+    return decay_LBND, h_LBND
+
+
+def _accumulate(factors: Sequence[Tensor], terms: Sequence[Tensor]) -> None:
+    """`terms[t + 1] += factors[t] * terms[t]`, in place, one after another."""
+    for factor, before, term in zip(factors, terms, terms[1:], strict=False):
+        term.addcmul_(factor, before)
+
+
+class Mamba(nn.Module):
+    """(B, L, C) -> (B, L, C), each token seeing itself and those before it."""
+
+    def __init__(self, width: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
+        super().__init__()
+        inner, self.d_state, self.dt_rank = expand * width, d_state, math.ceil(width / 16)
+        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
+        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, width, bias=False)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(_inverse_softplus(_log_uniform(inner, 0.001, 0.1)))
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        u_BDL, gate_BDL = self.in_proj(x_BLC).transpose(1, 2).chunk(2, dim=1)
+        u_BDL = F.silu(self.conv1d(u_BDL)[..., : x_BLC.shape[1]])  # padded on both sides: cut off the later one
+        sizes = [self.dt_rank, self.d_state, self.d_state]
+        delta_BLR, b_BLN, c_BLN = self.x_proj(u_BDL.transpose(1, 2)).split(sizes, dim=2)
+        delta_BDL = F.softplus(self.dt_proj(delta_BLR)).transpose(1, 2)
+        a_DN = -self.A_log.exp()
+        y_BDL = selective_scan(u_BDL, delta_BDL, a_DN, b_BLN.transpose(1, 2), c_BLN.transpose(1, 2), self.D)
+        out_BLC: Tensor = self.out_proj((y_BDL * F.silu(gate_BDL)).transpose(1, 2))
+        return out_BLC
+
+
+def _log_uniform(count: int, low: float, high: float) -> Tensor:
+    return (torch.rand(count) * (math.log(high) - math.log(low)) + math.log(low)).exp()
+
+
+def _inverse_softplus(y: Tensor) -> Tensor:
+    return y + torch.log(-torch.expm1(-y))
