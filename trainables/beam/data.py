@@ -1,0 +1,178 @@
+"""Windows of the beam data as the training loop takes them: which train, which validate, and batches of them.
+
+Legend: B windows of a batch, N of the data set, H instants of history, P pixels of a side, G numbers of a position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+import utm
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainables.beam.config import SENSORS, Data
+from trainables.beam.files import BEAMS
+from trainables.beam.prepare import array_path, prepare_data
+from trainables.beam.table import GROUPS, POWER, Table, read_table
+from trainables.contract import UserError
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+Split = Literal["train", "val"]
+
+BLOCK = 50  # frames that stay together where passes are not known
+TARGET_SIGMA, TARGET_SCALE, TARGET_REACH = 0.5, 1.25, 5
+
+
+class HasData(Protocol):
+    """Any config with the beam family's data settings."""
+
+    @property
+    def data(self) -> Data: ...
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The windows of one side of the split, in batches.
+
+    A batch holds, of data.modalities only: image (B,H,3,P,P) uint8 0..255, lidar (B,H,1,P,P) uint8 counts 0..5, radar
+    (B,H,2,P,P) float16 0..1, gps (B,2,G) float32. And always: beam (B,) int64 0..63, target (B,64) float32, scenario
+    (B,) int64, an index into `scenarios`, and index (B,) int64, the window's number in the data set.
+    Bytes become floats on the device, which moves a quarter of the bytes there.
+    """
+
+    scenarios: tuple[str, ...]
+    windows: Ints  # numbers in the data set
+    arrays: dict[str, NDArray[np.generic]]  # decoded files, memory-mapped
+    at_NH: dict[str, Ints]  # which of them each window holds
+    gps_N2G: Floats | None
+    beam_N: Ints
+    scenario_N: Ints
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, indices: Tensor) -> dict[str, Tensor]:
+        chosen = self.windows[indices.numpy()]
+        batch = {name: torch.from_numpy(array[self.at_NH[name][chosen]]) for name, array in self.arrays.items()}
+        if self.gps_N2G is not None:
+            batch["gps"] = torch.from_numpy(self.gps_N2G[chosen])
+        beam = torch.from_numpy(self.beam_N[chosen])
+        batch["beam"] = beam
+        batch["target"] = soft_targets()[beam]
+        batch["scenario"] = torch.from_numpy(self.scenario_N[chosen])
+        batch["index"] = torch.from_numpy(chosen)
+        return batch
+
+
+def soft_targets(sigma: float = TARGET_SIGMA, scale: float = TARGET_SCALE) -> Tensor:
+    """Target over all beams for each best beam, (64, 64): a scaled normal density, cut at 5 beams, not renormalised."""
+    beams = torch.arange(BEAMS, dtype=torch.float32)
+    distance = (beams[:, None] - beams[None, :]).abs()
+    density = torch.exp(-0.5 * (distance / sigma) ** 2) / (sigma * (2 * torch.pi) ** 0.5)
+    return scale * density * (distance <= TARGET_REACH)
+
+
+def samples(config: HasData, split: Split, ranks: object = None) -> Samples:
+    """Open one side of the split; cheap once the data are prepared.
+
+    Every rank may call it: `ranks` is not needed, because the first process on a machine prepares while others wait.
+    """
+    data = config.data
+    root = prepare_data(data)
+    table = read_table(root, data.modalities)
+    beam_N, _ = labels(table, np.load(array_path(data, table, POWER)))
+    arrays, at_NH = {}, {}
+    for name in SENSORS:
+        if name in data.modalities:
+            group = GROUPS[name][0]
+            arrays[name] = np.load(array_path(data, table, group), mmap_mode="r")
+            at_NH[name] = _newest(table, group, data.history)
+    train_N, val_N = split_windows(table, data)
+    return Samples(
+        scenarios=table.scenarios,
+        windows=np.flatnonzero(train_N if split == "train" else val_N),
+        arrays=arrays,
+        at_NH=at_NH,
+        gps_N2G=_gps(data, table, train_N) if "gps" in data.modalities else None,
+        beam_N=beam_N,
+        scenario_N=table.scenario_N,
+    )
+
+
+def _newest(table: Table, group: str, history: int) -> Ints:
+    at_NK = table.groups[group].at_NK
+    if at_NK.shape[1] < history:
+        raise UserError(f"data.history = {history}, but {table.csvs[0]} has {at_NK.shape[1]} columns {group}*")
+    return at_NK[:, at_NK.shape[1] - history :]
+
+
+def labels(table: Table, power: NDArray[np.float64]) -> tuple[Ints, int]:
+    """The best beam of every window, and how many were relabelled.
+
+    Where a power is NaN the official label points at it; the strongest of the others is taken instead.
+    """
+    power_NB = power[table.groups[POWER].at_NK[:, 0]]
+    broken = np.isnan(power_NB).any(axis=1)
+    relabelled = np.where(broken, np.nanargmax(power_NB, axis=1), table.beam_N)
+    return relabelled, int(broken.sum())
+
+
+def split_windows(table: Table, data: Data) -> tuple[Bools, Bools]:
+    """Which windows train and which validate."""
+    rng = np.random.default_rng(data.split_seed)
+    count = len(table.beam_N)
+    if data.split == "legacy":
+        val = np.zeros(count, dtype=bool)
+        val[rng.permutation(count)[: round(data.holdout * count)]] = True
+        return ~val, val
+    if table.passes_N is not None:
+        _, unit_N = np.unique(np.array(table.passes_N), return_inverse=True)
+        unit_NK = unit_N[:, None]
+    else:
+        unit_NK = table.frame_NK // BLOCK
+    held_NK = np.zeros(unit_NK.shape, dtype=bool)
+    for scenario in range(len(table.scenarios)):
+        here = table.scenario_N == scenario
+        units = np.unique(unit_NK[here])
+        held = min(max(1, round(data.holdout * len(units))), len(units) - 1)
+        held_NK[here] = np.isin(unit_NK[here], rng.permutation(units)[:held])
+    val = held_NK.all(axis=1)
+    return ~held_NK.any(axis=1), val
+
+
+def gps_width(config: HasData) -> int:
+    """How many numbers a position becomes."""
+    return 2
+
+
+def _gps(data: Data, table: Table, train_N: Bools) -> Floats:
+    station = np.load(array_path(data, table, "unit1_loc"))[table.groups["unit1_loc"].at_NK[:, 0]]
+    car = np.load(array_path(data, table, "unit2_loc_"))[table.groups["unit2_loc_"].at_NK[:, :2]]
+    metres = np.stack([_utm(car[:, k]) - _utm(station) for k in range(2)], axis=1)
+    for scenario in range(len(table.scenarios)):
+        here = table.scenario_N == scenario
+        known = metres[here & train_N]
+        metres[here] = (metres[here] - known.mean(axis=(0, 1))) / known.std(axis=(0, 1))
+    return metres.astype(np.float32)
+
+
+def _utm(degrees: NDArray[np.float64]) -> NDArray[np.float64]:
+    east, north, _, _ = utm.from_latlon(degrees[:, 0], degrees[:, 1])
+    return np.stack([east, north], axis=1)
+
+
+def describe(config: HasData) -> str:
+    """One line on the data: real or simulated, how many windows of which scenarios, how they are split."""
+    data = config.data
+    root = prepare_data(data)
+    table = read_table(root, data.modalities)
+    train_N, val_N = split_windows(table, data)
+    kind = "simulated" if data.root is None else "real"
+    numbers = ", ".join(name.removeprefix("scenario") for name in table.scenarios)
+    return f"{kind} data {root}: {train_N.sum()} + {val_N.sum()} windows, scenarios {numbers}, {data.split} split"

@@ -1,0 +1,159 @@
+"""One raw file of the DeepSense 6G layout in, one array out.
+
+A file that cannot be read whole raises `UserError` with its path: a silent zero would train as if nothing were there.
+
+Legend: N points, A antennas, S samples of a chirp, C chirps, P pixels of a side (`image_size`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from trainables.contract import UserError
+
+BEAMS = 64
+MAX_COUNT = 5  # lidar points of one cell beyond this number say nothing new
+
+Range = tuple[float, float]
+# (x, y) in metres, by the scenario's number: what of the lidar's view lies on the street.
+LIDAR_FOV: dict[int, tuple[Range, Range]] = {
+    31: ((-70.0, 0.0), (-25.0, 14.0)),
+    32: ((-60.0, 0.0), (-40.0, 5.5)),
+    33: ((-50.0, 0.0), (-12.0, 7.0)),
+    34: ((-50.0, 0.0), (-20.0, 10.0)),
+}
+DEFAULT_FOV: tuple[Range, Range] = ((-50.0, 0.0), (-50.0, 50.0))
+
+
+def read_image(path: Path, size: int) -> NDArray[np.uint8]:
+    """The camera picture, (3, P, P) RGB in 0..255; its aspect is not kept."""
+    try:
+        with Image.open(path) as image:
+            resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    except (OSError, SyntaxError, ValueError) as error:  # PIL reports broken files by all three
+        raise UserError(f"{path}: not a whole image ({error})") from None
+    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+
+def _numbers(path: Path, text: bytes) -> NDArray[np.float64]:
+    try:
+        return np.fromstring(text, dtype=np.float64, sep=" ")
+    except (ValueError, DeprecationWarning):  # older numpy warns and returns what it could read, caught by its count
+        raise UserError(f"{path}: something that is not a number") from None
+
+
+def read_points(path: Path) -> NDArray[np.float64]:
+    """The points of an ASCII PLY, (N, 3): x, y, z in metres. Its first element must be `vertex`, as lidars write it."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    head, end, body = content.partition(b"end_header")
+    lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
+    if not end or lines[0] != ["ply"]:
+        raise UserError(f"{path}: not a PLY file (no `ply` ... `end_header`)")
+    if ["format", "ascii", "1.0"] not in lines:
+        raise UserError(f"{path}: a binary PLY; write it as `format ascii 1.0`")
+    elements = [i for i, line in enumerate(lines) if line[:1] == ["element"]]
+    if not elements or lines[elements[0]][1] != "vertex":
+        raise UserError(f"{path}: the first element of the PLY is not `vertex`")
+    count = int(lines[elements[0]][2])
+    upto = elements[1] if len(elements) > 1 else len(lines)
+    names = [line[-1] for line in lines[elements[0] : upto] if line[:1] == ["property"]]
+    if not {"x", "y", "z"} <= set(names):
+        raise UserError(f"{path}: the PLY's points have {names}, not x, y and z")
+    values = _numbers(path, body)
+    if len(values) < count * len(names) or (len(elements) == 1 and len(values) > count * len(names)):
+        raise UserError(f"{path}: the header promises {count} points of {len(names)} numbers, {len(values)} are there")
+    table = values[: count * len(names)].reshape(count, len(names))
+    return table[:, [names.index("x"), names.index("y"), names.index("z")]]
+
+
+def lidar_counts(points_N3: NDArray[np.float64], size: int, fov: tuple[Range, Range]) -> NDArray[np.uint8]:
+    """Points seen from above, (1, P, P): how many lie in each cell, at most `MAX_COUNT`. Rows are x, columns y."""
+    counts, _, _ = np.histogram2d(points_N3[:, 0], points_N3[:, 1], bins=size, range=fov)
+    return np.minimum(counts, MAX_COUNT).astype(np.uint8)[None]
+
+
+def fov_of(scenario: str, per_scenario: bool) -> tuple[Range, Range]:
+    """The field of view for `scenario31` and its like."""
+    number = int(scenario.removeprefix("scenario"))
+    return LIDAR_FOV.get(number, DEFAULT_FOV) if per_scenario else DEFAULT_FOV
+
+
+def read_cube(path: Path) -> NDArray[np.complex64]:
+    """Raw radar samples, (A, S, C)."""
+    try:
+        cube_ASC = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a whole .npy file ({error})") from None
+    if cube_ASC.ndim != 3 or not np.iscomplexobj(cube_ASC) or 0 in cube_ASC.shape:
+        raise UserError(
+            f"{path}: {cube_ASC.dtype} of shape {cube_ASC.shape}, not a complex (antennas, samples, chirps)"
+        )
+    if not np.isfinite(cube_ASC).all():
+        raise UserError(f"{path}: radar samples that are not finite")
+    return cube_ASC.astype(np.complex64)
+
+
+def radar_maps(cube_ASC: NDArray[np.complex64], size: int) -> NDArray[np.float16]:
+    """Range-angle and range-velocity magnitudes, (2, P, P), each map scaled to 0..1 on its own. Rows are range.
+
+    Every axis is zero-padded to the next multiple of P before its FFT, and the cells that then fall into one pixel are
+    pooled by their maximum, so that a point stays a peak; at (4, 256, 250) and P = 256 nothing is pooled. Neither axis
+    is shifted: bin 0 is straight ahead, or standing still. Half floats keep 11 bits, so that a weak reflection beside
+    a strong one survives, as 8 bits would not let it.
+    """
+    antennas, samples, chirps = cube_ASC.shape
+    range_ARC = np.fft.fft(cube_ASC, n=_padded(samples, size), axis=1)
+    moving_ARC = range_ARC - range_ARC.mean(axis=2, keepdims=True)  # what stands still is clutter
+    angle_RG = np.abs(np.fft.fft(moving_ARC, n=_padded(antennas, size), axis=0)).sum(axis=2).T
+    velocity_RV = np.abs(np.fft.fft(range_ARC, n=_padded(chirps, size), axis=2)).sum(axis=0)
+    return np.stack([_unit(_pool(angle_RG, size)), _unit(_pool(velocity_RV, size))]).astype(np.float16)
+
+
+def _padded(length: int, size: int) -> int:
+    return size * -(-length // size)
+
+
+def _pool(map_RX: NDArray[np.floating], size: int) -> NDArray[np.floating]:
+    rows, columns = map_RX.shape
+    return map_RX.reshape(size, rows // size, size, columns // size).max(axis=(1, 3))
+
+
+def _unit(values: NDArray[np.floating]) -> NDArray[np.floating]:
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else np.zeros_like(values)
+
+
+def _text_numbers(path: Path, count: int, what: str) -> NDArray[np.float64]:
+    try:
+        words = path.read_text().split()
+        values = np.array([float(word) for word in words])
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # also bytes that are no text
+        raise UserError(f"{path}: not {count} numbers ({error})") from None
+    if len(values) != count:
+        raise UserError(f"{path}: {len(values)} numbers instead of {count} ({what})")
+    return values
+
+
+def read_power(path: Path) -> NDArray[np.float64]:
+    """Received power of each of the 64 beams, linear. Some measurements are NaN, as in the public release."""
+    power = _text_numbers(path, BEAMS, "one power per beam")
+    if np.isnan(power).all():
+        raise UserError(f"{path}: every power is NaN, so there is no best beam")
+    return power
+
+
+def read_position(path: Path) -> NDArray[np.float64]:
+    """Latitude and longitude in degrees, (2,)."""
+    position = _text_numbers(path, 2, "latitude, longitude")
+    if not (-80 <= position[0] <= 84 and -180 <= position[1] < 180):  # where UTM is defined; NaN fails as well
+        raise UserError(f"{path}: latitude {position[0]}, longitude {position[1]} is no place in degrees")
+    return position
