@@ -1,0 +1,46 @@
+"""What several test files share: a fixed seed, one Ray, the data sets beside the checkout."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    # One thread: the tests' tensors are tiny, and reductions then add up in one order on every machine.
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray for all tests marked `ray`, started by the first of them. Its three CPUs need not exist."""
+    import ray
+
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """Where a real data set lies, `shared_data("deepsense6g")`; the test is skipped where it does not."""
+
+    def folder(name: str) -> Path:
+        found = SHARED_DATA / name
+        if not found.is_dir():
+            pytest.skip(f"no {name} in {SHARED_DATA}")
+        return found
+
+    return folder
