@@ -1,0 +1,62 @@
+"""Search the hyperparameters of a training loop: `python launch.py --space rebuild`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from search.command import Options, list_spaces, report, search
+from trainables.contract import UserError
+
+HERE = Path(__file__).resolve().parent
+EXIT_FOUND, EXIT_NOTHING, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    command.add_argument("--space", metavar="NAME_OR_FILE", help="a space in search_spaces/, or a YAML file")
+    command.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override anything in the space"
+    )
+    command.add_argument("--profile", metavar="NAME", help="a profile of the space (laptop: taken without a GPU)")
+    command.add_argument("--trials", type=int, metavar="N", help="how many trials in all")
+    command.add_argument("--time-budget", metavar="30m", help="stop after this long: a number and s, m, h or d")
+    command.add_argument("--seed", type=int, metavar="S", help="of proposals and trials")
+    command.add_argument("--epochs", type=int, metavar="N", help="of each trial (config.epochs)")
+    command.add_argument("--name", help="of the results folder (default: the space and the time)")
+    command.add_argument("--results", metavar="DIR_OR_URI", help="where results folders are kept (default: results)")
+    command.add_argument("--dry-run", action="store_true", help="print the resolved space and the plan; start nothing")
+    command.add_argument("--resume", metavar="RESULTS_DIR", help="go on with a search, or extend it with --trials")
+    command.add_argument("--warm-start", metavar="RESULTS_DIR", help="learn from a finished search")
+    command.add_argument("--address", metavar="ADDR", help="a Ray cluster (default: RAY_ADDRESS, else a local one)")
+    command.add_argument("--cold", action="store_true", help="a new worker group for every trial")
+    command.add_argument("--list", action="store_true", help="the spaces at hand")
+    command.add_argument("--report", metavar="RESULTS_DIR", help="rebuild the report and the tables of a search")
+    command.add_argument("--why", metavar="TRIAL", help="with --report: why that trial ended as it did")
+    return command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parser().parse_args(arguments)
+    try:
+        if given.list:
+            print(list_spaces(HERE / "search_spaces"))
+            return EXIT_FOUND
+        if given.report:
+            print(report(Path(given.report), given.why))
+            return EXIT_FOUND
+        outcome = search(Options.read(given, HERE / "search_spaces"))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    if outcome is None:
+        return EXIT_FOUND
+    if outcome.interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_FOUND if outcome.best else EXIT_NOTHING
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The search engine: knows Ray and Optuna, and nothing of any model."""

@@ -1,0 +1,227 @@
+"""What `launch.py` does, in order: resolve the space, check the data, plan, start Ray, run, report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import optuna
+import torch
+
+from search import run as engine
+from search import yaml_file
+from search.decode import did_you_mean
+from search.folder import SPACE, STUDY
+from search.plan import Node, estimate, make_plan
+from search.results import read_results, summary, why, write_results
+from search.sampler import grid_size, sampler_maker
+from search.scheduler import make_scheduler
+from search.space import Space, load_space
+from search.study import open_study, take_over
+from trainables.contract import UserError
+
+PACKAGES = ("ray", "optuna", "torch", "numpy")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line of a search, checked as far as it can be without the space."""
+
+    file: Path
+    overrides: tuple[str, ...]
+    profile: str | None
+    results: Path
+    name: str | None
+    resume: Path | None
+    warm_start: Path | None
+    address: str | None
+    cold: bool
+    dry_run: bool
+
+    @staticmethod
+    def read(given: argparse.Namespace, spaces: Path) -> Options:
+        """From parsed arguments; raises UserError for what cannot go together."""
+        if given.why:
+            raise UserError("--why needs --report RESULTS_DIR")
+        if bool(given.space) == bool(given.resume):
+            raise UserError("name a space with --space, or a results folder to go on with with --resume")
+        for option in ("profile", "name", "warm_start", "results"):
+            if given.resume and getattr(given, option):
+                raise UserError(f"--{option.replace('_', '-')} does not go with --resume: the folder has settled it")
+        shorthand = {
+            "search.trials": given.trials,
+            "search.time_budget": given.time_budget,
+            "search.seed": given.seed,
+            "config.epochs": given.epochs,
+        }
+        overrides = [*given.set, *(f"{key}={value}" for key, value in shorthand.items() if value is not None)]
+        resume = Path(given.resume) if given.resume else None
+        if resume is not None and not (resume / SPACE).exists():
+            raise UserError(f"--resume {resume}: there is no {SPACE} here; name the folder of an earlier search")
+        return Options(
+            file=find_space(given.space, spaces) if resume is None else resume / SPACE,
+            overrides=tuple(overrides),
+            profile=given.profile,
+            results=Path(given.results or "results"),
+            name=given.name,
+            resume=resume,
+            warm_start=Path(given.warm_start) if given.warm_start else None,
+            address=given.address or os.environ.get("RAY_ADDRESS"),
+            cold=given.cold,
+            dry_run=given.dry_run,
+        )
+
+
+def find_space(name: str, spaces: Path) -> Path:
+    """The file of a space given by path or by name; raises UserError with the nearest known name."""
+    for path in (Path(name), spaces / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = [path.stem for path in sorted(spaces.glob("*.yaml"))]
+    raise UserError(f"--space {name}: no such file and no such space; {did_you_mean(name, known)}")
+
+
+def list_spaces(spaces: Path) -> str:
+    """Each space with the comment at its top."""
+    lines = []
+    for path in sorted(spaces.glob("*.yaml")):
+        first = path.read_text().split("\n", 1)[0]
+        lines.append(f"{path.stem:<12} {first.removeprefix('#').strip() if first.startswith('#') else ''}")
+    return "\n".join(lines)
+
+
+def report(results: Path, trial: str | None) -> str:
+    """Rebuild the tables of a results folder, or say why a trial ended as it did."""
+    if trial is not None:
+        return why(results, trial)
+    space, found = read_results(results)
+    write_results(results, space, found)
+    return summary(results, space, found)
+
+
+def search(options: Options) -> engine.Outcome | None:
+    """Run a search to its end; None after a dry run. Raises UserError for every mistake, before Ray starts."""
+    nodes = engine.start_ray(options.address) if options.address else this_machine()
+    space, trainable = load_space(
+        options.file, options.overrides, options.profile, has_gpu=any(node.gpus for node in nodes)
+    )
+    space = cap_to_grid(space)
+    sampler_maker(space)
+    make_scheduler(space)
+    plan = make_plan(space, nodes)
+    print(f"{space.name}: {describe(space)}\nplan: {plan}", flush=True)
+    if options.dry_run:
+        print(f"estimate: {estimate(space, plan, seconds_per_epoch(options.results, space))}\n")
+        print(yaml_file.dump(space.document()), end="")
+        return None
+    if trainable.prepare is not None:
+        trainable.prepare(trainable.config(space.config(space.draw(random.Random(0)))))
+    results = open_results(options, space)
+    if not options.address:
+        engine.start_ray(None)
+    outcome = engine.run(space, plan, results, options.cold)
+    print(summary(results, space, outcome.records))
+    if outcome.interrupted:
+        print(f"interrupted; go on with: python launch.py --resume {shlex.quote(str(results))}")
+    return outcome
+
+
+def this_machine() -> tuple[Node, ...]:
+    return (Node(cpus=len(os.sched_getaffinity(0)), gpus=torch.cuda.device_count()),)
+
+
+def describe(space: Space) -> str:
+    """The search in a few words."""
+    goal = ", ".join(f"{item.mode} {item.metric}" for item in space.objectives)
+    profile = f", profile {space.profile}" if space.profile else ""
+    searched = ", ".join(item.name for item in space.parameters) or "nothing"
+    return (
+        f"{goal} over {searched}; {space.search.trials} trials by {space.search.sampler}, "
+        f"scheduler {space.scheduler.name}{profile}"
+    )
+
+
+def cap_to_grid(space: Space) -> Space:
+    """A grid has an end: there is nothing to try beyond it."""
+    if space.search.sampler != "grid" or space.search.trials <= grid_size(space):
+        return space
+    return space.with_trials(grid_size(space))
+
+
+def open_results(options: Options, space: Space) -> Path:
+    """The results folder, with the resolved space and the study in it."""
+    if options.resume is not None:
+        write_space(options.resume, space)
+        return options.resume
+    results = options.results / (options.name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if (results / STUDY).exists():
+        raise UserError(f"{results} holds a search already; go on with it by --resume, or choose another --name")
+    earlier = None if options.warm_start is None else read_earlier(options.warm_start)
+    results.mkdir(parents=True, exist_ok=True)
+    write_space(results, space)
+    study = open_study(results / STUDY, space, create=True)
+    if earlier is not None:
+        taken = take_over(study, space, earlier, str(options.warm_start))
+        print(f"warm start: {taken} trials of {options.warm_start} lie within this space")
+    return results
+
+
+def read_earlier(folder: Path) -> optuna.Study:
+    space, _ = load_space(folder / SPACE)
+    return open_study(folder / STUDY, space, create=False)
+
+
+def write_space(results: Path, space: Space) -> None:
+    """The space as it really ran, with what it ran on."""
+    document = space.document()
+    document["ran"] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "profile": space.profile,
+        "paths": list(space.paths),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "commit": commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    yaml_file.write(results / SPACE, document)
+
+
+def commit() -> str | None:
+    """The commit of this checkout, marked where files differ from it; None outside a git checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip()
+
+
+def seconds_per_epoch(results: Path, space: Space) -> float | None:
+    """Measured by the newest search of the same trainable and profile under `results`; None where there is none."""
+    folders = sorted(results.glob(f"*/{SPACE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for file in folders:
+        document = yaml_file.read(file)
+        if document.get("trainable") != space.trainable or document.get("ran", {}).get("profile") != space.profile:
+            continue
+        try:
+            _, found = read_results(file.parent)
+        except UserError:
+            continue
+        epochs = sum(record.epochs for record in found)
+        if epochs:
+            return sum(record.seconds for record in found) / epochs
+    return None

@@ -1,0 +1,245 @@
+"""What a searched parameter may be: the `{domain}` values of a space file.
+
+A domain is written `{log: [low, high]}`, `{float: [low, high]}`, `{int: [low, high]}` (with `log: true` or `step: n`)
+or `{choice: [...]}`, each with an optional `when: {other.parameter: [values]}`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from trainables.contract import UserError
+
+KINDS = ("log", "float", "int", "choice")
+_OPTIONS = {"log": {"when"}, "float": {"when", "step"}, "int": {"when", "log", "step"}, "choice": {"when"}}
+
+
+class Domain(Protocol):
+    """A set of values with a way to draw from it."""
+
+    def contains(self, value: Any) -> bool: ...
+
+    def sample(self, rng: random.Random) -> Any: ...
+
+    def distribution(self) -> BaseDistribution: ...
+
+    def encode(self, value: Any) -> Any:
+        """The value as Optuna stores it."""
+
+    def decode(self, stored: Any) -> Any: ...
+
+    def grid(self) -> list[Any] | None:
+        """Every value, as Optuna stores it; None where there is no end of them."""
+
+
+@dataclass(frozen=True)
+class Real:
+    """Numbers from low to high, both included; `log`: every order of magnitude is as likely as another."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_range(self.low, self.high, self.log)
+        if self.step is not None and self.step <= 0:
+            raise UserError(f"step {self.step} must be above 0")
+
+    def __str__(self) -> str:
+        return f"[{self.low:g}, {self.high:g}]"
+
+    def contains(self, value: Any) -> bool:
+        return _is_number(value) and self.low <= value <= self.high
+
+    def sample(self, rng: random.Random) -> float:
+        if self.log:
+            return math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
+        if self.step is not None:
+            return self.low + self.step * rng.randint(0, int((self.high - self.low) / self.step + 1e-9))
+        return rng.uniform(self.low, self.high)
+
+    def distribution(self) -> BaseDistribution:
+        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
+
+    def encode(self, value: Any) -> Any:
+        return float(value)
+
+    def decode(self, stored: Any) -> Any:
+        return stored
+
+    def grid(self) -> list[Any] | None:
+        if self.step is None:
+            return None
+        return [self.low + self.step * i for i in range(int((self.high - self.low) / self.step + 1e-9) + 1)]
+
+
+@dataclass(frozen=True)
+class Integer:
+    """Whole numbers from low to high, both included."""
+
+    low: int
+    high: int
+    log: bool = False
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        _check_range(self.low, self.high, self.log)
+        if self.step < 1:
+            raise UserError(f"step {self.step} must be at least 1")
+        if self.log and self.step != 1:
+            raise UserError("an int domain takes `log` or `step`, not both")
+
+    def __str__(self) -> str:
+        return f"[{self.low}, {self.high}]" + (f" in steps of {self.step}" if self.step > 1 else "")
+
+    def contains(self, value: Any) -> bool:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and self.low <= value <= self.high and (value - self.low) % self.step == 0
+
+    def sample(self, rng: random.Random) -> int:
+        if self.log:
+            return round(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
+        return rng.randrange(self.low, self.high + 1, self.step)
+
+    def distribution(self) -> BaseDistribution:
+        return IntDistribution(self.low, self.high, log=self.log, step=self.step)
+
+    def encode(self, value: Any) -> Any:
+        return value
+
+    def decode(self, stored: Any) -> Any:
+        return stored
+
+    def grid(self) -> list[Any] | None:
+        return list(range(self.low, self.high + 1, self.step))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several values; lists and mappings among them reach Optuna as JSON text, the rest as they are."""
+
+    values: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise UserError("a choice needs at least one value")
+        stored = [self.encode(value) for value in self.values]
+        if any(_same(a, b) for i, a in enumerate(stored) for b in stored[:i]):
+            raise UserError(f"a choice names a value twice: {list(self.values)}")
+
+    def __str__(self) -> str:
+        return str(list(self.values))
+
+    def contains(self, value: Any) -> bool:
+        return any(_same(value, other) for other in self.values)
+
+    def sample(self, rng: random.Random) -> Any:
+        return rng.choice(self.values)
+
+    def distribution(self) -> BaseDistribution:
+        return CategoricalDistribution([self.encode(value) for value in self.values])
+
+    def encode(self, value: Any) -> Any:
+        return value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value)
+
+    def decode(self, stored: Any) -> Any:
+        return next(value for value in self.values if _same(self.encode(value), stored))
+
+    def grid(self) -> list[Any] | None:
+        return [self.encode(value) for value in self.values]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A searched value: its dotted path in the config, its domain, and when it exists at all.
+
+    when: by dotted path, the values of another entry under which this one is searched; where they do not hold, the
+        entry is left out of the config, so that a `Config` class falls back on its default.
+    """
+
+    name: str
+    domain: Domain
+    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def suggest(self, trial: optuna.trial.Trial) -> Any:
+        """The sampler's next value."""
+        distribution = self.domain.distribution()
+        if isinstance(distribution, FloatDistribution):
+            return trial.suggest_float(
+                self.name, distribution.low, distribution.high, log=distribution.log, step=distribution.step
+            )
+        if isinstance(distribution, IntDistribution):
+            return trial.suggest_int(
+                self.name, distribution.low, distribution.high, log=distribution.log, step=distribution.step
+            )
+        assert isinstance(distribution, CategoricalDistribution)
+        return self.domain.decode(trial.suggest_categorical(self.name, distribution.choices))
+
+
+def is_domain(node: Any) -> bool:
+    """Whether a mapping of the config tree is a domain: one key says the kind, with a list behind it."""
+    if not isinstance(node, dict):
+        return False
+    kinds = [key for key in node if key in KINDS and isinstance(node[key], list)]
+    return len(kinds) >= 1
+
+
+def parse_domain(name: str, node: Mapping[str, Any]) -> Parameter:
+    """The parameter that a domain mapping describes; raises UserError that names what is wrong with it."""
+    kinds = [key for key in node if key in KINDS and isinstance(node[key], list)]
+    if len(kinds) > 1:
+        raise UserError(f"{name}: a domain has one kind, not {' and '.join(kinds)}")
+    kind = kinds[0]
+    unknown = set(node) - {kind} - _OPTIONS[kind]
+    if unknown:
+        allowed = ", ".join(sorted(_OPTIONS[kind]))
+        raise UserError(f"{name}: `{sorted(unknown)[0]}` does not go with `{kind}`; allowed beside it: {allowed}")
+    try:
+        return Parameter(name, _build(kind, node), _conditions(node.get("when", {})))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def _build(kind: str, node: Mapping[str, Any]) -> Domain:
+    values = node[kind]
+    if kind == "choice":
+        return Choice(tuple(values))
+    if len(values) != 2 or not all(_is_number(value) for value in values):
+        raise UserError(f"`{kind}` takes two numbers [low, high], not {values}")
+    low, high = values
+    if kind == "int":
+        if not all(isinstance(value, int) for value in values):
+            raise UserError(f"`int` takes two whole numbers, not {values}")
+        return Integer(low, high, log=bool(node.get("log", False)), step=node.get("step", 1))
+    return Real(float(low), float(high), log=kind == "log", step=node.get("step"))
+
+
+def _conditions(when: Any) -> dict[str, tuple[Any, ...]]:
+    if not isinstance(when, dict):
+        raise UserError(f"`when` maps another parameter to the values under which this one is searched, not {when!r}")
+    return {name: tuple(values) if isinstance(values, list) else (values,) for name, values in when.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal and of the same kind: 1, 1.0 and True are three different values of a choice."""
+    return type(a) is type(b) and a == b
+
+
+def _check_range(low: float, high: float, log: bool) -> None:
+    if low > high:
+        raise UserError(f"the range [{low}, {high}] is reversed; write [{high}, {low}]")
+    if log and low <= 0:
+        raise UserError(f"a log range needs low > 0, but got [{low}, {high}]")

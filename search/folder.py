@@ -1,0 +1,87 @@
+"""What a search leaves on disk: where each file lies, written so that an interruption tears nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SPACE, STUDY, TRIALS_CSV, BEST, REPORT = "space.yaml", "study.journal", "trials.csv", "best.yaml", "report.html"
+SCRATCH = ".ray"  # Ray's own files; removed when the search ends
+_CHECKPOINT = "checkpoint-{:04d}.pt"  # the epochs it has behind it; torch.load gives the trainable's own state
+_CHECKPOINT_PATTERN = "checkpoint-*.pt"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint file and how many epochs it has behind it."""
+
+    epoch: int
+    path: Path
+
+
+class TrialFolder:
+    """The folder `trials/<number>` of a results folder."""
+
+    def __init__(self, results: Path, number: int) -> None:
+        self.path = results / "trials" / f"{number:04d}"
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        replace_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def write_error(self, trace: str) -> None:
+        replace_text(self.path / "error.txt", trace)
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """One row per epoch; where an epoch was run twice, after an interruption, the later row."""
+        try:
+            lines = (self.path / "metrics.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        rows: dict[int, dict[str, Any]] = {}
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the line that was being written when the power went
+                continue
+            rows[row["epoch"]] = row
+        return [rows[epoch] for epoch in sorted(rows)]
+
+    def write_checkpoint(self, epoch: int, state: bytes) -> None:
+        """Keep this checkpoint and no other: the old one goes when the new one is whole."""
+        path = self.path / _CHECKPOINT.format(epoch)
+        replace_bytes(path, state)
+        for other in self.path.glob(_CHECKPOINT_PATTERN):
+            if other != path:
+                other.unlink(missing_ok=True)
+
+    def checkpoint(self) -> Saved | None:
+        return last_checkpoint(self.path)
+
+
+def last_checkpoint(folder: Path) -> Saved | None:
+    """The newest checkpoint in a folder, or None."""
+    paths = sorted(folder.glob(_CHECKPOINT_PATTERN))
+    return Saved(int(paths[-1].stem.rpartition("-")[2]), paths[-1]) if paths else None
+
+
+def replace_text(path: Path, text: str) -> None:
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, *chunks: bytes) -> None:
+    """Write a file whole or not at all: beside it first, then renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+    os.replace(beside, path)

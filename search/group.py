@@ -1,0 +1,196 @@
+"""A Ray Train worker group that stays up and runs one trial after another.
+
+The group is a single `TorchTrainer` whose loop serves commands. Both directions go through a small mailbox actor and
+not through Ray Train's reporting, which is polled every two seconds: an answer arrives in milliseconds. Every rank
+takes its commands from a queue of its own, so that an idle group waits in no collective that could time out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from search.ranks import Answer, Begin, Blew, Broke, Command, Quit, RankLoop, RanOut, Reported
+
+POLL_S = 1.0  # how often a wait looks whether the group still lives
+GRACE_S = 20.0  # for the other ranks to answer, once one of them has
+QUIT_S = 10.0  # for a group to leave by itself
+
+
+class GroupDied(RuntimeError):
+    """The worker group is gone, or its ranks no longer answer together; the message says why."""
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """A queue of commands for each rank and one queue of answers."""
+
+    def __init__(self, ranks: int) -> None:
+        self._commands: list[asyncio.Queue[Command]] = [asyncio.Queue() for _ in range(ranks)]
+        self._answers: asyncio.Queue[tuple[int, Answer]] = asyncio.Queue()
+
+        self._members: list[Any] = []
+
+    async def enlist(self, member: Any) -> None:
+        self._members.append(member)
+
+    async def members(self) -> list[Any]:
+        """Handles of the ranks' own actors, by which a stuck one can be ended."""
+        return self._members
+
+    async def post(self, command: Command) -> None:
+        for queue in self._commands:
+            queue.put_nowait(command)
+
+    async def take(self, rank: int) -> Command:
+        return await self._commands[rank].get()
+
+    async def answer(self, rank: int, answer: Answer) -> None:
+        self._answers.put_nowait((rank, answer))
+
+    async def wait(self, timeout_s: float) -> tuple[int, Answer] | None:
+        try:
+            return await asyncio.wait_for(self._answers.get(), timeout_s)
+        except TimeoutError:
+            return None
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """What a group is made of and what it runs.
+
+    required: metrics that a report must hold and that must be finite; the others may be missing or NaN.
+    """
+
+    trainable: str
+    paths: tuple[str, ...]
+    required: tuple[str, ...]
+    workers: int
+    cpus_per_worker: int
+    gpus_per_worker: float
+    scratch: str
+
+
+def worst_of(answers: Mapping[int, Answer]) -> Answer:
+    """The answer that decides for the group: a rank that broke, ran out of memory or blew up goes before rank 0's."""
+    for kind in (Broke, RanOut, Blew):
+        for _, answer in sorted(answers.items()):
+            if isinstance(answer, kind):
+                return answer
+    return min(answers.items())[1]
+
+
+def _serve(job: Mapping[str, Any]) -> None:
+    """The `train_loop_per_worker`: answer commands until told to quit."""
+    context = ray.train.get_context()
+    loop = RankLoop(job["spec"], context.get_world_rank(), context.get_world_size(), context.get_local_rank())
+    mailbox = job["mailbox"]
+    ray.get(mailbox.enlist.remote(ray.get_runtime_context().current_actor))
+    while not isinstance(command := ray.get(mailbox.take.remote(loop.rank)), Quit):
+        answer = loop.handle(_unpacked(command))
+        ray.get(mailbox.answer.remote(loop.rank, _packed(answer)))
+
+
+# States are large: they go through the object store, and only a reference through the mailbox.
+def _packed(message: Any) -> Any:
+    if isinstance(message, Begin) and message.resume is not None:
+        return replace(message, resume=ray.put(message.resume))
+    if isinstance(message, Reported) and message.state is not None:
+        return replace(message, state=ray.put(message.state))
+    return message
+
+
+def _unpacked(message: Any) -> Any:
+    if isinstance(message, Begin) and message.resume is not None:
+        return replace(message, resume=ray.get(message.resume))
+    if isinstance(message, Reported) and message.state is not None:
+        return replace(message, state=ray.get(message.state))
+    return message
+
+
+class Group:
+    """A running worker group, as its slot sees it."""
+
+    def __init__(self, spec: GroupSpec) -> None:
+        self._workers = spec.workers
+        self._mailbox = Mailbox.remote(spec.workers)
+        self._error: BaseException | None = None
+        # Ray Train wants a folder for its run that every node sees; nothing of ours is in it.
+        self._folder = Path(spec.scratch) / f"group-{uuid.uuid4().hex[:12]}"
+        self._thread = threading.Thread(target=self._fit, args=(spec,), daemon=True, name="group")
+        self._thread.start()
+
+    def ask(self, command: Command) -> Answer:
+        """Hand `command` to every rank and return what came of it: the worst answer, or else rank 0's.
+
+        When one rank ends its trial and another has not answered `GRACE_S` later, the answer says that the group is
+        not clean: the silent rank sits in a collective that nobody joins. Raises GroupDied when the group ends.
+        """
+        ray.get(self._mailbox.post.remote(_packed(command)))
+        answers: dict[int, Answer] = {}
+        give_up = math.inf
+        while len(answers) < self._workers and time.monotonic() < give_up:
+            if not self._thread.is_alive():
+                raise GroupDied(self._why())
+            received = ray.get(self._mailbox.wait.remote(POLL_S))
+            if received is not None:
+                rank, answer = received
+                answers[rank] = _unpacked(answer)
+                if answer.ends:
+                    give_up = min(give_up, time.monotonic() + GRACE_S)
+        worst = worst_of(answers)
+        return worst if len(answers) == self._workers else replace(worst, clean=False)
+
+    def stop(self) -> None:
+        """End the group: politely, and by force where a rank does not listen."""
+        if self._thread.is_alive():
+            ray.get(self._mailbox.post.remote(Quit()))
+            self._thread.join(QUIT_S)
+        if self._thread.is_alive():
+            for member in ray.get(self._mailbox.members.remote()):
+                ray.kill(member)
+            self._thread.join(QUIT_S)
+        ray.kill(self._mailbox)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _fit(self, spec: GroupSpec) -> None:
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        resources: dict[str, float] = {"CPU": spec.cpus_per_worker}
+        if spec.gpus_per_worker:
+            resources["GPU"] = spec.gpus_per_worker
+        try:
+            ray.train.torch.TorchTrainer(
+                _serve,
+                train_loop_config={"spec": spec, "mailbox": self._mailbox},
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=spec.workers,
+                    use_gpu=spec.gpus_per_worker > 0,
+                    resources_per_worker=resources,
+                ),
+                run_config=ray.train.RunConfig(name="group", storage_path=str(self._folder)),
+            ).fit()
+        except BaseException as error:  # kept for whoever waits on this group
+            self._error = error
+
+    def _why(self) -> str:
+        if self._error is None:
+            return "the worker group ended without being told to"
+        return f"the worker group died: {type(self._error).__name__}: {_last_lines(str(self._error), 3)}"
+
+
+def _last_lines(text: str, count: int) -> str:
+    lines: Sequence[str] = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return " | ".join(lines[-count:])

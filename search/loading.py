@@ -1,0 +1,70 @@
+"""Find the trainable that a space names by import path."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search.decode import decode
+from trainables.contract import UserError
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A trainable and what its module says about it.
+
+    config_class: the module's `Config` dataclass, or None for plain dicts.
+    prepare: the module's `prepare(config)`, or None.
+    """
+
+    train: Callable[[Any], Any]
+    config_class: type | None
+    prepare: Callable[[Any], Any] | None
+
+    def config(self, tree: dict[str, Any]) -> Any:
+        """`tree` in the form in which `train` takes it; raises UserError for what does not fit."""
+        return tree if self.config_class is None else decode(self.config_class, tree)
+
+
+def load(name: str, paths: Sequence[str]) -> Trainable:
+    """Import `package.module:function`, looking in `paths` before the rest of sys.path.
+
+    Raises UserError when it cannot be imported, with the reason and the line where a module of its own fails.
+    """
+    module_name, separator, function = name.partition(":")
+    if not separator or not module_name or not function:
+        raise UserError(f"trainable: {name!r} is no import path; write package.module:function")
+    for path in reversed(paths):
+        if path not in sys.path:
+            sys.path.insert(0, path)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise UserError(f"trainable: no module {error.name!r} in {', '.join(paths)} or on sys.path") from None
+        raise UserError(f"trainable: {module_name} cannot be imported: {_where(error)}") from None
+    except Exception as error:
+        raise UserError(f"trainable: {module_name} cannot be imported: {_where(error)}") from None
+    train = getattr(module, function, None)
+    if not callable(train):
+        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"trainable: {module_name} has no function {function!r}; it has {', '.join(callables)}")
+    config_class = getattr(module, "Config", None)
+    is_dataclass = isinstance(config_class, type) and dataclasses.is_dataclass(config_class)
+    return Trainable(train, config_class if is_dataclass else None, getattr(module, "prepare", None))
+
+
+def search_paths(space_file: Path) -> tuple[str, ...]:
+    """Where a space's trainable may live: the working directory and the folder of the space file."""
+    return tuple(dict.fromkeys([str(Path.cwd()), str(space_file.resolve().parent)]))
+
+
+def _where(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"

@@ -1,0 +1,260 @@
+"""What one rank of a group does with a command: begin a trial, advance it by a report, end it cleanly."""
+
+from __future__ import annotations
+
+import gc
+import io
+import math
+import os
+import random
+import traceback
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from search.loading import Trainable, load
+from trainables.contract import Diverged, Report, State, Trial, UserError, default_device
+
+LEAK_BYTES = 64 * 2**20  # GPU memory a finished trial may leave behind: allocator rounding, cuBLAS workspaces
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Run a trial up to its first report. `resume`: a saved state as bytes, or None."""
+
+    config: dict[str, Any]
+    seed: int
+    resume: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Advance:
+    """Run the trial up to its next report."""
+
+
+@dataclass(frozen=True)
+class Quit:
+    """Leave the serve loop."""
+
+
+Command = Begin | Advance | Quit
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a rank says after a command. `clean`: the process may take another trial."""
+
+    clean: bool = True
+    ends: bool = True
+
+
+@dataclass(frozen=True)
+class Reported(Answer):
+    """An epoch is over. metrics and state (None: the trainable gave none) are rank 0's."""
+
+    metrics: Mapping[str, float] | None = None
+    state: bytes | None = None
+    ends: bool = False
+
+
+@dataclass(frozen=True)
+class Ended(Answer):
+    """The generator is exhausted."""
+
+
+@dataclass(frozen=True)
+class Blew(Answer):
+    """The trial diverged."""
+
+    reason: str = ""
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class RanOut(Answer):
+    """The device's memory did not suffice."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Broke(Answer):
+    """Anything else was raised. final: a mistake of a person, which a retry would only repeat."""
+
+    reason: str = ""
+    trace: str = ""
+    final: bool = False
+
+
+class Runs(Protocol):
+    """The part of a group's spec that its ranks need."""
+
+    @property
+    def trainable(self) -> str: ...
+    @property
+    def paths(self) -> tuple[str, ...]: ...
+    @property
+    def required(self) -> tuple[str, ...]: ...
+    @property
+    def cpus_per_worker(self) -> int: ...
+
+
+class RankLoop:
+    """One rank: keeps the trainable's module and cache from one trial to the next, and nothing else."""
+
+    def __init__(self, spec: Runs, rank: int, world_size: int, local_rank: int) -> None:
+        self.rank = rank
+        self._spec = spec
+        self._world_size = world_size
+        self._device = default_device()
+        self._cache: dict[Any, Any] = {}
+        self._trainable: Trainable | None = None
+        self._reports: Iterator[Any] | None = None
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+
+    def handle(self, command: Command) -> Answer:
+        """Carry out a command; whatever a trainable raises becomes an answer."""
+        try:
+            if isinstance(command, Begin):
+                self._close()
+                self._begin(command)
+            return self._advance()
+        except Diverged as error:
+            return self._end(Blew, reason=str(error.reason), step=error.step)
+        except UserError as error:
+            return self._end(Broke, reason=str(error), final=True)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return self._end(RanOut, reason=str(error).splitlines()[0] if str(error) else type(error).__name__)
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {error} ({os.path.basename(frame.filename)}:{frame.lineno})"
+            self._close()
+            return Broke(clean=False, reason=reason, trace=traceback.format_exc())
+
+    def _begin(self, begin: Begin) -> None:
+        if self._trainable is None:
+            self._trainable = load(self._spec.trainable, self._spec.paths)
+        _settle(begin.seed, self._spec.cpus_per_worker)
+        reports = self._trainable.train(
+            Trial(
+                config=self._trainable.config(begin.config),
+                seed=begin.seed,
+                rank=self.rank,
+                world_size=self._world_size,
+                device=self._device,
+                resume=None if begin.resume is None else load_state(begin.resume),
+                cache=self._cache,
+            )
+        )
+        if not hasattr(reports, "__next__"):
+            raise UserError(
+                f"{self._spec.trainable} returned {type(reports).__name__}; a trainable is a generator: "
+                "yield a report after every epoch"
+            )
+        self._reports = reports
+
+    def _advance(self) -> Answer:
+        assert self._reports is not None, "a trial is begun before it is advanced"
+        try:
+            report = next(self._reports)
+        except StopIteration:
+            return self._end(Ended)
+        if self.rank != 0:
+            return Reported()
+        if not isinstance(report, Report):
+            report = Report(report)
+        metrics = numbers(report.metrics)
+        for name in self._spec.required:
+            if name not in metrics:
+                raise UserError(f"the report has no metric `{name}`; it has {', '.join(metrics) or 'none'}")
+            if not math.isfinite(metrics[name]):
+                raise Diverged(f"{name} is {metrics[name]}")
+        return Reported(metrics=metrics, state=None if report.state is None else save_state(report.state()))
+
+    def _end(self, kind: Callable[..., Answer], **told: Any) -> Answer:
+        self._close()
+        return kind(clean=self._is_clean(), **told)
+
+    def _close(self) -> None:
+        """Let go of the trial: its generator, and through it model, optimizer and gradients."""
+        reports, self._reports = self._reports, None
+        if reports is not None and hasattr(reports, "close"):
+            reports.close()
+        del reports
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _is_clean(self) -> bool:
+        """Whether no more GPU memory is held than the cache accounts for."""
+        if self._device.type != "cuda":
+            return True
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:  # an earlier kernel failed: the CUDA context is lost
+            return False
+        held = torch.cuda.memory_allocated(self._device)
+        return held <= _cached_bytes(self._cache) + LEAK_BYTES
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as floats; raises UserError for what is none."""
+    if not isinstance(metrics, Mapping):
+        raise UserError(f"a trainable yields a Report or a dict of metrics, not {type(metrics).__name__}")
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[str(name)] = float(value)
+        except (TypeError, ValueError):
+            raise UserError(f"the metric `{name}` is {value!r}; a metric is a number") from None
+    return found
+
+
+def save_state(state: State) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def load_state(saved: bytes) -> State:
+    """A state on the CPU. It was written by this search, so that any object may be in it."""
+    state: State = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=False)
+    return state
+
+
+def _settle(seed: int, threads: int) -> None:
+    """The process as a fresh one would be, so that a trial cannot tell what ran here before."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = False
+
+
+# From code one reaches every global there is, and none of it belongs to the cache.
+_DEAD_ENDS = (str, bytes, int, float, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+
+
+def _cached_bytes(cache: Mapping[Any, Any]) -> int:
+    """GPU memory of the tensors that can be reached from a trainable's cache."""
+    seen: set[int] = set()
+    stack: list[Any] = [cache]
+    total = 0
+    while stack:
+        item = stack.pop()
+        if id(item) in seen or isinstance(item, _DEAD_ENDS):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            total += item.untyped_storage().nbytes() if item.is_cuda else 0
+        else:
+            stack += gc.get_referents(item)
+    return total

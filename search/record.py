@@ -1,0 +1,80 @@
+"""One trial as people and tables see it, read back from the study."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from search.sections import Limit, Objective
+from search.space import Space
+
+STATUSES = ("finished", "stopped", "diverged", "out_of_memory", "failed")
+INTERRUPTED = "interrupted"  # not ended yet: `--resume` goes on with it
+
+
+@dataclass(frozen=True)
+class Record:
+    """A trial: what was tried, what came of it, and why it ended.
+
+    metrics: of the last report. epochs: reports given. seconds: wall time, over all attempts.
+    """
+
+    number: int
+    status: str
+    reason: str
+    name: str | None
+    values: Mapping[str, Any]
+    metrics: Mapping[str, float | None]
+    epochs: int
+    seconds: float
+
+    def solves(self, constraints: Mapping[str, Limit]) -> bool:
+        """Whether it finished, and within every limit."""
+        if self.status != "finished":
+            return False
+        measured = {name: self.metrics.get(name) for name in constraints}
+        return all(value is not None and constraints[name].excess(value) <= 0 for name, value in measured.items())
+
+
+def read_record(trial: FrozenTrial, space: Space) -> Record:
+    """The record of an Optuna trial that a ledger wrote."""
+    attrs = trial.user_attrs
+    decoders = {item.name: item.domain.decode for item in space.parameters}
+    values = attrs.get("values") or {
+        name: decoders[name](stored) for name, stored in trial.params.items() if name in decoders
+    }
+    running = trial.state in (TrialState.RUNNING, TrialState.WAITING)
+    return Record(
+        number=trial.number,
+        status=INTERRUPTED if running else attrs.get("status", "failed"),
+        reason=attrs.get("reason", "" if running else "unknown"),
+        name=attrs.get("name"),
+        values=values,
+        metrics=attrs.get("metrics", {}),
+        epochs=attrs.get("epochs", 0),
+        seconds=attrs.get("seconds", 0.0),
+    )
+
+
+def best_of(records: Sequence[Record], space: Space) -> list[Record]:
+    """The solutions that no other beats, best in the first objective first; at most one with a single objective."""
+    solutions = [item for item in records if item.solves(space.constraints)]
+    front = [a for a in solutions if not any(_dominates(b, a, space.objectives) for b in solutions)]
+    front.sort(key=lambda item: (-_goodness(item, space.objectives[0]), item.number))
+    return front if len(space.objectives) > 1 else front[:1]
+
+
+def _goodness(record: Record, objective: Objective) -> float:
+    value = record.metrics.get(objective.metric)
+    if value is None:
+        return -math.inf
+    return value if objective.mode == "max" else -value
+
+
+def _dominates(a: Record, b: Record, objectives: Sequence[Objective]) -> bool:
+    pairs = [(_goodness(a, objective), _goodness(b, objective)) for objective in objectives]
+    return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)

@@ -1,0 +1,115 @@
+"""Tune's callback that writes down what happens: into the study, the trial's folder, TensorBoard, the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.exceptions import RayTaskError
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from search.folder import TrialFolder
+from search.record import Record
+from search.study import Ledger
+from search.trial import EPOCH, METRICS, REASON, STATUS
+
+
+class Recorder(tune.Callback):  # type: ignore[misc]  # Ray is untyped
+    """Follows every trial from its start to its end. `tell` is given each ended trial's record."""
+
+    def __init__(self, ledger: Ledger, results: Path, tell: Callable[[Record], None]) -> None:
+        self._ledger = ledger
+        self._results = results
+        self._tell = tell
+        self._writers: dict[str, SummaryWriter] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        opened = self._ledger.open[trial.trial_id]
+        if not opened.started:
+            opened.started = time.monotonic()
+            self._folder(trial).write_config(self._ledger.space.config(opened.values))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if STATUS in result:  # the end; there is nothing measured in it
+            return
+        epoch, metrics = result[EPOCH], result[METRICS]
+        opened = self._ledger.open[trial.trial_id]
+        opened.values = dict(trial.config["values"])  # population-based training changes them on the way
+        self._ledger.report(trial.trial_id, epoch, metrics)
+        self._folder(trial).append_metrics({"epoch": epoch, "seconds": round(opened.seconds, 3), "metrics": metrics})
+        writer = self._writer(trial)
+        for name, value in metrics.items():
+            if value is not None:
+                writer.add_scalar(name, value, epoch)
+        writer.flush()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if trial.trial_id not in self._ledger.open:
+            return
+        result = trial.last_result or {}
+        if STATUS in result:
+            self._end(trial.trial_id, result[STATUS], result[REASON])
+        else:
+            self._end(trial.trial_id, *self._scheduler_verdict(trial.trial_id))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if trial.trial_id in self._ledger.open:
+            self._end(trial.trial_id, "failed", _reason(trial.get_pickled_error()))
+
+    def close(self, ending: str | None) -> None:
+        """The search stops with trials under way: they are stopped for the reason `ending`, or None: interrupted."""
+        for key in list(self._ledger.open):
+            if ending is None:
+                self._ledger.interrupt(key)
+            else:
+                self._end(key, "stopped", f"{ending} after epoch {self._ledger.open[key].epochs}")
+        for writer in self._writers.values():
+            writer.close()
+
+    def _scheduler_verdict(self, key: str) -> tuple[str, str]:
+        space, opened = self._ledger.space, self._ledger.open[key]
+        if space.epochs is not None and opened.epochs >= space.epochs:
+            return "finished", "ran to its end"
+        metric = space.objectives[0].metric
+        value = opened.metrics.get(metric)
+        measured = f"{metric} = {value:.4g}" if value is not None else "nothing measured"
+        return "stopped", f"{space.scheduler.name} stopped it after epoch {opened.epochs} with {measured}"
+
+    def _end(self, key: str, status: str, reason: str) -> None:
+        record = self._ledger.end(key, status, reason)
+        writer = self._writers.pop(key, None)
+        if writer is not None:
+            _write_hparams(writer, record)
+            writer.close()
+        self._tell(record)
+
+    def _folder(self, trial: Any) -> TrialFolder:
+        return TrialFolder(self._results, trial.config["number"])
+
+    def _writer(self, trial: Any) -> SummaryWriter:
+        if trial.trial_id not in self._writers:
+            self._writers[trial.trial_id] = SummaryWriter(str(self._folder(trial).path))
+        return self._writers[trial.trial_id]
+
+
+def _write_hparams(writer: SummaryWriter, record: Record) -> None:
+    """One row of TensorBoard's HParams tab, in the trial's own event file."""
+    plain = (bool, int, float, str)
+    values = {name: value if isinstance(value, plain) else str(value) for name, value in record.values.items()}
+    measured = {name: value for name, value in record.metrics.items() if value is not None}
+    for summary in hparams({**values, "status": record.status}, measured):
+        writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+
+
+def _reason(error: BaseException | None) -> str:
+    if error is None:
+        return "failed without a word"
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[0] if lines else type(cause).__name__

@@ -1,0 +1,182 @@
+"""The tables of a results folder, made from its study: trials.csv, best.yaml, report.html, and the answer to why."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from search import yaml_file
+from search.decode import did_you_mean
+from search.folder import BEST, REPORT, SPACE, STUDY, TRIALS_CSV, TrialFolder, replace_text
+from search.record import INTERRUPTED, STATUSES, Record, best_of
+from search.space import Space, load_space
+from search.study import open_study, records
+from trainables.contract import UserError
+
+
+def read_results(results: Path) -> tuple[Space, list[Record]]:
+    """The space and the trials of a results folder; raises UserError where it is none."""
+    if not (results / SPACE).exists():
+        raise UserError(f"{results}: there is no {SPACE} here; name a results folder of an earlier search")
+    space, _ = load_space(results / SPACE)
+    return space, records(open_study(results / STUDY, space, create=False), space)
+
+
+def write_results(results: Path, space: Space, found: Sequence[Record]) -> None:
+    """Write trials.csv, best.yaml and report.html anew."""
+    replace_text(results / TRIALS_CSV, trials_table(space, found))
+    best = best_of(found, space)
+    if best:
+        replace_text(results / BEST, yaml_file.dump(best_document(results, space, best)))
+    else:
+        (results / BEST).unlink(missing_ok=True)
+    replace_text(results / REPORT, report_page(results, space, found))
+
+
+def trials_table(space: Space, found: Sequence[Record]) -> str:
+    """One row per trial, as CSV: trial, status, reason, name, parameters, last metrics, epochs, seconds."""
+    parameters = [item.name for item in space.parameters]
+    metrics = sorted({name for record in found for name in record.metrics})
+    # A parameter and a metric of one name would make two equal columns.
+    columns = [f"{name} (metric)" if name in parameters else name for name in metrics]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["trial", "status", "reason", "name", *parameters, *columns, "epochs", "seconds"])
+    for record in found:
+        values = [record.values.get(name, "") for name in parameters]
+        measured = ["" if (value := record.metrics.get(name)) is None else value for name in metrics]
+        head = [record.number, record.status, record.reason, record.name or ""]
+        writer.writerow([*head, *values, *measured, record.epochs, round(record.seconds, 2)])
+    return text.getvalue()
+
+
+def best_document(results: Path, space: Space, best: Sequence[Record]) -> dict[str, Any]:
+    """The best trial: config, metrics, checkpoint; with several objectives the whole front."""
+    documents = [_one_best(results, space, record) for record in best]
+    return documents[0] if len(documents) == 1 else {**documents[0], "front": documents}
+
+
+def _one_best(results: Path, space: Space, record: Record) -> dict[str, Any]:
+    saved = TrialFolder(results, record.number).checkpoint()
+    return {
+        "trial": record.number,
+        "name": record.name,
+        "objective": {item.metric: record.metrics[item.metric] for item in space.objectives},
+        "metrics": dict(record.metrics),
+        "config": space.config(record.values),
+        "searched": dict(record.values),
+        "epochs": record.epochs,
+        "checkpoint": None if saved is None else str(saved.path.relative_to(results)),
+    }
+
+
+def summary(results: Path, space: Space, found: Sequence[Record]) -> str:
+    """What a person reads when a search ends."""
+    counts = Counter(record.status for record in found)
+    told = ", ".join(f"{counts[status]} {status}" for status in (*STATUSES, INTERRUPTED) if counts[status])
+    lines = [f"{len(found)} trials: {told}" if found else "no trial was run"]
+    best = best_of(found, space)
+    if not best:
+        wanted = " and kept the constraints" if space.constraints else ""
+        lines.append(f"no trial finished{wanted}; {results / TRIALS_CSV} says why each one ended")
+    elif len(best) == 1:
+        record = best[0]
+        lines.append(f"best: trial {record.number}" + (f" ({record.name})" if record.name else ""))
+        lines += [f"  {name:<24} {_short(value)}" for name, value in record.values.items()]
+        lines += [f"  -> {name:<21} {_short(value)}" for name, value in record.metrics.items()]
+    else:
+        lines.append(f"{len(best)} trials that no other beats:")
+        for record in best:
+            scores = ", ".join(f"{item.metric} {_short(record.metrics[item.metric])}" for item in space.objectives)
+            lines.append(f"  trial {record.number}: {scores}")
+    lines.append(f"results: {results}")
+    return "\n".join(lines)
+
+
+def trial_line(record: Record, space: Space) -> str:
+    """A trial's end in one line."""
+    scores = " ".join(f"{item.metric} {_short(record.metrics.get(item.metric))}" for item in space.objectives)
+    values = " ".join(f"{name.rpartition('.')[2]}={_short(value)}" for name, value in record.values.items())
+    name = f" [{record.name}]" if record.name else ""
+    head = f"trial {record.number:>3}  {record.status:<13} {scores}  {record.epochs} epochs  {record.seconds:.1f} s"
+    ending = "" if record.status == "finished" else f"\n           {record.reason}"
+    return f"{head}  {values}{name}{ending}"
+
+
+def why(results: Path, number: str) -> str:
+    """Why a trial ended as it did, in words; raises UserError for an unknown one."""
+    space, found = read_results(results)
+    by_number = {str(record.number): record for record in found}
+    if (number.lstrip("0") not in by_number and number.lstrip("0")) or not by_number:
+        raise UserError(f"trial {number}: there is none in {results}; {did_you_mean(number, by_number)}")
+    record = by_number[number.lstrip("0") or "0"]
+    lines = [
+        f"trial {record.number}" + (f" ({record.name})" if record.name else "") + f": {record.status}",
+        f"reason: {record.reason or 'the search was interrupted; --resume goes on with it'}",
+        f"after {record.epochs} epochs and {record.seconds:.1f} s",
+    ]
+    for name, limit in space.constraints.items():
+        value = record.metrics.get(name)
+        if value is not None and limit.excess(value) > 0:
+            lines.append(f"constraint broken: {name} = {_short(value)}, limit {limit.model_dump(exclude_none=True)}")
+    lines += [f"  {name} = {_short(value)}" for name, value in record.values.items()]
+    metric = space.objectives[0].metric
+    history = TrialFolder(results, record.number).read_metrics()
+    lines += [f"  epoch {row['epoch']}: {metric} {_short(row['metrics'].get(metric))}" for row in history]
+    return "\n".join(lines)
+
+
+def report_page(results: Path, space: Space, found: Sequence[Record]) -> str:
+    """The report: one HTML page that needs nothing beside it."""
+    rows = csv.reader(io.StringIO(trials_table(space, found)))
+    header, *body = list(rows)
+    best = {record.number for record in best_of(found, space)}
+    cells = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    lines = []
+    for row in body:
+        marked = " class='best'" if int(row[0]) in best else ""
+        lines.append(f"<tr{marked}>" + "".join(f"<td>{html.escape(_shorten(cell))}</td>" for cell in row) + "</tr>")
+    return _PAGE.format(
+        title=html.escape(space.name),
+        summary=html.escape(summary(results, space, found)),
+        header=cells,
+        rows="\n".join(lines),
+        space=html.escape(yaml_file.dump(space.document())),
+    )
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Search: {title}</title>
+<style>
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em; color: #222 }}
+pre {{ background: #f5f5f5; padding: 1em; overflow-x: auto }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+th, td {{ text-align: left; padding: .25em .7em; border-bottom: 1px solid #ddd; white-space: nowrap }}
+.best {{ background: #e7f5e7; font-weight: 600 }}
+.table {{ overflow-x: auto }}
+</style>
+<h1>Search: {title}</h1>
+<pre>{summary}</pre>
+<div class="table"><table><thead><tr>{header}</tr></thead><tbody>
+{rows}
+</tbody></table></div>
+<h2>Space</h2>
+<pre>{space}</pre>
+</html>
+"""
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _shorten(cell: str) -> str:
+    try:
+        return _short(float(cell)) if "." in cell or "e" in cell else cell
+    except ValueError:
+        return cell

@@ -1,0 +1,177 @@
+"""Run a search: from a space and a plan to a results folder, with Ray Tune in between."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from search.folder import SCRATCH, STUDY
+from search.group import GroupSpec
+from search.plan import Node, Plan
+from search.record import Record, best_of
+from search.recorder import Recorder
+from search.results import trial_line, write_results
+from search.sampler import StudySearcher, sampler_maker
+from search.scheduler import PAUSING, make_scheduler
+from search.space import Space
+from search.study import Ledger, open_study, records
+from search.trial import OBJECTIVE, Job, Slot
+
+# What Ray's processes must find in their environment. Ray has no other way to be told.
+_RAY_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config mean the driver's working directory
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints nothing of its own
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the recorder writes our own files
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the end of a trial carries no objective
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see _Stop
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # after Ctrl-C: a slot in the middle of an epoch is not waited for
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a search ended. `interrupted`: by Ctrl-C; what was running goes on with `--resume`."""
+
+    records: tuple[Record, ...]
+    best: tuple[Record, ...]
+    interrupted: bool
+
+
+class _Stop(tune.Stopper):  # type: ignore[misc]  # Ray is untyped
+    """Ends the whole search when Ctrl-C was pressed or the time is over."""
+
+    def __init__(self, budget_s: float | None) -> None:
+        self.interrupted = False
+        self._deadline = None if budget_s is None else time.monotonic() + budget_s
+
+    @property
+    def out_of_time(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.interrupted or self.out_of_time
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM stops cleanly; a second one acts as it did before."""
+
+        def stop(signum: int, frame: Any) -> None:
+            self.interrupted = True
+            for known, handler in before.items():
+                signal.signal(known, handler)
+            print("\nstopping; press Ctrl-C again to abandon", flush=True)
+
+        before = {known: signal.signal(known, stop) for known in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for known, handler in before.items():
+                signal.signal(known, handler)
+
+
+def start_ray(address: str | None) -> tuple[Node, ...]:
+    """Join the cluster at `address`, or start a local one; returns its nodes."""
+    os.environ.update(_RAY_ENVIRONMENT)
+    arguments: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
+    if address is not None:
+        arguments |= {"address": address, "runtime_env": {"env_vars": _RAY_ENVIRONMENT}}
+    ray.init(**arguments)
+    return tuple(_node(entry["Resources"]) for entry in ray.nodes() if entry["Alive"])
+
+
+def _node(resources: Mapping[str, float]) -> Node:
+    return Node(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
+
+
+def run(space: Space, plan: Plan, results: Path, cold: bool = False) -> Outcome:
+    """Run the trials that are left of the search in `results` (its study exists), and write its tables.
+
+    Ray is started. Prints a line for each trial that ends.
+    """
+    results = results.resolve()
+    study = open_study(results / STUDY, space, create=False)
+    ledger = Ledger(space, study, sampler_maker(space), results)
+    recorder = Recorder(ledger, results, lambda record: print(trial_line(record, space), flush=True))
+    stop = _Stop(space.search.time_budget_s)
+    if ledger.left:
+        with stop.on_signals():
+            try:
+                _tuner(space, plan, results, ledger, recorder, stop, cold).fit()
+            finally:
+                over = stop.out_of_time and not stop.interrupted
+                recorder.close(f"the time budget of {space.search.time_budget} was over" if over else None)
+                shutil.rmtree(results / SCRATCH, ignore_errors=True)
+                found = records(study, space)
+                write_results(results, space, found)
+    found = records(study, space)
+    write_results(results, space, found)
+    return Outcome(tuple(found), tuple(best_of(found, space)), stop.interrupted)
+
+
+def _tuner(
+    space: Space, plan: Plan, results: Path, ledger: Ledger, recorder: Recorder, stop: _Stop, cold: bool
+) -> tune.Tuner:
+    scratch = results / SCRATCH
+    required = dict.fromkeys([*(item.metric for item in space.objectives), *space.constraints])
+    spec = GroupSpec(
+        trainable=space.trainable,
+        paths=space.paths,
+        required=tuple(required),
+        workers=plan.workers,
+        cpus_per_worker=plan.cpus_per_worker,
+        gpus_per_worker=plan.gpus_per_worker,
+        scratch=str(scratch),
+    )
+    slot = tune.with_parameters(Slot, job=Job(space, spec, str(results), cold))
+    pausing = space.scheduler.name in PAUSING
+    return tune.Tuner(
+        tune.with_resources(slot, tune.PlacementGroupFactory([_share_of_this_node(plan.slots)])),
+        param_space={},
+        tune_config=tune.TuneConfig(
+            metric=OBJECTIVE,
+            mode=space.objectives[0].mode,
+            search_alg=StudySearcher(ledger),
+            scheduler=make_scheduler(space),
+            num_samples=ledger.left,
+            max_concurrent_trials=None if pausing else plan.slots,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(scratch),
+            callbacks=[recorder],
+            failure_config=tune.FailureConfig(max_failures=space.search.retries),
+            stop=stop,
+            verbose=0,
+        ),
+    )
+
+
+def _share_of_this_node(slots: int) -> dict[str, float]:
+    """Resources that exactly `slots` actors can hold, and that put them on the driver's own machine.
+
+    Ray Train reserves the workers' CPUs and GPUs, so a slot itself needs none. But schedulers that pause trials begin
+    more of them than there are slots, and only a resource keeps them from all running at once. Every Ray node has a
+    resource of its own name and size 1; half a share of it stays free.
+    """
+    share = int(10_000 / (slots + 0.5)) / 10_000
+    return {"CPU": 0, f"node:{ray.util.get_node_ip_address()}": share}

@@ -1,0 +1,95 @@
+"""The samplers by name, and Tune's view of the ledger: a Searcher that asks it for settings."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler
+from ray.tune.search import Searcher
+
+from search.space import Space
+from search.study import Ledger, MakeSampler
+from trainables.contract import UserError
+
+
+def sampler_maker(space: Space) -> MakeSampler:
+    """From a proposal's seed to the space's sampler; raises UserError where the sampler cannot search the space."""
+    name, seed = space.search.sampler, space.search.seed
+    conditional = [item.name for item in space.parameters if item.when]
+    if name == "grid":
+        grid = _grid(space)
+        return lambda _: optuna.samplers.GridSampler(grid, seed=seed)
+    if name == "qmc":
+        # One sequence for the whole search: its place in it is kept in the study.
+        return lambda _: _silent(optuna.samplers.QMCSampler, seed=seed, scramble=True, warn_independent_sampling=False)
+    if name == "cmaes" and (conditional or len(space.objectives) > 1):
+        why = "several objectives" if len(space.objectives) > 1 else f"`when` ({', '.join(conditional)})"
+        raise UserError(f"search.sampler: cmaes knows no {why}; use tpe")
+    makers: dict[str, MakeSampler] = {
+        "tpe": lambda s: optuna.samplers.TPESampler(seed=s),
+        "gp": lambda s: _silent(optuna.samplers.GPSampler, seed=s, n_startup_trials=10),
+        "cmaes": lambda s: _silent(optuna.samplers.CmaEsSampler, seed=s, warn_independent_sampling=False),
+        "nsga2": lambda s: optuna.samplers.NSGAIISampler(seed=s),
+        "random": lambda s: optuna.samplers.RandomSampler(seed=s),
+    }
+    return makers[name]
+
+
+def grid_size(space: Space) -> int:
+    """How many settings the grid of a space has."""
+    size = 1
+    for values in _grid(space).values():
+        size *= len(values)
+    return size
+
+
+def _grid(space: Space) -> dict[str, list[Any]]:
+    grid = {}
+    for parameter in space.parameters:
+        values = parameter.domain.grid()
+        if values is None:
+            raise UserError(
+                f"search.sampler: grid needs finitely many values of {parameter.name}; write a choice, an int or a step"
+            )
+        if parameter.when:
+            raise UserError(f"search.sampler: grid knows no `when` ({parameter.name}); use tpe or random")
+        grid[parameter.name] = values
+    return grid
+
+
+def _silent(kind: Any, **arguments: Any) -> BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler: BaseSampler = kind(**arguments)
+        return sampler
+
+
+class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped
+    """Asks the ledger whenever Tune has room for a trial. Endings reach the ledger by `search.recorder`."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+
+    def set_search_properties(self, metric: Any, mode: Any, config: dict[str, Any], **spec: Any) -> bool:
+        self._metric, self._mode = metric, mode
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        opened = self._ledger.ask(trial_id)
+        if opened is None:
+            return Searcher.FINISHED
+        return {"number": opened.number, "values": dict(opened.values)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing here: the result alone does not say why a trial ended."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune keeps a snapshot of its searcher; ours is the study, and this only satisfies Tune."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""

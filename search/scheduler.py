@@ -1,0 +1,112 @@
+"""The schedulers by name: Ray Tune's own, kept from ever seeing a trial that ended without an objective."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+
+from search.domain import Choice, Integer, Parameter, Real
+from search.space import Space
+from search.trial import EPOCH, OBJECTIVE
+from trainables.contract import UserError
+
+UNKNOWN_EPOCHS = 10_000  # rungs are laid out up to here when a space does not say how long a trial is
+PAUSING = ("hyperband", "pbt")  # these pause trials, so that more may be begun than there are slots
+
+
+class _OnlyMeasured:
+    """Mixed into a scheduler: a trial that ends without an objective is removed, and not completed.
+
+    The results of a diverged or failed trial carry no objective. Completing them would make the median rule look up
+    a metric that is not there, and would leave a hole in a HyperBand bracket.
+    """
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        if self.metric is None or self.metric in result:  # type: ignore[attr-defined]
+            super().on_trial_complete(tune_controller, trial, result)  # type: ignore[misc]
+        else:
+            self.on_trial_remove(tune_controller, trial)  # type: ignore[attr-defined]
+
+
+class _Asha(_OnlyMeasured, AsyncHyperBandScheduler):  # type: ignore[misc]  # Ray is untyped
+    pass
+
+
+class _HyperBand(_OnlyMeasured, HyperBandScheduler):  # type: ignore[misc]
+    pass
+
+
+class _Median(_OnlyMeasured, MedianStoppingRule):  # type: ignore[misc]
+    pass
+
+
+class _Pbt(_OnlyMeasured, PopulationBasedTraining):  # type: ignore[misc]
+    """Explores within the domains of the space; Ray's own exploration walks out of them."""
+
+    def __init__(self, space: Space, seed: int, **arguments: Any) -> None:
+        self._space = space
+        self._rng = random.Random(seed)
+        super().__init__(custom_explore_fn=lambda config: config, log_config=False, **arguments)
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        values = perturb(self._space, trial_to_clone.config["values"], self._rng)
+        return {**trial.config, "values": values}, {}
+
+
+def perturb(space: Space, values: dict[str, Any], rng: random.Random, resample: float = 0.25) -> dict[str, Any]:
+    """PBT's exploration: each value is drawn anew with probability `resample`, else moved to 0.8 or 1.2 of itself."""
+    moved: dict[str, Any] = {}
+    for parameter in space.parameters:
+        if space.is_active(parameter, moved):
+            old = values.get(parameter.name)
+            again = old is None or rng.random() < resample
+            moved[parameter.name] = parameter.domain.sample(rng) if again else _step(parameter, old, rng)
+    return moved
+
+
+def _step(parameter: Parameter, value: Any, rng: random.Random) -> Any:
+    domain, factor = parameter.domain, rng.choice((0.8, 1.2))
+    if isinstance(domain, Real):
+        return min(max(value * factor, domain.low), domain.high)
+    if isinstance(domain, Integer):
+        moved = round(value * factor) if abs(value * factor - value) >= domain.step else value + rng.choice((-1, 1))
+        steps = round((min(max(moved, domain.low), domain.high) - domain.low) / domain.step)
+        return min(domain.low + steps * domain.step, domain.high)
+    assert isinstance(domain, Choice)
+    place = domain.values.index(value) + rng.choice((-1, 1))
+    return domain.values[min(max(place, 0), len(domain.values) - 1)]
+
+
+def make_scheduler(space: Space) -> TrialScheduler:
+    """The space's scheduler; raises UserError where it cannot serve the space."""
+    wanted = space.scheduler
+    if wanted.name == "none":
+        return FIFOScheduler()
+    if len(space.objectives) > 1:
+        raise UserError(f"scheduler.name: {wanted.name} compares one objective, this space has several; use none")
+    common = {"time_attr": EPOCH, "metric": OBJECTIVE, "mode": space.objectives[0].mode}
+    longest = space.epochs or UNKNOWN_EPOCHS
+    if wanted.name == "asha":
+        return _Asha(
+            **common,
+            max_t=max(longest, wanted.grace_epochs),
+            grace_period=wanted.grace_epochs,
+            reduction_factor=wanted.reduction,
+            stop_last_trials=False,
+        )
+    if wanted.name == "hyperband":
+        if space.epochs is None:
+            raise UserError("scheduler.name: hyperband shares out a known number of epochs; fix config.epochs")
+        return _HyperBand(**common, max_t=longest, reduction_factor=wanted.reduction, stop_last_trials=False)
+    if wanted.name == "median":
+        return _Median(**common, grace_period=wanted.grace_epochs)
+    return _Pbt(space, space.search.seed, perturbation_interval=wanted.grace_epochs, **common)

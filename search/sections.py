@@ -1,0 +1,113 @@
+"""The sections of a space file beside its config tree, validated by pydantic."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from search.decode import did_you_mean
+from trainables.contract import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Objective(_Section):
+    """What is searched for: a metric of the reports, and whether more or less of it is better."""
+
+    metric: str
+    mode: Literal["min", "max"]
+
+
+class Limit(_Section):
+    """Bounds that a metric of the last report must keep for a trial to count as a solution."""
+
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _some_bound(self) -> Limit:
+        if self.min is None and self.max is None:
+            raise ValueError("name a `min`, a `max` or both")
+        return self
+
+    def excess(self, value: float) -> float:
+        """How far `value` lies outside; at most 0 where the limit is kept."""
+        return max(
+            *([self.min - value] if self.min is not None else []),
+            *([value - self.max] if self.max is not None else []),
+            float("-inf"),
+        )
+
+
+class Search(_Section):
+    """How settings are proposed, and when the search ends."""
+
+    sampler: Literal["tpe", "gp", "cmaes", "nsga2", "qmc", "random", "grid"] = "tpe"
+    trials: int = Field(20, ge=1)
+    seed: int = Field(0, ge=0)
+    time_budget: str | None = None  # such as 90s, 30m, 4h; trials still running then are stopped
+    retries: int = Field(1, ge=0)  # of a trial that failed by a bug or a fault of the machine
+
+    @field_validator("time_budget")
+    @classmethod
+    def _readable(cls, value: str | None) -> str | None:
+        if value is not None:
+            seconds(value)
+        return value
+
+    @property
+    def time_budget_s(self) -> float | None:
+        return None if self.time_budget is None else seconds(self.time_budget)
+
+
+class Scheduler(_Section):
+    """Which trials are stopped before their end."""
+
+    name: Literal["none", "asha", "hyperband", "median", "pbt"] = "none"
+    grace_epochs: int = Field(1, ge=1)  # no trial is stopped before; pbt: epochs between two exchanges
+    reduction: int = Field(3, ge=2)  # one trial of so many goes on at each rung
+
+
+class Resources(_Section):
+    """What the worker group of one slot takes."""
+
+    workers: int = Field(1, ge=1)
+    gpus_per_worker: float | None = Field(None, ge=0)  # None: 1 where there are GPUs, else 0
+    cpus_per_worker: int = Field(1, ge=1)
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds(text: str) -> float:
+    """Seconds in a duration such as 90s, 30m, 1.5h; raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text)
+    if not match or float(match[1]) == 0:
+        raise ValueError(f"{text!r} is no duration; write a number and s, m, h or d, such as 30m")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+_Model = TypeVar("_Model", bound=_Section)
+
+
+def section(model: type[_Model], value: Any, path: str) -> _Model:
+    """`value` as a section; raises UserError with the dotted path of what is wrong."""
+    try:
+        return model.model_validate({} if value is None else value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([path, *map(str, first["loc"])])
+        if first["type"] == "extra_forbidden":
+            hint = did_you_mean(str(first["loc"][-1]), model.model_fields)
+            raise UserError(f"{where}: no such key; {hint}") from None
+        if first["type"] == "missing":
+            raise UserError(f"{where}: a value is needed") from None
+        if first["type"] == "literal_error" and isinstance(first["input"], str):
+            known = str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+            raise UserError(f"{where}: {first['input']!r} is unknown; {did_you_mean(first['input'], known)}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {first['input']!r} is refused: {message[:1].lower()}{message[1:]}") from None

@@ -1,0 +1,255 @@
+"""The ledger of a search: asks Optuna for settings and tells it, in its terms, how each trial ended.
+
+Optuna's study is the one source of truth. What failure tells the sampler follows one rule: a setting under which
+training blows up is a bad setting, not a missing one. So a diverged trial is told COMPLETE, with a finite penalty and a
+violated constraint; only a trial lost to a bug or to the machine is told FAIL, which every sampler ignores.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from search.folder import TrialFolder
+from search.record import Record, read_record
+from search.space import Space
+from trainables.contract import UserError
+
+MakeSampler = Callable[[int], BaseSampler]  # from a seed
+FEASIBLE = -1.0  # the constraint of a trial that neither diverged nor ran out of memory
+
+
+def open_study(file: Path, space: Space, create: bool) -> optuna.Study:
+    """The study of a results folder; with `create`, a new one."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if not create and not file.exists():
+        raise UserError(f"{file}: there is no study here; name a results folder of an earlier search")
+    storage = JournalStorage(JournalFileBackend(str(file)))
+    if create:
+        directions = ["maximize" if item.mode == "max" else "minimize" for item in space.objectives]
+        return optuna.create_study(storage=storage, study_name="search", directions=directions)
+    return optuna.load_study(storage=storage, study_name="search")
+
+
+def records(study: optuna.Study, space: Space) -> list[Record]:
+    """Every trial of this search that was begun, by number; without those taken over by a warm start."""
+    return [
+        read_record(trial, space)
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state != TrialState.WAITING and "from" not in trial.user_attrs
+    ]
+
+
+@dataclass
+class OpenTrial:
+    """A trial that has been asked for and not ended."""
+
+    trial: optuna.Trial
+    values: dict[str, Any]
+    name: str | None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    epochs: int = 0
+    seconds_before: float = 0.0  # in earlier attempts, before an interruption
+    started: float = 0.0
+
+    @property
+    def number(self) -> int:
+        return self.trial.number
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + (time.monotonic() - self.started if self.started else 0.0)
+
+
+class Ledger:
+    """Ask, report and end trials, each under a key of the caller's."""
+
+    def __init__(self, space: Space, study: optuna.Study, make_sampler: MakeSampler, results: Path) -> None:
+        self._results = results
+        self.space = space
+        self.study = study
+        self.open: dict[str, OpenTrial] = {}
+        self._make_sampler = make_sampler
+        trials = study.get_trials(deepcopy=False)
+        self._unfinished = [item for item in trials if item.state == TrialState.RUNNING]
+        if not trials:
+            for known in space.try_first:
+                self._enqueue(known.values, known.name)
+
+    @property
+    def left(self) -> int:
+        """How many trials are still to be run, those that were interrupted included."""
+        begun = [
+            item
+            for item in self.study.get_trials(deepcopy=False)
+            if item.state != TrialState.WAITING and "from" not in item.user_attrs
+        ]
+        return max(0, self.space.search.trials - len(begun)) + len(self._unfinished)
+
+    def ask(self, key: str) -> OpenTrial | None:
+        """The next trial: one that was interrupted, a known setting, or the sampler's proposal; None at the end.
+
+        The sampler is made anew for each proposal, with a seed from the search's seed and the trial's place. So a
+        proposal depends on the history alone, and a resumed search proposes what an uninterrupted one would.
+        """
+        if self._unfinished:
+            trial = optuna.Trial(self.study, self._unfinished.pop(0)._trial_id)
+        elif self.left == 0:
+            return None
+        else:
+            asked = sum(item.state != TrialState.WAITING for item in self.study.get_trials(deepcopy=False))
+            self.study.sampler = self._make_sampler(proposal_seed(self.space.search.seed, asked))
+            trial = self.study.ask()
+        attrs = trial.user_attrs
+        values = attrs.get("values") or self.space.suggest(trial)
+        opened = OpenTrial(trial, values, attrs.get("name"), seconds_before=attrs.get("seconds", 0.0))
+        rows = TrialFolder(self._results, opened.number).read_metrics()
+        if rows:  # of an earlier attempt, which may have given its last report already
+            opened.epochs, opened.metrics = rows[-1]["epoch"], rows[-1]["metrics"]
+        self.open[key] = opened
+        return opened
+
+    def report(self, key: str, epoch: int, metrics: Mapping[str, Any]) -> None:
+        """An epoch is over. Only finite objectives get here."""
+        opened = self.open[key]
+        opened.epochs = epoch
+        opened.metrics = dict(metrics)
+        if len(self.space.objectives) == 1:
+            value = metrics[self.space.objectives[0].metric]
+            assert math.isfinite(value), "a non-finite objective ends its trial before it is reported"
+            with _quiet_optuna():  # an epoch that is run again after an interruption is reported twice
+                opened.trial.report(value, epoch)
+
+    def interrupt(self, key: str) -> None:
+        """The search stops here; the trial stays open in the study, and a resumed search goes on with it."""
+        opened = self.open.pop(key)
+        self._write(opened, {"seconds": round(opened.seconds, 3), "values": opened.values})
+
+    def end(self, key: str, status: str, reason: str) -> Record:
+        """Tell the study how a trial ended; returns its record."""
+        opened = self.open.pop(key)
+        attrs = {
+            "status": status,
+            "reason": reason,
+            "metrics": opened.metrics,
+            "epochs": opened.epochs,
+            "seconds": round(opened.seconds, 3),
+            "values": opened.values,
+        }
+        self._write(opened, attrs)
+        state, values = self._verdict(opened, status)
+        for name, excess in self._constraints(opened, status).items():
+            opened.trial.set_constraint(name, excess)
+        with _quiet_optuna():
+            self.study.tell(opened.trial, values, state=state)
+        return read_record(self.study.get_trials(deepcopy=False)[opened.number], self.space)
+
+    def _write(self, opened: OpenTrial, attrs: Mapping[str, Any]) -> None:
+        for name, value in attrs.items():
+            opened.trial.set_user_attr(name, value)
+
+    def _verdict(self, opened: OpenTrial, status: str) -> tuple[TrialState, list[float] | None]:
+        if status == "failed":
+            return TrialState.FAIL, None
+        if status == "stopped":
+            return TrialState.PRUNED, None
+        if status == "finished":
+            return TrialState.COMPLETE, [opened.metrics[item.metric] for item in self.space.objectives]
+        return TrialState.COMPLETE, penalties(self.study.get_trials(deepcopy=False), self.study.directions)
+
+    def _constraints(self, opened: OpenTrial, status: str) -> dict[str, float]:
+        """Every constraint by name; a trial is feasible when none is above 0."""
+        if status == "failed":
+            return {}
+        longest = self.space.epochs or max(1, opened.epochs)
+        told = {
+            "diverged": severity(opened.epochs, longest) if status == "diverged" else FEASIBLE,
+            "out_of_memory": 1.0 if status == "out_of_memory" else FEASIBLE,
+        }
+        for name, limit in self.space.constraints.items():
+            told[name] = limit.excess(opened.metrics[name]) if name in opened.metrics else 1.0
+        return told
+
+    def _enqueue(self, values: Mapping[str, Any], name: str | None) -> None:
+        encoders = {item.name: item.domain.encode for item in self.space.parameters}
+        stored = {key: encoders[key](value) for key, value in values.items()}
+        self.study.enqueue_trial(stored, user_attrs={"name": name} if name else None)
+
+
+def proposal_seed(seed: int, place: int) -> int:
+    """A seed for the proposal at `place`, unlike those beside it."""
+    return random.Random(f"{seed}/{place}").getrandbits(32)
+
+
+def severity(epochs: int, longest: int) -> float:
+    """How bad a divergence is: 2 in the first epoch, towards 1 at the end. Above 0: violated."""
+    return 2.0 - min(1.0, epochs / longest)
+
+
+def penalties(trials: Sequence[FrozenTrial], directions: Sequence[optuna.study.StudyDirection]) -> list[float]:
+    """For each objective a finite value that is worse than any seen: the worst and a tenth of the span beyond it."""
+    found = []
+    for i, direction in enumerate(directions):
+        sign = 1.0 if direction == optuna.study.StudyDirection.MINIMIZE else -1.0
+        seen = [sign * trial.values[i] for trial in trials if trial.values and not is_penalised(trial)]
+        if len(directions) == 1:
+            seen += [sign * value for trial in trials for value in trial.intermediate_values.values()]
+        worst, best = (max(seen), min(seen)) if seen else (0.0, 0.0)
+        found.append(sign * (worst + max(0.1 * (worst - best), 1e-3 * max(1.0, abs(worst)))))
+    return found
+
+
+def is_penalised(trial: FrozenTrial) -> bool:
+    """Whether the values of a trial are penalties and not measurements."""
+    return trial.user_attrs.get("status") in ("diverged", "out_of_memory")
+
+
+def take_over(study: optuna.Study, space: Space, earlier: optuna.Study, source: str) -> int:
+    """Copy an earlier study's ended trials that lie within this space; returns how many.
+
+    They teach the sampler and count as trials of the earlier search, not of this one.
+    """
+    distributions = {item.name: item.domain.distribution() for item in space.parameters}
+    taken = 0
+    for trial in earlier.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+        mine = {name: distributions[name] for name in trial.params if name in distributions}
+        if len(mine) < len(trial.params) or not all(
+            mine[name]._contains(mine[name].to_internal_repr(value)) for name, value in trial.params.items()
+        ):
+            continue
+        copied = create_trial(
+            state=trial.state,
+            params=trial.params,
+            distributions=mine,
+            values=trial.values if trial.state == TrialState.COMPLETE else None,
+            intermediate_values=trial.intermediate_values,
+            user_attrs={**trial.user_attrs, "from": source},
+            constraints=trial.constraints,
+        )
+        study.add_trial(copied)
+        taken += 1
+    return taken
+
+
+class _quiet_optuna:
+    """Optuna announces with warnings what is meant here; they would reach the user's terminal."""
+
+    def __enter__(self) -> None:
+        self._catch = warnings.catch_warnings()
+        self._catch.__enter__()
+        warnings.simplefilter("ignore")
+
+    def __exit__(self, *error: object) -> None:
+        self._catch.__exit__(*error)  # type: ignore[arg-type]

@@ -1,0 +1,139 @@
+"""The Tune trainable: one slot of the search, lent to one trial after another.
+
+Tune sees a class Trainable whose `step` is one epoch. The worker group behind it stays up between trials
+(`reuse_actors`), so that only the first trial of a slot pays for its start.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from search.folder import TrialFolder, last_checkpoint
+from search.group import Group, GroupDied, GroupSpec
+from search.ranks import Advance, Answer, Begin, Blew, Broke, Ended, RanOut, Reported
+from search.space import Space
+
+# Keys of a result. OBJECTIVE is what schedulers compare, so that no name of a metric can clash with one of Tune's.
+STATUS, REASON, EPOCH, OBJECTIVE, METRICS = "status", "reason", "epoch", "objective", "metrics"
+
+
+class TrialFailed(RuntimeError):
+    """A trial was lost to a bug or to the machine; Tune runs it again while retries are left."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every trial of a search shares."""
+
+    space: Space
+    spec: GroupSpec
+    results: str
+    cold: bool
+
+
+class Slot(tune.Trainable):  # type: ignore[misc]  # Ray is untyped
+    """Runs the trial `config["number"]` with the searched values `config["values"]`.
+
+    After an epoch the result holds `epoch` (reports so far), `objective` and `metrics`; at the end of a trial `done`,
+    `epoch`, `status` and `reason`, and no objective, whatever became of it.
+    """
+
+    def setup(self, config: dict[str, Any], job: Job) -> None:
+        self._job = job
+        self._group: Group | None = None
+        self._assign(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._assign(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        try:
+            answer = self._advance() if self._begun else self._begin()
+        except GroupDied as died:
+            self._retire_group()
+            raise TrialFailed(str(died)) from None
+        if not answer.clean:
+            self._retire_group()
+        if isinstance(answer, Reported):
+            return self._report(answer)
+        if isinstance(answer, Broke) and not answer.final:
+            self._folder.write_error(answer.trace)
+            raise TrialFailed(answer.reason)
+        return self._end(answer)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """For schedulers that pause a trial or copy one into another."""
+        saved = self._folder.checkpoint()
+        if saved is None:
+            raise TrialFailed("the scheduler pauses trials, and this trainable's reports have no state to resume from")
+        shutil.copy2(saved.path, checkpoint_dir)
+
+    def load_checkpoint(self, checkpoint: str) -> None:
+        """Into the trial's own folder, so that a retry too goes on from there and not from what was left behind."""
+        saved = last_checkpoint(Path(checkpoint))
+        assert saved is not None, "save_checkpoint wrote one"
+        self._folder.write_checkpoint(saved.epoch, saved.path.read_bytes())
+        self._begun = False
+
+    def cleanup(self) -> None:
+        self._retire_group()
+
+    def _assign(self, config: dict[str, Any]) -> None:
+        self._tree = self._job.space.config(config["values"])
+        self._folder = TrialFolder(Path(self._job.results), config["number"])
+        self._begun = False
+        self._epoch = 0
+
+    def _begin(self) -> Answer:
+        """Start the trial, from its own last checkpoint where an earlier attempt left one."""
+        if self._job.cold:
+            self._retire_group()
+        if self._group is None:
+            self._group = Group(self._job.spec)
+        saved = self._folder.checkpoint()
+        self._epoch = 0 if saved is None else saved.epoch
+        self._begun = True
+        resume = None if saved is None else saved.path.read_bytes()
+        return self._group.ask(Begin(self._tree, self._job.space.search.seed, resume))
+
+    def _advance(self) -> Answer:
+        assert self._group is not None
+        return self._group.ask(Advance())
+
+    def _report(self, answer: Reported) -> dict[str, Any]:
+        self._epoch += 1
+        if answer.state is not None:
+            self._folder.write_checkpoint(self._epoch, answer.state)
+        metrics = {name: value if math.isfinite(value) else None for name, value in (answer.metrics or {}).items()}
+        return {EPOCH: self._epoch, OBJECTIVE: metrics[self._job.space.objectives[0].metric], METRICS: metrics}
+
+    def _end(self, answer: Answer) -> dict[str, Any]:
+        self._begun = False
+        status, reason = verdict(answer)
+        if status == "finished" and self._epoch == 0:
+            status, reason = "failed", "ended without a report; a trainable yields one after every epoch"
+        return {"done": True, EPOCH: self._epoch, STATUS: status, REASON: reason}
+
+    def _retire_group(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.stop()
+
+
+def verdict(answer: Answer) -> tuple[str, str]:
+    """Status and reason of a trial whose group gave its last answer."""
+    if isinstance(answer, Ended):
+        return "finished", "ran to its end"
+    if isinstance(answer, Blew):
+        return "diverged", answer.reason + ("" if answer.step is None else f" at step {answer.step}")
+    if isinstance(answer, RanOut):
+        return "out_of_memory", answer.reason
+    assert isinstance(answer, Broke)
+    return "failed", answer.reason

@@ -1,0 +1,112 @@
+"""YAML as a person meant it: the safe loader, without its three silent traps.
+
+PyYAML reads `1e-5` as text and `on` as True, and keeps the last of two equal keys. Here each is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainables.contract import UserError
+
+_EXPONENT_WITHOUT_POINT = re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+|[-+]?\d[\d_]*\.\d*[eE]\d+")
+_WORDS_FOR_BOOL = {"yes", "no", "on", "off"}
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise UserError(f"line {key_node.start_mark.line + 1}: the key `{key}` stands twice; keep one of them")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _plain_text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    if node.style is None and _EXPONENT_WITHOUT_POINT.fullmatch(node.value):
+        raise UserError(
+            f"line {node.start_mark.line + 1}: YAML reads {node.value} as text; write {_with_point(node.value)}"
+        )
+    return str(loader.construct_scalar(node))
+
+
+def _strict_bool(loader: _Loader, node: yaml.ScalarNode) -> bool:
+    if node.value.lower() in _WORDS_FOR_BOOL:
+        raise UserError(
+            f"line {node.start_mark.line + 1}: YAML reads {node.value} as a truth value; write true or false, "
+            f'or "{node.value}" for the text'
+        )
+    return bool(loader.construct_yaml_bool(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _plain_text)
+_Loader.add_constructor("tag:yaml.org,2002:bool", _strict_bool)
+
+
+def _with_point(text: str) -> str:
+    mantissa, exponent = re.split("[eE]", text)
+    sign = "" if exponent[0] in "+-" else "+"
+    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{sign}{exponent}"
+
+
+def parse(text: str, where: str) -> Any:
+    """The value that `text` holds; raises UserError with `where` and the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise UserError(f"{where}: {line}{getattr(error, 'problem', None) or 'not YAML'}") from None
+
+
+def read(path: Path) -> Any:
+    try:
+        return parse(path.read_text(), str(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text") from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Keeps short lists on one line and prints floats so that they are read back as floats."""
+
+
+def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    text = repr(value)
+    if "e" in text:
+        text = _with_point(text)
+    if text in ("inf", "-inf", "nan"):
+        text = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}[text]
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Dumper.add_representer(float, _float)
+_Dumper.add_representer(
+    tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", list(value), flow_style=True)
+)
+_Dumper.add_representer(
+    list,
+    lambda dumper, value: dumper.represent_sequence(
+        "tag:yaml.org,2002:seq", value, flow_style=not any(isinstance(item, (dict, list)) for item in value)
+    ),
+)
+
+
+def dump(value: Any) -> str:
+    """`value` as YAML that `parse` reads back equal."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def write(path: Path, value: Any, comment: str = "") -> None:
+    head = "".join(f"# {line}\n" for line in comment.splitlines())
+    path.write_text(head + dump(value))
