@@ -10,40 +10,27 @@ A family that does not fit writes its own `train(trial)` and takes what it needs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import functools
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
-from trainables.contract import Report, Trial
-from trainables.optim import Optim as Optim
+from trainables.contract import Diverged, Report, State, Trial, UserError
+from trainables.optim import Ema, Optim, adamw, clip_factor, fused_step, lr_factor, set_lr
+from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, on_device, ranks_of, share_of
 
-Batch = dict[str, Tensor]
 # A sum over the samples of a batch, and over how many it was taken.
 Pairs = Mapping[str, tuple[Tensor, Tensor | int]]
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that train together."""
-
-    rank: int = 0
-    size: int = 1
-
-
-class Samples(Protocol):
-    """A split of a data set, gathered by index. It must not draw from the global random generators.
-
-    On a GPU the next batch is gathered by another thread while the present one computes.
-    """
-
-    def __len__(self) -> int:
-        """The number of samples, over all ranks."""
-
-    def __getitem__(self, indices: torch.LongTensor) -> Batch:
-        """The samples of these indices, as CPU tensors with the samples along the first axis."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +41,8 @@ class Task:
     model: builds the module, on the CPU, from the seeded global generator. A parameter with `requires_grad` False stays
         as it is; a submodule left in eval mode stays in eval mode.
     data: the split "train" or "val".
-    loss: the loss terms of a batch by name, already weighted; their sum is minimised. All terms share one count: the same
-        int, or the very same tensor. An int promises that every sample counts alike, so that each rank knows the
+    loss: the loss terms of a batch by name, already weighted; their sum is minimised. All terms share one count: the
+        same int, or the very same tensor. An int promises that every sample counts alike, so that each rank knows the
         total; a tensor (valid tokens, say) is added over the ranks, one small collective per step.
     score: what is reported of the validation split, each with its own count. The names do not depend on the batch; a
         score whose count is zero over the whole split is left out.
@@ -75,7 +62,282 @@ class Task:
 def fit(task: Task, trial: Trial) -> Iterator[Report]:
     """Train `task` as `trial` says; yield a report per epoch.
 
-    Raises `Diverged` in the step whose loss terms or gradient are not finite, on all ranks alike, before that step
-    changes a weight.
+    Raises `Diverged` for the step whose loss terms or gradient are not finite, on all ranks alike, before that step
+    changes a weight. On a CPU, a trial resumed from a state goes on bit for bit as if it had not stopped.
     """
-    raise NotImplementedError
+    config, optim, device, ranks = trial.config, trial.config.optim, trial.device, ranks_of(trial)
+    seed_everything(trial.seed, "model")
+    model = task.model(config).to(device)
+    train, val = (samples_of(task, config, split, ranks) for split in ("train", "val"))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = adamw(trained, task.lr_scale, optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
+    ema = Ema(trained, optim.ema)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": ema}
+    start = restore(parts, trial.resume)
+    loss = over_ranks(Loss(task.loss, model, config), ranks, device)
+
+    one = torch.ones((), device=device)
+    diverged = torch.zeros((), dtype=torch.bool, device=device)
+    for epoch in range(start, config.epochs):
+        seed_everything(trial.seed, epoch, ranks.rank)
+        began_s = time.perf_counter()
+        shares = epoch_shares(len(train), optim, ranks, seed_from(trial.seed, "order", epoch))
+        batches = on_device(train, [micro for share in shares for micro in share.micros], device)
+        epoch_sums, verdict = 0 * one, None
+        for index, share in enumerate(shares):
+            lr = optim.lr * lr_factor(optim, epoch + (index + 0.5) / len(shares), config.epochs)
+            set_lr(optimizer, lr)
+            optimizer.zero_grad(set_to_none=True)
+            summed = backward(loss, batches, share, scaler, autocast(device, optim))
+            count = everyones_count(summed, share, ranks, always_ask=scaler.is_enabled())
+
+            # The gradients are those of the sum, over the ranks (by DDP) and over the batch's size (by `backward`).
+            divisor = count.where(count != 0, 1) / (ranks.size * share.effective)
+            scaler.unscale_(optimizer)
+            norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None]) / divisor
+            # fp16: a gradient that overflows is only skipped, as long as a smaller loss scale may mend it.
+            overflow = ~norm.isfinite()
+            diverged = diverged | ~count.isfinite() | (overflow & (scaler.scale(one) <= 1))
+            fused_step(optimizer, divisor / clip_factor(norm, optim.clip_norm), skip=overflow | diverged)
+            scaler.update()
+            ema.update()
+
+            step_sums = torch.cat([summed.sums_T, torch.stack([count / ranks.size, norm, one])])
+            epoch_sums = epoch_sums + step_sums.double().where(~overflow, 0)
+            # Looked at one step late, so that the host never waits for the step it has just queued. No harm is done
+            # meanwhile: once `diverged` is true, every further step is skipped on the device.
+            raise_if_diverged(verdict, ranks)
+            verdict = Verdict.of(diverged, epoch * len(shares) + index, lr, summed)
+        raise_if_diverged(verdict, ranks)
+        if not get_total_norm(trained.values()).isfinite():
+            raise Diverged(f"the weights are not finite after an update at lr {lr:.3g}", (epoch + 1) * len(shares))
+        epoch_s = time.perf_counter() - began_s
+
+        metrics = train_means(summed.terms, epoch_sums, ranks)
+        metrics |= {"lr": lr, "samples_per_s": sum(share.effective for share in shares) / epoch_s}
+        broadcast_buffers(model, ranks)
+        with evaluating(model, ema):
+            scores = evaluate(task, model, val, trial, ranks)
+        if taken := metrics.keys() & scores.keys():
+            raise ValueError(f"a score must not take the name of a training metric: {', '.join(sorted(taken))}")
+        yield Report(metrics | scores, state=functools.partial(state_of, parts, epoch))
+
+
+class Loss(nn.Module):
+    """A family's loss as a module, so that DDP wraps the loss and the family gets its plain model."""
+
+    def __init__(self, loss: Callable[[nn.Module, Batch, Any], Pairs], model: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.loss, self.model, self.config = loss, model, config
+
+    def forward(self, batch: Batch) -> Pairs:
+        return self.loss(self.model, batch, self.config)
+
+
+def over_ranks(loss: Loss, ranks: Ranks, device: torch.device) -> nn.Module:
+    if ranks.size == 1:
+        return loss
+    # Buffers are shared once an epoch, not in every step: see broadcast_buffers.
+    return DistributedDataParallel(
+        loss,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The loss terms of a batch, summed over this rank's samples, and their common count."""
+
+    terms: tuple[str, ...]
+    sums_T: Tensor
+    count: Tensor | int
+
+
+def summed_terms(pairs: Pairs) -> Summed:
+    counts = [count for _, count in pairs.values()]
+    # Tensors are compared by identity: to compare their values would make the host wait for the GPU.
+    if any(not (count is counts[0] or (isinstance(count, int) and count == counts[0])) for count in counts):
+        raise ValueError(f"the loss terms {', '.join(pairs)} must share one count: one int, or the very same tensor")
+    sums = [total.reshape(()).to(torch.promote_types(total.dtype, torch.float32)) for total, _ in pairs.values()]
+    return Summed(tuple(pairs), torch.stack(sums), counts[0])
+
+
+def backward(
+    loss: nn.Module, batches: Iterator[Batch], share: Share, scaler: torch.amp.GradScaler, cast: torch.autocast
+) -> Summed:
+    """Leave in the parameters the gradient of the summed loss over the batch's size, and return the loss.
+
+    The size is a constant that keeps fp16 in range. Where a loss is not finite its gradient starts from NaN, so that
+    no rank's gradient stays finite, by way of the all-reduce.
+    """
+    parts = []
+    for last in [False] * (len(share.micros) - 1) + [True]:
+        with contextlib.ExitStack() as stack:
+            if isinstance(loss, DistributedDataParallel) and not last:
+                stack.enter_context(loss.no_sync())
+            with cast:
+                part = summed_terms(loss(next(batches)))
+            total = part.sums_T.sum() * share.weight
+            total.backward(scaler.scale((1 + 0 * total.detach()) / share.effective))
+        parts.append(part)
+    sums_T = torch.stack([part.sums_T.detach() for part in parts]).sum(0) * share.weight
+    return Summed(parts[0].terms, sums_T, sum(part.count for part in parts))
+
+
+def everyones_count(summed: Summed, share: Share, ranks: Ranks, always_ask: bool) -> Tensor:
+    """Return the count of the batch over all ranks; where the ranks ask each other, NaN if a loss is not finite.
+
+    A count by the sample is known without asking. fp16 asks always, to tell a loss that is not finite from a gradient
+    that overflowed.
+    """
+    if isinstance(summed.count, int) and not always_ask:
+        if summed.count % share.size:
+            raise ValueError(f"a loss counts {summed.count} for {share.size} samples: return such a count as a tensor")
+        return summed.sums_T.new_full((), summed.count // share.size * share.effective)
+    count = summed.count * share.weight * (1 + 0 * summed.sums_T.sum())
+    if ranks.size > 1:
+        dist.all_reduce(count)
+    return count
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether training had diverged by a step, on its way from the device to the host."""
+
+    step: int
+    lr: float
+    summed: Summed
+    diverged: Tensor  # on the host, once `ready`
+    ready: torch.cuda.Event | None
+
+    @staticmethod
+    def of(diverged: Tensor, step: int, lr: float, summed: Summed) -> Verdict:
+        on_host = diverged.to("cpu", non_blocking=True)
+        if diverged.is_cuda:
+            ready = torch.cuda.Event()
+            ready.record()
+            return Verdict(step, lr, summed, on_host, ready)
+        return Verdict(step, lr, summed, on_host, None)
+
+
+def raise_if_diverged(verdict: Verdict | None, ranks: Ranks) -> None:
+    """Raise `Diverged`, with the same reason on every rank, if that is the verdict."""
+    if verdict is None:
+        return
+    if verdict.ready is not None:
+        verdict.ready.synchronize()
+    if not verdict.diverged:
+        return
+    ranks_wrong_T = (~verdict.summed.sums_T.isfinite()).float()
+    if ranks.size > 1:
+        dist.all_reduce(ranks_wrong_T)
+    wrong = [
+        f"loss_{term}" for term, ranks_wrong in zip(verdict.summed.terms, ranks_wrong_T, strict=True) if ranks_wrong
+    ]
+    what = f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'}" if wrong else "the gradient norm is"
+    raise Diverged(f"{what} not finite at lr {verdict.lr:.3g}", verdict.step)
+
+
+def train_means(terms: Sequence[str], sums_X: Tensor, ranks: Ranks) -> dict[str, float]:
+    """Return the epoch's means over samples and steps; none where no step was taken (fp16 may skip a short epoch)."""
+    if ranks.size > 1:
+        dist.all_reduce(sums_X)
+    *term_sums, count, norms, steps = sums_X.tolist()
+    if not count:
+        return {}
+    means = {f"loss_{term}": term_sum / count for term, term_sum in zip(terms, term_sums, strict=True)}
+    return {"loss": sum(means.values()), **means, "grad_norm": norms / steps}
+
+
+def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Give every rank the buffers of rank 0 (batch norm's statistics): all score, and resume, the same model."""
+    if ranks.size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, ema: Ema) -> Iterator[None]:
+    """In eval mode, without gradients, with the shadow for parameters; afterwards each module in its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    ema.swap()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        ema.swap()
+        for module in training:
+            module.training = True
+
+
+def evaluate(task: Task, model: nn.Module, samples: Samples, trial: Trial, ranks: Ranks) -> dict[str, float]:
+    """Return the scores over all samples of all ranks; one that nothing counts towards is left out."""
+    optim, device = trial.config.optim, trial.device
+    micro_batch = optim.micro_batch or -(-optim.batch_size // ranks.size)
+    share = share_of(torch.arange(len(samples)), ranks, micro_batch)
+    totals: dict[str, Tensor] = {}
+    for batch in on_device(samples, share.micros, device):
+        with autocast(device, optim):
+            pairs = task.score(model, batch, trial.config)
+        for name, pair in pairs.items():
+            pair_2 = torch.stack([torch.as_tensor(part, dtype=torch.float64, device=device) for part in pair])
+            totals[name] = totals.get(name, 0) + share.weight * pair_2
+    if not totals:
+        return {}
+    table_N2 = torch.stack(list(totals.values()))
+    if ranks.size > 1:
+        dist.all_reduce(table_N2)
+    return {name: total / count for name, (total, count) in zip(totals, table_N2.tolist(), strict=True) if count}
+
+
+def autocast(device: torch.device, optim: Optim) -> torch.autocast:
+    dtype = torch.float16 if optim.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=optim.precision != "fp32")
+
+
+def samples_of(task: Task, config: Any, split: str, ranks: Ranks) -> Samples:
+    samples = task.data(config, split, ranks)
+    if not len(samples):
+        raise UserError(f"the split {split!r} holds no sample; it must hold at least one")
+    return samples
+
+
+def seed_from(*parts: int | str) -> int:
+    """Return a seed of 63 bits that depends on every part, the same on every machine."""
+    return random.Random("/".join(map(str, parts))).getrandbits(63)
+
+
+def seed_everything(*parts: int | str) -> None:
+    """Seed the global generators, so that a resumed trial draws what an uninterrupted one does."""
+    seed = seed_from(*parts)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def state_of(parts: Mapping[str, Any], epoch: int) -> State:
+    return {"epoch": epoch, **{name: on_cpu(part.state_dict()) for name, part in parts.items()}}
+
+
+def restore(parts: Mapping[str, Any], state: State | None) -> int:
+    """Load the parts from a state, if there is one, and return the epoch to go on with."""
+    if state is None:
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(on_cpu(state[name]))  # a copy: an optimizer would go on to write into the state's tensors
+    return int(state["epoch"]) + 1
+
+
+def on_cpu(tree: Any) -> Any:
+    """Return a copy of nested dicts and lists with every tensor copied to the CPU."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, Mapping):
+        return {key: on_cpu(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [on_cpu(value) for value in tree]
+    return tree

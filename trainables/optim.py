@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trainables.contract import UserError
 
@@ -21,7 +22,7 @@ def require(holds: bool, name: str, value: object, rule: str) -> None:
 
 @dataclass(frozen=True)
 class Restarts:
-    """What the schedule "notes" does after the warm-up. Rates are ratios of `Optim.lr`, so that all of them scale with it.
+    """What the schedule "notes" does after the warm-up. Rates are ratios of `Optim.lr` and so scale with it.
 
     The defaults are the lab notes' own numbers at lr 1.0e-4; they warm up over 10 epochs.
     """
@@ -35,7 +36,10 @@ class Restarts:
         require(self.first_epochs >= 1, "optim.restarts.first_epochs", self.first_epochs, "be at least 1")
         require(self.every_epochs >= 1, "optim.restarts.every_epochs", self.every_epochs, "be at least 1")
         require(
-            0 < self.restart_ratio < math.inf, "optim.restarts.restart_ratio", self.restart_ratio, "be a positive number"
+            0 < self.restart_ratio < math.inf,
+            "optim.restarts.restart_ratio",
+            self.restart_ratio,
+            "be a positive number",
         )
         require(0 <= self.floor_ratio < 1, "optim.restarts.floor_ratio", self.floor_ratio, "lie in [0, 1)")
 
@@ -69,11 +73,107 @@ class Optim:
         require(0 < self.lr < math.inf, "optim.lr", self.lr, positive)
         require(self.clip_norm is None or 0 < self.clip_norm < math.inf, "optim.clip_norm", self.clip_norm, positive)
         require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "be at least 1")
-        require(self.micro_batch is None or self.micro_batch >= 1, "optim.micro_batch", self.micro_batch, "be at least 1")
+        require(
+            self.micro_batch is None or self.micro_batch >= 1, "optim.micro_batch", self.micro_batch, "be at least 1"
+        )
         require(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "be 0 or a positive number")
         schedules = ("constant", "cosine", "notes")
         require(self.schedule in schedules, "optim.schedule", self.schedule, f"be one of {', '.join(schedules)}")
-        require(0 <= self.warmup_epochs < math.inf, "optim.warmup_epochs", self.warmup_epochs, "be 0 or a positive number")
+        require(
+            0 <= self.warmup_epochs < math.inf, "optim.warmup_epochs", self.warmup_epochs, "be 0 or a positive number"
+        )
         precisions = ("fp32", "bf16", "fp16")
         require(self.precision in precisions, "optim.precision", self.precision, f"be one of {', '.join(precisions)}")
         require(self.ema is None or 0 < self.ema < 1, "optim.ema", self.ema, "lie between 0 and 1")
+
+
+def lr_factor(optim: Optim, epoch: float, epochs: int) -> float:
+    """Return the learning rate as a ratio of `optim.lr`, `epoch` epochs after the start of a trial of `epochs`."""
+    warmup = optim.warmup_epochs
+    if optim.schedule == "notes":
+        return _notes_factor(optim.restarts, warmup, math.floor(epoch))
+    if epoch < warmup:
+        return epoch / warmup
+    if optim.schedule == "constant":
+        return 1.0
+    return _half_cosine(1.0, 0.0, min(1.0, (epoch - warmup) / max(epochs - warmup, 1e-9)))
+
+
+def _notes_factor(restarts: Restarts, warmup: float, epoch: int) -> float:
+    if epoch < warmup:
+        return _half_cosine(restarts.floor_ratio, 1.0, epoch / warmup)
+    if epoch < warmup + restarts.first_epochs:
+        return _half_cosine(1.0, restarts.floor_ratio, (epoch - warmup) / restarts.first_epochs)
+    since_restart = (epoch - warmup - restarts.first_epochs) % restarts.every_epochs
+    return _half_cosine(restarts.restart_ratio, restarts.floor_ratio, since_restart / restarts.every_epochs)
+
+
+def _half_cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def adamw(trained: Mapping[str, nn.Parameter], lr_scale: Callable[[str], float], optim: Optim) -> torch.optim.AdamW:
+    """Return fused AdamW over these parameters, one group for each ratio of the learning rate (its "lr_scale")."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        ratio = float(lr_scale(name))
+        require(0 <= ratio < math.inf, f"lr_scale({name!r})", ratio, "be 0 or a positive number")
+        groups.setdefault(ratio, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr_scale": ratio} for ratio, parameters in groups.items()],
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its own ratio of `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def clip_factor(norm: Tensor, clip_norm: float | None) -> Tensor:
+    """Return what a gradient of this norm is multiplied by, as `torch.nn.utils.clip_grad_norm_` has it."""
+    if clip_norm is None:
+        return torch.ones_like(norm)
+    return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def fused_step(optimizer: torch.optim.AdamW, divisor: Tensor, skip: Tensor) -> None:
+    """Step with the gradients over `divisor`, or change nothing at all where `skip` is true.
+
+    Both stay on the device: the fused kernel reads them itself, through the attributes made for `GradScaler`.
+    """
+    optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+    optimizer.step()
+
+
+class Ema:
+    """A shadow of the parameters that follows them with a decay per step; nothing at all when the decay is None."""
+
+    def __init__(self, trained: Mapping[str, nn.Parameter], decay: float | None) -> None:
+        self._trained = dict(trained) if decay is not None else {}
+        self._shadow = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
+        self._follow = get_ema_multi_avg_fn(decay or 0.0)
+
+    def update(self) -> None:
+        """Move the shadow towards the parameters as they are now."""
+        if self._shadow:
+            self._follow(list(self._shadow.values()), list(self._trained.values()), 0)  # 0: a count it does not use
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the parameters and their shadow; a second call puts them back."""
+        for name, parameter in self._trained.items():
+            kept = parameter.clone()
+            parameter.copy_(self._shadow[name])
+            self._shadow[name].copy_(kept)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self._shadow)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, shadow in self._shadow.items():
+            shadow.copy_(state[name])

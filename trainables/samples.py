@@ -1,0 +1,96 @@
+"""Samples, gathered by index, and how a batch of them is divided over ranks and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainables.contract import Trial, UserError
+from trainables.optim import Optim
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int = 0
+    size: int = 1
+
+
+def ranks_of(trial: Trial) -> Ranks:
+    if trial.world_size > 1 and not dist.is_initialized():
+        raise UserError(
+            f"world_size = {trial.world_size} must come with a process group: "
+            "call torch.distributed.init_process_group before the trial"
+        )
+    return Ranks(trial.rank, trial.world_size)
+
+
+class Samples(Protocol):
+    """A split of a data set, gathered by index. It must not draw from the global random generators.
+
+    On a GPU the next batch is gathered by another thread while the present one computes.
+    """
+
+    def __len__(self) -> int:
+        """The number of samples, over all ranks."""
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        """The samples of these indices (int64), as CPU tensors with the samples along the first axis."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of an effective batch."""
+
+    micros: tuple[Tensor, ...]  # the indices of its samples, micro-batch by micro-batch
+    effective: int  # samples of the batch over all ranks
+    weight: float  # 0 for a rank without a sample: it passes another's through, because the collectives need everyone
+
+    @property
+    def size(self) -> int:
+        return sum(len(micro) for micro in self.micros)
+
+
+def share_of(batch: Tensor, ranks: Ranks, micro_batch: int | None) -> Share:
+    """Return this rank's share of the samples `batch`: every size-th of them."""
+    mine = batch[ranks.rank :: ranks.size]
+    weight = 1.0 if len(mine) else 0.0
+    mine = mine if len(mine) else batch[:1]
+    return Share(mine.split(micro_batch or len(mine)), len(batch), weight)
+
+
+def epoch_shares(samples: int, optim: Optim, ranks: Ranks, seed: int) -> list[Share]:
+    """Return this rank's shares of an epoch's batches; a ragged last batch is dropped unless it is the only one."""
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+    batches = order.split(optim.batch_size)
+    whole = [batch for batch in batches if len(batch) == optim.batch_size] or batches
+    return [share_of(batch, ranks, optim.micro_batch) for batch in whole]
+
+
+def on_device(samples: Samples, micros: Sequence[Tensor], device: torch.device) -> Iterator[Batch]:
+    """Yield these batches on the device; for a GPU, another thread gathers one batch ahead."""
+    if device.type != "cuda":
+        for micro in micros:
+            yield {name: tensor.to(device) for name, tensor in samples[micro].items()}
+        return
+
+    def gather(micro: Tensor) -> Batch:
+        return {name: tensor.pin_memory() for name, tensor in samples[micro].items()}
+
+    # The thread pins memory for this device: without set_device it would open a context on the first GPU as well.
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
+        ahead = thread.submit(gather, micros[0])
+        for following in [*micros[1:], None]:
+            batch = ahead.result()
+            if following is not None:
+                ahead = thread.submit(gather, following)
+            yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
