@@ -70,3 +70,24 @@ class Model:
     ln_shape: Literal["channel", "plane"] = "channel"
     align_backward: bool = True
     residual: bool = True
+    # What stands in for a missing sensor: a learned token, or the published inputs (zeros, uniform noise).
+    missing: Literal["token", "zerolike", "randlike"] = "token"
+    gps_embedding: Literal["mlp", "linear"] = "mlp"  # linear: as published
+
+
+@dataclass(frozen=True)
+class BeamLoss:
+    """What the beam logits are trained with, against a soft target around the best beam."""
+
+    kind: Literal["focal", "ce"] = "focal"
+    alpha: float = 0.25  # focal: weight of the wanted beams against all others
+    gamma: float = 2.0  # focal: how much less an easy beam counts
+    sigma: float = 0.5  # width of the target, beams; its height stays the published 0.997
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise UserError(f"loss.alpha = {self.alpha} must lie between 0 and 1")
+        if self.gamma < 0:
+            raise UserError(f"loss.gamma = {self.gamma} must not be negative")
+        if self.sigma <= 0:
+            raise UserError(f"loss.sigma = {self.sigma} must be a positive number of beams")

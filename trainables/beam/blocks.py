@@ -1,0 +1,99 @@
+"""One fusion stage: tokens of all sensors in, mixed tokens out.
+
+Shape suffixes: B batch, T tokens, C width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainables.beam.config import Model
+from trainables.beam.mamba import Mamba
+
+
+class Fusion(nn.Module):
+    """(B, T, C) -> (B, T, C): position table, dropout, blocks, LayerNorm."""
+
+    def __init__(self, tokens: int, width: int, model: Model) -> None:
+        super().__init__()
+        self.position_TC = nn.Parameter(torch.zeros(tokens, width))
+        self.dropout = nn.Dropout(model.dropout)
+        block = UniBlock if model.block == "uni" else BiBlock
+        self.blocks = nn.Sequential(*(block(tokens, width, model) for _ in range(model.n_layer)))
+        self.norm = nn.LayerNorm(width)
+        if model.mamba_init == "legacy":
+            self.apply(legacy_init)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        mixed_BTC: Tensor = self.norm(self.blocks(self.dropout(x_BTC + self.position_TC)))
+        return mixed_BTC
+
+
+class UniBlock(nn.Module):
+    """A bare Mamba layer, which sees the tokens in one direction and has no norm.
+
+    Without the residual it is the published block that diverges: roughly a quintic in the size of its input, so that
+    large tokens grow doubly exponentially over the blocks and overflow in the forward pass.
+    """
+
+    def __init__(self, tokens: int, width: int, model: Model) -> None:
+        super().__init__()
+        self.residual = model.residual
+        self.mamba = Mamba(width, model.d_state, model.d_conv, model.expand)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        out_BTC: Tensor = self.mamba(x_BTC)
+        return x_BTC + out_BTC if self.residual else out_BTC
+
+
+class BiBlock(nn.Module):
+    """Two Mamba layers, one over the tokens and one over the tokens reversed, that gate each other.
+
+    `align_backward` puts the backward branch into the order of the tokens again. The published block does not: it
+    multiplies token i of one branch with token T-1-i of the other.
+    """
+
+    def __init__(self, tokens: int, width: int, model: Model) -> None:
+        super().__init__()
+        self.residual, self.align_backward = model.residual, model.align_backward
+        self.norm = nn.LayerNorm((tokens, width) if model.ln_shape == "plane" else width)
+        self.input = nn.Linear(width, width)
+        self.gate = nn.Linear(width, width)
+        self.forwards = Mamba(width, model.d_state, model.d_conv, model.expand)
+        self.backwards = Mamba(width, model.d_state, model.d_conv, model.expand)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        u_BTC = self.input(self.norm(x_BTC))
+        reversed_BTC = u_BTC.flip(1)
+        backward_BTC = self.backwards(reversed_BTC)
+        gate_BTC = F.leaky_relu(self.gate(reversed_BTC), 0.2)
+        if self.align_backward:
+            backward_BTC, gate_BTC = backward_BTC.flip(1), gate_BTC.flip(1)
+        out_BTC: Tensor = backward_BTC * gate_BTC + self.forwards(u_BTC) * backward_BTC
+        return x_BTC + out_BTC if self.residual else out_BTC
+
+
+def legacy_init(module: nn.Module) -> None:
+    """The published initialiser. It also resets the Linears inside Mamba: its steps become 0.69, not 0.001-0.1."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def swap_channels(tokens: list[Tensor]) -> list[Tensor]:
+    """Exchange channels between k sensors: part j of sensor i comes from sensor i + j, counted in a circle.
+
+    With three sensors these are the published thirds; with two, halves; one sensor stays as it is. A part ends at
+    j * (C // k), the last at C. All sensors have the same (B, T, C); the exchange is not undone after the fusion.
+    """
+    sensors = len(tokens)
+    if sensors < 2:
+        return tokens
+    width = tokens[0].shape[2]
+    part = width // sensors
+    sizes = [part] * (sensors - 1) + [width - part * (sensors - 1)]
+    parts = [x_BTC.split(sizes, dim=2) for x_BTC in tokens]
+    return [torch.cat([parts[(i + j) % sensors][j] for j in range(sensors)], 2) for i in range(sensors)]

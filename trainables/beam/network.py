@@ -1,0 +1,171 @@
+"""The fusion network: one encoder per sensor, fused after each of four stages, then over time, into 64 beam logits.
+
+Shape suffixes: B batch, H history, F = B H frames, T tokens, C channels, Y X rows and columns of a map, G numbers of a
+position, K tokens of one sensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainables.beam.blocks import Fusion, swap_channels
+from trainables.beam.config import SENSORS, Data, Modality, Model
+from trainables.beam.encoders import Encoder, map_sides, stand_in_input
+from trainables.beam.mamba import Mamba
+from trainables.beam.positions import POSITIONS, PositionTokens
+
+BEAMS = 64
+
+Maps = dict[Modality, Tensor]  # (F, C, Y, X) of each sensor at the same stage
+
+
+class FusionNetwork(nn.Module):
+    """The beam logits of a batch of windows, from any subset of the modalities.
+
+    `first_maps` and `fuse` are the two halves of `forward`; what is done about a missing sensor happens between them.
+    """
+
+    def __init__(self, model: Model, data: Data, gps_width: int) -> None:
+        super().__init__()
+        self.sensors = [sensor for sensor in SENSORS if sensor in data.modalities]
+        self.history = data.history
+        self.missing, self.swap = model.missing, model.block == "cs_bi"
+        self.encoders = nn.ModuleDict({sensor: Encoder(sensor, model) for sensor in self.sensors})
+        self.absent = nn.ParameterDict(
+            {
+                sensor: nn.Parameter(torch.zeros(model.channels[0]))
+                for sensor in self.sensors
+                if model.missing == "token"
+            }
+        )
+        gps = "gps" in data.modalities
+        self.positions = PositionTokens(gps_width, model) if gps else None
+        # A map smaller than the grid of anchors is not blown up for it.
+        self.anchors = [min(model.anchors, side) for side in map_sides(data.image_size)]
+        self.fusions = nn.ModuleList(
+            Fusion(len(self.sensors) * data.history * anchors**2 + POSITIONS * gps, width, model)
+            for anchors, width in zip(self.anchors, model.channels, strict=True)
+        )
+        self.over_time = OverTime(data.history, len(self.sensors) > 0, gps, model)
+        self.head = _head(model.channels[-1])
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits, (B, 64)."""
+        return self.fuse(self.first_maps(batch), batch.get("gps"))
+
+    def first_maps(self, batch: Mapping[str, Tensor]) -> Maps:
+        """The sensors' maps after their first stages."""
+        return {sensor: self._first_map(sensor, batch) for sensor in self.sensors}
+
+    def _first_map(self, sensor: Modality, batch: Mapping[str, Tensor]) -> Tensor:
+        encoder = self._encoder(sensor)
+        return encoder.first(encoder.normalise(batch[sensor].flatten(0, 1)))
+
+    def _encoder(self, sensor: Modality) -> Encoder:
+        encoder = self.encoders[sensor]
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    def stand_in(self, sensor: Modality, batch: Mapping[str, Tensor]) -> Tensor:
+        """What is put in the place of a missing sensor's first map: its token, or its encoder's view of nothing.
+
+        Of the batch only the shape is used.
+        """
+        if self.missing != "token":
+            encoder = self._encoder(sensor)
+            nothing = stand_in_input(self.missing, encoder.normalise(batch[sensor].flatten(0, 1)))
+            return encoder.first(nothing)
+        frames = batch[sensor].shape[0] * batch[sensor].shape[1]
+        side = map_sides(batch[sensor].shape[-1])[0]
+        return self.absent[sensor].view(1, -1, 1, 1).expand(frames, -1, side, side)
+
+    def withhold(self, maps: Maps, batch: Mapping[str, Tensor], gone: Mapping[Modality, Tensor]) -> Maps:
+        """`maps` with a stand-in wherever a window lacks a sensor: `gone[sensor]` is (B,), True where it is missing."""
+        out = dict(maps)
+        for sensor, gone_B in gone.items():
+            gone_F111 = gone_B.repeat_interleave(self.history).view(-1, 1, 1, 1)
+            out[sensor] = torch.where(gone_F111, self.stand_in(sensor, batch), maps[sensor])
+        return out
+
+    def fuse(self, maps: Maps, gps_B2G: Tensor | None) -> Tensor:
+        """Logits, (B, 64), from the first maps (all sensors' of the configuration) and the positions."""
+        description_B2W = self.positions.description(gps_B2G) if self.positions and gps_B2G is not None else None
+        positions_B2C: Tensor | None = None
+        for stage, fusion in enumerate(self.fusions):
+            if stage:
+                maps = {sensor: self._encoder(sensor).stage(stage, x_FCYX) for sensor, x_FCYX in maps.items()}
+            if self.positions and description_B2W is not None:
+                positions_B2C = self.positions(stage, description_B2W, positions_B2C)
+            maps, positions_B2C = self._fuse_stage(fusion, self.anchors[stage], maps, positions_B2C)
+        frames = [x_FCYX.mean((2, 3)).unflatten(0, (-1, self.history)) for x_FCYX in maps.values()]
+        return self.head(self.over_time(frames, positions_B2C)).float()
+
+    def _fuse_stage(
+        self, fusion: nn.Module, anchors: int, maps: Maps, positions_B2C: Tensor | None
+    ) -> tuple[Maps, Tensor | None]:
+        tokens = [_tokens(F.adaptive_avg_pool2d(x_FCYX, anchors), self.history) for x_FCYX in maps.values()]
+        if self.swap:
+            tokens = swap_channels(tokens)
+        counts = [x.shape[1] for x in tokens]
+        if positions_B2C is not None:
+            tokens.append(positions_B2C)
+            counts.append(POSITIONS)
+        mixed = fusion(torch.cat(tokens, 1)).split(counts, dim=1)
+        fused: Maps = {}
+        for (sensor, x_FCYX), mixed_BKC in zip(maps.items(), mixed, strict=False):  # the positions come after them
+            grid = mixed_BKC.reshape(x_FCYX.shape[0], anchors, anchors, -1).permute(0, 3, 1, 2)
+            fused[sensor] = x_FCYX + F.interpolate(grid, size=x_FCYX.shape[2:], mode="bilinear")
+        return fused, mixed[-1] if positions_B2C is not None else None
+
+
+def _tokens(pooled_FCYX: Tensor, history: int) -> Tensor:
+    """Frames in order, each row by row: (B, H Y X, C)."""
+    return pooled_FCYX.flatten(2).mT.unflatten(0, (-1, history)).flatten(1, 2)
+
+
+class OverTime(nn.Module):
+    """One vector from the frames of every sensor and the two positions.
+
+    sum: of all. v1: one Mamba layer, shared by the sensors, runs over each sensor's frames first. v2: after it, each
+    sensor's frames are weighed by their channels' largest and mean value, and so are the positions.
+    """
+
+    def __init__(self, history: int, sensors: bool, gps: bool, model: Model) -> None:
+        super().__init__()
+        self.residual = model.residual
+        width = model.channels[-1]
+        weigh, mamba = model.time_fusion == "v2", model.time_fusion != "sum"
+        self.mamba = Mamba(width, model.d_state, model.d_conv, model.expand) if mamba and sensors else None
+        self.frame_weights = nn.Linear(history, history) if weigh and sensors else None
+        self.position_weights = nn.Linear(POSITIONS, POSITIONS) if weigh and gps else None
+
+    def forward(self, sensors: list[Tensor], positions_B2C: Tensor | None) -> Tensor:
+        """`sensors` are (B, H, C); returns (B, C)."""
+        vectors = []
+        for frames_BHC in sensors:
+            if self.mamba is not None:
+                mixed_BHC = self.mamba(frames_BHC)
+                frames_BHC = frames_BHC + mixed_BHC if self.residual else mixed_BHC
+            vectors.append(_weighted_sum(frames_BHC, self.frame_weights))
+        if positions_B2C is not None:
+            vectors.append(_weighted_sum(positions_B2C, self.position_weights))
+        return torch.stack(vectors).sum(0)
+
+
+def _weighted_sum(x_BTC: Tensor, weights: nn.Linear | None) -> Tensor:
+    if weights is None:
+        return x_BTC.sum(1)
+    share_BT = weights(x_BTC.amax(2) + x_BTC.mean(2)).softmax(1)
+    return torch.einsum("bt,btc->bc", share_BT, x_BTC)
+
+
+def _head(width: int) -> nn.Sequential:
+    """No layer is narrower than the beams: a quarter of a small network's width would be a bottleneck."""
+    half, quarter = max(BEAMS, width // 2), max(BEAMS, width // 4)
+    return nn.Sequential(
+        nn.Linear(width, half), nn.ReLU(), nn.Linear(half, quarter), nn.ReLU(), nn.Linear(quarter, BEAMS)
+    )
