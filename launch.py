@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(list_spaces(HERE / "search_spaces"))
             return EXIT_FOUND
         if given.report:
-            print(report(Path(given.report), given.why))
+            print(report(given.report, given.why))
             return EXIT_FOUND
         outcome = search(Options.read(given, HERE / "search_spaces"))
     except UserError as error:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 
 import guide_pattern
+import our_engine
 from measured import Measured
 
 
@@ -29,10 +30,15 @@ def main() -> None:
     parser.add_argument("--guide-trials", type=int, default=6, metavar="N", help="about 20 s each")
     parser.add_argument("--trials", type=int, default=200, metavar="N", help="of our own search")
     arguments = parser.parse_args()
+    ours = our_engine.search(arguments.trials)
     guide = guide_pattern.search(arguments.guide_trials)
     print("| search | trials | wall s | s per further trial | report p50 ms | p95 ms |")
     print("|---|---|---|---|---|---|")
     print(row("Ray's documented pattern", guide))
+    print(row("this engine", ours))
+    cost = guide.cost_per_trial_s / ours.cost_per_trial_s
+    latency = [guide.latency_s(percent) / ours.latency_s(percent) for percent in (50, 95)]
+    print(f"| ratio | | | {cost:.0f} x | {latency[0]:.0f} x | {latency[1]:.0f} x |")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from search import run as engine
 from search import yaml_file
 from search.decode import did_you_mean
 from search.folder import SPACE, STUDY
+from search.mirror import Mirror, fetch, is_uri
 from search.plan import Node, estimate, make_plan
 from search.results import read_results, summary, why, write_results
 from search.sampler import grid_size, sampler_maker
@@ -29,6 +30,7 @@ from search.space import Space, load_space
 from search.study import open_study, take_over
 from trainables.contract import UserError
 
+DEFAULT_RESULTS = "results"
 PACKAGES = ("ray", "optuna", "torch", "numpy")
 
 
@@ -40,6 +42,7 @@ class Options:
     overrides: tuple[str, ...]
     profile: str | None
     results: Path
+    uri: str | None  # where the results folder is mirrored to
     name: str | None
     resume: Path | None
     warm_start: Path | None
@@ -64,21 +67,41 @@ class Options:
             "config.epochs": given.epochs,
         }
         overrides = [*given.set, *(f"{key}={value}" for key, value in shorthand.items() if value is not None)]
-        resume = Path(given.resume) if given.resume else None
+        local, uri = results_root(given.results or DEFAULT_RESULTS)
+        resume = results_folder(given.resume) if given.resume else None
+        if given.resume and is_uri(given.resume):
+            uri = given.resume.rstrip("/").rpartition("/")[0]
         if resume is not None and not (resume / SPACE).exists():
             raise UserError(f"--resume {resume}: there is no {SPACE} here; name the folder of an earlier search")
         return Options(
             file=find_space(given.space, spaces) if resume is None else resume / SPACE,
             overrides=tuple(overrides),
             profile=given.profile,
-            results=Path(given.results or "results"),
+            results=local,
+            uri=uri,
             name=given.name,
             resume=resume,
-            warm_start=Path(given.warm_start) if given.warm_start else None,
+            warm_start=results_folder(given.warm_start) if given.warm_start else None,
             address=given.address or os.environ.get("RAY_ADDRESS"),
             cold=given.cold,
             dry_run=given.dry_run,
         )
+
+
+def results_root(text: str) -> tuple[Path, str | None]:
+    """The local folder for results folders, and the URI they are mirrored to, if `text` is one."""
+    if not is_uri(text):
+        return Path(text), None
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://")), None
+    return Path(DEFAULT_RESULTS), text.rstrip("/")
+
+
+def results_folder(text: str) -> Path:
+    """An earlier results folder, fetched first where `text` is a URI."""
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return fetch(text, Path(DEFAULT_RESULTS)) if is_uri(text) else Path(text)
 
 
 def find_space(name: str, spaces: Path) -> Path:
@@ -99,8 +122,9 @@ def list_spaces(spaces: Path) -> str:
     return "\n".join(lines)
 
 
-def report(results: Path, trial: str | None) -> str:
+def report(folder: str, trial: str | None) -> str:
     """Rebuild the tables of a results folder, or say why a trial ended as it did."""
+    results = results_folder(folder)
     if trial is not None:
         return why(results, trial)
     space, found = read_results(results)
@@ -128,7 +152,8 @@ def search(options: Options) -> engine.Outcome | None:
     results = open_results(options, space)
     if not options.address:
         engine.start_ray(None)
-    outcome = engine.run(space, plan, results, options.cold)
+    mirror = None if options.uri is None else Mirror(results, f"{options.uri}/{results.name}")
+    outcome = engine.run(space, plan, results, options.cold, mirror)
     print(summary(results, space, outcome.records))
     if outcome.interrupted:
         print(f"interrupted; go on with: python launch.py --resume {shlex.quote(str(results))}")

@@ -7,7 +7,6 @@ takes its commands from a queue of its own, so that an idle group waits in no co
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import shutil
@@ -23,6 +22,7 @@ import ray
 import ray.train
 import ray.train.torch
 
+from search.mailbox import Mailbox
 from search.ranks import Answer, Begin, Blew, Broke, Command, Quit, RankLoop, RanOut, Reported
 
 POLL_S = 1.0  # how often a wait looks whether the group still lives
@@ -32,40 +32,6 @@ QUIT_S = 10.0  # for a group to leave by itself
 
 class GroupDied(RuntimeError):
     """The worker group is gone, or its ranks no longer answer together; the message says why."""
-
-
-@ray.remote(num_cpus=0)
-class Mailbox:
-    """A queue of commands for each rank and one queue of answers."""
-
-    def __init__(self, ranks: int) -> None:
-        self._commands: list[asyncio.Queue[Command]] = [asyncio.Queue() for _ in range(ranks)]
-        self._answers: asyncio.Queue[tuple[int, Answer]] = asyncio.Queue()
-
-        self._members: list[Any] = []
-
-    async def enlist(self, member: Any) -> None:
-        self._members.append(member)
-
-    async def members(self) -> list[Any]:
-        """Handles of the ranks' own actors, by which a stuck one can be ended."""
-        return self._members
-
-    async def post(self, command: Command) -> None:
-        for queue in self._commands:
-            queue.put_nowait(command)
-
-    async def take(self, rank: int) -> Command:
-        return await self._commands[rank].get()
-
-    async def answer(self, rank: int, answer: Answer) -> None:
-        self._answers.put_nowait((rank, answer))
-
-    async def wait(self, timeout_s: float) -> tuple[int, Answer] | None:
-        try:
-            return await asyncio.wait_for(self._answers.get(), timeout_s)
-        except TimeoutError:
-            return None
 
 
 @dataclass(frozen=True)
@@ -126,7 +92,7 @@ class Group:
 
     def __init__(self, spec: GroupSpec) -> None:
         self._workers = spec.workers
-        self._mailbox = Mailbox.remote(spec.workers)
+        self._mailbox = Mailbox.remote(spec.workers)  # type: ignore[attr-defined]  # a Ray actor class
         self._error: BaseException | None = None
         # Ray Train wants a folder for its run that every node sees; nothing of ours is in it.
         self._folder = Path(spec.scratch) / f"group-{uuid.uuid4().hex[:12]}"

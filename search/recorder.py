@@ -18,7 +18,7 @@ from search.study import Ledger
 from search.trial import EPOCH, METRICS, REASON, STATUS
 
 
-class Recorder(tune.Callback):  # type: ignore[misc]  # Ray is untyped
+class Recorder(tune.Callback):
     """Follows every trial from its start to its end. `tell` is given each ended trial's record."""
 
     def __init__(self, ledger: Ledger, results: Path, tell: Callable[[Record], None]) -> None:
@@ -42,7 +42,8 @@ class Recorder(tune.Callback):  # type: ignore[misc]  # Ray is untyped
         opened = self._ledger.open[trial.trial_id]
         opened.values = dict(trial.config["values"])  # population-based training changes them on the way
         self._ledger.report(trial.trial_id, epoch, metrics)
-        self._folder(trial).append_metrics({"epoch": epoch, "seconds": round(opened.seconds, 3), "metrics": metrics})
+        row = {"epoch": epoch, "time": time.time(), "seconds": round(opened.seconds, 3), "metrics": metrics}
+        self._folder(trial).append_metrics(row)
         writer = self._writer(trial)
         for name, value in metrics.items():
             if value is not None:
@@ -104,7 +105,7 @@ def _write_hparams(writer: SummaryWriter, record: Record) -> None:
     values = {name: value if isinstance(value, plain) else str(value) for name, value in record.values.items()}
     measured = {name: value for name, value in record.metrics.items() if value is not None}
     for summary in hparams({**values, "status": record.status}, measured):
-        writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+        writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
 
 def _reason(error: BaseException | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from ray import tune
 
 from search.folder import SCRATCH, STUDY
 from search.group import GroupSpec
+from search.mirror import Mirror
 from search.plan import Node, Plan
 from search.record import Record, best_of
 from search.recorder import Recorder
@@ -25,10 +27,10 @@ from search.sampler import StudySearcher, sampler_maker
 from search.scheduler import PAUSING, make_scheduler
 from search.space import Space
 from search.study import Ledger, open_study, records
-from search.trial import OBJECTIVE, Job, Slot
+from search.trial import Job, Slot
 
 # What Ray's processes must find in their environment. Ray has no other way to be told.
-_RAY_ENVIRONMENT = {
+RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config mean the driver's working directory
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -52,7 +54,7 @@ class Outcome:
     interrupted: bool
 
 
-class _Stop(tune.Stopper):  # type: ignore[misc]  # Ray is untyped
+class _Stop(tune.Stopper):
     """Ends the whole search when Ctrl-C was pressed or the time is over."""
 
     def __init__(self, budget_s: float | None) -> None:
@@ -89,10 +91,12 @@ class _Stop(tune.Stopper):  # type: ignore[misc]  # Ray is untyped
 
 def start_ray(address: str | None) -> tuple[Node, ...]:
     """Join the cluster at `address`, or start a local one; returns its nodes."""
-    os.environ.update(_RAY_ENVIRONMENT)
+    os.environ.update(RAY_ENVIRONMENT)
+    # Tune complains of log files that we do not let it write, and of trials that the tables explain better.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     arguments: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
     if address is not None:
-        arguments |= {"address": address, "runtime_env": {"env_vars": _RAY_ENVIRONMENT}}
+        arguments |= {"address": address, "runtime_env": {"env_vars": RAY_ENVIRONMENT}}
     ray.init(**arguments)
     return tuple(_node(entry["Resources"]) for entry in ray.nodes() if entry["Alive"])
 
@@ -101,28 +105,34 @@ def _node(resources: Mapping[str, float]) -> Node:
     return Node(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
 
 
-def run(space: Space, plan: Plan, results: Path, cold: bool = False) -> Outcome:
+def run(space: Space, plan: Plan, results: Path, cold: bool = False, mirror: Mirror | None = None) -> Outcome:
     """Run the trials that are left of the search in `results` (its study exists), and write its tables.
 
-    Ray is started. Prints a line for each trial that ends.
+    Ray is started. Prints a line for each trial that ends, and brings the mirror up to date.
     """
     results = results.resolve()
+
+    def tell(record: Record) -> None:
+        print(trial_line(record, space), flush=True)
+        if mirror is not None:
+            mirror.push()
+
     study = open_study(results / STUDY, space, create=False)
     ledger = Ledger(space, study, sampler_maker(space), results)
-    recorder = Recorder(ledger, results, lambda record: print(trial_line(record, space), flush=True))
+    recorder = Recorder(ledger, results, tell)
     stop = _Stop(space.search.time_budget_s)
-    if ledger.left:
-        with stop.on_signals():
-            try:
+    try:
+        if ledger.left:
+            with stop.on_signals():
                 _tuner(space, plan, results, ledger, recorder, stop, cold).fit()
-            finally:
-                over = stop.out_of_time and not stop.interrupted
-                recorder.close(f"the time budget of {space.search.time_budget} was over" if over else None)
-                shutil.rmtree(results / SCRATCH, ignore_errors=True)
-                found = records(study, space)
-                write_results(results, space, found)
-    found = records(study, space)
-    write_results(results, space, found)
+    finally:
+        over = stop.out_of_time and not stop.interrupted
+        recorder.close(f"the time budget of {space.search.time_budget} was over" if over else None)
+        shutil.rmtree(results / SCRATCH, ignore_errors=True)
+        found = records(study, space)
+        write_results(results, space, found)
+        if mirror is not None:
+            mirror.push()
     return Outcome(tuple(found), tuple(best_of(found, space)), stop.interrupted)
 
 
@@ -146,8 +156,6 @@ def _tuner(
         tune.with_resources(slot, tune.PlacementGroupFactory([_share_of_this_node(plan.slots)])),
         param_space={},
         tune_config=tune.TuneConfig(
-            metric=OBJECTIVE,
-            mode=space.objectives[0].mode,
             search_alg=StudySearcher(ledger),
             scheduler=make_scheduler(space),
             num_samples=ledger.left,

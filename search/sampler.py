@@ -67,7 +67,7 @@ def _silent(kind: Any, **arguments: Any) -> BaseSampler:
         return sampler
 
 
-class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped
+class StudySearcher(Searcher):
     """Asks the ledger whenever Tune has room for a trial. Endings reach the ledger by `search.recorder`."""
 
     def __init__(self, ledger: Ledger) -> None:

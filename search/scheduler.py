@@ -37,19 +37,19 @@ class _OnlyMeasured:
             self.on_trial_remove(tune_controller, trial)  # type: ignore[attr-defined]
 
 
-class _Asha(_OnlyMeasured, AsyncHyperBandScheduler):  # type: ignore[misc]  # Ray is untyped
+class _Asha(_OnlyMeasured, AsyncHyperBandScheduler):
     pass
 
 
-class _HyperBand(_OnlyMeasured, HyperBandScheduler):  # type: ignore[misc]
+class _HyperBand(_OnlyMeasured, HyperBandScheduler):
     pass
 
 
-class _Median(_OnlyMeasured, MedianStoppingRule):  # type: ignore[misc]
+class _Median(_OnlyMeasured, MedianStoppingRule):
     pass
 
 
-class _Pbt(_OnlyMeasured, PopulationBasedTraining):  # type: ignore[misc]
+class _Pbt(_OnlyMeasured, PopulationBasedTraining):
     """Explores within the domains of the space; Ray's own exploration walks out of them."""
 
     def __init__(self, space: Space, seed: int, **arguments: Any) -> None:

@@ -20,6 +20,7 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.folder import TrialFolder
@@ -38,7 +39,8 @@ def open_study(file: Path, space: Space, create: bool) -> optuna.Study:
         raise UserError(f"{file}: there is no study here; name a results folder of an earlier search")
     storage = JournalStorage(JournalFileBackend(str(file)))
     if create:
-        directions = ["maximize" if item.mode == "max" else "minimize" for item in space.objectives]
+        better = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
+        directions = [better[item.mode] for item in space.objectives]
         return optuna.create_study(storage=storage, study_name="search", directions=directions)
     return optuna.load_study(storage=storage, study_name="search")
 
@@ -198,11 +200,11 @@ def severity(epochs: int, longest: int) -> float:
     return 2.0 - min(1.0, epochs / longest)
 
 
-def penalties(trials: Sequence[FrozenTrial], directions: Sequence[optuna.study.StudyDirection]) -> list[float]:
+def penalties(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> list[float]:
     """For each objective a finite value that is worse than any seen: the worst and a tenth of the span beyond it."""
     found = []
     for i, direction in enumerate(directions):
-        sign = 1.0 if direction == optuna.study.StudyDirection.MINIMIZE else -1.0
+        sign = 1.0 if direction == StudyDirection.MINIMIZE else -1.0
         seen = [sign * trial.values[i] for trial in trials if trial.values and not is_penalised(trial)]
         if len(directions) == 1:
             seen += [sign * value for trial in trials for value in trial.intermediate_values.values()]

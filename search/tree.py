@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from search.domain import is_domain
 from trainables.contract import UserError
@@ -16,9 +16,12 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        both_trees = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = merge(old, value) if both_trees and not is_domain(old) and not is_domain(value) else value
+        merged[key] = merge(old, value) if _is_tree(old) and _is_tree(value) else value
     return merged
+
+
+def _is_tree(node: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(node, dict) and not is_domain(node)
 
 
 def get(tree: Mapping[str, Any], path: str) -> Any:

@@ -37,7 +37,7 @@ class Job:
     cold: bool
 
 
-class Slot(tune.Trainable):  # type: ignore[misc]  # Ray is untyped
+class Slot(tune.Trainable):
     """Runs the trial `config["number"]` with the searched values `config["values"]`.
 
     After an epoch the result holds `epoch` (reports so far), `objective` and `metrics`; at the end of a trial `done`,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,9 @@ def ray_cluster() -> Iterator[None]:
     """One Ray for all tests marked `ray`, started by the first of them. Its three CPUs need not exist."""
     import ray
 
+    from search.run import RAY_ENVIRONMENT
+
+    os.environ.update(RAY_ENVIRONMENT)
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
     yield
     ray.shutdown()

@@ -1,0 +1,171 @@
+"""The command as a person types it: whole processes, their output, exit status and what they leave behind."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from search.space import load_space
+from search.study import open_study
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[1]
+
+OWN_LOOP = """
+def train(trial):
+    w = 5.0
+    for epoch in range(4):
+        w -= trial.config["lr"] * 2 * w
+        yield {"loss": w * w}
+"""
+OWN_SPACE = """
+trainable: my_loop:train
+objective: {metric: loss, mode: min}
+config:
+  lr: {log: [1.0e-2, 0.4]}
+search: {trials: 6}
+"""
+SLOW_SPACE = """
+trainable: toys:descend
+objective: {metric: loss, mode: min}
+config:
+  epochs: 6
+  pause_s: 0.5
+  lr: {log: [1.0e-2, 0.4]}
+search: {trials: 5, sampler: random}
+"""
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+def wait_for(process: subprocess.Popen[str], pattern: str) -> str:
+    """Read the output up to a line that matches."""
+    assert process.stdout is not None
+    told = ""
+    for line in process.stdout:
+        told += line
+        if re.search(pattern, line):
+            return told
+    raise AssertionError(f"{pattern!r} was never printed:\n{told}")
+
+
+def rows(results: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((results / "trials.csv").read_text().splitlines()))
+
+
+def test_bring_your_own_loop_from_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/my_loop.py").write_text(OWN_LOOP)
+    (tmp_path / "own/my.yaml").write_text(OWN_SPACE)
+    status, output = finish(launch(tmp_path, "--space", "own/my.yaml", "--name", "mine"))
+    assert status == 0, output
+    assert "6 trials: 6 finished" in output
+    assert "best: trial" in output
+    assert len(rows(tmp_path / "results/mine")) == 6
+
+
+def test_exit_status_1_when_nothing_keeps_the_constraints(tmp_path: Path) -> None:
+    (tmp_path / "my_loop.py").write_text(OWN_LOOP)
+    (tmp_path / "my.yaml").write_text(OWN_SPACE + "constraints: {loss: {max: -1.0}}\n")
+    status, output = finish(launch(tmp_path, "--space", "my.yaml", "--trials", "1"))
+    assert status == 1, output
+    assert "no trial finished and kept the constraints" in output
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path, how: signal.Signals) -> None:
+    """Nothing finished is run again or lost, and what was running goes on from its last checkpoint."""
+    shutil.copy(Path(__file__).parent / "toys.py", tmp_path)
+    (tmp_path / "slow.yaml").write_text(SLOW_SPACE)
+    process = launch(tmp_path, "--space", "slow.yaml", "--name", "cut")
+    wait_for(process, r"trial +\d+ +finished")
+    time.sleep(1.5)  # into the middle of the next trials
+    process.send_signal(how)
+    status, output = finish(process)
+    results = tmp_path / "results/cut"
+    if how == signal.SIGINT:
+        assert status == 130, output
+        assert "--resume" in output
+        before = rows(results)
+        assert "interrupted" in {row["status"] for row in before}
+    else:
+        assert status == -signal.SIGKILL
+        before = []
+    done = {path.parent.name for path in results.glob("trials/*/metrics.jsonl")}
+    written = {name: (results / "trials" / name / "metrics.jsonl").read_text() for name in done}
+
+    status, output = finish(launch(tmp_path, "--resume", str(results)))
+    assert status == 0, output
+    after = rows(results)
+    assert [row["trial"] for row in after] == ["0", "1", "2", "3", "4"]
+    assert {row["status"] for row in after} == {"finished"}
+    for row in before:
+        if row["status"] == "finished":
+            assert row in after
+    for name, text in written.items():
+        assert (results / "trials" / name / "metrics.jsonl").read_text().startswith(text), "no epoch was run twice"
+    space, _ = load_space(results / "space.yaml")
+    assert all(trial.state.is_finished() for trial in open_study(results / "study.journal", space, False).trials)
+
+
+def test_a_mistake_in_the_data_ends_before_ray_starts(tmp_path: Path) -> None:
+    started = time.monotonic()
+    status, output = finish(launch(ROOT, "--space", "fusion", "--set", f"config.data.root={tmp_path / 'nowhere'}"))
+    assert status == 2
+    assert str(tmp_path / "nowhere") in output
+    assert len(output.strip().splitlines()) <= 3
+    assert time.monotonic() - started < 60
+
+
+def test_report_and_why_of_a_finished_search(tmp_path: Path) -> None:
+    (tmp_path / "my_loop.py").write_text(OWN_LOOP)
+    (tmp_path / "my.yaml").write_text(OWN_SPACE)
+    finish(launch(tmp_path, "--space", "my.yaml", "--name", "mine", "--trials", "2"))
+    results = tmp_path / "results/mine"
+    written = {name: (results / name).read_text() for name in ("trials.csv", "best.yaml", "report.html")}
+    for name in written:
+        (results / name).unlink()
+    status, _ = finish(launch(tmp_path, "--report", str(results)))
+    assert status == 0
+    assert {name: (results / name).read_text() for name in written} == written
+    status, output = finish(launch(tmp_path, "--report", str(results), "--why", "1"))
+    assert status == 0
+    assert "finished" in output
+    assert "ran to its end" in output
+
+
+def test_warm_start_learns_from_a_finished_search(tmp_path: Path) -> None:
+    (tmp_path / "my_loop.py").write_text(OWN_LOOP)
+    (tmp_path / "my.yaml").write_text(OWN_SPACE)
+    finish(launch(tmp_path, "--space", "my.yaml", "--name", "first"))
+    more = ("--trials", "2", "--name", "second", "--warm-start", "results/first")
+    status, output = finish(launch(tmp_path, "--space", "my.yaml", *more))
+    assert status == 0, output
+    assert "warm start: 6 trials" in output
+    assert len(rows(tmp_path / "results/second")) == 2
+    document = yaml.safe_load((tmp_path / "results/second/space.yaml").read_text())
+    assert "--warm-start" in document["ran"]["command"]

@@ -1,0 +1,225 @@
+"""The engine on a real Ray: slots on warm groups, every way in which a trial can end, schedulers, resuming."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+import yaml
+
+from search import run as engine
+from search.command import Options, open_results
+from search.plan import Node, make_plan
+from search.results import trials_table
+from search.space import load_space
+from search.study import open_study
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+HERE = Path(__file__).parent
+MACHINE = (Node(cpus=2, gpus=0),)
+
+
+def options(folder: Path, resume: Path | None = None) -> Options:
+    return Options(
+        file=folder / "toy.yaml",
+        overrides=(),
+        profile=None,
+        results=folder / "results",
+        uri=None,
+        name=f"run{len(list((folder / 'results').glob('*')))}",
+        resume=resume,
+        warm_start=None,
+        address=None,
+        cold=False,
+        dry_run=False,
+    )
+
+
+def search(folder: Path, space: dict[str, Any], cold: bool = False) -> tuple[engine.Outcome, Path]:
+    """Run a space to its end; returns the outcome and its results folder."""
+    shutil.copy(HERE / "toys.py", folder)
+    (folder / "toy.yaml").write_text(yaml.safe_dump(space))
+    loaded, _ = load_space(folder / "toy.yaml")
+    results = open_results(options(folder), loaded)
+    return engine.run(loaded, make_plan(loaded, MACHINE), results, cold), results
+
+
+def toy(function: str, **more: Any) -> dict[str, Any]:
+    return {
+        "trainable": f"toys:{function}",
+        "objective": {"metric": "loss", "mode": "min"},
+        "config": {"epochs": 4, "lr": {"log": [0.01, 0.4]}},
+        "search": {"trials": 4, "sampler": "random"},
+        **more,
+    }
+
+
+def study_of(results: Path) -> optuna.Study:
+    loaded, _ = load_space(results / "space.yaml")
+    return open_study(results / "study.journal", loaded, create=False)
+
+
+def test_a_search_leaves_what_the_design_says(tmp_path: Path) -> None:
+    outcome, results = search(tmp_path, toy("descend"))
+    assert [record.status for record in outcome.records] == ["finished"] * 4
+    assert {path.name for path in results.iterdir()} == {
+        "space.yaml", "study.journal", "trials.csv", "best.yaml", "report.html", "trials",
+    }  # fmt: skip
+    rows = list(csv.DictReader((results / "trials.csv").read_text().splitlines()))
+    assert [row["trial"] for row in rows] == ["0", "1", "2", "3"]
+    best = yaml.safe_load((results / "best.yaml").read_text())
+    assert best["objective"]["loss"] == min(float(row["loss"]) for row in rows)
+    state = torch.load(results / best["checkpoint"], weights_only=True)
+    assert state["w"] ** 2 == best["metrics"]["loss"]
+    assert len((results / "trials/0000/metrics.jsonl").read_text().splitlines()) == 4
+    assert list((results / "trials/0000").glob("events.out.tfevents*"))
+    assert yaml.safe_load((results / "space.yaml").read_text())["ran"]["versions"]["ray"]
+
+
+def test_slots_are_lent_from_one_trial_to_the_next(tmp_path: Path) -> None:
+    outcome, _ = search(tmp_path, toy("descend", search={"trials": 10, "sampler": "random"}))
+    assert len({record.metrics["pid"] for record in outcome.records}) == 2
+    assert all(record.metrics["lr_seen"] == record.values["lr"] for record in outcome.records)
+
+
+def test_every_ending_has_its_status_and_reason(tmp_path: Path) -> None:
+    kinds = ["nan", "diverge", "bug", "memory", "killed", "none"]
+    space = toy(
+        "misbehave",
+        config={"epochs": 4, "lr": 0.1, "flag": str(tmp_path / "flag"), "kind": {"choice": kinds}},
+        try_first=[{"name": kind, "kind": kind} for kind in kinds],
+        search={"trials": 6},
+    )
+    outcome, results = search(tmp_path, space)
+    ended = {record.values["kind"]: record for record in outcome.records}
+    assert {kind: record.status for kind, record in ended.items()} == {
+        "nan": "diverged",
+        "diverge": "diverged",
+        "bug": "failed",
+        "memory": "out_of_memory",
+        "killed": "finished",
+        "none": "finished",
+    }
+    assert ended["nan"].reason == "loss is nan"
+    assert ended["diverge"].reason == "loss_trans is not finite at step 812"
+    assert "KeyError: 'no such batch' (toys.py:" in ended["bug"].reason
+    assert "2.00 GiB" in ended["memory"].reason
+    assert ended["killed"].metrics["started_at"] == 2, "the retry goes on from the last checkpoint"
+    assert ended["killed"].metrics["loss"] == ended["none"].metrics["loss"]
+    states = [trial.state for trial in study_of(results).trials]
+    assert optuna.trial.TrialState.RUNNING not in states
+    assert "KeyError" in (results / f"trials/{ended['bug'].number:04d}/error.txt").read_text()
+
+
+def test_a_warm_trial_equals_a_cold_one_bit_for_bit(tmp_path: Path) -> None:
+    space = toy("network", search={"trials": 4, "sampler": "random", "seed": 3})
+    warm, _ = search(tmp_path, space)
+    cold, _ = search(tmp_path, space, cold=True)
+    assert [(item.values, item.metrics) for item in warm.records] == [
+        (item.values, item.metrics) for item in cold.records
+    ]
+
+
+def test_the_same_seed_proposes_the_same_settings_one_trial_at_a_time(tmp_path: Path) -> None:
+    space = toy(
+        "descend",
+        search={"trials": 14, "sampler": "tpe", "seed": 5},
+        resources={"cpus_per_worker": 2},
+        config={"epochs": 1, "lr": {"log": [0.01, 0.4]}, "pause_s": {"choice": [0.0, 0.001]}},
+    )
+    first, _ = search(tmp_path, space)
+    again, _ = search(tmp_path, space)
+    assert [item.values for item in first.records] == [item.values for item in again.records]
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband", "median", "pbt"])
+def test_every_scheduler_ends_every_trial(tmp_path: Path, scheduler: str) -> None:
+    space = toy(
+        "misbehave",
+        config={
+            "epochs": 9,
+            "lr": {"log": [0.001, 0.4]},
+            "flag": "unused",
+            "kind": {"choice": ["none", "none ", "nan", "diverge"]},
+        },
+        scheduler={"name": scheduler, "grace_epochs": 1, "reduction": 3},
+        search={"trials": 12, "sampler": "random", "seed": 1},
+    )
+    outcome, _ = search(tmp_path, space)
+    assert len(outcome.records) == 12
+    statuses = {record.status for record in outcome.records}
+    assert "finished" in statuses
+    assert statuses <= {"finished", "stopped", "diverged"}, [(r.status, r.reason) for r in outcome.records]
+    if scheduler in ("asha", "hyperband"):
+        assert "stopped" in statuses
+
+
+def test_two_ranks_train_to_one_result(tmp_path: Path) -> None:
+    space = toy("network", resources={"workers": 2}, search={"trials": 2, "sampler": "random"})
+    outcome, _ = search(tmp_path, space)
+    assert [record.status for record in outcome.records] == ["finished", "finished"]
+
+
+def test_a_rank_that_diverges_alone_does_not_hang_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = toy(
+        "one_rank_blows",
+        config={"lr": {"choice": [0.1, 0.9]}},
+        resources={"workers": 2},
+        try_first=[{"lr": 0.9}, {"lr": 0.1}],
+        search={"trials": 2},
+    )
+    outcome, _ = search(tmp_path, space)
+    assert [(record.status, record.reason) for record in outcome.records] == [
+        ("diverged", "rank 1 alone"),
+        ("finished", "ran to its end"),
+    ]
+
+
+def test_a_time_budget_stops_what_runs(tmp_path: Path) -> None:
+    space = toy(
+        "descend",
+        config={"epochs": 100, "pause_s": 0.5, "lr": {"log": [0.01, 0.4]}},
+        search={"trials": 50, "time_budget": "15s"},
+    )
+    outcome, results = search(tmp_path, space)
+    assert outcome.records
+    assert {record.status for record in outcome.records} == {"stopped"}
+    assert all("time budget of 15s" in record.reason for record in outcome.records)
+    assert all(trial.state.is_finished() for trial in study_of(results).trials)
+
+
+def test_more_trials_extend_a_finished_search(tmp_path: Path) -> None:
+    first, results = search(tmp_path, toy("descend"))
+    before = trials_table(load_space(results / "space.yaml")[0], first.records).splitlines()
+    longer, _ = load_space(results / "space.yaml", ["search.trials=6"])
+    open_results(options(tmp_path, resume=results), longer)
+    second = engine.run(longer, make_plan(longer, MACHINE), results)
+    after = (results / "trials.csv").read_text().splitlines()
+    assert after[: len(before)] == before
+    assert [record.number for record in second.records] == list(range(6))
+
+
+def test_several_objectives_give_a_front(tmp_path: Path) -> None:
+    space = toy(
+        "descend",
+        objective=[{"metric": "loss", "mode": "min"}, {"metric": "lr_seen", "mode": "min"}],
+        search={"trials": 6, "sampler": "nsga2"},
+    )
+    outcome, results = search(tmp_path, space)
+    assert len(outcome.best) == 6, "a larger learning rate always gives the smaller loss here"
+    assert len(yaml.safe_load((results / "best.yaml").read_text())["front"]) == 6
+
+
+def test_relative_paths_mean_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "where.py").write_text(
+        "import os\ndef train(trial):\n    yield {'loss': float(os.getcwd() == trial.config['here'])}\n"
+    )
+    space = toy("descend", trainable="where:train", config={"here": os.getcwd()}, search={"trials": 1})
+    outcome, _ = search(tmp_path, space)
+    assert outcome.records[0].metrics["loss"] == 1.0
