@@ -12,25 +12,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from trainables.contract import Diverged, Report, State, Trial, UserError
-from trainables.optim import Ema, Optim, adamw, clip_factor, fused_step, lr_factor, set_lr
+from trainables.contract import Diverged, Report, Trial, UserError
+from trainables.optim import Ema, Optim, adamw, clip_divisor, fused_step, lr_factor, set_lr
+from trainables.resume import restore, seed_everything, seed_from, state_of
 from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, on_device, ranks_of, share_of
 
 # A sum over the samples of a batch, and over how many it was taken.
 Pairs = Mapping[str, tuple[Tensor, Tensor | int]]
+Cast = contextlib.AbstractContextManager[None]
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Task:
 
     config: the class of `Trial.config`. It has the fields `optim: Optim` and `epochs: int`.
     model: builds the module, on the CPU, from the seeded global generator. A parameter with `requires_grad` False stays
-        as it is; a submodule left in eval mode stays in eval mode.
-    data: the split "train" or "val".
+        as it is, every other one takes part in every batch; a submodule left in eval mode stays in eval mode.
+    data: opens the split "train" or "val", the whole of it on every rank: the loop shuffles it and divides it.
     loss: the loss terms of a batch by name, already weighted; their sum is minimised. All terms share one count: the
         same int, or the very same tensor. An int promises that every sample counts alike, so that each rank knows the
         total; a tensor (valid tokens, say) is added over the ranks, one small collective per step.
@@ -66,6 +67,8 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     changes a weight. On a CPU, a trial resumed from a state goes on bit for bit as if it had not stopped.
     """
     config, optim, device, ranks = trial.config, trial.config.optim, trial.device, ranks_of(trial)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     seed_everything(trial.seed, "model")
     model = task.model(config).to(device)
     train, val = (samples_of(task, config, split, ranks) for split in ("train", "val"))
@@ -84,7 +87,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         began_s = time.perf_counter()
         shares = epoch_shares(len(train), optim, ranks, seed_from(trial.seed, "order", epoch))
         batches = on_device(train, [micro for share in shares for micro in share.micros], device)
-        epoch_sums, verdict = 0 * one, None
+        taken, verdict = list[Taken](), None
         for index, share in enumerate(shares):
             lr = optim.lr * lr_factor(optim, epoch + (index + 0.5) / len(shares), config.epochs)
             set_lr(optimizer, lr)
@@ -93,18 +96,17 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             count = everyones_count(summed, share, ranks, always_ask=scaler.is_enabled())
 
             # The gradients are those of the sum, over the ranks (by DDP) and over the batch's size (by `backward`).
-            divisor = count.where(count != 0, 1) / (ranks.size * share.effective)
+            divisor = count / (ranks.size * share.effective)
             scaler.unscale_(optimizer)
             norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None]) / divisor
             # fp16: a gradient that overflows is only skipped, as long as a smaller loss scale may mend it.
             overflow = ~norm.isfinite()
             diverged = diverged | ~count.isfinite() | (overflow & (scaler.scale(one) <= 1))
-            fused_step(optimizer, divisor / clip_factor(norm, optim.clip_norm), skip=overflow | diverged)
+            fused_step(optimizer, divisor * clip_divisor(norm, optim.clip_norm), skip=overflow | diverged)
             scaler.update()
             ema.update()
 
-            step_sums = torch.cat([summed.sums_T, torch.stack([count / ranks.size, norm, one])])
-            epoch_sums = epoch_sums + step_sums.double().where(~overflow, 0)
+            taken.append(Taken(summed.sums_T, count, norm, overflow))
             # Looked at one step late, so that the host never waits for the step it has just queued. No harm is done
             # meanwhile: once `diverged` is true, every further step is skipped on the device.
             raise_if_diverged(verdict, ranks)
@@ -114,13 +116,13 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             raise Diverged(f"the weights are not finite after an update at lr {lr:.3g}", (epoch + 1) * len(shares))
         epoch_s = time.perf_counter() - began_s
 
-        metrics = train_means(summed.terms, epoch_sums, ranks)
-        metrics |= {"lr": lr, "samples_per_s": sum(share.effective for share in shares) / epoch_s}
+        speed = {"lr": lr, "samples_per_s": sum(share.effective for share in shares) / epoch_s}
+        metrics = train_means(summed.terms, taken, ranks) | speed
         broadcast_buffers(model, ranks)
         with evaluating(model, ema):
             scores = evaluate(task, model, val, trial, ranks)
-        if taken := metrics.keys() & scores.keys():
-            raise ValueError(f"a score must not take the name of a training metric: {', '.join(sorted(taken))}")
+        if clash := metrics.keys() & scores.keys():
+            raise ValueError(f"a score must not take the name of a training metric: {', '.join(sorted(clash))}")
         yield Report(metrics | scores, state=functools.partial(state_of, parts, epoch))
 
 
@@ -142,7 +144,7 @@ def over_ranks(loss: Loss, ranks: Ranks, device: torch.device) -> nn.Module:
     return DistributedDataParallel(
         loss,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
+        forward_sync_buffers=False,
         gradient_as_bucket_view=True,
     )
 
@@ -155,36 +157,38 @@ class Summed:
     sums_T: Tensor
     count: Tensor | int
 
+    def __add__(self, other: Summed) -> Summed:
+        return Summed(self.terms, self.sums_T + other.sums_T, self.count + other.count)
 
-def summed_terms(pairs: Pairs) -> Summed:
+
+def summed_terms(pairs: Pairs, weight: float) -> Summed:
     counts = [count for _, count in pairs.values()]
     # Tensors are compared by identity: to compare their values would make the host wait for the GPU.
     if any(not (count is counts[0] or (isinstance(count, int) and count == counts[0])) for count in counts):
         raise ValueError(f"the loss terms {', '.join(pairs)} must share one count: one int, or the very same tensor")
     sums = [total.reshape(()).to(torch.promote_types(total.dtype, torch.float32)) for total, _ in pairs.values()]
-    return Summed(tuple(pairs), torch.stack(sums), counts[0])
+    return Summed(tuple(pairs), torch.stack(sums) * weight, counts[0])
 
 
 def backward(
-    loss: nn.Module, batches: Iterator[Batch], share: Share, scaler: torch.amp.GradScaler, cast: torch.autocast
+    loss: nn.Module, batches: Iterator[Batch], share: Share, scaler: torch.amp.GradScaler, cast: Cast
 ) -> Summed:
     """Leave in the parameters the gradient of the summed loss over the batch's size, and return the loss.
 
     The size is a constant that keeps fp16 in range. Where a loss is not finite its gradient starts from NaN, so that
     no rank's gradient stays finite, by way of the all-reduce.
     """
-    parts = []
+    parts: list[Summed] = []
     for last in [False] * (len(share.micros) - 1) + [True]:
         with contextlib.ExitStack() as stack:
             if isinstance(loss, DistributedDataParallel) and not last:
                 stack.enter_context(loss.no_sync())
             with cast:
-                part = summed_terms(loss(next(batches)))
-            total = part.sums_T.sum() * share.weight
-            total.backward(scaler.scale((1 + 0 * total.detach()) / share.effective))
-        parts.append(part)
-    sums_T = torch.stack([part.sums_T.detach() for part in parts]).sum(0) * share.weight
-    return Summed(parts[0].terms, sums_T, sum(part.count for part in parts))
+                part = summed_terms(loss(next(batches)), share.weight)
+            total = part.sums_T.sum()
+            total.backward(scaler.scale(0 * total.detach() + 1 / share.effective))
+        parts.append(Summed(part.terms, part.sums_T.detach(), part.count))
+    return functools.reduce(operator.add, parts)
 
 
 def everyones_count(summed: Summed, share: Share, ranks: Ranks, always_ask: bool) -> Tensor:
@@ -200,7 +204,7 @@ def everyones_count(summed: Summed, share: Share, ranks: Ranks, always_ask: bool
     count = summed.count * share.weight * (1 + 0 * summed.sums_T.sum())
     if ranks.size > 1:
         dist.all_reduce(count)
-    return count
+    return count.clamp(min=1e-30)  # where nothing counts, the gradient is zero and not 0 / 0
 
 
 @dataclass(frozen=True)
@@ -216,11 +220,10 @@ class Verdict:
     @staticmethod
     def of(diverged: Tensor, step: int, lr: float, summed: Summed) -> Verdict:
         on_host = diverged.to("cpu", non_blocking=True)
-        if diverged.is_cuda:
-            ready = torch.cuda.Event()
+        ready = torch.cuda.Event() if diverged.is_cuda else None
+        if ready is not None:
             ready.record()
-            return Verdict(step, lr, summed, on_host, ready)
-        return Verdict(step, lr, summed, on_host, None)
+        return Verdict(step, lr, summed, on_host, ready)
 
 
 def raise_if_diverged(verdict: Verdict | None, ranks: Ranks) -> None:
@@ -235,21 +238,32 @@ def raise_if_diverged(verdict: Verdict | None, ranks: Ranks) -> None:
     if ranks.size > 1:
         dist.all_reduce(ranks_wrong_T)
     wrong = [
-        f"loss_{term}" for term, ranks_wrong in zip(verdict.summed.terms, ranks_wrong_T, strict=True) if ranks_wrong
+        f"loss_{term}" for term, several in zip(verdict.summed.terms, ranks_wrong_T.tolist(), strict=True) if several
     ]
     what = f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'}" if wrong else "the gradient norm is"
     raise Diverged(f"{what} not finite at lr {verdict.lr:.3g}", verdict.step)
 
 
-def train_means(terms: Sequence[str], sums_X: Tensor, ranks: Ranks) -> dict[str, float]:
-    """Return the epoch's means over samples and steps; none where no step was taken (fp16 may skip a short epoch)."""
-    if ranks.size > 1:
-        dist.all_reduce(sums_X)
-    *term_sums, count, norms, steps = sums_X.tolist()
-    if not count:
+class Taken(NamedTuple):
+    """What an epoch's means need of a step."""
+
+    sums_T: Tensor
+    counted: Tensor
+    norm: Tensor
+    overflow: Tensor
+
+
+def train_means(terms: Sequence[str], taken: Sequence[Taken], ranks: Ranks) -> dict[str, float]:
+    """Return the means over samples and steps; none where fp16 has skipped every step of a short epoch."""
+    sums_ST, count_S, norm_S, overflow_S = (torch.stack(column) for column in zip(*taken, strict=True))
+    if overflow_S.all():
         return {}
-    means = {f"loss_{term}": term_sum / count for term, term_sum in zip(terms, term_sums, strict=True)}
-    return {"loss": sum(means.values()), **means, "grad_norm": norms / steps}
+    sums_T = sums_ST[~overflow_S].double().sum(0)
+    if ranks.size > 1:
+        dist.all_reduce(sums_T)
+    means_T = sums_T / count_S[~overflow_S].double().sum()
+    means = {f"loss_{term}": mean for term, mean in zip(terms, means_T.tolist(), strict=True)}
+    return {"loss": float(means_T.sum()), **means, "grad_norm": float(norm_S[~overflow_S].double().mean())}
 
 
 def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
@@ -294,9 +308,10 @@ def evaluate(task: Task, model: nn.Module, samples: Samples, trial: Trial, ranks
     return {name: total / count for name, (total, count) in zip(totals, table_N2.tolist(), strict=True) if count}
 
 
-def autocast(device: torch.device, optim: Optim) -> torch.autocast:
-    dtype = torch.float16 if optim.precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=optim.precision != "fp32")
+def autocast(device: torch.device, optim: Optim) -> Cast:
+    if optim.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.float16 if optim.precision == "fp16" else torch.bfloat16)
 
 
 def samples_of(task: Task, config: Any, split: str, ranks: Ranks) -> Samples:
@@ -304,40 +319,3 @@ def samples_of(task: Task, config: Any, split: str, ranks: Ranks) -> Samples:
     if not len(samples):
         raise UserError(f"the split {split!r} holds no sample; it must hold at least one")
     return samples
-
-
-def seed_from(*parts: int | str) -> int:
-    """Return a seed of 63 bits that depends on every part, the same on every machine."""
-    return random.Random("/".join(map(str, parts))).getrandbits(63)
-
-
-def seed_everything(*parts: int | str) -> None:
-    """Seed the global generators, so that a resumed trial draws what an uninterrupted one does."""
-    seed = seed_from(*parts)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def state_of(parts: Mapping[str, Any], epoch: int) -> State:
-    return {"epoch": epoch, **{name: on_cpu(part.state_dict()) for name, part in parts.items()}}
-
-
-def restore(parts: Mapping[str, Any], state: State | None) -> int:
-    """Load the parts from a state, if there is one, and return the epoch to go on with."""
-    if state is None:
-        return 0
-    for name, part in parts.items():
-        part.load_state_dict(on_cpu(state[name]))  # a copy: an optimizer would go on to write into the state's tensors
-    return int(state["epoch"]) + 1
-
-
-def on_cpu(tree: Any) -> Any:
-    """Return a copy of nested dicts and lists with every tensor copied to the CPU."""
-    if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, Mapping):
-        return {key: on_cpu(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [on_cpu(value) for value in tree]
-    return tree

@@ -133,11 +133,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def clip_factor(norm: Tensor, clip_norm: float | None) -> Tensor:
-    """Return what a gradient of this norm is multiplied by, as `torch.nn.utils.clip_grad_norm_` has it."""
+def clip_divisor(norm: Tensor, clip_norm: float | None) -> Tensor:
+    """Return what a gradient of this norm is divided by, as `torch.nn.utils.clip_grad_norm_` has it."""
     if clip_norm is None:
         return torch.ones_like(norm)
-    return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    return ((norm + 1e-6) / clip_norm).clamp(min=1.0)
 
 
 def fused_step(optimizer: torch.optim.AdamW, divisor: Tensor, skip: Tensor) -> None:

@@ -1,0 +1,135 @@
+"""What the shared training loop costs beside a bare PyTorch loop of the same model, data and optimizer, on a CPU.
+
+    python -m benchmarks.loop [--steps 30] [--pairs 9]
+
+The bare loop does what every loop must: gather a batch, forward, backward, clip with `clip_grad_norm_`, a step of fused
+AdamW. `fit` does that and checks every loss and gradient before the update, keeps exact sums for its metrics, follows a
+schedule and scores the model. Runs alternate in one process, on one thread. Times are CPU seconds of the process, which
+on one thread are those of the clock but for what other processes take away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainables.contract import Trial
+from trainables.loop import Pairs, Task, fit
+from trainables.optim import Optim
+from trainables.samples import Batch, Ranks, Samples
+
+CPU = torch.device("cpu")
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Config:
+    """A benchmark's trial: one epoch of `steps` batches."""
+
+    steps: int
+    conv: bool
+    epochs: int = 1
+    optim: Optim = field(default_factory=lambda: Optim(lr=1e-3, clip_norm=1.0, batch_size=32))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Random pictures with random labels."""
+
+    image_BCHW: Tensor
+    label_B: Tensor
+
+    def __len__(self) -> int:
+        return len(self.label_B)
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return {"image": self.image_BCHW[indices], "label": self.label_B[indices]}
+
+
+def pictures(config: Config, split: str, ranks: Ranks) -> Samples:
+    samples = config.steps * config.optim.batch_size if split == "train" else 1
+    generator = torch.Generator().manual_seed(0)
+    image_BCHW = torch.randn(samples, 3, 32, 32, generator=generator)
+    return Pictures(image_BCHW, torch.randint(CLASSES, (samples,), generator=generator))
+
+
+def network(config: Config) -> nn.Module:
+    """A small residual-free conv net, or a perceptron whose steps are short."""
+    if not config.conv:
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(3072, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, CLASSES)
+        )
+    widths = [3, 16, 32, 64, 128]
+    stages: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        stages += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*stages, nn.Flatten(), nn.Linear(widths[-1] * 4, CLASSES))
+
+
+def loss(model: nn.Module, batch: Batch, config: Any) -> Pairs:
+    summed = functional.cross_entropy(model(batch["image"]), batch["label"], reduction="sum")
+    return {"label": (summed, len(batch["label"]))}
+
+
+TASK = Task(config=Config, model=network, data=pictures, loss=loss, score=loss)
+
+
+def shared_loop(config: Config) -> None:
+    for _ in fit(TASK, Trial(config, device=CPU)):
+        pass
+
+
+def bare_loop(config: Config) -> None:
+    torch.manual_seed(0)
+    model, train = network(config), pictures(config, "train", Ranks())
+    optim = config.optim
+    assert optim.clip_norm is not None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
+    for indices in torch.randperm(len(train)).split(optim.batch_size):
+        batch = train[indices]
+        optimizer.zero_grad(set_to_none=True)
+        functional.cross_entropy(model(batch["image"]), batch["label"]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        optimizer.step()
+
+
+def seconds(loop: Callable[[Config], None], config: Config) -> float:
+    began_s = time.process_time()
+    loop(config)
+    return time.process_time() - began_s
+
+
+def compare(config: Config, pairs: int) -> str:
+    """Return a row of the table; the first pair warms up and is not counted."""
+    timed = [(seconds(bare_loop, config), seconds(shared_loop, config)) for _ in range(pairs + 1)][1:]
+    bare_ms, shared_ms = (1000 * statistics.median(times) / config.steps for times in zip(*timed, strict=True))
+    ratios = [shared / bare for bare, shared in timed]
+    return (
+        f"| {'conv net' if config.conv else 'perceptron'} | {bare_ms:.2f} | {shared_ms:.2f} "
+        f"| {statistics.median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What the shared training loop costs beside a bare one.")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--pairs", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| model | bare, ms a step | fit, ms a step | fit / bare, median | min | max |")
+    print("|---|---|---|---|---|---|")
+    for conv in (True, False):
+        print(compare(Config(arguments.steps, conv), arguments.pairs), flush=True)
+
+
+if __name__ == "__main__":
+    main()

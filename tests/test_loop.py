@@ -1,0 +1,264 @@
+"""The shared training loop keeps its promises: what is computed does not depend on how it is divided or interrupted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_task import (
+    CPU,
+    SEED,
+    TOY,
+    WIDTH,
+    Config,
+    assert_same,
+    order,
+    run,
+    toy_data,
+    toy_loss,
+    toy_model,
+    toy_score,
+    weights_of,
+)
+
+from trainables.contract import State, Trial, UserError
+from trainables.loop import Pairs, fit
+from trainables.optim import Optim
+from trainables.resume import seed_everything
+from trainables.samples import Batch, Ranks
+
+EVERYTHING = Config(
+    Optim(lr=0.02, batch_size=8, micro_batch=3, clip_norm=0.5, schedule="cosine", warmup_epochs=1.5, ema=0.9),
+    epochs=4,
+    dropout=0.4,
+    lengths=True,
+)
+
+
+def plain_weights(config: Config, mean_of_means: bool = False) -> tuple[Tensor, Tensor]:
+    """The weights, and their shadow, of a loop written plainly: whole batches, torch's own clipping, ema by hand."""
+    optim = config.optim
+    seed_everything(SEED, "model")
+    model = toy_model(config)
+    train = toy_data(config, "train", Ranks())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    shadow = weights_of(model)
+    for epoch in range(config.epochs):
+        for batch in order(config, epoch):
+            parts = batch.split(optim.micro_batch or len(batch)) if mean_of_means else (batch,)
+            optimizer.zero_grad()
+            for part in parts:
+                pairs = toy_loss(model, train[part], config)
+                (sum(total / count for total, count in pairs.values()) / len(parts)).backward()  # type: ignore[union-attr]
+            if optim.clip_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+            optimizer.step()
+            shadow = 0.9 * shadow + 0.1 * weights_of(model)
+    return weights_of(model), shadow
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_resumed_trial_is_the_uninterrupted_one_bit_for_bit(precision: Any, tmp_path: Path) -> None:
+    config = replace(EVERYTHING, optim=replace(EVERYTHING.optim, precision=precision))
+    whole = run(config)
+    for epoch, state in enumerate(whole.states):
+        torch.save(state, tmp_path / "state.pt")
+        resumed = run(config, resume=torch.load(tmp_path / "state.pt", weights_only=True))
+        assert resumed.metrics == whole.metrics[epoch + 1 :]
+        assert_same(resumed.states, whole.states[epoch + 1 :])
+
+
+def test_a_trial_after_another_is_as_in_a_fresh_process() -> None:
+    first = run(EVERYTHING)
+    run(Config())
+    again = run(EVERYTHING)
+    assert first.metrics == again.metrics
+    assert_same(first.states, again.states)
+
+
+def test_a_state_is_changed_neither_by_later_steps_nor_by_resuming_from_it(tmp_path: Path) -> None:
+    def lasting(steps: int) -> State:
+        reports = fit(TOY, Trial(EVERYTHING, seed=SEED, device=CPU))
+        report = next(reports)
+        assert report.state is not None
+        state = report.state()
+        for _ in range(steps):
+            next(reports)
+        return state
+
+    early, late = lasting(0), lasting(2)
+    assert_same(early, late)
+    run(EVERYTHING, resume=late)
+    assert_same(early, late)
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("micro_batch", [None, 1, 3])
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+def test_accumulation_counts_and_clipping_are_those_of_a_plain_loop(
+    lengths: bool, micro_batch: int | None, clip_norm: float | None
+) -> None:
+    config = Config(Optim(lr=0.01, batch_size=8, micro_batch=micro_batch, clip_norm=clip_norm), lengths=lengths)
+    weights, _ = plain_weights(config)
+    torch.testing.assert_close(run(config).weights[-1], weights, rtol=0, atol=1e-6)
+
+
+def test_a_mean_of_means_would_be_noticed() -> None:
+    config = Config(Optim(lr=0.01, batch_size=8, micro_batch=3), lengths=True)
+    right, wrong = plain_weights(config)[0], plain_weights(config, mean_of_means=True)[0]
+    assert (right - wrong).abs().max() > 1e-3
+
+
+def test_scores_are_those_of_the_shadow_and_the_state_holds_both() -> None:
+    config = Config(Optim(lr=0.01, batch_size=8, ema=0.9))
+    weights, shadow = plain_weights(config)
+    done = run(config)
+    state = done.states[-1]
+    torch.testing.assert_close(
+        torch.cat([value.flatten() for value in state["model"].values()]), weights, rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(
+        torch.cat([value.flatten() for value in state["ema"].values()]), shadow, rtol=0, atol=1e-6
+    )
+
+    model = toy_model(config)
+    model.load_state_dict(state["ema"])
+    val = toy_data(config, "val", Ranks())
+    for name, (total, count) in toy_score(model, val[torch.arange(len(val))], config).items():
+        assert done.metrics[-1][name] == pytest.approx(float(total.detach() / count), rel=1e-5)
+
+
+def test_train_metrics_are_means_over_the_samples_of_the_epoch() -> None:
+    config = Config(Optim(lr=1e-12, batch_size=8), epochs=1, lengths=True)
+    done = run(config)
+    seed_everything(SEED, "model")
+    batch = toy_data(config, "train", Ranks())[torch.cat(order(config))]
+    pairs = toy_loss(toy_model(config), batch, config)
+    means = {f"loss_{name}": float(total.detach() / count) for name, (total, count) in pairs.items()}
+    assert done.metrics[0] == pytest.approx(
+        done.metrics[0] | means | {"loss": sum(means.values()), "lr": 1e-12}, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])  # of 3 in an epoch
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_loss_that_is_not_finite_ends_the_trial_before_the_update(step: int, precision: Any) -> None:
+    config = Config(Optim(lr=0.01, batch_size=8, micro_batch=5, precision=precision))
+    done = run(replace(config, nan_loss_of=int(order(config)[step][0])))
+    assert done.diverged is not None
+    assert str(done.diverged) == f"loss_square is not finite at lr 0.01 (step {step})"
+    assert torch.equal(done.weights[-1], done.weights[2 * step])  # two micro-batches, so two calls, a step
+    assert not done.metrics
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_gradient_that_is_not_finite_ends_the_trial_before_the_update(step: int) -> None:
+    config = Config(Optim(lr=0.01, batch_size=8))
+    done = run(replace(config, nan_gradient_of=int(order(config)[step][0])))
+    assert done.diverged is not None
+    assert str(done.diverged) == f"the gradient norm is not finite at lr 0.01 (step {step})"
+    assert torch.equal(done.weights[-1], done.weights[step])
+
+
+def test_steps_are_counted_from_the_start_of_the_trial_when_it_was_resumed() -> None:
+    config = Config(Optim(lr=0.01, batch_size=8), epochs=3)
+    state = run(config).states[0]
+    done = run(replace(config, nan_loss_of=int(order(config, epoch=1)[2][0])), resume=state)
+    assert done.diverged is not None
+    assert done.diverged.step == 5
+
+
+def test_weights_that_are_not_finite_are_never_reported() -> None:
+    done = run(Config(Optim(lr=3e38, batch_size=27)))
+    assert done.diverged is not None
+    assert "the weights are not finite after an update at lr 3e+38" in str(done.diverged)
+    assert not done.states
+
+
+def test_an_overflow_that_a_smaller_loss_scale_mends_is_no_divergence() -> None:
+    done = run(Config(Optim(lr=0.01, batch_size=8, precision="fp16"), epochs=4, loudness=100.0))
+    assert done.diverged is None
+    assert torch.equal(done.weights[0], done.weights[1])
+    assert not torch.equal(done.weights[0], done.weights[-1])
+    assert all(math.isfinite(value) for metrics in done.metrics for value in metrics.values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains(precision: Any) -> None:
+    done = run(Config(Optim(lr=0.01, batch_size=9, precision=precision), epochs=12))
+    assert done.metrics[-1]["error"] < 0.7 * done.metrics[0]["error"]
+    assert all(value.dtype == torch.float32 for value in done.states[-1]["model"].values())
+
+
+def test_frozen_parameters_and_modules_in_eval_mode_stay_as_the_family_left_them() -> None:
+    modes: list[tuple[bool, bool]] = []
+
+    def half_frozen(config: Config) -> nn.Module:
+        model = toy_model(config)
+        assert isinstance(model, nn.Sequential)
+        model[0].requires_grad_(False)
+        model[2].eval()
+        return model
+
+    def watched(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        assert isinstance(model, nn.Sequential)
+        modes.append((model.training, model[2].training))
+        return toy_loss(model, batch, config)
+
+    config = Config(Optim(lr=0.01, batch_size=8, weight_decay=0.5, ema=0.9), dropout=0.5)
+    done = run(config, replace(TOY, model=half_frozen, loss=watched))
+    frozen = WIDTH * 16 + 16
+    assert torch.equal(done.weights[0][:frozen], done.weights[-1][:frozen])
+    assert not torch.equal(done.weights[0][frozen:], done.weights[-1][frozen:])
+    assert len(done.states[-1]["optimizer"]["state"]) == 4
+    assert set(modes) == {(True, False)}  # in the second epoch too, after an evaluation
+
+
+def test_lr_scale_is_a_parameters_own_ratio() -> None:
+    config = Config(Optim(lr=0.01, batch_size=27, weight_decay=0.0), epochs=1)
+    done = run(config, replace(TOY, lr_scale=lambda name: 0.1 if name.startswith("0.") else 1.0))
+    moved = (done.weights[-1] - done.weights[0]).abs()
+    scaled = WIDTH * 16 + 16
+    # AdamW's first step is the learning rate itself, wherever there is a gradient to speak of.
+    assert float(moved[:scaled].median()) == pytest.approx(0.001, rel=1e-3)
+    assert float(moved[scaled:].median()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_small_data_set_is_one_ragged_batch_and_else_the_ragged_one_is_dropped() -> None:
+    assert [len(batch) for batch in order(Config(samples=27))] == [8, 8, 8]
+    assert [len(batch) for batch in order(Config(samples=5))] == [5]
+    assert len(set(torch.cat(order(Config(samples=27))).tolist())) == 24
+
+
+def test_scores_without_a_sample_are_left_out() -> None:
+    def absent(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        return {"there": (torch.tensor(3.0), 2), "absent": (torch.tensor(0.0), 0)}
+
+    metrics = run(Config(), replace(TOY, score=absent)).metrics[-1]
+    assert metrics["there"] == 1.5
+    assert "absent" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), 8), "b": (m(b["x"]).sum(), 4)}}, "a, b must share one count"),
+        ({"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), 3)}}, "counts 3 for 8 samples"),
+        ({"score": lambda m, b, c: {"loss": (torch.tensor(1.0), 1)}}, "name of a training metric: loss"),
+        ({"data": lambda c, split, ranks: []}, "the split 'train' holds no sample"),
+        ({"lr_scale": lambda name: -1.0}, r"lr_scale\('0.weight'\) = -1.0 must be 0 or a positive"),
+    ],
+)
+def test_a_task_that_breaks_its_promises_is_told_so(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(Config(), replace(TOY, **wrong))
+
+
+def test_several_ranks_without_a_process_group_are_refused() -> None:
+    with pytest.raises(UserError, match="world_size = 2 must come with a process group"):
+        run(Config(), world_size=2)

@@ -1,0 +1,89 @@
+"""Two ranks, over gloo: they train as one, and leave together when one of them diverges."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+from toy_task import TOY, WIDTH, Config, Run, assert_same, order, run
+
+from trainables.optim import Optim
+
+PAIRED = {
+    "plain": Config(Optim(lr=0.01, batch_size=8)),
+    "odd share": Config(Optim(lr=0.01, batch_size=7, micro_batch=3, clip_norm=0.1, ema=0.9)),
+    "lengths": Config(Optim(lr=0.01, batch_size=9, micro_batch=2), lengths=True),
+    "one sample a batch": Config(Optim(lr=0.01, batch_size=1, ema=0.9), samples=4, lengths=True),
+    "fp16": Config(Optim(lr=0.01, batch_size=8, precision="fp16"), loudness=0.1),  # too quiet to overflow anywhere
+}
+# Places 0 and 1 of a batch go to ranks 0 and 1.
+BAD_LOSS = Config(Optim(lr=0.01, batch_size=8))
+BAD_LOSS = replace(BAD_LOSS, nan_loss_of=int(order(BAD_LOSS)[1][1]))
+BAD_GRADIENT = replace(BAD_LOSS, nan_loss_of=None, nan_gradient_of=BAD_LOSS.nan_loss_of)
+BAD_FP16 = replace(BAD_LOSS, optim=replace(BAD_LOSS.optim, precision="fp16"))
+BAD = {"loss": BAD_LOSS, "gradient": BAD_GRADIENT, "loss in fp16": BAD_FP16}
+BATCH_NORM = Config(Optim(lr=0.01, batch_size=8), epochs=3)
+
+
+def with_batch_norm(config: Config) -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 16), nn.BatchNorm1d(16), nn.Linear(16, WIDTH))
+
+
+def one_of_two(rank: int, folder: Path) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    done = {name: run(config, rank=rank, world_size=2) for name, config in (PAIRED | BAD).items()}
+    normed = replace(TOY, model=with_batch_norm)
+    done["batch norm"] = run(BATCH_NORM, normed, rank=rank, world_size=2)
+    state = done["batch norm"].states[0] if rank == 0 else None
+    states = [state]
+    dist.broadcast_object_list(states, src=0)
+    done["batch norm, resumed"] = run(BATCH_NORM, normed, resume=states[0], rank=rank, world_size=2)
+    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(done))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Run]]:
+    """What each of two ranks saw: all trials in one pair of processes, since these take seconds to start."""
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(one_of_two, args=(folder,), nprocs=2)
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_two_ranks_train_as_one(name: str, both: list[dict[str, Run]]) -> None:
+    alone, (rank0, rank1) = run(PAIRED[name]), (ranks[name] for ranks in both)
+    assert_same(rank0.states, rank1.states)
+    assert rank0.metrics == rank1.metrics
+    loose = 20 if name == "fp16" else 1
+    torch.testing.assert_close(rank0.weights[-1], alone.weights[-1], rtol=0, atol=1e-5 * loose)
+    for mine, theirs in zip(rank0.metrics, alone.metrics, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4 * loose)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_both_ranks_raise_for_the_same_step_when_one_of_them_diverges(name: str, both: list[dict[str, Run]]) -> None:
+    what = "the gradient norm is" if name == "gradient" else "loss_square is"
+    for ranks in both:
+        done = ranks[name]
+        assert str(done.diverged) == f"{what} not finite at lr 0.01 (step 1)"
+        assert torch.equal(done.weights[-1], done.weights[1])
+
+
+def test_all_ranks_hold_the_same_buffers_when_an_epoch_ends(both: list[dict[str, Run]]) -> None:
+    rank0, rank1 = (ranks["batch norm"] for ranks in both)
+    assert_same(rank0.states, rank1.states)
+    assert_same(both[0]["batch norm, resumed"].states, rank0.states[1:])

@@ -1,0 +1,62 @@
+"""The schedules agree with values computed by hand, and settings that make no sense are refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from trainables.contract import UserError
+from trainables.optim import Optim, Restarts, lr_factor
+
+
+@pytest.mark.parametrize(
+    ("epoch", "lr"),  # the lab notes' own table for lr 1e-4
+    [(0, 2.5e-6), (4, 3.6e-5), (7, 8.0e-5), (10, 1.0e-4), (24, 3.6e-6), (25, 1.25e-4), (35, 1.25e-4), (35.9, 1.25e-4)],
+)
+def test_the_schedule_of_the_notes(epoch: float, lr: float) -> None:
+    optim = Optim(lr=1e-4, schedule="notes", warmup_epochs=10)
+    assert optim.lr * lr_factor(optim, epoch, 50) == pytest.approx(lr, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_epochs", "factors"),  # after 0, 1, 2, 4, 6 and 10 of 10 epochs
+    [
+        ("constant", 0, [1, 1, 1, 1, 1, 1]),
+        ("constant", 4, [0, 0.25, 0.5, 1, 1, 1]),
+        ("cosine", 0, [1, 0.975528, 0.904508, 0.654508, 0.345492, 0]),
+        ("cosine", 2, [0, 0.5, 1, 0.853553, 0.5, 0]),
+        ("cosine", 12, [0, 1 / 12, 1 / 6, 1 / 3, 0.5, 10 / 12]),
+    ],
+)
+def test_constant_and_cosine_schedules(schedule: Any, warmup_epochs: float, factors: list[float]) -> None:
+    optim = Optim(schedule=schedule, warmup_epochs=warmup_epochs)
+    assert [lr_factor(optim, epoch, 10) for epoch in (0, 1, 2, 4, 6, 10)] == pytest.approx(factors, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("lr", 0.0, "be a positive number"),
+        ("lr", math.nan, "be a positive number"),
+        ("clip_norm", 0.0, "be a positive number"),
+        ("batch_size", 0, "be at least 1"),
+        ("micro_batch", 0, "be at least 1"),
+        ("weight_decay", -0.1, "be 0 or a positive number"),
+        ("schedule", "linear", "be one of constant, cosine, notes"),
+        ("warmup_epochs", -1, "be 0 or a positive number"),
+        ("precision", "fp8", "be one of fp32, bf16, fp16"),
+        ("ema", 1.0, "lie between 0 and 1"),
+    ],
+)
+def test_optim_refuses(name: str, value: Any, rule: str) -> None:
+    with pytest.raises(UserError, match=f"^optim.{name} = {value} must {rule}$"):
+        Optim(**{name: value})
+
+
+def test_restarts_refuse() -> None:
+    with pytest.raises(UserError, match=r"^optim.restarts.every_epochs = 0 must be at least 1$"):
+        Restarts(every_epochs=0)
+    with pytest.raises(UserError, match=r"^optim.restarts.floor_ratio = 1.0 must lie in"):
+        Restarts(floor_ratio=1.0)

@@ -1,0 +1,54 @@
+"""Seeds and states: why a resumed trial is the uninterrupted one, and a repeated trial the first.
+
+The global generators are seeded anew for every epoch from what identifies it, so a state holds no generator's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainables.contract import State
+
+
+def seed_from(*parts: int | str) -> int:
+    """Return a seed of 63 bits that depends on every part, the same on every machine."""
+    return random.Random("/".join(map(str, parts))).getrandbits(63)
+
+
+def seed_everything(*parts: int | str) -> None:
+    """Seed the global generators of Python, NumPy and PyTorch (CPU and GPU) from the parts."""
+    seed = seed_from(*parts)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def state_of(parts: Mapping[str, Any], epoch: int) -> State:
+    """Return the states of the parts after an epoch, as copies that `torch.load(weights_only=True)` reads."""
+    return {"epoch": epoch, **{name: on_cpu(part.state_dict()) for name, part in parts.items()}}
+
+
+def restore(parts: Mapping[str, Any], state: State | None) -> int:
+    """Load the parts from a state, if there is one, and return the epoch to go on with."""
+    if state is None:
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(on_cpu(state[name]))  # a copy: an optimizer would go on to write into the state's tensors
+    return int(state["epoch"]) + 1
+
+
+def on_cpu(tree: Any) -> Any:
+    """Return a copy of nested dicts and lists with every tensor copied to the CPU."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, Mapping):
+        return {key: on_cpu(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [on_cpu(value) for value in tree]
+    return tree
