@@ -48,17 +48,6 @@ def decode(cls: type, tree: Mapping[str, Any], path: str = "config") -> Any:
         raise UserError(f"{path}: {error}") from None
 
 
-def encode(config: Any) -> Any:
-    """The tree of plain values that `decode` turns back into `config`."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {item.name: encode(getattr(config, item.name)) for item in dataclasses.fields(config) if item.init}
-    if isinstance(config, Mapping):
-        return {key: encode(value) for key, value in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [encode(value) for value in config]
-    return config if config is None or isinstance(config, (bool, int, float, str)) else str(config)
-
-
 def _value(kind: Any, value: Any, path: str) -> Any:
     nested = _dataclass_in(kind)
     if nested is not None:

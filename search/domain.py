@@ -51,21 +51,31 @@ class Real:
 
     def __post_init__(self) -> None:
         _check_range(self.low, self.high, self.log)
-        if self.step is not None and self.step <= 0:
-            raise UserError(f"step {self.step} must be above 0")
+        if self.step is not None:
+            _check_step(self.low, self.high, self.step)
 
     def __str__(self) -> str:
         return f"[{self.low:g}, {self.high:g}]"
 
     def contains(self, value: Any) -> bool:
-        return _is_number(value) and self.low <= value <= self.high
+        if not _is_number(value) or not self.low <= value <= self.high:
+            return False
+        # Within a hair of the grid, because a sampler adds steps up in its own order.
+        return self.step is None or abs(self.nearest(value) - value) < 1e-6 * self.step
+
+    def nearest(self, value: float) -> float:
+        """The value of this domain that is closest: within the range, and on the grid of a `step`."""
+        inside = min(max(value, self.low), self.high)
+        if self.step is None:
+            return inside
+        # Rounded, so that 0.1 + 2 * 0.1 is the 0.3 that a person would write.
+        on_grid = round(self.low + self.step * round((inside - self.low) / self.step), 12)
+        return min(on_grid, self.high)
 
     def sample(self, rng: random.Random) -> float:
         if self.log:
-            return math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
-        if self.step is not None:
-            return self.low + self.step * rng.randint(0, int((self.high - self.low) / self.step + 1e-9))
-        return rng.uniform(self.low, self.high)
+            return self.nearest(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
+        return self.nearest(rng.uniform(self.low, self.high))
 
     def distribution(self) -> BaseDistribution:
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
@@ -79,7 +89,7 @@ class Real:
     def grid(self) -> list[Any] | None:
         if self.step is None:
             return None
-        return [self.low + self.step * i for i in range(int((self.high - self.low) / self.step + 1e-9) + 1)]
+        return [self.nearest(self.low + self.step * i) for i in range(_steps(self.low, self.high, self.step) + 1)]
 
 
 @dataclass(frozen=True)
@@ -93,8 +103,7 @@ class Integer:
 
     def __post_init__(self) -> None:
         _check_range(self.low, self.high, self.log)
-        if self.step < 1:
-            raise UserError(f"step {self.step} must be at least 1")
+        _check_step(self.low, self.high, self.step)
         if self.log and self.step != 1:
             raise UserError("an int domain takes `log` or `step`, not both")
 
@@ -103,11 +112,16 @@ class Integer:
 
     def contains(self, value: Any) -> bool:
         whole = isinstance(value, int) and not isinstance(value, bool)
-        return whole and self.low <= value <= self.high and (value - self.low) % self.step == 0
+        return whole and self.nearest(value) == value
+
+    def nearest(self, value: float) -> int:
+        """The value of this domain that is closest."""
+        inside = min(max(value, self.low), self.high)
+        return self.low + self.step * round((inside - self.low) / self.step)
 
     def sample(self, rng: random.Random) -> int:
         if self.log:
-            return round(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
+            return self.nearest(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
         return rng.randrange(self.low, self.high + 1, self.step)
 
     def distribution(self) -> BaseDistribution:
@@ -133,7 +147,7 @@ class Choice:
         if not self.values:
             raise UserError("a choice needs at least one value")
         stored = [self.encode(value) for value in self.values]
-        if any(_same(a, b) for i, a in enumerate(stored) for b in stored[:i]):
+        if any(a == b for i, a in enumerate(stored) for b in stored[:i]):  # Optuna tells 1 from 1.0 and True no more
             raise UserError(f"a choice names a value twice: {list(self.values)}")
 
     def __str__(self) -> str:
@@ -210,7 +224,7 @@ def parse_domain(name: str, node: Mapping[str, Any]) -> Parameter:
 
 
 def _build(kind: str, node: Mapping[str, Any]) -> Domain:
-    values = node[kind]
+    values, log, step = node[kind], node.get("log", False), node.get("step")
     if kind == "choice":
         return Choice(tuple(values))
     if len(values) != 2 or not all(_is_number(value) for value in values):
@@ -219,8 +233,14 @@ def _build(kind: str, node: Mapping[str, Any]) -> Domain:
     if kind == "int":
         if not all(isinstance(value, int) for value in values):
             raise UserError(f"`int` takes two whole numbers, not {values}")
-        return Integer(low, high, log=bool(node.get("log", False)), step=node.get("step", 1))
-    return Real(float(low), float(high), log=kind == "log", step=node.get("step"))
+        if not isinstance(log, bool):
+            raise UserError(f"`log` is true or false, not {log!r}")
+        if step is not None and not isinstance(step, int):
+            raise UserError(f"`step` of an int is a whole number, not {step!r}")
+        return Integer(low, high, log=log, step=1 if step is None else step)
+    if step is not None and not _is_number(step):
+        raise UserError(f"`step` is a number, not {step!r}")
+    return Real(float(low), float(high), log=kind == "log", step=step)
 
 
 def _conditions(when: Any) -> dict[str, tuple[Any, ...]]:
@@ -234,7 +254,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal and of the same kind: 1, 1.0 and True are three different values of a choice."""
+    """Equal and of the same kind: a choice of 1 does not contain 1.0 or True."""
     return type(a) is type(b) and a == b
 
 
@@ -243,3 +263,16 @@ def _check_range(low: float, high: float, log: bool) -> None:
         raise UserError(f"the range [{low}, {high}] is reversed; write [{high}, {low}]")
     if log and low <= 0:
         raise UserError(f"a log range needs low > 0, but got [{low}, {high}]")
+
+
+def _steps(low: float, high: float, step: float) -> int:
+    """How many whole steps fit between low and high."""
+    return math.floor((high - low) / step + 1e-9)
+
+
+def _check_step(low: float, high: float, step: float) -> None:
+    if step <= 0:
+        raise UserError(f"step {step} must be above 0")
+    last = round(low + step * _steps(low, high, step), 12)
+    if abs(last - high) > 1e-9 * max(1.0, abs(high)):
+        raise UserError(f"steps of {step} from {low} do not meet {high}; write [{low}, {last}]")

@@ -37,8 +37,10 @@ class TrialFolder:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        with open(self.path / "metrics.jsonl", "ab+") as file:
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read() not in (b"", b"\n")  # the power went while the last line was being written
+            file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """One row per epoch; where an epoch was run twice, after an interruption, the later row."""
@@ -50,7 +52,7 @@ class TrialFolder:
         for line in lines:
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:  # the line that was being written when the power went
+            except json.JSONDecodeError:  # a torn line
                 continue
             rows[row["epoch"]] = row
         return [rows[epoch] for epoch in sorted(rows)]
@@ -69,8 +71,8 @@ class TrialFolder:
 
 def last_checkpoint(folder: Path) -> Saved | None:
     """The newest checkpoint in a folder, or None."""
-    paths = sorted(folder.glob(_CHECKPOINT_PATTERN))
-    return Saved(int(paths[-1].stem.rpartition("-")[2]), paths[-1]) if paths else None
+    saved = [Saved(int(path.stem.rpartition("-")[2]), path) for path in folder.glob(_CHECKPOINT_PATTERN)]
+    return max(saved, key=lambda item: item.epoch, default=None)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -6,12 +6,13 @@ import dataclasses
 import importlib
 import sys
 import traceback
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.decode import decode
+from search.decode import decode, did_you_mean
 from trainables.contract import UserError
 
 
@@ -49,12 +50,12 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
         if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise UserError(f"trainable: no module {error.name!r} in {', '.join(paths)} or on sys.path") from None
         raise UserError(f"trainable: {module_name} cannot be imported: {_where(error)}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # SystemExit: a script that parses its command line when imported
         raise UserError(f"trainable: {module_name} cannot be imported: {_where(error)}") from None
     train = getattr(module, function, None)
     if not callable(train):
-        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"trainable: {module_name} has no function {function!r}; it has {', '.join(callables)}")
+        functions = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType)]
+        raise UserError(f"trainable: {module_name} has no function {function!r}; {did_you_mean(function, functions)}")
     config_class = getattr(module, "Config", None)
     is_dataclass = isinstance(config_class, type) and dataclasses.is_dataclass(config_class)
     return Trainable(train, config_class if is_dataclass else None, getattr(module, "prepare", None))
@@ -65,6 +66,6 @@ def search_paths(space_file: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys([str(Path.cwd()), str(space_file.resolve().parent)]))
 
 
-def _where(error: Exception) -> str:
+def _where(error: BaseException) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())} ({frame.filename}:{frame.lineno})"

@@ -52,11 +52,11 @@ class Search(_Section):
     time_budget: str | None = None  # such as 90s, 30m, 4h; trials still running then are stopped
     retries: int = Field(1, ge=0)  # of a trial that failed by a bug or a fault of the machine
 
-    @field_validator("time_budget")
+    @field_validator("time_budget", mode="before")
     @classmethod
-    def _readable(cls, value: str | None) -> str | None:
+    def _readable(cls, value: object) -> object:
         if value is not None:
-            seconds(value)
+            seconds(str(value))
         return value
 
     @property

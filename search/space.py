@@ -20,7 +20,7 @@ from search.sections import Limit, Objective, Resources, Scheduler, Search, sect
 from trainables.contract import UserError
 
 DRAWS = 200  # settings that are built before anything starts
-_KEYS = (
+_SECTIONS = (
     "trainable",
     "objective",
     "constraints",
@@ -29,9 +29,8 @@ _KEYS = (
     "search",
     "scheduler",
     "resources",
-    "profiles",
-    "ran",  # written into a results folder's space.yaml; read by people only
 )
+_KEYS = (*_SECTIONS, "profiles", "ran")  # ran: on what and how; stands in a results folder's space.yaml
 Values = dict[str, Any]  # of the searched parameters, by dotted path
 
 
@@ -84,6 +83,11 @@ class Space:
             elif trees.get(self.tree, name) not in allowed:
                 return False
         return True
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Whether these are a whole setting of this space: a value for every active parameter, inside its domain."""
+        active = {item.name: item.domain for item in self.parameters if self.is_active(item, values)}
+        return values.keys() == active.keys() and all(active[name].contains(values[name]) for name in values)
 
     def suggest(self, trial: optuna.trial.Trial) -> Values:
         """Values for every active parameter, asked of the sampler."""
@@ -140,11 +144,10 @@ def load_space(
     try:
         if not isinstance(document, dict):
             raise UserError("a space file is a mapping with the keys trainable, objective, config, ...")
-        _check_keys(document)
+        _check_keys(document, _KEYS)
         profiles = document.pop("profiles", None) or {}
         chosen = _choose_profile(profiles, profile, has_gpu)
         if chosen is not None:
-            _check_keys(profiles[chosen], f"profiles.{chosen}")
             document = trees.merge(document, profiles[chosen])
         written = trees.leaves(document)
         for override in overrides:
@@ -160,18 +163,19 @@ def load_space(
     return space, trainable
 
 
-def _check_keys(document: Any, path: str = "") -> None:
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: expected a mapping, got {document!r}")
-    prefix = f"{path}." if path else ""
+def _check_keys(document: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> None:
     for key in document:
-        if key not in _KEYS:
-            raise UserError(f"{prefix}{key}: no such key; {did_you_mean(str(key), _KEYS)}")
+        if key not in known:
+            raise UserError(f"{prefix}{key}: no such key; {did_you_mean(str(key), known)}")
 
 
 def _choose_profile(profiles: Any, wanted: str | None, has_gpu: bool) -> str | None:
     if not isinstance(profiles, dict):
         raise UserError(f"profiles: expected a mapping of names, got {profiles!r}")
+    for name, profile in profiles.items():
+        if not isinstance(profile, dict):
+            raise UserError(f"profiles.{name}: expected a mapping, got {profile!r}")
+        _check_keys(profile, _SECTIONS, f"profiles.{name}.")
     if wanted is None:
         return "laptop" if not has_gpu and "laptop" in profiles else None
     if wanted not in profiles:
@@ -185,7 +189,7 @@ def _override(document: dict[str, Any], text: str) -> None:
     key = key.strip()
     if not equals or not key:
         raise UserError(f"--set {text}: write KEY=VALUE, such as config.optim.lr=1.0e-4")
-    if key.split(".")[0] not in _KEYS:
+    if key.split(".")[0] not in _SECTIONS:
         raise UserError(f"--set {key}: no such key; {did_you_mean(key, trees.leaves(document))}")
     trees.put(document, key, yaml_file.parse(value_text, f"--set {key}"))
 
@@ -204,7 +208,7 @@ def _build(document: dict[str, Any], file: Path, profile: str | None) -> Space:
             raise UserError(f"{key}: a value is needed")
     if not isinstance(document["trainable"], str):
         raise UserError(f"trainable: {document['trainable']!r} is no import path; write package.module:function")
-    tree = document.get("config") or {}
+    tree, ran = document.get("config") or {}, document.get("ran") or {}
     if not isinstance(tree, dict):
         raise UserError(f"config: expected a mapping, got {tree!r}")
     parameters = _ordered(_parameters(tree))
@@ -219,8 +223,8 @@ def _build(document: dict[str, Any], file: Path, profile: str | None) -> Space:
         search=section(Search, document.get("search"), "search"),
         scheduler=section(Scheduler, document.get("scheduler"), "scheduler"),
         resources=section(Resources, document.get("resources"), "resources"),
-        profile=profile,
-        paths=tuple(dict.fromkeys([*search_paths(file), *(document.get("ran") or {}).get("paths", [])])),
+        profile=profile or ran.get("profile"),
+        paths=tuple(dict.fromkeys([*search_paths(file), *ran.get("paths", [])])),
     )
 
 
@@ -314,11 +318,12 @@ def _check_conditions(space: Space) -> None:
 
 def _check_draws(space: Space, trainable: Trainable) -> None:
     rng = random.Random(0)
-    draws = [space.draw(rng, known.values) for known in space.try_first]
-    draws += [space.draw(rng) for _ in range(DRAWS if space.parameters else 1)]
-    for i, values in enumerate(draws):
+    settings = [("", space.draw(rng))]  # what fails here fails everywhere, and not for its values
+    settings += [(f"try_first.{i}", space.draw(rng, known.values)) for i, known in enumerate(space.try_first)]
+    settings += [("drawn", space.draw(rng)) for _ in range(DRAWS if space.parameters else 0)]
+    for origin, values in settings:
         try:
             trainable.config(space.config(values))
         except UserError as error:
-            setting = ", ".join(f"{name}={value}" for name, value in values.items())
-            raise UserError(f"{error}" if i == 0 else f"{error} (drawn: {setting})") from None
+            told = ", ".join(f"{name}={value}" for name, value in values.items())
+            raise UserError(f"{error} ({origin}: {told})" if origin else str(error)) from None

@@ -37,7 +37,9 @@ def put(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     node = tree
     for i, key in enumerate(parents):
-        child = node.setdefault(key, {})
+        if node.get(key) is None:  # a key with nothing behind it yet
+            node[key] = {}
+        child = node[key]
         if not isinstance(child, dict) or is_domain(child):
             above = ".".join(parents[: i + 1])
             raise UserError(f"{path}: {above} is a value, not a mapping of further keys")

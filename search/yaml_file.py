@@ -6,12 +6,12 @@ PyYAML reads `1e-5` as text and `on` as True, and keeps the last of two equal ke
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from search.folder import replace_text
 from trainables.contract import UserError
 
 _EXPONENT_WITHOUT_POINT = re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+|[-+]?\d[\d_]*\.\d*[eE]\d+")
@@ -19,14 +19,14 @@ _WORDS_FOR_BOOL = {"yes", "no", "on", "off"}
 
 
 class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise UserError(f"line {key_node.start_mark.line + 1}: the key `{key}` stands twice; keep one of them")
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise UserError(f"line {key.start_mark.line + 1}: the key `{key.value}` stands twice; keep one of them")
+            seen.add((key.tag, str(key.value)))
+        return node
 
 
 def _plain_text(loader: _Loader, node: yaml.ScalarNode) -> str:
@@ -66,6 +66,8 @@ def parse(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise UserError(f"{where}: {line}{getattr(error, 'problem', None) or 'not YAML'}") from None
+    except ValueError as error:  # such as the date 2024-13-01
+        raise UserError(f"{where}: {error}") from None
 
 
 def read(path: Path) -> Any:
@@ -78,7 +80,10 @@ def read(path: Path) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Keeps short lists on one line and prints floats so that they are read back as floats."""
+    """Keeps short lists on one line and prints every value so that `parse` reads it back, without anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
@@ -90,7 +95,13 @@ def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:float", text)
 
 
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    quotes = '"' if _EXPONENT_WITHOUT_POINT.fullmatch(value) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=quotes)
+
+
 _Dumper.add_representer(float, _float)
+_Dumper.add_representer(str, _text)
 _Dumper.add_representer(
     tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", list(value), flow_style=True)
 )
@@ -107,6 +118,5 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def write(path: Path, value: Any, comment: str = "") -> None:
-    head = "".join(f"# {line}\n" for line in comment.splitlines())
-    path.write_text(head + dump(value))
+def write(path: Path, value: Any) -> None:
+    replace_text(path, dump(value))

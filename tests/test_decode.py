@@ -1,0 +1,87 @@
+"""A config tree becomes a frozen dataclass, strictly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+
+from search.decode import decode, did_you_mean
+from trainables.contract import UserError
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    name: Literal["adam", "sgd"] = "adam"
+
+    def __post_init__(self) -> None:
+        if self.betas[0] > self.betas[1]:
+            raise ValueError(f"beta 1 ({self.betas[0]}) must not be above beta 2 ({self.betas[1]})")
+
+
+@dataclass(frozen=True)
+class Config:
+    optim: Optim
+    epochs: int = 3
+    amp: bool = False
+    sensors: tuple[str, ...] = ("lidar",)
+    warmup: float | None = None
+    teacher: Optim | None = None
+    derived: int = field(init=False, default=0)
+
+
+def test_a_whole_tree_is_decoded() -> None:
+    tree = {
+        "optim": {"lr": 1, "betas": [0.8, 0.9]},
+        "sensors": ["lidar", "radar"],
+        "warmup": None,
+        "teacher": {"lr": 0.5},
+    }
+    assert decode(Config, tree) == Config(
+        Optim(1.0, (0.8, 0.9)), sensors=("lidar", "radar"), warmup=None, teacher=Optim(0.5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"optim": {"lr": 1.0}, "epoch": 3}, r"config\.epoch: no such key in Config; did you mean `epochs`\?"),
+        ({"optim": {"lrr": 1.0}}, r"config\.optim\.lrr: no such key in Optim; did you mean `lr`\?"),
+        ({"optim": {"lr": 1.0}, "zzz": 3}, "known: optim, epochs, amp, sensors, warmup, teacher$"),
+        ({"optim": {"lr": 1.0}, "derived": 1}, "no such key in Config"),
+        ({"optim": {}}, r"config\.optim\.lr: a value is needed; Optim has no default for it"),
+        ({}, r"config\.optim: a value is needed"),
+        ({"optim": 3}, r"config\.optim: expected the keys of Optim, got 3"),
+        ({"optim": None}, r"config\.optim: expected the keys of Optim, got None"),
+        ({"optim": {"lr": "fast"}}, r"config\.optim\.lr: 'fast' is refused: input should be a valid number"),
+        ({"optim": {"lr": True}}, r"config\.optim\.lr: True is refused"),
+        ({"optim": {"lr": 1.0}, "epochs": 2.5}, r"config\.epochs: 2\.5 is refused: input should be a valid integer"),
+        ({"optim": {"lr": 1.0}, "epochs": 2.0}, r"config\.epochs: 2\.0 is refused"),
+        ({"optim": {"lr": 1.0}, "epochs": "2"}, r"config\.epochs: '2' is refused"),
+        ({"optim": {"lr": 1.0}, "amp": "yes"}, r"config\.amp: 'yes' is refused: .*; write true or false"),
+        ({"optim": {"lr": 1.0, "name": "adm"}}, r"config\.optim\.name: 'adm' is refused: input should be 'adam' or 's"),
+        ({"optim": {"lr": 1.0}, "sensors": "lidar"}, r"config\.sensors: 'lidar' is refused"),
+        ({"optim": {"lr": 1.0}, "warmup": {"log": 3}}, r"config\.warmup: \{'log': 3\} is refused"),
+        ({"optim": {"lr": 1.0, "betas": [0.9, 0.8]}}, r"config\.optim: beta 1 \(0\.9\) must not be above beta 2"),
+        ({"optim": {"lr": object()}}, "is not a plain value"),
+    ],
+)
+def test_what_does_not_fit_is_named_by_its_path(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        decode(Config, tree)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [("lrr", "did you mean `lr`?"), ("xyz", "known: lr, clip_norm"), ("clipnorm", "did you mean `clip_norm`?")],
+)
+def test_the_nearest_known_word_is_named(word: str, hint: str) -> None:
+    assert did_you_mean(word, ["lr", "clip_norm"]) == hint
+
+
+def test_where_nothing_is_known_nothing_is_meant() -> None:
+    assert did_you_mean("x", []) == "nothing may stand here"

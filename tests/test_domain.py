@@ -1,0 +1,112 @@
+"""What every domain promises, and what a domain mapping may say."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import optuna
+import pytest
+
+from search.domain import is_domain, parse_domain
+from trainables.contract import UserError
+
+DOMAINS: list[dict[str, Any]] = [
+    {"log": [1e-5, 1e-2]},
+    {"log": [1e-3, 1e-3]},
+    {"float": [-1.0, 2]},
+    {"float": [0, 0.3], "step": 0.1},
+    {"float": [0.1, 0.7], "step": 0.2},
+    {"int": [1, 9]},
+    {"int": [2, 14], "step": 4},
+    {"int": [8, 64], "log": True},
+    {"choice": [2, 2.5, "a", None, True]},
+    {"choice": [[1, 2], [1], {"depth": 3}, "x"]},
+]
+
+
+@pytest.mark.parametrize("node", DOMAINS, ids=str)
+class TestDomain:
+    def test_what_is_drawn_is_contained(self, node: dict[str, Any]) -> None:
+        domain, rng = parse_domain("x", node).domain, random.Random(0)
+        assert all(domain.contains(domain.sample(rng)) for _ in range(300))
+
+    def test_what_optuna_suggests_is_contained(self, node: dict[str, Any]) -> None:
+        parameter = parse_domain("x", node)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        assert all(parameter.domain.contains(parameter.suggest(study.ask())) for _ in range(30))
+
+    def test_a_stored_value_decodes_to_itself(self, node: dict[str, Any]) -> None:
+        domain, rng = parse_domain("x", node).domain, random.Random(1)
+        for value in (domain.sample(rng) for _ in range(30)):
+            assert domain.decode(domain.encode(value)) == value
+            assert domain.distribution()._contains(domain.distribution().to_internal_repr(domain.encode(value)))
+
+    def test_its_grid_is_all_of_it(self, node: dict[str, Any]) -> None:
+        domain, rng = parse_domain("x", node).domain, random.Random(2)
+        grid = domain.grid()
+        if grid is None:
+            assert set(node) <= {"log", "float"}
+        else:
+            assert all(domain.contains(domain.decode(stored)) for stored in grid)
+            drawn = [domain.encode(domain.sample(rng)) for _ in range(300)]
+            assert {str(stored) for stored in drawn} <= {str(stored) for stored in grid}
+
+    def test_a_stranger_is_not_contained(self, node: dict[str, Any]) -> None:
+        domain = parse_domain("x", node).domain
+        strangers: list[Any] = [1e9, -7.25, "b", [3], False, float("nan")]
+        assert not any(domain.contains(stranger) for stranger in strangers)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"log": [1e-2, 1e-5]}, r"x: the range \[0\.01, 1e-05\] is reversed; write \[1e-05, 0\.01\]"),
+        ({"int": [9, 1]}, r"the range \[9, 1\] is reversed; write \[1, 9\]"),
+        ({"log": [0, 1]}, r"a log range needs low > 0, but got \[0\.0, 1\.0\]"),
+        ({"int": [0, 4], "log": True}, "a log range needs low > 0"),
+        ({"log": [1, "x"]}, r"`log` takes two numbers \[low, high\], not \[1, 'x'\]"),
+        ({"log": [True, 2]}, "`log` takes two numbers"),
+        ({"float": [1, 2, 3]}, "`float` takes two numbers"),
+        ({"float": [0, float("inf")]}, "`float` takes two numbers"),
+        ({"int": [1, 2.5]}, "`int` takes two whole numbers"),
+        ({"int": [1, 10], "step": 2}, r"steps of 2 from 1 do not meet 10; write \[1, 9\]"),
+        ({"float": [0, 1], "step": 0.3}, r"steps of 0\.3 from 0\.0 do not meet 1\.0; write \[0\.0, 0\.9\]"),
+        ({"int": [1, 9], "step": 0}, "step 0 must be above 0"),
+        ({"int": [1, 9], "step": "two"}, "`step` of an int is a whole number, not 'two'"),
+        ({"float": [1, 9], "step": "two"}, "`step` is a number, not 'two'"),
+        ({"int": [1, 9], "log": "false"}, "`log` is true or false, not 'false'"),
+        ({"int": [1, 9], "log": True, "step": 2}, "takes `log` or `step`, not both"),
+        ({"choice": []}, "a choice needs at least one value"),
+        ({"choice": [1, 2, 1]}, "a choice names a value twice"),
+        ({"choice": [1, True]}, "a choice names a value twice"),
+        ({"choice": [[1], [1]]}, "a choice names a value twice"),
+        ({"choice": [1], "log": True}, "`log` does not go with `choice`; allowed beside it: when"),
+        ({"log": [1, 2], "wen": {}}, "`wen` does not go with `log`"),
+        ({"log": [1, 2], "int": [1, 2]}, "a domain has one kind, not log and int"),
+        ({"log": [1, 2], "when": "model"}, "`when` maps another parameter to the values"),
+    ],
+)
+def test_a_domain_that_cannot_be_is_refused(node: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match="^x: .*" + message.removeprefix("x: ")):
+        parse_domain("x", node)
+
+
+def test_a_choice_tells_whole_numbers_from_others() -> None:
+    domain = parse_domain("x", {"choice": [1, 2]}).domain
+    assert domain.contains(1)
+    assert not domain.contains(1.0)
+    assert not domain.contains(True)
+
+
+def test_a_stepped_range_contains_its_steps_alone() -> None:
+    domain = parse_domain("x", {"float": [0.1, 0.7], "step": 0.2}).domain
+    assert domain.contains(0.3)
+    assert domain.contains(0.1 + 0.2)  # 0.30000000000000004, as a sampler adds it up
+    assert not domain.contains(0.4)
+
+
+def test_a_mapping_is_a_domain_when_a_list_stands_behind_its_kind() -> None:
+    assert is_domain({"log": [1, 2]})
+    assert not is_domain({"log": True, "level": 3})  # a config may well have such keys
+    assert not is_domain([1, 2])

@@ -1,0 +1,396 @@
+"""A space file becomes one validated, immutable Space; every mistake in it is one clear line."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from spaces import LOSS, space_of, write_family, write_space
+
+from search import yaml_file
+from search.space import KnownSetting, Space, load_space
+from trainables.contract import UserError
+
+FAMILY = """
+    from dataclasses import dataclass, field
+
+    @dataclass(frozen=True)
+    class Optim:
+        lr: float = 1.0e-3
+        momentum: float = 0.9
+
+    @dataclass(frozen=True)
+    class Config:
+        optim: Optim = field(default_factory=Optim)
+        epochs: int = 3
+        heads: int = 1
+        width: int = 8
+
+        def __post_init__(self):
+            if self.width % self.heads:
+                raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+
+    def train(trial):
+        yield {"loss": trial.config.optim.lr}
+"""
+EVERY_KIND: dict[str, Any] = {
+    "epochs": 4,
+    "data": {"root": None, "sensors": ["lidar", "radar"]},
+    "optim": {
+        "lr": {"log": [1e-5, 1e-2]},
+        "momentum": {"float": [0.0, 0.9], "step": 0.1},
+        "warmup": {"float": [0.0, 1.0]},
+        "batch_size": {"choice": [2, 4, 8]},
+    },
+    "model": {
+        "block": {"choice": ["bi", "cs_bi", None]},
+        "widths": {"choice": [[8], [8, 16], {"stages": 3}]},
+        "depth": {"int": [1, 9], "step": 2},
+        "d_state": {"int": [8, 64], "log": True, "when": {"model.block": ["bi", "cs_bi"]}},
+    },
+}
+
+
+def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu: bool = True) -> str:
+    """What a person is told about a mistake: one line that begins with the file."""
+    with pytest.raises(UserError) as caught:
+        load_space(file, overrides, profile, has_gpu)
+    text = str(caught.value)
+    assert text.startswith(f"{file}: ")
+    assert "\n" not in text
+    return text.removeprefix(f"{file}: ")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"serach": {}}, "serach: no such key; did you mean `search`?"),
+        ({"search": {"trails": 3}}, "search.trails: no such key; did you mean `trials`?"),
+        ({"search": {"sampler": "tbe"}}, "search.sampler: 'tbe' is unknown; did you mean `tpe`?"),
+        ({"search": {"trials": 0}}, "search.trials: 0 is refused: input should be greater than or equal to 1"),
+        ({"search": {"trials": "ten"}}, "search.trials: 'ten' is refused: input should be a valid integer"),
+        ({"search": {"time_budget": "soon"}}, "search.time_budget: 'soon' is refused: 'soon' is no duration; write a"),
+        ({"search": {"time_budget": 90}}, "search.time_budget: 90 is refused: '90' is no duration; write a number and"),
+        ({"search": "tpe"}, "search: 'tpe' is refused: "),
+        ({"scheduler": {"name": "ahsa"}}, "scheduler.name: 'ahsa' is unknown; did you mean `asha`?"),
+        ({"scheduler": {"reduction": 1}}, "scheduler.reduction: 1 is refused: input should be greater than"),
+        ({"resources": {"workers": 1.5}}, "resources.workers: 1.5 is refused"),
+        ({"objective": {"metric": "loss"}}, "objective.mode: a value is needed"),
+        ({"objective": {"metric": "loss", "mode": "mim"}}, "objective.mode: 'mim' is unknown; did you mean `min`?"),
+        ({"objective": []}, "objective: a value is needed"),
+        ({"objective": [LOSS, LOSS]}, "objective: names a metric twice: ['loss', 'loss']"),
+        ({"objective": [LOSS, {"metric": "b"}]}, "objective.1.mode: a value is needed"),
+        ({"constraints": {"acc": {}}}, "constraints.acc: {} is refused: name a `min`, a `max` or both"),
+        ({"constraints": ["acc"]}, "constraints: expected metric: {min: ..., max: ...}, got ['acc']"),
+        ({"config": [1]}, "config: expected a mapping, got [1]"),
+        ({"config": {"a.b": 1}}, "config.a.b: a key is a word without dots; nest mappings instead"),
+        ({"config": {"lr": {"log": [1, 0.1]}}}, "config.lr: the range [1.0, 0.1] is reversed; write [0.1, 1.0]"),
+        ({"trainable": 3}, "trainable: 3 is no import path; write package.module:function"),
+        ({"trainable": "toys"}, "trainable: 'toys' is no import path; write package.module:function"),
+        ({"trainable": "toys:descent"}, "trainable: toys has no function 'descent'; did you mean `descend`?"),
+        ({"try_first": {"lr": 1}}, "try_first: expected a list of settings, got {'lr': 1}"),
+        ({"try_first": ["lr"]}, "try_first.0: expected dotted paths and values, got 'lr'"),
+        ({"profiles": ["laptop"]}, "profiles: expected a mapping of names, got ['laptop']"),
+        ({"profiles": {"laptop": None}}, "profiles.laptop: expected a mapping, got None"),
+        ({"profiles": {"laptop": {"confg": {}}}}, "profiles.laptop.confg: no such key; did you mean `config`?"),
+        ({"profiles": {"laptop": {"profiles": {}}}}, "profiles.laptop.profiles: no such key"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_key_the_value_and_the_remedy(
+    mistake: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    sections = {"config": {"lr": 0.1}, **mistake}
+    assert message_of(write_space(tmp_path, **sections)).startswith(message)
+
+
+def test_a_mistake_of_yaml_names_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "toy.yaml"
+    file.write_text("trainable: toys:descend\nconfig:\n  lr: 1e-5\n")
+    assert message_of(file) == "line 3: YAML reads 1e-5 as text; write 1.0e-5"
+    file.write_text("trainable: toys:descend\ntrainable: toys:descend\n")
+    assert message_of(file) == "line 2: the key `trainable` stands twice; keep one of them"
+    file.write_text("")
+    assert message_of(file).startswith("a space file is a mapping with the keys trainable, objective")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("def train(:", "SyntaxError: "),
+        ("raise ImportError('two\\nlines')", "ImportError: two lines"),
+        ("import sys\nsys.exit(2)", "SystemExit: 2"),
+    ],
+)
+def test_a_trainable_that_cannot_be_imported_says_why_and_where(code: str, message: str, tmp_path: Path) -> None:
+    name = write_family(tmp_path, code)
+    told = message_of(write_space(tmp_path, {}, trainable=f"{name}:train"))
+    assert told.startswith(f"trainable: {name} cannot be imported: {message}")
+    if "Syntax" not in message:
+        assert f"{name}.py:{len(code.splitlines())}" in told
+
+
+def test_a_trainable_that_is_not_there_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    told = message_of(write_space(tmp_path, {}, trainable="no_such_package.module:train"))
+    assert told.startswith("trainable: no module 'no_such_package' in ")
+    assert str(tmp_path) in told
+
+
+class TestConfigClass:
+    """A space whose trainable has a Config."""
+
+    @pytest.fixture
+    def family(self, tmp_path: Path) -> str:
+        return f"{write_family(tmp_path, FAMILY)}:train"
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ({"optim": {"lrr": {"log": [1e-5, 1e-2]}}}, "config.optim.lrr: no such key in Optim; did you mean `lr`?"),
+            ({"epoch": 3}, "config.epoch: no such key in Config; did you mean `epochs`?"),
+            ({"heads": {"float": [1, 2]}}, "config.heads: 1.84"),
+            ({"epochs": "3"}, "config.epochs: '3' is refused: input should be a valid integer"),
+            ({"optim": {"lr": {"lgo": [1e-5, 1e-2]}}}, "config.optim.lr: {'lgo': [1e-05, 0.01]} is refused"),
+        ],
+    )
+    def test_a_wrong_name_or_type_is_found(
+        self, config: dict[str, Any], message: str, family: str, tmp_path: Path
+    ) -> None:
+        assert message_of(write_space(tmp_path, config, trainable=family)).startswith(message)
+
+    def test_a_clash_in_a_corner_is_found_and_its_setting_is_told(self, family: str, tmp_path: Path) -> None:
+        config = {"width": {"choice": [8, 16, 18]}, "heads": {"choice": [1, 2, 4]}}
+        told = message_of(write_space(tmp_path, config, trainable=family))
+        assert told == "config: width 18 must be a multiple of heads 4 (drawn: width=18, heads=4)"
+
+    def test_a_clash_in_a_known_setting_names_it(self, family: str, tmp_path: Path) -> None:
+        config = {"width": {"choice": [8, *range(9, 90, 3)]}, "heads": {"choice": [1, 3]}}
+        told = message_of(write_space(tmp_path, config, trainable=family, try_first=[{"width": 8, "heads": 3}]))
+        assert told.startswith("config: width 8 must be a multiple of heads 3 (try_first.0: width=8, heads=3)")
+
+    def test_set_of_an_unknown_key_is_refused_and_of_a_default_is_not(self, family: str, tmp_path: Path) -> None:
+        file = write_space(tmp_path, {"optim": {"lr": 0.1}}, trainable=family)
+        assert message_of(file, "config.optim.mometum=0.5") == (
+            "config.optim.mometum: no such key in Optim; did you mean `momentum`?"
+        )
+        space, trainable = load_space(file, ["config.optim.momentum=0.5", "config.heads=2"])
+        assert trainable.config(space.config({})).optim.momentum == 0.5
+
+    def test_what_when_hides_falls_back_on_its_default(self, family: str, tmp_path: Path) -> None:
+        config = {"epochs": {"choice": [1, 2]}, "heads": {"choice": [2, 4], "when": {"epochs": [2]}}}
+        space, trainable = load_space(write_space(tmp_path, config, trainable=family))
+        assert trainable.config(space.config({"epochs": 1})).heads == 1
+        assert trainable.config(space.config({"epochs": 2, "heads": 4})).heads == 4
+
+
+class TestOverrides:
+    CONFIG: dict[str, Any] = {"optim": {"lr": {"log": [1e-5, 1e-2]}, "clip": 1.0}, "width": 8}  # noqa: RUF012
+
+    def test_a_searched_value_is_fixed(self, tmp_path: Path) -> None:
+        space, _ = load_space(write_space(tmp_path, self.CONFIG), ["config.optim.lr=1.0e-4"])
+        assert space.parameters == ()
+        assert space.config({})["optim"] == {"lr": 1e-4, "clip": 1.0}
+
+    def test_a_fixed_value_is_searched(self, tmp_path: Path) -> None:
+        space, _ = load_space(write_space(tmp_path, self.CONFIG), ["config.width={choice: [8, 16]}", "search.trials=3"])
+        assert [item.name for item in space.parameters] == ["optim.lr", "width"]
+        assert space.search.trials == 3
+
+    def test_the_last_one_holds(self, tmp_path: Path) -> None:
+        space, _ = load_space(write_space(tmp_path, self.CONFIG), ["config.width=3", "config.width=4"])
+        assert space.config({"optim.lr": 1e-3})["width"] == 4
+
+    def test_an_empty_section_can_be_set_into(self, tmp_path: Path) -> None:
+        space, _ = load_space(write_space(tmp_path, self.CONFIG, search=None), ["search.trials=7"])
+        assert space.search.trials == 7
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("config.optim.lrr=1", "--set config.optim.lrr: no such key; did you mean `config.optim.lr`?"),
+            ("config.new.key=1", "--set config.new.key: no such key; "),
+            ("confg.width=1", "--set confg.width: no such key; did you mean `config.width`?"),
+            ("search.trails=1", "search.trails: no such key; did you mean `trials`?"),
+            ("config.width.deep=1", "config.width.deep: config.width is a value, not a mapping of further keys"),
+            ("config.optim.lr.low=1", "config.optim.lr.low: config.optim.lr is a value, not a mapping"),
+            ("config.width", "--set config.width: write KEY=VALUE, such as config.optim.lr=1.0e-4"),
+            ("config.optim.lr=1e-4", "--set config.optim.lr: line 1: YAML reads 1e-4 as text; write 1.0e-4"),
+            ("config.optim.lr={log: [1, 0.5]}", "config.optim.lr: the range [1.0, 0.5] is reversed"),
+            ("profiles.laptop.config.width=3", "--set profiles.laptop.config.width: no such key"),
+        ],
+    )
+    def test_a_mistake_is_named(self, override: str, message: str, tmp_path: Path) -> None:
+        assert message_of(write_space(tmp_path, self.CONFIG), override).startswith(message)
+
+
+class TestProfiles:
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        profiles = {
+            "laptop": {"config": {"optim": {"lr": {"float": [0.1, 0.2]}}, "width": 2}, "resources": {"workers": 2}},
+            "night": {"search": {"trials": 99}},
+        }
+        config = {"optim": {"lr": {"log": [1e-5, 1e-2]}, "clip": 1.0}, "width": 8}
+        return write_space(tmp_path, config, profiles=profiles)
+
+    def test_laptop_is_taken_without_a_gpu_and_only_then(self, file: Path) -> None:
+        assert load_space(file, has_gpu=True)[0].profile is None
+        assert load_space(file, has_gpu=False)[0].profile == "laptop"
+
+    def test_one_that_is_named_is_taken_alone(self, file: Path) -> None:
+        space, _ = load_space(file, profile="night", has_gpu=False)
+        assert (space.profile, space.search.trials, space.tree["width"]) == ("night", 99, 8)
+
+    def test_mappings_are_merged_and_a_domain_is_replaced(self, file: Path) -> None:
+        space, _ = load_space(file, profile="laptop")
+        assert space.tree == {"optim": {"lr": {"float": [0.1, 0.2]}, "clip": 1.0}, "width": 2}
+        assert space.resources.workers == 2
+
+    def test_overrides_come_last(self, file: Path) -> None:
+        assert load_space(file, ["config.width=5"], "laptop")[0].tree["width"] == 5
+
+    def test_an_unknown_one_is_refused(self, file: Path) -> None:
+        assert message_of(file, profile="labtop") == "profile 'labtop' is unknown; did you mean `laptop`?"
+
+
+class TestKnownSettings:
+    CONFIG: dict[str, Any] = {  # noqa: RUF012
+        "lr": {"log": [1e-4, 1e-2]},
+        "block": {"choice": ["bi", "uni"]},
+        "state": {"int": [8, 64], "when": {"block": ["bi"]}},
+        "width": 8,
+    }
+
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ({"lr": 0.1}, "try_first.0.lr: 0.1 lies outside [0.0001, 0.01]; widen the range or change the value"),
+            ({"block": "tri"}, "try_first.0.block: 'tri' lies outside ['bi', 'uni']"),
+            ({"lrr": 0.1}, "try_first.0.lrr: no such parameter; did you mean `lr`?"),
+            ({"width": 16}, "try_first.0.width: 16 cannot be tried, the config fixes it to 8; leave it out"),
+            ({"block": "uni", "state": 8}, "try_first.0.state: is not searched there, its `when` does not hold"),
+            ({"state": 8}, "try_first.0.state: depends on block; give block a value there too"),
+        ],
+    )
+    def test_one_outside_the_space_is_refused(self, setting: dict[str, Any], message: str, tmp_path: Path) -> None:
+        assert message_of(write_space(tmp_path, self.CONFIG, try_first=[setting])).startswith(message)
+
+    def test_one_may_leave_values_to_the_sampler_and_repeat_fixed_ones(self, tmp_path: Path) -> None:
+        space = space_of(tmp_path, self.CONFIG, try_first=[{"name": "notes", "lr": 1e-3, "width": 8}])
+        assert space.try_first == (KnownSetting("notes", {"lr": 1e-3}),)
+        assert space.draw(random.Random(0), space.try_first[0].values)["lr"] == 1e-3
+
+
+class TestWhen:
+    def test_on_a_searched_entry(self, tmp_path: Path) -> None:
+        config = {"state": {"int": [8, 64], "when": {"block": "bi"}}, "block": {"choice": ["bi", "uni"]}}
+        space = space_of(tmp_path, config)
+        assert [item.name for item in space.parameters] == ["block", "state"]
+        draws = [space.draw(random.Random(seed)) for seed in range(30)]
+        assert {frozenset(values) for values in draws} == {frozenset(["block"]), frozenset(["block", "state"])}
+        for values in draws:
+            assert ("state" in values) == (values["block"] == "bi")
+            assert ("state" in space.config(values)) == (values["block"] == "bi")
+
+    def test_on_a_fixed_entry(self, tmp_path: Path) -> None:
+        config = {"block": "bi", "deep": {"state": {"int": [8, 64], "when": {"block": ["bi", "cs"]}}}}
+        file = write_space(tmp_path, config)
+        assert load_space(file)[0].draw(random.Random(0)).keys() == {"deep.state"}
+        fixed, _ = load_space(file, ["config.block=uni"])
+        assert fixed.draw(random.Random(0)) == {}
+        assert fixed.config({}) == {"block": "uni", "deep": {}}
+
+    def test_what_depends_on_the_hidden_is_hidden(self, tmp_path: Path) -> None:
+        config = {
+            "c": {"choice": [1, 2], "when": {"b": [1, 2]}},
+            "b": {"choice": [1, 2], "when": {"a": [1]}},
+            "a": {"choice": [2]},
+        }
+        assert space_of(tmp_path, config).draw(random.Random(0)) == {"a": 2}
+
+    @pytest.mark.parametrize(
+        ("when", "message"),
+        [
+            ({"b": {"a": [1]}, "a": {"b": [1]}}, "config: the `when` of a, b go round in a circle"),
+            ({"a": {"a": [1]}}, "config: the `when` of a go round in a circle"),
+            ({"a": {"bb": [1]}}, "config.a: `when` names bb; did you mean `b`?"),
+        ],
+    )
+    def test_one_that_cannot_hold_is_refused(
+        self, when: dict[str, dict[str, Any]], message: str, tmp_path: Path
+    ) -> None:
+        config = {name: {"choice": [1, 2], **({"when": when[name]} if name in when else {})} for name in ("a", "b")}
+        assert message_of(write_space(tmp_path, config)) == message
+
+
+class TestHolds:
+    """Which settings are whole settings of a space."""
+
+    @pytest.fixture
+    def space(self, tmp_path: Path) -> Space:
+        return space_of(tmp_path, EVERY_KIND)
+
+    def test_every_draw(self, space: Space) -> None:
+        rng = random.Random(0)
+        assert all(space.holds(space.draw(rng)) for _ in range(100))
+
+    def test_nothing_less_more_or_outside(self, space: Space) -> None:
+        values = next(values for seed in range(9) if "model.d_state" in (values := space.draw(random.Random(seed))))
+        assert space.holds(values)
+        assert not space.holds({name: value for name, value in values.items() if name != "optim.lr"})
+        assert not space.holds({**values, "model.more": 1})
+        assert not space.holds({**values, "optim.lr": 1.0})
+        assert not space.holds({**values, "model.block": None})  # d_state is not searched there
+
+
+class TestDocument:
+    """The resolved space that a results folder keeps."""
+
+    @pytest.mark.parametrize(
+        "sections",
+        [
+            {},
+            {"objective": [LOSS, {"metric": "size", "mode": "max"}]},
+            {"constraints": {"acc": {"min": 0.5}, "size": {"min": 1.0, "max": 2.5e6}}},
+            {"try_first": [{"name": "notes", "optim.lr": 1e-5, "model.widths": [8, 16]}, {"optim.batch_size": 2}]},
+            {"search": {"sampler": "gp", "trials": 3, "time_budget": "1.5h"}, "scheduler": {"name": "asha"}},
+            {"resources": {"workers": 2, "gpus_per_worker": 0.5}},
+        ],
+        ids=str,
+    )
+    def test_it_loads_back_to_the_same_space(self, sections: dict[str, Any], tmp_path: Path) -> None:
+        space = space_of(tmp_path, EVERY_KIND, **sections)
+        yaml_file.write(tmp_path / "toy.yaml", space.document())
+        assert load_space(tmp_path / "toy.yaml")[0] == space
+
+    def test_it_remembers_profile_overrides_and_where_the_trainable_is(self, tmp_path: Path) -> None:
+        name = write_family(tmp_path, "def train(trial):\n    yield {}\n")
+        profiles = {"small": {"config": {"width": 2}}}
+        file = write_space(tmp_path, {"width": 8, "lr": 0.1}, trainable=f"{name}:train", profiles=profiles)
+        space, _ = load_space(file, ["config.lr={log: [0.1, 1.0]}"], "small")
+        results = tmp_path / "results" / "toy"
+        results.mkdir(parents=True)
+        ran = {"profile": space.profile, "paths": list(space.paths)}
+        yaml_file.write(results / "space.yaml", {**space.document(), "ran": ran})
+        again, _ = load_space(results / "space.yaml")
+        assert str(tmp_path) in again.paths
+        assert replace(again, paths=space.paths) == space
+
+
+def test_a_space_cannot_be_changed(tmp_path: Path) -> None:
+    space = space_of(tmp_path, EVERY_KIND)
+    before = copy.deepcopy(space)
+    with pytest.raises(FrozenInstanceError):
+        space.trainable = "other:train"  # type: ignore[misc]
+    config = space.config(space.draw(random.Random(0)))
+    config["data"]["sensors"].append("image")
+    config["optim"]["lr"] = None
+    space.document()["config"]["optim"]["lr"] = None
+    assert space == before
+    assert space.with_trials(3) != space
+    assert space == before

@@ -1,0 +1,85 @@
+"""YAML is read as a person meant it, and written so that it is read back equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search.yaml_file import dump, parse, read, write
+from trainables.contract import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 1e-5", r"file: line 1: YAML reads 1e-5 as text; write 1\.0e-5"),
+        ("a: 1\nlr: 3e4", r"file: line 2: YAML reads 3e4 as text; write 3\.0e\+4"),
+        ("lr: 2.5e3", r"write 2\.5e\+3"),
+        ("lr: [1.0e-4, -1E2]", r"YAML reads -1E2 as text; write -1\.0e\+2"),
+        ("amp: on", r'YAML reads on as a truth value; write true or false, or "on" for the text'),
+        ("amp: No", "YAML reads No as a truth value"),
+        ("on: 1", "YAML reads on as a truth value"),
+        ("lr: 1\nseed: 2\nlr: 3", "line 3: the key `lr` stands twice; keep one of them"),
+        ("config: {optim: {lr: 1, lr: 2}}", "the key `lr` stands twice"),
+        ("a: [1, 2", "file: line 1: "),
+        ("a: !!python/object:os.system {}", "could not determine a constructor"),
+        ("? [1, 2]\n: 3", "unhashable key"),
+        ("a: 1\n---\nb: 2", "another document"),
+        ("day: 2024-13-01", "month must be in 1..12"),
+    ],
+)
+def test_a_trap_of_yaml_is_an_error_of_one_line(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse(text, "file")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1.0e-5", 1e-5),
+        ("'1e-5'", "1e-5"),
+        ("true", True),
+        ('"on"', "on"),
+        ("null", None),
+        ("e5", "e5"),
+        ("1e5x", "1e5x"),
+        ("{a: {x: 1}, b: {x: 2}}", {"a": {"x": 1}, "b": {"x": 2}}),
+    ],
+)
+def test_what_is_meant_is_read(text: str, value: Any) -> None:
+    assert parse(text, "file") == value
+
+
+def test_an_anchor_may_be_merged_and_its_keys_replaced() -> None:
+    text = "base: &base {lr: 1, seed: 2}\nmore: {over: &over {<<: *base, lr: 3}}\nlast: {<<: *over, lr: 4}"
+    document = parse(text, "file")
+    assert document["more"]["over"] == {"lr": 3, "seed": 2}
+    assert document["last"] == {"lr": 4, "seed": 2}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1e-5, 1e16, 0.1, -2.0, float("inf"), 3, True, None, "1e-5", "3e4", "on", "yes", "1.5", "null", "", "a: b", "é"],
+)
+def test_a_written_value_is_read_back_equal_and_of_its_type(value: Any, tmp_path: Path) -> None:
+    document = {"plain": value, "listed": [value, [value]], "nested": {"again": [{"deep": value}]}}
+    write(tmp_path / "file.yaml", document)
+    found = read(tmp_path / "file.yaml")
+    assert found == document
+    assert type(found["plain"]) is type(value)
+
+
+def test_a_value_that_stands_twice_is_written_out_twice() -> None:
+    shared = [1, 2]
+    assert "&" not in dump({"a": shared, "b": shared})
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read: No such file"):
+        read(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xe9")
+    with pytest.raises(UserError, match=r"latin\.yaml: is not UTF-8 text"):
+        read(tmp_path / "latin.yaml")
