@@ -6,24 +6,23 @@ Legend: B windows of a batch, N of the data set, H instants of history, P pixels
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-import utm
 from numpy.typing import NDArray
 from torch import Tensor
 
 from trainables.beam.config import SENSORS, Data
 from trainables.beam.files import BEAMS
-from trainables.beam.prepare import array_path, prepare_data
-from trainables.beam.table import GROUPS, POWER, Table, read_table
+from trainables.beam.gps import WIDTH, gps_features, offsets_m
+from trainables.beam.prepare import array_path, labels, prepare_data
+from trainables.beam.table import GROUPS, POWER, Table
 from trainables.contract import UserError
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
-Split = Literal["train", "val"]
 
 BLOCK = 50  # frames that stay together where passes are not known
 TARGET_SIGMA, TARGET_SCALE, TARGET_REACH = 0.5, 1.25, 5
@@ -78,28 +77,29 @@ def soft_targets(sigma: float = TARGET_SIGMA, scale: float = TARGET_SCALE) -> Te
     return scale * density * (distance <= TARGET_REACH)
 
 
-def samples(config: HasData, split: Split, ranks: object = None) -> Samples:
-    """Open one side of the split; cheap once the data are prepared.
+def samples(config: HasData, split: str, ranks: object = None) -> Samples:
+    """Open the side "train" or "val" of the split; cheap once the data are prepared.
 
     Every rank may call it: `ranks` is not needed, because the first process on a machine prepares while others wait.
     """
     data = config.data
-    root = prepare_data(data)
-    table = read_table(root, data.modalities)
-    beam_N, _ = labels(table, np.load(array_path(data, table, POWER)))
-    arrays, at_NH = {}, {}
+    table = prepare_data(data)
+    beam_N = labels(table, np.load(array_path(data, table, POWER)))
+    arrays: dict[str, NDArray[np.generic]] = {}
+    at_NH: dict[str, Ints] = {}
     for name in SENSORS:
         if name in data.modalities:
             group = GROUPS[name][0]
             arrays[name] = np.load(array_path(data, table, group), mmap_mode="r")
             at_NH[name] = _newest(table, group, data.history)
     train_N, val_N = split_windows(table, data)
+    sides = {"train": train_N, "val": val_N}
     return Samples(
         scenarios=table.scenarios,
-        windows=np.flatnonzero(train_N if split == "train" else val_N),
+        windows=np.flatnonzero(sides[split]),
         arrays=arrays,
         at_NH=at_NH,
-        gps_N2G=_gps(data, table, train_N) if "gps" in data.modalities else None,
+        gps_N2G=_gps(data, table, beam_N, train_N) if "gps" in data.modalities else None,
         beam_N=beam_N,
         scenario_N=table.scenario_N,
     )
@@ -112,67 +112,69 @@ def _newest(table: Table, group: str, history: int) -> Ints:
     return at_NK[:, at_NK.shape[1] - history :]
 
 
-def labels(table: Table, power: NDArray[np.float64]) -> tuple[Ints, int]:
-    """The best beam of every window, and how many were relabelled.
-
-    Where a power is NaN the official label points at it; the strongest of the others is taken instead.
-    """
-    power_NB = power[table.groups[POWER].at_NK[:, 0]]
-    broken = np.isnan(power_NB).any(axis=1)
-    relabelled = np.where(broken, np.nanargmax(power_NB, axis=1), table.beam_N)
-    return relabelled, int(broken.sum())
-
-
 def split_windows(table: Table, data: Data) -> tuple[Bools, Bools]:
-    """Which windows train and which validate."""
+    """Which windows train and which validate, (N,) each; the same ones for the same settings.
+
+    honest: whole passes are held out or, where the CSV does not name them, whole blocks of frames; a window that
+    straddles a border is on neither side, so that no frame is on both. The adaptation set only validates.
+    legacy: random windows of everything, though neighbours are near copies. Comparable with published numbers only.
+    """
     rng = np.random.default_rng(data.split_seed)
     count = len(table.beam_N)
     if data.split == "legacy":
         val = np.zeros(count, dtype=bool)
         val[rng.permutation(count)[: round(data.holdout * count)]] = True
-        return ~val, val
+        train = ~val
+    else:
+        held_NK = _held_out(table, data.holdout, rng)
+        train, val = ~held_NK.any(axis=1) & ~table.adaptation_N, held_NK.all(axis=1) | table.adaptation_N
+    if not train.any() or not val.any():
+        raise UserError(
+            f"{table.csvs[0]}: a {data.split} split with data.holdout = {data.holdout} trains on {train.sum()} windows "
+            f"and validates on {val.sum()}; it needs two passes, or {2 * BLOCK} frames, of one scenario"
+        )
+    return train, val
+
+
+def _held_out(table: Table, holdout: float, rng: np.random.Generator) -> Bools:
+    """Whether each frame (or the pass) of every window is held out: a share of each scenario, at least one."""
     if table.passes_N is not None:
-        _, unit_N = np.unique(np.array(table.passes_N), return_inverse=True)
-        unit_NK = unit_N[:, None]
+        unit_NK = np.unique(np.array(table.passes_N), return_inverse=True)[1][:, None]
     else:
         unit_NK = table.frame_NK // BLOCK
     held_NK = np.zeros(unit_NK.shape, dtype=bool)
-    for scenario in range(len(table.scenarios)):
-        here = table.scenario_N == scenario
+    for number in range(len(table.scenarios)):
+        here = (table.scenario_N == number) & ~table.adaptation_N
         units = np.unique(unit_NK[here])
-        held = min(max(1, round(data.holdout * len(units))), len(units) - 1)
-        held_NK[here] = np.isin(unit_NK[here], rng.permutation(units)[:held])
-    val = held_NK.all(axis=1)
-    return ~held_NK.any(axis=1), val
+        count = min(max(1, round(holdout * len(units))), len(units) - 1)  # never all of them
+        if count > 0:
+            held_NK[here] = np.isin(unit_NK[here], rng.permutation(units)[:count])
+    return held_NK
 
 
 def gps_width(config: HasData) -> int:
     """How many numbers a position becomes."""
-    return 2
+    return WIDTH[config.data.gps_repr]
 
 
-def _gps(data: Data, table: Table, train_N: Bools) -> Floats:
-    station = np.load(array_path(data, table, "unit1_loc"))[table.groups["unit1_loc"].at_NK[:, 0]]
-    car = np.load(array_path(data, table, "unit2_loc_"))[table.groups["unit2_loc_"].at_NK[:, :2]]
-    metres = np.stack([_utm(car[:, k]) - _utm(station) for k in range(2)], axis=1)
-    for scenario in range(len(table.scenarios)):
-        here = table.scenario_N == scenario
-        known = metres[here & train_N]
-        metres[here] = (metres[here] - known.mean(axis=(0, 1))) / known.std(axis=(0, 1))
-    return metres.astype(np.float32)
-
-
-def _utm(degrees: NDArray[np.float64]) -> NDArray[np.float64]:
-    east, north, _, _ = utm.from_latlon(degrees[:, 0], degrees[:, 1])
-    return np.stack([east, north], axis=1)
+def _gps(data: Data, table: Table, beam_N: Ints, train_N: Bools) -> Floats:
+    """Positions of all windows, (N, 2, G), scaled by train windows only."""
+    station_N2 = np.load(array_path(data, table, "unit1_loc"))[table.groups["unit1_loc"].at_NK[:, 0]]
+    car_N22 = np.load(array_path(data, table, "unit2_loc_"))[table.groups["unit2_loc_"].at_NK[:, :2]]
+    out = np.empty((*car_N22.shape[:2], WIDTH[data.gps_repr]), dtype=np.float32)
+    for number, scenario in enumerate(table.scenarios):
+        here = table.scenario_N == number
+        metres = np.stack([offsets_m(station_N2[here], car_N22[here, k]) for k in range(2)], axis=1)
+        out[here] = gps_features(data, scenario, metres, beam_N[here], train_N[here])
+    return out
 
 
 def describe(config: HasData) -> str:
     """One line on the data: real or simulated, how many windows of which scenarios, how they are split."""
     data = config.data
-    root = prepare_data(data)
-    table = read_table(root, data.modalities)
+    table = prepare_data(data)
     train_N, val_N = split_windows(table, data)
     kind = "simulated" if data.root is None else "real"
     numbers = ", ".join(name.removeprefix("scenario") for name in table.scenarios)
-    return f"{kind} data {root}: {train_N.sum()} + {val_N.sum()} windows, scenarios {numbers}, {data.split} split"
+    counts = f"{train_N.sum()} windows to train and {val_N.sum()} to validate"
+    return f"{kind} beam data in {table.csvs[0].parents[1]}: {counts} ({data.split} split), scenarios {numbers}"

@@ -58,8 +58,8 @@ def data_root(data: Data) -> Path:
     return root
 
 
-def prepare_data(data: Data) -> Path:
-    """Check and decode what `data` asks for, unless it has been done; the data set's folder.
+def prepare_data(data: Data) -> Table:
+    """Check and decode what `data` asks for, unless it has been done.
 
     Raises `UserError` with file, row and remedy for what cannot be read. Several processes may call it at once.
     """
@@ -68,15 +68,27 @@ def prepare_data(data: Data) -> Path:
     wanted = {name: array_path(data, table, name) for name in table.groups}
     missing = {name: path for name, path in wanted.items() if not path.exists()}
     if not missing:
-        return root
+        return table
     for name in missing:
         _check_files(table, table.groups[name])
     made = [path for name, path in missing.items() if make_once(path, _decode(data, table, name))]
     if made:
         size = sum(path.stat().st_size for path in made) / 2**20
         kind = "simulated" if data.root is None else "real"
-        print(f"beam data: prepared {kind} data of {root}: {', '.join(missing)}, {size:.0f} MiB", flush=True)
-    return root
+        broken = np.isnan(np.load(wanted[POWER])).any(axis=1)[table.groups[POWER].at_NK[:, 0]]
+        relabelled = f"; {broken.sum()} windows relabelled, because a power is NaN" if broken.any() else ""
+        names = ", ".join(name.strip("_") for name in missing)
+        print(f"beam data: prepared {kind} data of {root}: {names}, {size:.0f} MiB{relabelled}", flush=True)
+    return table
+
+
+def labels(table: Table, power: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The best beam of every window, (N,), given the decoded power files.
+
+    Where a power is NaN the official label points at it; the strongest of the others is taken instead.
+    """
+    power_NB = power[table.groups[POWER].at_NK[:, 0]]
+    return np.where(np.isnan(power_NB).any(axis=1), np.nanargmax(power_NB, axis=1), table.beam_N)
 
 
 def array_path(data: Data, table: Table, group: str) -> Path:

@@ -1,0 +1,96 @@
+"""What the network is told of the car's two positions.
+
+Legend: N windows of one scenario, 2 instants (the two oldest of a window), G numbers per instant. Positions are metres
+east and north of the station.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import utm
+from numpy.typing import NDArray
+
+from trainables.beam.config import Data
+from trainables.beam.files import BEAMS
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+WIDTH = {"local": 13, "sincos": 2, "minmax": 2, "angle2": 2}
+AHEAD = 3  # instants between the second position and the label
+CODEBOOK_LINE = ((BEAMS - 1) / 2, (BEAMS - 1) / (np.pi / 2))  # beams and beams per radian: all of them over 90 degrees
+
+# Legacy forms. Offsets in degrees make the four stations' angles comparable; other scenarios have none.
+ANGLE_OFFSET_DEG = {"scenario31": -50.52, "scenario32": 44.8, "scenario33": 55.6, "scenario34": -60.0}
+MINMAX_LOW_M = np.array([-7.18029715, -97.55563452])
+MINMAX_HIGH_M = np.array([40.20955233, 52.31386139])
+
+
+def offsets_m(station_N2: Floats, car_N2: Floats) -> Floats:
+    """Metres east and north from station to car, both given in degrees: differences on the UTM grid, as published."""
+    east0, north0, zone, _ = utm.from_latlon(station_N2[:, 0], station_N2[:, 1])
+    east, north, _, _ = utm.from_latlon(car_N2[:, 0], car_N2[:, 1], force_zone_number=zone)
+    return np.stack([east - east0, north - north0], axis=1)
+
+
+def gps_features(data: Data, scenario: str, metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools) -> Floats:
+    """Positions of one scenario for the network, (N, 2, G). `known_N`: the windows that may be learnt from."""
+    if data.gps_repr == "minmax":
+        return (metres_N22 - MINMAX_LOW_M) / (MINMAX_HIGH_M - MINMAX_LOW_M)
+    if data.gps_repr == "angle2":
+        angle = np.rad2deg(np.arctan2(metres_N22[..., 1], metres_N22[..., 0])) - ANGLE_OFFSET_DEG.get(scenario, 0.0)
+        wrapped = (angle + 90) % 180 - 90
+        return np.deg2rad(np.stack([wrapped, wrapped], axis=-1))  # the same number twice, as published
+    if data.gps_repr == "sincos":
+        return metres_N22 / _norm(metres_N22)
+    return _local(metres_N22, beam_N, known_N)
+
+
+def _local(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools) -> Floats:
+    """Position, movement and direction, scaled by what is known of the scenario; either instant alone tells it all.
+
+    The beam follows the bearing, and the label is AHEAD instants younger than the newest position: so the position is
+    carried on at its speed, and directions are given in beams, by a straight line through the known windows. The same
+    number then means the same beam in every scenario. Waves of the direction spare a small network the fine steps.
+    """
+    learnable = bool(known_N.any())
+    if not learnable:  # a scenario that only validates: where its cars drive may be known, their beams may not
+        known_N = np.ones_like(known_N)
+    second_N2 = metres_N22[:, 1]
+    step_N2 = second_N2 - metres_N22[:, 0]
+    label_N2 = second_N2 + AHEAD * step_N2
+    centre = metres_N22[known_N].mean(axis=(0, 1))
+    spread = np.maximum(metres_N22[known_N].std(axis=(0, 1)), 0.1)  # a car that never moves must not divide by zero
+    speed = max(float(np.sqrt((step_N2[known_N] ** 2).sum(axis=1).mean())), 0.01)
+
+    middle = np.angle(np.exp(1j * _bearing(label_N2[known_N])).mean())
+    fit = _line(_wrapped(_bearing(label_N2[known_N]) - middle), beam_N[known_N]) if learnable else CODEBOOK_LINE
+
+    def direction(place: Floats) -> Floats:  # about -2..2 from the first beam to the last
+        beam = fit[0] + fit[1] * _wrapped(_bearing(place) - middle)
+        return np.asarray((beam - (BEAMS - 1) / 2) / 16)[..., None]
+
+    towards_N1 = direction(label_N2)
+    waves = [wave(turns * towards_N1) for turns in (2, 4) for wave in (np.sin, np.cos)]
+    both = np.concatenate([step_N2 / speed, (label_N2 - centre) / spread, towards_N1, *waves], axis=1)
+    own = [(metres_N22 - centre) / spread, direction(metres_N22), np.log(_norm(metres_N22) / 10)]
+    return np.concatenate([*own, np.repeat(both[:, None], 2, axis=1)], axis=2)
+
+
+def _norm(metres: Floats) -> Floats:
+    return np.maximum(np.linalg.norm(metres, axis=-1, keepdims=True), 0.1)  # the car does not stand in the station
+
+
+def _bearing(metres: Floats) -> Floats:
+    return np.asarray(np.arctan2(metres[..., 0], metres[..., 1]))
+
+
+def _wrapped(angle: Floats) -> Floats:
+    return (angle + np.pi) % (2 * np.pi) - np.pi
+
+
+def _line(x: Floats, y: NDArray[np.int64]) -> tuple[float, float]:
+    """Least-squares intercept and slope; slope 0 where all x are alike."""
+    spread = float(x.var())
+    slope = float(((x - x.mean()) * (y - y.mean())).mean()) / spread if spread > 1e-9 else 0.0
+    return float(y.mean()) - slope * float(x.mean()), slope
