@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trainables.contract import UserError
+from trainables.optim import Optim
 
 Modality = Literal["image", "lidar", "radar", "gps"]
 MODALITIES: tuple[Modality, ...] = ("image", "lidar", "radar", "gps")
@@ -91,3 +92,62 @@ class BeamLoss:
             raise UserError(f"loss.gamma = {self.gamma} must not be negative")
         if self.sigma <= 0:
             raise UserError(f"loss.sigma = {self.sigma} must be a positive number of beams")
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """Which sensors are rebuilt from which, by features of their first stage."""
+
+    source: tuple[Modality, ...] = ("lidar", "radar")
+    target: tuple[Modality, ...] = ("image",)
+    share: float = 0.5  # of the training windows whose target is the rebuilt one; the others are complete
+    dropout: float = 0.5
+    fusion_lr_ratio: float = 0.01  # the fusion network's learning rate over optim.lr; 0: it stays as it is
+    pretrained: str | None = None  # checkpoint of a fusion network; None: one is trained once and kept
+
+    def __post_init__(self) -> None:
+        for name, sensors in (("source", self.source), ("target", self.target)):
+            if not sensors:
+                raise UserError(f"rebuild.{name} is empty; name at least one of {', '.join(SENSORS)}")
+            if len(set(sensors)) != len(sensors):
+                raise UserError(f"rebuild.{name} names one twice: {list(sensors)}")
+            if wrong := [sensor for sensor in sensors if sensor not in SENSORS]:
+                raise UserError(f"rebuild.{name} names {wrong[0]}; only {', '.join(SENSORS)} have maps")
+        if both := set(self.source) & set(self.target):
+            raise UserError(
+                f"rebuild.source and rebuild.target both name {sorted(both)}; a sensor cannot be its own source"
+            )
+        if not 0 < self.share <= 1:
+            raise UserError(f"rebuild.share = {self.share} must be above 0 and at most 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"rebuild.dropout = {self.dropout} must lie in [0, 1)")
+        if self.fusion_lr_ratio < 0:
+            raise UserError(f"rebuild.fusion_lr_ratio = {self.fusion_lr_ratio} must not be negative")
+
+
+@dataclass(frozen=True)
+class RebuildLoss:
+    """Weights of the four losses of the rebuild, and what they are made of."""
+
+    alpha_trans: float = 1.0
+    alpha_contrast: float = 1.0
+    alpha_distance: float = 0.001
+    alpha_fusion: float = 1.0
+    temperature: float = 0.1  # of the contrast
+    beam: BeamLoss = field(default_factory=BeamLoss)  # of the fusion, and of its pre-training
+
+    def __post_init__(self) -> None:
+        for name in ("alpha_trans", "alpha_contrast", "alpha_distance", "alpha_fusion"):
+            if getattr(self, name) < 0:
+                raise UserError(f"loss.{name} = {getattr(self, name)} must not be negative")
+        if self.temperature <= 0:
+            raise UserError(f"loss.temperature = {self.temperature} must be positive")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """How the fusion network is trained, with nothing missing, before anything is rebuilt."""
+
+    epochs: int = 50
+    optim: Optim = field(default_factory=Optim)
+    seed: int = 0

@@ -62,10 +62,10 @@ class FusionNetwork(nn.Module):
         return {sensor: self._first_map(sensor, batch) for sensor in self.sensors}
 
     def _first_map(self, sensor: Modality, batch: Mapping[str, Tensor]) -> Tensor:
-        encoder = self._encoder(sensor)
+        encoder = self.encoder(sensor)
         return encoder.first(encoder.normalise(batch[sensor].flatten(0, 1)))
 
-    def _encoder(self, sensor: Modality) -> Encoder:
+    def encoder(self, sensor: Modality) -> Encoder:
         encoder = self.encoders[sensor]
         assert isinstance(encoder, Encoder)
         return encoder
@@ -76,7 +76,7 @@ class FusionNetwork(nn.Module):
         Of the batch only the shape is used.
         """
         if self.missing != "token":
-            encoder = self._encoder(sensor)
+            encoder = self.encoder(sensor)
             nothing = stand_in_input(self.missing, encoder.normalise(batch[sensor].flatten(0, 1)))
             return encoder.first(nothing)
         frames = batch[sensor].shape[0] * batch[sensor].shape[1]
@@ -97,7 +97,7 @@ class FusionNetwork(nn.Module):
         positions_B2C: Tensor | None = None
         for stage, fusion in enumerate(self.fusions):
             if stage:
-                maps = {sensor: self._encoder(sensor).stage(stage, x_FCYX) for sensor, x_FCYX in maps.items()}
+                maps = {sensor: self.encoder(sensor).stage(stage, x_FCYX) for sensor, x_FCYX in maps.items()}
             if self.positions and description_B2W is not None:
                 positions_B2C = self.positions(stage, description_B2W, positions_B2C)
             maps, positions_B2C = self._fuse_stage(fusion, self.anchors[stage], maps, positions_B2C)

@@ -5,7 +5,6 @@ Shape suffixes: B batch, G numbers of a position, W width of a description, C wi
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from trainables.beam.blocks import legacy_init
@@ -13,15 +12,13 @@ from trainables.beam.config import Model
 
 POSITIONS = 2  # instants of a window with a known position
 DESCRIPTION = 128
-# Positions are of about unit spread over the street; between two instants a car moves a twentieth to a tenth of that.
-DISPLACEMENT_SCALE = 10.0
 
 
 class PositionTokens(nn.Module):
     """Positions -> tokens of each stage, each stage also seeing the tokens of the one before.
 
-    linear: the published way, two numbers through one Linear. mlp: a description of the position and of the way
-    between the two (the beam wanted is that of a later instant, so speed matters), which every stage sees.
+    linear: the published way, one Linear before each stage. mlp: a small network describes the position first, and
+    every stage sees that description too.
     """
 
     def __init__(self, gps_width: int, model: Model) -> None:
@@ -36,11 +33,7 @@ class PositionTokens(nn.Module):
 
     def description(self, gps_B2G: Tensor) -> Tensor:
         """What `forward` wants: (B, 2, W), or the positions themselves."""
-        if self.describe is None:
-            return gps_B2G
-        way_B2G = DISPLACEMENT_SCALE * (gps_B2G[:, 1:] - gps_B2G[:, :1]).expand_as(gps_B2G)
-        described_B2W: Tensor = self.describe(torch.cat([gps_B2G, way_B2G], 2))
-        return described_B2W
+        return gps_B2G if self.describe is None else self.describe(gps_B2G)
 
     def forward(self, stage: int, description_B2W: Tensor, before_B2C: Tensor | None) -> Tensor:
         """Tokens of a stage, (B, 2, C); `before` are those that left the previous stage, None for the first."""
@@ -52,7 +45,7 @@ class PositionTokens(nn.Module):
 
 def _describe(gps_width: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(2 * gps_width, DESCRIPTION),
+        nn.Linear(gps_width, DESCRIPTION),
         nn.GELU(),
         nn.Dropout(dropout),
         nn.Linear(DESCRIPTION, DESCRIPTION),

@@ -1,0 +1,193 @@
+"""Trains the rebuilding of a missing sensor, inside a fusion network that was trained with every sensor."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trainables.beam import fusion
+from trainables.beam.config import Data, Modality, Model, Pretrain, Rebuild, RebuildLoss
+from trainables.beam.data import samples
+from trainables.beam.metrics import beam_scores
+from trainables.beam.network import FusionNetwork, Maps
+from trainables.beam.pretrained import Weights, load_weights, trained_once
+from trainables.beam.reconstruct import FeatureTrans, ProjectHead, contrast_loss, distance_loss, trans_loss
+from trainables.contract import Report, Trial, UserError
+from trainables.loop import Pairs, Task, fit
+from trainables.optim import Optim
+from trainables.samples import Batch
+
+NO_LOSS = 0.01  # a missing sensor that costs less DBA than this leaves nothing to recover
+
+
+@dataclass(frozen=True)
+class Config:
+    """One setting of the rebuild."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    rebuild: Rebuild = field(default_factory=Rebuild)
+    loss: RebuildLoss = field(default_factory=RebuildLoss)
+    pretrain: Pretrain = field(default_factory=Pretrain)
+    epochs: int = 30
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise UserError(f"epochs = {self.epochs} must be at least 1")
+        for name, sensors in (("source", self.rebuild.source), ("target", self.rebuild.target)):
+            for sensor in sensors:
+                if sensor not in self.data.modalities:
+                    raise UserError(
+                        f"rebuild.{name} names {sensor}, which data.modalities {list(self.data.modalities)} lacks"
+                    )
+
+    @property
+    def fusion(self) -> fusion.Config:
+        """How the fusion network is trained beforehand: by nothing that a search of the rebuild varies."""
+        return fusion.Config(
+            data=self.data,
+            model=self.model,
+            optim=self.pretrain.optim,
+            loss=self.loss.beam,
+            epochs=self.pretrain.epochs,
+            score_without=self.rebuild.target,
+        )
+
+
+class RebuildNetwork(nn.Module):
+    """A fusion network, a head for each sensor concerned, and a translator for each target."""
+
+    def __init__(self, config: Config, weights: Weights) -> None:
+        super().__init__()
+        rebuild, width, norm = config.rebuild, config.model.channels[0], config.model.norm
+        self.source, self.target, self.history = rebuild.source, rebuild.target, config.data.history
+        self.fusion = fusion.build(config.fusion)
+        self.fusion.load_state_dict(weights)
+        self.heads = nn.ModuleDict({sensor: ProjectHead(width, norm) for sensor in (*self.source, *self.target)})
+        self.translators = nn.ModuleDict(
+            {sensor: FeatureTrans(len(self.source), width, norm, rebuild.dropout) for sensor in self.target}
+        )
+        freeze(self.fusion, entirely=rebuild.fusion_lr_ratio == 0)
+
+    def parts(self, maps: Maps) -> dict[Modality, tuple[Tensor, Tensor]]:
+        """Shared and own part, (F, C, P) each, of every sensor that has a head and a map."""
+        return {sensor: self.heads[sensor](maps[sensor].flatten(2)) for sensor in maps if sensor in self.heads}
+
+    def translate(self, parts: Mapping[Modality, tuple[Tensor, Tensor]]) -> dict[Modality, Tensor]:
+        """The rebuilt first map of each target, (F, C, P)."""
+        shared = [parts[sensor][0] for sensor in self.source]
+        return {sensor: self.translators[sensor](shared) for sensor in self.target}
+
+
+def freeze(network: FusionNetwork, entirely: bool) -> None:
+    """Fix the first stages, in eval mode, and the stand-ins for missing sensors: the rebuild is trained between these.
+
+    The loop trains what asks for a gradient, and leaves a module that is in eval mode there.
+    """
+    frozen: list[nn.Module] = [network] if entirely else [network.absent]
+    for sensor in network.sensors:
+        resnet = network.encoder(sensor).resnet
+        frozen += [resnet.embedder, resnet.encoder.stages[0]]
+    for module in frozen:
+        module.eval().requires_grad_(False)
+
+
+def build(config: Config, weights: Weights) -> RebuildNetwork:
+    return RebuildNetwork(config, weights)
+
+
+def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+    """The four losses, weighted."""
+    assert isinstance(model, RebuildNetwork)
+    weights, history, windows = config.loss, model.history, len(batch["beam"])
+    with torch.no_grad():
+        maps = model.fusion.first_maps(batch)
+    parts = model.parts(maps)
+    rebuilt = model.translate(parts)
+    trans_B = mean(trans_loss(rebuilt[s], maps[s].flatten(2), history) for s in model.target)
+    pairs = list(itertools.combinations(parts.values(), 2))
+    contrast_B = mean(contrast_loss(a[0], b[0], history, weights.temperature) for a, b in pairs)
+    distance_B = mean(distance_loss(a[1], b[1], history) for a, b in pairs)
+    replaced_B = torch.rand(windows, device=trans_B.device) < config.rebuild.share
+    logits_BK = model.fusion.fuse(insert(maps, rebuilt, replaced_B), batch.get("gps"))
+    fusion_B = fusion.beam_loss(logits_BK, batch["beam"], weights.beam)
+    return {
+        "trans": (weights.alpha_trans * trans_B.sum(), windows),
+        "contrast": (weights.alpha_contrast * contrast_B.sum(), windows),
+        "distance": (weights.alpha_distance * distance_B.sum(), windows),
+        "fusion": (weights.alpha_fusion * fusion_B.sum(), windows),
+    }
+
+
+def mean(values: Iterator[Tensor]) -> Tensor:
+    return torch.stack(list(values)).mean(0)
+
+
+def insert(maps: Maps, rebuilt: Mapping[Modality, Tensor], replaced_B: Tensor) -> Maps:
+    """`maps` with the rebuilt ones in the windows where `replaced_B` is true."""
+    out = dict(maps)
+    for sensor, rebuilt_FCP in rebuilt.items():
+        real_FCYX = maps[sensor]
+        replaced_F111 = replaced_B.repeat_interleave(len(real_FCYX) // len(replaced_B)).view(-1, 1, 1, 1)
+        out[sensor] = torch.where(replaced_F111, rebuilt_FCP.view_as(real_FCYX).to(real_FCYX.dtype), real_FCYX)
+    return out
+
+
+def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+    """DBA with nothing missing, with the targets missing, and with them rebuilt; the error of the rebuilt features."""
+    assert isinstance(model, RebuildNetwork)
+    maps, gps, beam_B = model.fusion.first_maps(batch), batch.get("gps"), batch["beam"]
+    everywhere = fusion.everywhere(model.target, beam_B)
+    left = {sensor: x for sensor, x in maps.items() if sensor not in model.target}
+    rebuilt = model.translate(model.parts(left))
+    variants = {
+        "full": maps,
+        "missing": model.fusion.withhold(maps, batch, everywhere),
+        "rebuilt": insert(maps, rebuilt, torch.ones_like(beam_B, dtype=torch.bool)),
+    }
+    dba = {f"dba_{name}": beam_scores(model.fusion.fuse(x, gps), beam_B)["dba"] for name, x in variants.items()}
+    dba["trans"] = mean(trans_loss(rebuilt[s], maps[s].flatten(2), model.history) for s in model.target)
+    return {name: fusion.total(values_B) for name, values_B in dba.items()}
+
+
+def recovered(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What share of the cost of the missing sensors the rebuild wins back; nothing where they cost nothing."""
+    full, missing, rebuilt = (metrics[f"dba_{name}"] for name in ("full", "missing", "rebuilt"))
+    return {"recovered": (rebuilt - missing) / (full - missing)} if full - missing > NO_LOSS else {}
+
+
+def task_for(config: Config, weights: Weights) -> Task:
+    return Task(
+        config=Config,
+        model=functools.partial(build, weights=weights),
+        data=samples,
+        loss=loss,
+        score=score,
+        lr_scale=functools.partial(lr_scale, ratio=config.rebuild.fusion_lr_ratio),
+    )
+
+
+def lr_scale(name: str, ratio: float) -> float:
+    return ratio if name.startswith("fusion.") else 1.0
+
+
+def prepare(config: Config) -> None:
+    """Check and decode the data before any worker starts, and that a pre-trained network is where it should be."""
+    fusion.prepare(config.fusion)
+    if config.rebuild.pretrained is not None:
+        load_weights(Path(config.rebuild.pretrained))
+
+
+def train(trial: Trial) -> Iterator[Report]:
+    config: Config = trial.config
+    given = config.rebuild.pretrained
+    weights = load_weights(Path(given)) if given else trained_once(config.fusion, config.pretrain.seed, trial)
+    for report in fit(task_for(config, weights), trial):
+        yield replace(report, metrics={**report.metrics, **recovered(report.metrics)})
