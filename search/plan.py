@@ -87,8 +87,13 @@ def estimate(space: Space, plan: Plan, epoch_s: float | None) -> str:
         return f"{epochs}; GPU-hours follow once an epoch has been timed (no earlier search in the results folder)"
     hours = expected * epoch_s / 3600
     gpus = plan.workers * plan.gpus_per_worker
-    used = f"{hours * gpus:.2g} GPU-hours" if gpus else f"{hours * plan.workers:.2g} worker-hours without a GPU"
-    return f"{epochs}; {used}, {hours / plan.slots:.2g} h on the clock ({epoch_s:.3g} s an epoch measured before)"
+    used = f"{_hours(hours * gpus)} GPU-hours" if gpus else f"{_hours(hours * plan.workers)} worker-hours without a GPU"
+    return f"{epochs}; {used}, {_hours(hours / plan.slots)} h on the clock ({epoch_s:.3g} s an epoch measured before)"
+
+
+def _hours(hours: float) -> str:
+    """Two digits that count, and never an exponent."""
+    return f"{hours:.0f}" if hours >= 10 else f"{hours:.2g}" if hours >= 0.01 else "less than 0.01"
 
 
 def expected_epochs(space: Space) -> float:

@@ -21,10 +21,17 @@ def sampler_maker(space: Space) -> MakeSampler:
     conditional = [item.name for item in space.parameters if item.when]
     if name == "grid":
         grid = _grid(space)
-        return lambda _: optuna.samplers.GridSampler(grid, seed=seed)
+        return lambda _: _Grid(grid, seed=seed)
     if name == "qmc":
-        # One sequence for the whole search: its place in it is kept in the study.
-        return lambda _: _silent(optuna.samplers.QMCSampler, seed=seed, scramble=True, warn_independent_sampling=False)
+        # One sequence for the whole search: its place in it is kept in the study. What a `when` hides from the
+        # sequence is drawn with the proposal's own seed.
+        return lambda s: _silent(
+            optuna.samplers.QMCSampler,
+            seed=seed,
+            scramble=True,
+            warn_independent_sampling=False,
+            independent_sampler=optuna.samplers.RandomSampler(seed=s),
+        )
     if name == "cmaes" and (conditional or len(space.objectives) > 1):
         why = "several objectives" if len(space.objectives) > 1 else f"`when` ({', '.join(conditional)})"
         raise UserError(f"search.sampler: cmaes knows no {why}; use tpe")
@@ -48,6 +55,12 @@ def grid_size(space: Space) -> int:
 
 def _grid(space: Space) -> dict[str, list[Any]]:
     grid = {}
+    for i, known in enumerate(space.try_first):
+        missing = [item.name for item in space.parameters if item.name not in known.values]
+        if missing:
+            raise UserError(
+                f"try_first.{i}: grid fills in no values; give {', '.join(missing)} a value there too"
+            )
     for parameter in space.parameters:
         values = parameter.domain.grid()
         if values is None:
@@ -58,6 +71,13 @@ def _grid(space: Space) -> dict[str, list[Any]]:
             raise UserError(f"search.sampler: grid knows no `when` ({parameter.name}); use tpe or random")
         grid[parameter.name] = values
     return grid
+
+
+class _Grid(optuna.samplers.GridSampler):
+    """Optuna's, which after its last setting would stop `Study.optimize`; here the ledger counts the trials."""
+
+    def after_trial(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 def _silent(kind: Any, **arguments: Any) -> BaseSampler:

@@ -18,17 +18,18 @@ from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.folder import TrialFolder
+from search.journal import StudyJournal
 from search.record import Record, read_record
 from search.space import Space
 from trainables.contract import UserError
 
 MakeSampler = Callable[[int], BaseSampler]  # from a seed
+_NAME = "search"  # of the one study in a journal
 FEASIBLE = -1.0  # the constraint of a trial that neither diverged nor ran out of memory
 
 
@@ -37,12 +38,18 @@ def open_study(file: Path, space: Space, create: bool) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if not create and not file.exists():
         raise UserError(f"{file}: there is no study here; name a results folder of an earlier search")
-    storage = JournalStorage(JournalFileBackend(str(file)))
-    if create:
-        better = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
-        directions = [better[item.mode] for item in space.objectives]
-        return optuna.create_study(storage=storage, study_name="search", directions=directions)
-    return optuna.load_study(storage=storage, study_name="search")
+    storage = JournalStorage(StudyJournal(str(file)))
+    return new_study(storage, space) if create else optuna.load_study(storage=storage, study_name=_NAME)
+
+
+def new_study(storage: BaseStorage, space: Space) -> optuna.Study:
+    """A study of the space's objectives, which knows them by name and direction."""
+    better = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
+    directions = [better[item.mode] for item in space.objectives]
+    study = optuna.create_study(storage=storage, study_name=_NAME, directions=directions)
+    with _quiet_optuna():
+        study.set_metric_names([item.metric for item in space.objectives])
+    return study
 
 
 def records(study: optuna.Study, space: Space) -> list[Record]:
@@ -84,9 +91,9 @@ class Ledger:
         self.study = study
         self.open: dict[str, OpenTrial] = {}
         self._make_sampler = make_sampler
-        trials = study.get_trials(deepcopy=False)
-        self._unfinished = [item for item in trials if item.state == TrialState.RUNNING]
-        if not trials:
+        own = [item for item in study.get_trials(deepcopy=False) if "from" not in item.user_attrs]
+        self._unfinished = [item for item in own if item.state == TrialState.RUNNING]
+        if not own:
             for known in space.try_first:
                 self._enqueue(known.values, known.name)
 
@@ -106,16 +113,16 @@ class Ledger:
         The sampler is made anew for each proposal, with a seed from the search's seed and the trial's place. So a
         proposal depends on the history alone, and a resumed search proposes what an uninterrupted one would.
         """
-        if self._unfinished:
-            trial = optuna.Trial(self.study, self._unfinished.pop(0)._trial_id)
-        elif self.left == 0:
+        if self.left == 0:
             return None
-        else:
-            asked = sum(item.state != TrialState.WAITING for item in self.study.get_trials(deepcopy=False))
-            self.study.sampler = self._make_sampler(proposal_seed(self.space.search.seed, asked))
-            trial = self.study.ask()
-        attrs = trial.user_attrs
-        values = attrs.get("values") or self.space.suggest(trial)
+        unfinished = self._unfinished.pop(0) if self._unfinished else None
+        asked = sum(item.state != TrialState.WAITING for item in self.study.get_trials(deepcopy=False))
+        place = asked if unfinished is None else unfinished.number
+        self.study.sampler = self._make_sampler(proposal_seed(self.space.search.seed, place))
+        with _quiet_optuna():
+            trial = self.study.ask() if unfinished is None else optuna.Trial(self.study, unfinished._trial_id)
+            attrs = trial.user_attrs
+            values = attrs.get("values") or self.space.suggest(trial)
         opened = OpenTrial(trial, values, attrs.get("name"), seconds_before=attrs.get("seconds", 0.0))
         rows = TrialFolder(self._results, opened.number).read_metrics()
         if rows:  # of an earlier attempt, which may have given its last report already
@@ -136,30 +143,23 @@ class Ledger:
 
     def interrupt(self, key: str) -> None:
         """The search stops here; the trial stays open in the study, and a resumed search goes on with it."""
-        opened = self.open.pop(key)
-        self._write(opened, {"seconds": round(opened.seconds, 3), "values": opened.values})
+        self._write(self.open.pop(key))
 
     def end(self, key: str, status: str, reason: str) -> Record:
         """Tell the study how a trial ended; returns its record."""
         opened = self.open.pop(key)
-        attrs = {
-            "status": status,
-            "reason": reason,
-            "metrics": opened.metrics,
-            "epochs": opened.epochs,
-            "seconds": round(opened.seconds, 3),
-            "values": opened.values,
-        }
-        self._write(opened, attrs)
+        self._write(opened, status=status, reason=reason)
         state, values = self._verdict(opened, status)
-        for name, excess in self._constraints(opened, status).items():
-            opened.trial.set_constraint(name, excess)
+        if state != TrialState.FAIL:
+            for name, excess in constraints_told(self.space, status, opened.epochs, opened.metrics).items():
+                opened.trial.set_constraint(name, excess)
         with _quiet_optuna():
             self.study.tell(opened.trial, values, state=state)
         return read_record(self.study.get_trials(deepcopy=False)[opened.number], self.space)
 
-    def _write(self, opened: OpenTrial, attrs: Mapping[str, Any]) -> None:
-        for name, value in attrs.items():
+    def _write(self, opened: OpenTrial, **ending: str) -> None:
+        measured = {"metrics": opened.metrics, "epochs": opened.epochs, "seconds": round(opened.seconds, 3)}
+        for name, value in {**ending, **measured, "values": opened.values}.items():
             opened.trial.set_user_attr(name, value)
 
     def _verdict(self, opened: OpenTrial, status: str) -> tuple[TrialState, list[float] | None]:
@@ -171,19 +171,6 @@ class Ledger:
             return TrialState.COMPLETE, [opened.metrics[item.metric] for item in self.space.objectives]
         return TrialState.COMPLETE, penalties(self.study.get_trials(deepcopy=False), self.study.directions)
 
-    def _constraints(self, opened: OpenTrial, status: str) -> dict[str, float]:
-        """Every constraint by name; a trial is feasible when none is above 0."""
-        if status == "failed":
-            return {}
-        longest = self.space.epochs or max(1, opened.epochs)
-        told = {
-            "diverged": severity(opened.epochs, longest) if status == "diverged" else FEASIBLE,
-            "out_of_memory": 1.0 if status == "out_of_memory" else FEASIBLE,
-        }
-        for name, limit in self.space.constraints.items():
-            told[name] = limit.excess(opened.metrics[name]) if name in opened.metrics else 1.0
-        return told
-
     def _enqueue(self, values: Mapping[str, Any], name: str | None) -> None:
         encoders = {item.name: item.domain.encode for item in self.space.parameters}
         stored = {key: encoders[key](value) for key, value in values.items()}
@@ -193,6 +180,18 @@ class Ledger:
 def proposal_seed(seed: int, place: int) -> int:
     """A seed for the proposal at `place`, unlike those beside it."""
     return random.Random(f"{seed}/{place}").getrandbits(32)
+
+
+def constraints_told(space: Space, status: str, epochs: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Every constraint of a trial by name; it is feasible when none is above 0. All trials have the same names."""
+    told = {
+        "diverged": severity(epochs, space.epochs or max(1, epochs)) if status == "diverged" else FEASIBLE,
+        "out_of_memory": 1.0 if status == "out_of_memory" else FEASIBLE,
+    }
+    for name, limit in space.constraints.items():
+        value = metrics.get(name)
+        told[name] = 1.0 if value is None else limit.excess(value)
+    return told
 
 
 def severity(epochs: int, longest: int) -> float:
@@ -219,26 +218,31 @@ def is_penalised(trial: FrozenTrial) -> bool:
 
 
 def take_over(study: optuna.Study, space: Space, earlier: optuna.Study, source: str) -> int:
-    """Copy an earlier study's ended trials that lie within this space; returns how many.
+    """Copy an earlier study's ended trials that are settings of this space; returns how many.
 
-    They teach the sampler and count as trials of the earlier search, not of this one.
+    They teach the sampler and count as trials of the earlier search, not of this one. Raises UserError when the
+    objectives are others.
     """
-    distributions = {item.name: item.domain.distribution() for item in space.parameters}
+    if (earlier.metric_names, earlier.directions) != (study.metric_names, study.directions):
+        raise UserError(
+            f"{source}: searched {', '.join(earlier.metric_names or [])} and not, in the same directions, "
+            f"{', '.join(study.metric_names or [])}; its scores teach nothing here"
+        )
+    domains = {item.name: item.domain for item in space.parameters}
     taken = 0
     for trial in earlier.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
-        mine = {name: distributions[name] for name in trial.params if name in distributions}
-        if len(mine) < len(trial.params) or not all(
-            mine[name]._contains(mine[name].to_internal_repr(value)) for name, value in trial.params.items()
-        ):
+        attrs = trial.user_attrs
+        values = attrs["values"]
+        if not space.holds(values):
             continue
         copied = create_trial(
             state=trial.state,
-            params=trial.params,
-            distributions=mine,
+            params={name: domains[name].encode(value) for name, value in values.items()},
+            distributions={name: domains[name].distribution() for name in values},
             values=trial.values if trial.state == TrialState.COMPLETE else None,
             intermediate_values=trial.intermediate_values,
-            user_attrs={**trial.user_attrs, "from": source},
-            constraints=trial.constraints,
+            user_attrs={**attrs, "from": source},
+            constraints=constraints_told(space, attrs["status"], attrs["epochs"], attrs["metrics"]),
         )
         study.add_trial(copied)
         taken += 1

@@ -1,0 +1,79 @@
+"""What is on disk is whole, whatever was interrupted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from search.folder import TrialFolder, last_checkpoint, replace_bytes, replace_text
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> TrialFolder:
+    return TrialFolder(tmp_path, 7)
+
+
+def test_a_trial_has_a_folder_by_its_number(tmp_path: Path) -> None:
+    assert TrialFolder(tmp_path, 7).path == tmp_path / "trials" / "0007"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+    replace_text(path, "old")
+    with pytest.raises(TypeError):
+        replace_bytes(path, b"half", None)  # type: ignore[arg-type]
+    assert path.read_text() == "old"
+    replace_bytes(path, b"n", b"ew")
+    assert path.read_text() == "new"
+
+
+def test_only_the_newest_checkpoint_is_kept(folder: TrialFolder) -> None:
+    assert folder.checkpoint() is None
+    for epoch in (1, 2, 9_999, 10_000):
+        folder.write_checkpoint(epoch, b"%d" % epoch)
+        saved = folder.checkpoint()
+        assert saved is not None
+        assert (saved.epoch, saved.path.read_bytes()) == (epoch, b"%d" % epoch)
+        assert len(list(folder.path.iterdir())) == 1
+
+
+def test_an_older_checkpoint_may_take_the_place_of_a_newer_one(folder: TrialFolder) -> None:
+    folder.write_checkpoint(5, b"own")
+    folder.write_checkpoint(3, b"copied from a better trial")
+    saved = folder.checkpoint()
+    assert saved is not None
+    assert saved.epoch == 3
+
+
+def test_the_newest_of_two_counts_by_epoch_and_not_by_name(tmp_path: Path) -> None:
+    for epoch in ("9999", "10000"):  # the old one was about to be removed
+        (tmp_path / f"checkpoint-{epoch}.pt").write_bytes(b"")
+    (tmp_path / ".checkpoint-20000.pt.123").write_bytes(b"half")
+    saved = last_checkpoint(tmp_path)
+    assert saved is not None
+    assert saved.epoch == 10_000
+
+
+def test_metrics_are_read_by_epoch_and_the_later_row_counts(folder: TrialFolder) -> None:
+    assert folder.read_metrics() == []
+    for epoch, loss in ((1, 0.5), (2, 0.4), (3, 0.3), (2, 0.35)):
+        folder.append_metrics({"epoch": epoch, "metrics": {"loss": loss}})
+    assert [row["metrics"]["loss"] for row in folder.read_metrics()] == [0.5, 0.35, 0.3]
+
+
+@pytest.mark.parametrize("kept", range(1, len('{"epoch": 2}')))
+def test_a_torn_line_is_lost_and_nothing_else(folder: TrialFolder, kept: int) -> None:
+    folder.append_metrics({"epoch": 1})
+    with open(folder.path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2}'[:kept])
+    assert folder.read_metrics() == [{"epoch": 1}]
+    folder.append_metrics({"epoch": 2, "again": True})
+    folder.append_metrics({"epoch": 3})
+    assert folder.read_metrics() == [{"epoch": 1}, {"epoch": 2, "again": True}, {"epoch": 3}]
+
+
+def test_a_config_is_written_as_json(folder: TrialFolder) -> None:
+    folder.write_config({"optim": {"lr": 1e-5}, "root": None})
+    assert json.loads((folder.path / "config.json").read_text()) == {"optim": {"lr": 1e-5}, "root": None}

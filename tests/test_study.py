@@ -1,0 +1,240 @@
+"""The ledger: what is kept in the journal, what failure teaches, and what a warm start takes over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from ledgers import ask, end_toy, open_journal, open_ledger, play, told
+from optuna.storages import InMemoryStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from spaces import LOSS, space_of
+
+from search.folder import TrialFolder
+from search.space import Space
+from search.study import Ledger, open_study, penalties, proposal_seed, records, severity, take_over
+from trainables.contract import UserError
+
+CONFIG: dict[str, Any] = {"epochs": 4, "lr": {"log": [1e-4, 1.0]}, "shape": {"choice": [[8], [8, 16]]}}
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Space:
+    return space_of(tmp_path, CONFIG, search={"trials": 6}, constraints={"acc": {"min": 0.5}})
+
+
+class TestJournal:
+    def test_a_search_is_read_back_from_its_file(self, space: Space, tmp_path: Path) -> None:
+        ledger = open_journal(space, tmp_path)
+        opened = ask(ledger)
+        ledger.report("slot", 1, {"loss": 0.5, "acc": 0.75, "extra": None})
+        ended = ledger.end("slot", "finished", "ran to its end")
+        left_open = ask(ledger)
+        found = records(open_study(tmp_path / "study.journal", space, create=False), space)
+        assert found[0] == ended
+        assert (ended.values, ended.epochs, ended.reason) == (opened.values, 1, "ran to its end")
+        assert ended.metrics == {"loss": 0.5, "acc": 0.75, "extra": None}
+        assert (found[1].status, found[1].values) == ("interrupted", left_open.values)
+
+    def test_an_interrupted_trial_keeps_what_it_had(self, space: Space, tmp_path: Path) -> None:
+        ledger = open_journal(space, tmp_path)
+        opened = ask(ledger)
+        opened.seconds_before = 100.0
+        ledger.report("slot", 3, {"loss": 0.5, "acc": 0.75})
+        ledger.interrupt("slot")
+        (record,) = records(ledger.study, space)
+        assert (record.status, record.epochs, record.metrics["loss"]) == ("interrupted", 3, 0.5)
+        again = ask(open_journal(space, tmp_path))
+        assert (again.number, again.values) == (opened.number, opened.values)
+        assert again.seconds >= 100.0
+
+    def test_a_trial_that_was_lost_while_it_was_proposed_gets_the_same_values(self, space: Space) -> None:
+        storage = InMemoryStorage()
+        open_ledger(space, storage).study.ask()  # the driver dies before the sampler has said anything
+        assert ask(open_ledger(space, storage)).values == ask(open_ledger(space, InMemoryStorage())).values
+
+    def test_metrics_of_an_earlier_attempt_count_when_nothing_follows(self, space: Space, tmp_path: Path) -> None:
+        opened = ask(open_journal(space, tmp_path))
+        row = {"epoch": 4, "metrics": {"loss": 0.25, "acc": 0.9}}  # the driver died after the last report
+        TrialFolder(tmp_path, opened.number).append_metrics(row)
+        ledger = open_journal(space, tmp_path)
+        ask(ledger)
+        record = ledger.end("slot", "finished", "ran to its end")
+        assert (record.epochs, record.metrics) == (4, row["metrics"])
+
+    def test_values_that_changed_on_the_way_are_the_ones_recorded(self, space: Space, tmp_path: Path) -> None:
+        ledger = open_journal(space, tmp_path)
+        opened = ask(ledger)
+        opened.values = {"lr": 0.5, "shape": [8, 16]}
+        end_toy(ledger, opened, "finished")
+        assert records(ledger.study, space)[0].values == {"lr": 0.5, "shape": [8, 16]}
+
+    def test_an_extended_search_goes_on(self, space: Space, tmp_path: Path) -> None:
+        play(open_journal(space, tmp_path), 6)
+        assert open_journal(space, tmp_path).left == 0
+        more = open_journal(space.with_trials(8), tmp_path)
+        assert more.left == 2
+        assert ask(more).number == 6
+
+    def test_optuna_knows_objectives_by_name_and_direction(self, tmp_path: Path) -> None:
+        space = space_of(tmp_path, CONFIG, objective=[LOSS, {"metric": "size", "mode": "max"}])
+        study = open_journal(space, tmp_path).study
+        assert study.metric_names == ["loss", "size"]
+        assert study.directions == [StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE]
+
+    def test_a_folder_without_a_study_is_refused(self, space: Space, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"study\.journal: there is no study here; name a results folder"):
+            open_study(tmp_path / "study.journal", space, create=False)
+
+
+class TestConstraints:
+    """What the sampler is told beside the score."""
+
+    def excess(self, space: Space, status: str, metrics: dict[str, float] | None, epochs: int = 1) -> dict[str, float]:
+        ledger = open_ledger(space, InMemoryStorage())
+        ask(ledger)
+        if metrics is not None:
+            ledger.report("slot", epochs, metrics)
+        ledger.end("slot", status, "")
+        return told(ledger)[0].constraints
+
+    def test_a_limit_is_told_by_how_far_it_is_missed(self, space: Space) -> None:
+        assert self.excess(space, "finished", {"loss": 1.0, "acc": 0.375})["acc"] == 0.125
+        assert self.excess(space, "finished", {"loss": 1.0, "acc": 0.75})["acc"] == -0.25
+
+    def test_a_limit_that_was_not_measured_is_broken(self, space: Space) -> None:
+        assert self.excess(space, "diverged", None)["acc"] == 1.0
+
+    def test_the_earlier_a_trial_diverges_the_worse_it_is(self, space: Space) -> None:
+        measured = {"loss": 1.0, "acc": 0.75}
+        told = [self.excess(space, "diverged", measured if epoch else None, epoch)["diverged"] for epoch in range(5)]
+        assert told == sorted(told, reverse=True)
+        assert told == [severity(epoch, 4) for epoch in range(5)]
+        assert min(told) > 0
+
+
+class TestPenalty:
+    def trial(self, *values: float, status: str = "finished", **reported: float) -> FrozenTrial:
+        steps = dict(enumerate(reported.values()))
+        return create_trial(values=values, intermediate_values=steps, user_attrs={"status": status})
+
+    def test_it_lies_a_tenth_of_the_span_beyond_the_worst(self) -> None:
+        seen = [self.trial(1.0), self.trial(3.0)]
+        assert penalties(seen, [StudyDirection.MINIMIZE]) == pytest.approx([3.2])
+        assert penalties(seen, [StudyDirection.MAXIMIZE]) == pytest.approx([0.8])
+
+    def test_reports_on_the_way_count_and_other_penalties_do_not(self) -> None:
+        seen = [
+            self.trial(1.0, first=9.0),
+            self.trial(99.0, status="diverged"),
+            self.trial(98.0, status="out_of_memory"),
+        ]
+        assert penalties(seen, [StudyDirection.MINIMIZE]) == pytest.approx([9.8])
+
+    def test_there_is_one_for_each_objective(self) -> None:
+        seen = [self.trial(1.0, 10.0), self.trial(2.0, 30.0)]
+        directions = [StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE]
+        assert penalties(seen, directions) == pytest.approx([2.1, 8.0])
+
+    @pytest.mark.parametrize("values", [[], [5.0], [5.0, 5.0], [0.0], [-1e9]])
+    def test_it_is_finite_and_worse_than_all_that_was_seen(self, values: list[float]) -> None:
+        for direction, sign in ((StudyDirection.MINIMIZE, 1), (StudyDirection.MAXIMIZE, -1)):
+            (penalty,) = penalties([self.trial(value) for value in values], [direction])
+            assert all(sign * penalty > sign * value for value in values)
+
+
+def test_seeds_of_proposals_differ_by_place_and_by_search() -> None:
+    seeds = {proposal_seed(seed, place) for seed in range(10) for place in range(100)}
+    assert len(seeds) == 1000
+    assert proposal_seed(3, 7) == proposal_seed(3, 7)
+
+
+class TestWarmStart:
+    @pytest.fixture
+    def earlier(self, space: Space) -> optuna.Study:
+        """Six trials of every kind."""
+        ledger = open_ledger(space, InMemoryStorage())
+        for number, status in enumerate(["finished", "stopped", "diverged", "out_of_memory", "failed", "finished"]):
+            opened = ask(ledger)
+            if number < 2:
+                ledger.report("slot", 1, {"loss": 0.5, "acc": 0.4})
+            if number == 5:
+                ledger.report("slot", 1, {"loss": 0.25, "acc": 0.9})
+            ledger.end("slot", status, f"trial {opened.number}")
+        return ledger.study
+
+    def begin(self, space: Space, earlier: optuna.Study) -> tuple[Ledger, int]:
+        ledger = open_ledger(space, InMemoryStorage())
+        taken = take_over(ledger.study, space, earlier, "earlier")
+        return open_ledger(space, ledger.study._storage), taken
+
+    def test_what_taught_something_is_taken_with_its_constraints(self, space: Space, earlier: optuna.Study) -> None:
+        ledger, taken = self.begin(space, earlier)
+        before = [trial for trial in earlier.trials if trial.state != TrialState.FAIL]
+        after = told(ledger)
+        assert taken == len(after) == 5
+        for old, new in zip(before, after, strict=True):
+            assert (new.state, new.params, new.constraints) == (old.state, old.params, old.constraints)
+            assert new.intermediate_values == old.intermediate_values
+            assert new.user_attrs["from"] == "earlier"
+            if new.state == TrialState.COMPLETE:
+                assert new.values == old.values
+
+    def test_what_was_taken_is_no_trial_of_this_search(self, space: Space, earlier: optuna.Study) -> None:
+        ledger, _ = self.begin(space, earlier)
+        assert ledger.left == space.search.trials
+        assert records(ledger.study, space) == []
+        assert len(play(ledger, 6)) == 6
+        assert ledger.ask("slot") is None
+        assert len(records(ledger.study, space)) == 6
+
+    def test_known_settings_still_come_first(self, tmp_path: Path, earlier: optuna.Study) -> None:
+        space = space_of(tmp_path, CONFIG, try_first=[{"lr": 0.125, "shape": [8]}])
+        ledger, _ = self.begin(space, earlier)
+        assert ask(ledger).values == {"lr": 0.125, "shape": [8]}
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {**CONFIG, "lr": {"log": [1e-9, 1e-8]}},  # none lies in the range
+            {**CONFIG, "shape": {"choice": [[9], [8, 16, 32]]}},  # none is among the choices
+            {**CONFIG, "lr": {"choice": ["low", "high"]}},  # another kind of domain
+            {"lr": CONFIG["lr"]},  # they have a value for what is fixed now
+            {**CONFIG, "width": {"int": [1, 3]}},  # they have none for what is searched now
+            {**CONFIG, "shape": {"choice": [[8], [8, 16]], "when": {"epochs": [99]}}},  # it is not searched now
+        ],
+        ids=str,
+    )
+    def test_what_lies_outside_this_space_is_left(
+        self, config: dict[str, Any], tmp_path: Path, earlier: optuna.Study
+    ) -> None:
+        assert self.begin(space_of(tmp_path, config), earlier)[1] == 0
+
+    def test_only_what_lies_inside_is_taken(self, tmp_path: Path, earlier: optuna.Study) -> None:
+        rates = sorted(trial.params["lr"] for trial in earlier.trials if trial.state != TrialState.FAIL)
+        narrow = space_of(tmp_path, {**CONFIG, "lr": {"log": [rates[1], rates[2]]}})
+        ledger, taken = self.begin(narrow, earlier)
+        assert taken == 2
+        assert all(narrow.holds(trial.user_attrs["values"]) for trial in told(ledger))
+
+    def test_constraints_are_those_of_this_search(self, tmp_path: Path, earlier: optuna.Study) -> None:
+        space = space_of(
+            tmp_path, CONFIG, constraints={"acc": {"min": 0.9}, "size": {"max": 1.0}}, search={"sampler": "gp"}
+        )
+        ledger, _ = self.begin(space, earlier)
+        finished = told(ledger)[0]
+        assert finished.constraints.keys() == {"diverged", "out_of_memory", "acc", "size"}
+        assert finished.constraints["acc"] == pytest.approx(0.5)  # it had 0.4
+        assert finished.constraints["size"] == 1.0  # it was not measured
+        end_toy(ledger, ask(ledger), "finished")  # gp would refuse constraints that differ from trial to trial
+        assert told(ledger)[-1].constraints.keys() == finished.constraints.keys()
+
+    @pytest.mark.parametrize("objective", [{"metric": "loss", "mode": "max"}, {"metric": "acc", "mode": "min"}])
+    def test_a_search_for_something_else_is_refused(
+        self, objective: dict[str, str], tmp_path: Path, earlier: optuna.Study
+    ) -> None:
+        with pytest.raises(UserError, match="earlier: searched loss and not, in the same directions, "):
+            self.begin(space_of(tmp_path, CONFIG, objective=objective), earlier)
