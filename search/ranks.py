@@ -9,8 +9,8 @@ import os
 import random
 import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,31 +113,42 @@ class RankLoop:
         self._device = default_device()
         self._cache: dict[Any, Any] = {}
         self._trainable: Trainable | None = None
-        self._reports: Iterator[Any] | None = None
+        self._reports: Generator[Any, None, None] | None = None
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
     def handle(self, command: Command) -> Answer:
         """Carry out a command; whatever a trainable raises becomes an answer."""
+        answer = self._attempt(lambda: self._carry_out(command))
+        if not answer.ends:
+            return answer
+        # Only here is the exception gone, and with it the frames that held the model.
+        closed = self._attempt(self._close)
+        return replace(answer, clean=answer.clean and closed.clean and self._is_clean())
+
+    def _attempt(self, act: Callable[[], Answer]) -> Answer:
         try:
-            if isinstance(command, Begin):
-                self._close()
-                self._begin(command)
-            return self._advance()
+            return act()
         except Diverged as error:
-            return self._end(Blew, reason=str(error.reason), step=error.step)
+            return Blew(reason=str(error.reason), step=error.step)
         except UserError as error:
-            return self._end(Broke, reason=str(error), final=True)
+            return Broke(reason=str(error), final=True)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            return self._end(RanOut, reason=str(error).splitlines()[0] if str(error) else type(error).__name__)
+            return RanOut(reason=str(error).splitlines()[0] if str(error) else type(error).__name__)
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{type(error).__name__}: {error} ({os.path.basename(frame.filename)}:{frame.lineno})"
-            self._close()
             return Broke(clean=False, reason=reason, trace=traceback.format_exc())
+
+    def _carry_out(self, command: Command) -> Answer:
+        if isinstance(command, Begin):
+            self._close()
+            self._begin(command)
+        return self._advance()
 
     def _begin(self, begin: Begin) -> None:
         if self._trainable is None:
             self._trainable = load(self._spec.trainable, self._spec.paths)
+            gc.freeze()  # what was imported stays; looking through it after every trial would take a fifth of a second
         _settle(begin.seed, self._spec.cpus_per_worker)
         reports = self._trainable.train(
             Trial(
@@ -150,7 +161,7 @@ class RankLoop:
                 cache=self._cache,
             )
         )
-        if not hasattr(reports, "__next__"):
+        if not isinstance(reports, Generator):
             raise UserError(
                 f"{self._spec.trainable} returned {type(reports).__name__}; a trainable is a generator: "
                 "yield a report after every epoch"
@@ -162,7 +173,7 @@ class RankLoop:
         try:
             report = next(self._reports)
         except StopIteration:
-            return self._end(Ended)
+            return Ended()
         if self.rank != 0:
             return Reported()
         if not isinstance(report, Report):
@@ -175,20 +186,18 @@ class RankLoop:
                 raise Diverged(f"{name} is {metrics[name]}")
         return Reported(metrics=metrics, state=None if report.state is None else save_state(report.state()))
 
-    def _end(self, kind: Callable[..., Answer], **told: Any) -> Answer:
-        self._close()
-        return kind(clean=self._is_clean(), **told)
-
-    def _close(self) -> None:
+    def _close(self) -> Answer:
         """Let go of the trial: its generator, and through it model, optimizer and gradients."""
         reports, self._reports = self._reports, None
-        if reports is not None and hasattr(reports, "close"):
-            reports.close()
+        if reports is None:
+            return Ended()
+        reports.close()
         del reports
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
+        return Ended()
 
     def _is_clean(self) -> bool:
         """Whether no more GPU memory is held than the cache accounts for."""
@@ -235,7 +244,9 @@ def _settle(seed: int, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
-    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+    if torch.are_deterministic_algorithms_enabled():  # asked first, because to set it imports a compiler
+        torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = False
 
 

@@ -34,6 +34,7 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config mean the driver's working directory
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_maximum_startup_concurrency": "16",  # a group is half a dozen processes, most of them asleep
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints nothing of its own
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the recorder writes our own files
@@ -92,6 +93,8 @@ class _Stop(tune.Stopper):
 def start_ray(address: str | None) -> tuple[Node, ...]:
     """Join the cluster at `address`, or start a local one; returns its nodes."""
     os.environ.update(RAY_ENVIRONMENT)
+    if address is None:
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a machine of one's own is not taken away
     # Tune complains of log files that we do not let it write, and of trials that the tables explain better.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     arguments: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
@@ -152,6 +155,8 @@ def _tuner(
     )
     slot = tune.with_parameters(Slot, job=Job(space, spec, str(results), cold))
     pausing = space.scheduler.name in PAUSING
+    # These compare whole brackets or populations: all their settings are drawn before any of them has run.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(ledger.left) if pausing else "auto"
     return tune.Tuner(
         tune.with_resources(slot, tune.PlacementGroupFactory([_share_of_this_node(plan.slots)])),
         param_space={},
@@ -167,6 +172,8 @@ def _tuner(
             name="tune",
             storage_path=str(scratch),
             callbacks=[recorder],
+            # The group has written each epoch's checkpoint already; Tune would ask for one more at the end.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=space.search.retries),
             stop=stop,
             verbose=0,

@@ -58,9 +58,7 @@ def _grid(space: Space) -> dict[str, list[Any]]:
     for i, known in enumerate(space.try_first):
         missing = [item.name for item in space.parameters if item.name not in known.values]
         if missing:
-            raise UserError(
-                f"try_first.{i}: grid fills in no values; give {', '.join(missing)} a value there too"
-            )
+            raise UserError(f"try_first.{i}: grid fills in no values; give {', '.join(missing)} a value there too")
     for parameter in space.parameters:
         values = parameter.domain.grid()
         if values is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.schedulers import (
@@ -57,6 +58,11 @@ class _Pbt(_OnlyMeasured, PopulationBasedTraining):
         self._rng = random.Random(seed)
         super().__init__(custom_explore_fn=lambda config: config, log_config=False, **arguments)
 
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        # Ray refuses PBT beside a searcher, since a searcher is not told that a trial's setting has changed. The
+        # recorder tells the ledger.
+        super().on_trial_add(SimpleNamespace(search_alg=None), trial)
+
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         values = perturb(self._space, trial_to_clone.config["values"], self._rng)
         return {**trial.config, "values": values}, {}
@@ -75,12 +81,11 @@ def perturb(space: Space, values: dict[str, Any], rng: random.Random, resample: 
 
 def _step(parameter: Parameter, value: Any, rng: random.Random) -> Any:
     domain, factor = parameter.domain, rng.choice((0.8, 1.2))
-    if isinstance(domain, Real):
-        return min(max(value * factor, domain.low), domain.high)
-    if isinstance(domain, Integer):
-        moved = round(value * factor) if abs(value * factor - value) >= domain.step else value + rng.choice((-1, 1))
-        steps = round((min(max(moved, domain.low), domain.high) - domain.low) / domain.step)
-        return min(domain.low + steps * domain.step, domain.high)
+    if isinstance(domain, (Real, Integer)):
+        moved = domain.nearest(value * factor)
+        if moved == value and domain.step is not None:  # too small a change to reach the next value of the grid
+            moved = domain.nearest(value + rng.choice((-1, 1)) * domain.step)
+        return moved
     assert isinstance(domain, Choice)
     place = domain.values.index(value) + rng.choice((-1, 1))
     return domain.values[min(max(place, 0), len(domain.values) - 1)]
