@@ -1,0 +1,333 @@
+"""One rank in this process: every way in which a trial can end, and a process that is as good as new after it."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from spaces import write_family
+
+from search.ranks import (
+    Advance,
+    Answer,
+    Begin,
+    Blew,
+    Broke,
+    Ended,
+    RankLoop,
+    RanOut,
+    Reported,
+    load_state,
+    numbers,
+)
+from trainables.contract import UserError
+
+FAMILY = """
+    import os, random
+    import numpy as np
+    import torch
+    from torch import nn
+    from trainables.contract import Diverged, Report, UserError
+
+    def train(trial):
+        log = trial.cache.setdefault("log", [])
+        try:
+            yield {"loss": 1.0, "rank": trial.rank, "ranks": trial.world_size, "seed": trial.seed}
+            yield from ENDINGS[trial.config["ending"]](trial)
+        finally:
+            log.append(trial.config["ending"])
+
+    def more(trial):
+        yield Report({"loss": 0.5})
+
+    def diverge(trial):
+        raise Diverged("loss_trans is not finite", step=812)
+        yield
+
+    def memory(trial):
+        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB\\nand much more to say")
+        yield
+
+    def host_memory(trial):
+        raise MemoryError
+        yield
+
+    def bug(trial):
+        {}["no such batch"]
+        yield
+
+    def mistake(trial):
+        raise UserError("data.root: there is nothing in /data; name the folder")
+        yield
+
+    def stop_iteration(trial):
+        next(iter([]))
+        yield
+
+    def not_metrics(trial):
+        yield 0.5
+
+    def not_numbers(trial):
+        yield {"loss": "low"}
+
+    def without(trial):
+        yield {"lost": 0.5}
+
+    def nan(trial):
+        yield {"loss": float("nan")}
+
+    def infinite(trial):
+        yield {"loss": torch.tensor(float("inf"))}
+
+    def other_nan(trial):
+        yield {"loss": torch.tensor(0.5), "acc": np.float32("nan"), "steps": 3, "done": True}
+
+    def bad_state(trial):
+        yield Report({"loss": 0.5}, state=lambda: 1 / 0)
+
+    def bad_end(trial):
+        try:
+            yield {"lost": 0.5}
+        finally:
+            raise KeyError("in its clean-up")
+
+    ENDINGS = {name: value for name, value in list(globals().items()) if callable(value) and name != "train"}
+
+    def counting(trial):
+        counter = {"epoch": trial.resume["epoch"] if trial.resume else 0}
+        while counter["epoch"] < 3:
+            counter["epoch"] += 1
+            yield Report({"loss": 1.0}, state=lambda: {"epoch": counter["epoch"]})
+
+    def network(trial):
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1))
+        optimizer = torch.optim.Adam(model.parameters(), lr=trial.config["lr"])
+        x = torch.from_numpy(np.random.rand(32, 8)).float()
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = (model(x) - x.sum(1, keepdim=True)).square().mean() + random.random()
+            loss.backward()
+            optimizer.step()
+            yield Report({"loss": loss.item()}, state=lambda: {"model": model.state_dict()})
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+
+    def big(trial):
+        import weakref
+        model = nn.Linear(8, 8)
+        trial.cache["model"] = weakref.ref(model)
+        yield {"loss": 1.0}
+        try:
+            model(torch.zeros(3, 7))
+        except RuntimeError as error:
+            raise Diverged("it does not matter why") from error
+
+    def plain_function(trial):
+        return {"loss": 1.0}
+"""
+CONFIG_FAMILY = """
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Config:
+        lr: float
+        epochs: int = 2
+
+    def train(trial):
+        assert isinstance(trial.config, Config)
+        for epoch in range(trial.config.epochs):
+            yield {"loss": trial.config.lr}
+"""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a rank is told of its group."""
+
+    trainable: str
+    paths: tuple[str, ...]
+    required: tuple[str, ...] = ("loss",)
+    cpus_per_worker: int = 1
+
+
+def rank_of(folder: Path, function: str, rank: int = 0, family: str = FAMILY, **more: Any) -> RankLoop:
+    return RankLoop(Spec(f"{write_family(folder, family)}:{function}", (str(folder),), **more), rank, 2, rank)
+
+
+def begin(ending: str, seed: int = 3) -> Begin:
+    return Begin({"ending": ending}, seed)
+
+
+def run(loop: RankLoop, command: Begin) -> list[Answer]:
+    """All answers of a trial."""
+    answers = [loop.handle(command)]
+    while not answers[-1].ends:
+        answers.append(loop.handle(Advance()))
+    return answers
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> RankLoop:
+    return rank_of(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("ending", "answer"),
+    [
+        ("more", Ended()),
+        ("diverge", Blew(reason="loss_trans is not finite", step=812)),
+        ("nan", Blew(reason="loss is nan")),
+        ("infinite", Blew(reason="loss is inf")),
+        ("memory", RanOut(reason="tried to allocate 2.00 GiB")),
+        ("host_memory", RanOut(reason="MemoryError")),
+        ("mistake", Broke(reason="data.root: there is nothing in /data; name the folder", final=True)),
+        ("without", Broke(reason="the report has no metric `loss`; it has lost", final=True)),
+        ("not_numbers", Broke(reason="the metric `loss` is 'low'; a metric is a number", final=True)),
+        ("not_metrics", Broke(reason="a trainable yields a Report or a dict of metrics, not float", final=True)),
+    ],
+)
+def test_an_ending_is_answered_and_the_next_trial_works(loop: RankLoop, ending: str, answer: Answer) -> None:
+    for _ in range(2):
+        answers = run(loop, begin(ending))
+        assert answers[-1] == answer
+        assert answers[-1].clean
+        assert isinstance(answers[0], Reported)
+    assert run(loop, begin("more"))[-1] == Ended()
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [
+        ("bug", r"KeyError: 'no such batch' \(family_\d+\.py:\d+\)"),
+        ("stop_iteration", r"RuntimeError: generator raised StopIteration \(family_\d+\.py:\d+\)"),
+        ("bad_state", r"ZeroDivisionError: division by zero \(family_\d+\.py:\d+\)"),
+    ],
+)
+def test_a_bug_costs_the_process_its_trust_and_nothing_else(loop: RankLoop, ending: str, reason: str) -> None:
+    answer = run(loop, begin(ending))[-1]
+    assert isinstance(answer, Broke)
+    assert (answer.clean, answer.final) == (False, False)
+    assert re.fullmatch(reason, answer.reason)
+    assert "Traceback" in answer.trace
+    assert run(loop, begin("more"))[-1] == Ended()
+
+
+def test_what_fails_while_it_is_cleaned_up_is_answered_too(loop: RankLoop) -> None:
+    answer = run(loop, begin("bad_end"))[-1]
+    assert isinstance(answer, Broke)
+    assert answer.reason.startswith("the report has no metric")
+    assert not answer.clean
+    assert run(loop, begin("more"))[-1] == Ended()
+
+
+def test_a_metric_that_is_not_required_may_be_anything_finite_or_not(loop: RankLoop) -> None:
+    answer = run(loop, begin("other_nan"))[1]
+    assert isinstance(answer, Reported)
+    assert answer.metrics is not None
+    assert {name: str(value) for name, value in answer.metrics.items()} == {
+        "loss": "0.5", "acc": "nan", "steps": "3.0", "done": "1.0",
+    }  # fmt: skip
+
+
+def test_a_trial_knows_its_rank_and_seed(loop: RankLoop) -> None:
+    answer = loop.handle(begin("more", seed=7))
+    assert answer == Reported(metrics={"loss": 1.0, "rank": 0.0, "ranks": 2.0, "seed": 7.0})
+
+
+def test_another_rank_reports_nothing_and_diverges_as_the_first(tmp_path: Path) -> None:
+    loop = rank_of(tmp_path, "train", rank=1)
+    assert run(loop, begin("nan")) == [Reported(), Reported(), Ended()]
+    assert run(loop, begin("diverge"))[-1] == Blew(reason="loss_trans is not finite", step=812)
+
+
+def test_a_trial_that_is_left_is_closed_before_the_next_one(loop: RankLoop) -> None:
+    loop.handle(begin("more"))
+    loop.handle(begin("nan"))
+    run(loop, begin("diverge"))
+    assert loop._cache["log"] == ["more", "nan", "diverge"]
+
+
+@pytest.mark.parametrize(("function", "kind"), [("plain_function", "dict")])
+def test_what_is_no_generator_is_refused(function: str, kind: str, tmp_path: Path) -> None:
+    answer = rank_of(tmp_path, function).handle(Begin({}, 0))
+    assert isinstance(answer, Broke)
+    assert answer.final
+    assert f"{function} returned {kind}; a trainable is a generator: yield a report after every epoch" in answer.reason
+
+
+def test_a_state_is_saved_before_the_trial_goes_on_and_resumes_it(tmp_path: Path) -> None:
+    loop = rank_of(tmp_path, "counting")
+    answers = run(loop, Begin({}, 0))
+    states = [answer.state for answer in answers if isinstance(answer, Reported)]
+    assert [load_state(state) for state in states if state] == [{"epoch": 1}, {"epoch": 2}, {"epoch": 3}]
+    assert len(run(loop, Begin({}, 0, resume=states[1]))) == 2
+
+
+def test_a_config_class_is_given_and_checked(tmp_path: Path) -> None:
+    loop = rank_of(tmp_path, "train", family=CONFIG_FAMILY)
+    assert [answer.ends for answer in run(loop, Begin({"lr": 0.5}, 0))] == [False, False, True]
+    answer = loop.handle(Begin({"lrr": 0.5}, 0))
+    assert isinstance(answer, Broke)
+    assert answer.final
+    assert answer.reason == "config.lrr: no such key in Config; did you mean `lr`?"
+
+
+def test_a_trainable_that_is_missing_on_a_node_is_told(tmp_path: Path) -> None:
+    answer = RankLoop(Spec("no_such_module:train", (str(tmp_path),)), 0, 1, 0).handle(Begin({}, 0))
+    assert isinstance(answer, Broke)
+    assert answer.reason.startswith("trainable: no module 'no_such_module' in ")
+
+
+def test_a_warm_process_gives_bit_for_bit_what_a_fresh_one_gives(tmp_path: Path) -> None:
+    command = Begin({"lr": 0.1}, seed=11)
+    fresh = run(rank_of(tmp_path, "network"), command)
+    warm_loop = rank_of(tmp_path, "network")
+    run(warm_loop, Begin({"lr": 0.3}, seed=5))
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("medium")
+    warm = run(warm_loop, command)
+    assert len(fresh) == len(warm) == 4
+    for one, other in zip(fresh, warm, strict=True):
+        if isinstance(one, Reported) and isinstance(other, Reported):
+            assert one.metrics == other.metrics
+            assert one.state is not None
+            assert other.state is not None
+            theirs = load_state(other.state)["model"]
+            assert all(torch.equal(value, theirs[name]) for name, value in load_state(one.state)["model"].items())
+
+
+def test_a_trial_is_gone_when_its_memory_is_counted(tmp_path: Path) -> None:
+    """An exception holds the frames it passed through, and they hold the model: it must be let go first."""
+    alive: list[bool] = []
+
+    class Watched(RankLoop):
+        def _is_clean(self) -> bool:
+            model: weakref.ref[torch.nn.Module] = self._cache["model"]
+            alive.append(model() is not None)
+            return True
+
+    loop = Watched(Spec(f"{write_family(tmp_path, FAMILY)}:big", (str(tmp_path),)), 0, 1, 0)
+    assert run(loop, Begin({}, 0))[-1] == Blew(reason="it does not matter why")
+    assert alive == [False]
+
+
+def test_metrics_are_numbers_by_name() -> None:
+    assert numbers({"a": 1, 2: torch.tensor(0.5)}) == {"a": 1.0, "2": 0.5}  # type: ignore[dict-item]
+    with pytest.raises(UserError, match=r"the metric `a` is \[1\]; a metric is a number"):
+        numbers({"a": [1]})
