@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -113,5 +114,6 @@ def make_scheduler(space: Space) -> TrialScheduler:
             raise UserError("scheduler.name: hyperband shares out a known number of epochs; fix config.epochs")
         return _HyperBand(**common, max_t=longest, reduction_factor=wanted.reduction, stop_last_trials=False)
     if wanted.name == "median":
-        return _Median(**common, grace_period=wanted.grace_epochs)
+        # Left alone, Ray's rule pauses a trial while another waits for its start, and not every trainable can resume.
+        return _Median(**common, grace_period=wanted.grace_epochs, min_time_slice=math.inf)
     return _Pbt(space, space.search.seed, perturbation_interval=wanted.grace_epochs, **common)
