@@ -6,7 +6,7 @@ import copy
 import random
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from spaces import LOSS, space_of, write_family, write_space
@@ -189,7 +189,7 @@ class TestConfigClass:
 
 
 class TestOverrides:
-    CONFIG: dict[str, Any] = {"optim": {"lr": {"log": [1e-5, 1e-2]}, "clip": 1.0}, "width": 8}  # noqa: RUF012
+    CONFIG: ClassVar[dict[str, Any]] = {"optim": {"lr": {"log": [1e-5, 1e-2]}, "clip": 1.0}, "width": 8}
 
     def test_a_searched_value_is_fixed(self, tmp_path: Path) -> None:
         space, _ = load_space(write_space(tmp_path, self.CONFIG), ["config.optim.lr=1.0e-4"])
@@ -259,7 +259,7 @@ class TestProfiles:
 
 
 class TestKnownSettings:
-    CONFIG: dict[str, Any] = {  # noqa: RUF012
+    CONFIG: ClassVar[dict[str, Any]] = {
         "lr": {"log": [1e-4, 1e-2]},
         "block": {"choice": ["bi", "uni"]},
         "state": {"int": [8, 64], "when": {"block": ["bi"]}},
