@@ -209,6 +209,7 @@ def write_space(results: Path, space: Space) -> None:
     """The space as it really ran, with what it ran on."""
     document = space.document()
     document["ran"] = {
+        "space": space.name,
         "command": shlex.join(["python", *sys.argv]),
         "profile": space.profile,
         "paths": list(space.paths),

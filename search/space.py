@@ -212,8 +212,9 @@ def _build(document: dict[str, Any], file: Path, profile: str | None) -> Space:
     if not isinstance(tree, dict):
         raise UserError(f"config: expected a mapping, got {tree!r}")
     parameters = _ordered(_parameters(tree))
+    ran = document.get("ran") or {}
     return Space(
-        name=file.stem if file.name != "space.yaml" else file.resolve().parent.name,
+        name=ran.get("space", file.stem),
         trainable=document["trainable"],
         objectives=_objectives(document["objective"]),
         constraints=_constraints(document.get("constraints")),

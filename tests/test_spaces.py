@@ -1,0 +1,73 @@
+"""One contract for every space under search_spaces/, with and without each of its profiles."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from search import yaml_file
+from search.plan import Node, make_plan
+from search.sampler import sampler_maker
+from search.scheduler import make_scheduler
+from search.space import Space, load_space
+
+SPACES = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))
+CASES = [(file, profile) for file in SPACES for profile in [None, *(yaml_file.read(file).get("profiles") or {})]]
+GPU_NODE = Node(cpus=64, gpus=8)
+LAPTOP = Node(cpus=2, gpus=0)
+
+
+@pytest.mark.parametrize(("file", "profile"), CASES, ids=[f"{file.stem}-{profile}" for file, profile in CASES])
+class TestEverySpace:
+    @pytest.fixture
+    def space(self, file: Path, profile: str | None) -> Space:
+        space, _ = load_space(file, profile=profile, has_gpu=True)
+        return space
+
+    def test_reads_back_as_it_was_resolved(self, space: Space, tmp_path: Path) -> None:
+        yaml_file.write(tmp_path / f"{space.name}.yaml", space.document())
+        again, _ = load_space(tmp_path / f"{space.name}.yaml")
+        assert again.document() == space.document()
+        assert again.parameters == space.parameters
+
+    def test_fits_the_machine_it_is_for(self, space: Space, profile: str | None) -> None:
+        node = LAPTOP if profile == "laptop" else GPU_NODE
+        assert make_plan(space, [node]).slots >= 1
+
+    def test_has_a_sampler_and_a_scheduler(self, space: Space) -> None:
+        assert sampler_maker(space)(0)
+        assert make_scheduler(space)
+
+    def test_known_settings_come_first_and_leave_room_to_search(self, space: Space) -> None:
+        assert space.try_first
+        assert all(setting.name for setting in space.try_first)
+        assert len(space.try_first) < space.search.trials
+
+    def test_every_draw_is_a_config_of_its_own(self, space: Space, file: Path, profile: str | None) -> None:
+        _, trainable = load_space(file, profile=profile, has_gpu=True)
+        assert trainable.config_class is not None
+        rng = random.Random(1)
+        configs = [trainable.config(space.config(space.draw(rng))) for _ in range(20)]
+        assert len({repr(config) for config in configs}) == 20
+
+
+def test_the_laptop_profile_is_taken_without_a_gpu() -> None:
+    assert SPACES
+    for file in SPACES:
+        space, _ = load_space(file, has_gpu=False)
+        assert space.profile == "laptop"
+        assert space.resources.gpus_per_worker == 0
+
+
+def test_rebuild_searches_what_the_project_promises() -> None:
+    space, _ = load_space(next(file for file in SPACES if file.stem == "rebuild"), has_gpu=False)
+    assert {
+        "optim.lr",
+        "optim.clip_norm",
+        "optim.batch_size",
+        "loss.alpha_contrast",
+        "loss.alpha_trans",
+        "loss.alpha_distance",
+    } <= {item.name for item in space.parameters}
