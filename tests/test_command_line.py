@@ -198,6 +198,7 @@ def test_report_and_why_read_a_folder_alone(run: Run, tmp_path: Path) -> None:
     assert (status, told.startswith("trial 0: finished")) == (0, True)
 
 
+@pytest.mark.slow
 def test_looking_starts_no_ray(tmp_path: Path) -> None:
     """In a process of its own, since another test may have started one."""
     (tmp_path / "toy.yaml").write_text(
