@@ -99,13 +99,27 @@ def test_a_state_is_changed_neither_by_later_steps_nor_by_resuming_from_it(tmp_p
 
 @pytest.mark.parametrize("lengths", [False, True])
 @pytest.mark.parametrize("micro_batch", [None, 1, 3])
-@pytest.mark.parametrize("clip_norm", [None, 0.05])
+@pytest.mark.parametrize("clip_norm", [None, 0.6, 2.5])  # each binds in some steps of one loss or the other
 def test_accumulation_counts_and_clipping_are_those_of_a_plain_loop(
     lengths: bool, micro_batch: int | None, clip_norm: float | None
 ) -> None:
     config = Config(Optim(lr=0.01, batch_size=8, micro_batch=micro_batch, clip_norm=clip_norm), lengths=lengths)
     weights, _ = plain_weights(config)
     torch.testing.assert_close(run(config).weights[-1], weights, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.0])
+def test_samples_may_count_in_part_or_not_at_all(weight: float) -> None:
+    def weighted(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        pairs = toy_loss(model, batch, config)
+        count = torch.tensor(weight * len(batch["x"]))
+        return {name: (weight * total, count) for name, (total, _) in pairs.items()}
+
+    config = Config(Optim(lr=0.01, batch_size=8, weight_decay=0.0))
+    done = run(config, replace(TOY, loss=weighted))
+    expected = plain_weights(config)[0] if weight else done.weights[0]
+    assert done.diverged is None
+    torch.testing.assert_close(done.weights[-1], expected, rtol=0, atol=1e-6)
 
 
 def test_a_mean_of_means_would_be_noticed() -> None:

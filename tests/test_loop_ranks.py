@@ -21,7 +21,8 @@ PAIRED = {
     "plain": Config(Optim(lr=0.01, batch_size=8)),
     "odd share": Config(Optim(lr=0.01, batch_size=7, micro_batch=3, clip_norm=0.1, ema=0.9)),
     "lengths": Config(Optim(lr=0.01, batch_size=9, micro_batch=2), lengths=True),
-    "one sample a batch": Config(Optim(lr=0.01, batch_size=1, ema=0.9), samples=4, lengths=True),
+    "one sample a batch": Config(Optim(lr=0.01, batch_size=1, clip_norm=1.0), samples=4),
+    "one sample a batch, lengths": Config(Optim(lr=0.01, batch_size=1, ema=0.9), samples=4, lengths=True),
     "fp16": Config(Optim(lr=0.01, batch_size=8, precision="fp16"), loudness=0.1),  # too quiet to overflow anywhere
 }
 # Places 0 and 1 of a batch go to ranks 0 and 1.

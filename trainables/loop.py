@@ -29,7 +29,7 @@ from trainables.optim import Ema, Optim, adamw, clip_divisor, fused_step, lr_fac
 from trainables.resume import restore, seed_everything, seed_from, state_of
 from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, on_device, ranks_of, share_of
 
-# A sum over the samples of a batch, and over how many it was taken.
+# By name: a sum over the samples of a batch, a scalar, and over how many it was taken.
 Pairs = Mapping[str, tuple[Tensor, Tensor | int]]
 Cast = contextlib.AbstractContextManager[None]
 
@@ -80,7 +80,6 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     start = restore(parts, trial.resume)
     loss = over_ranks(Loss(task.loss, model, config), ranks, device)
 
-    one = torch.ones((), device=device)
     diverged = torch.zeros((), dtype=torch.bool, device=device)
     for epoch in range(start, config.epochs):
         seed_everything(trial.seed, epoch, ranks.rank)
@@ -99,9 +98,10 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             divisor = count / (ranks.size * share.effective)
             scaler.unscale_(optimizer)
             norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None]) / divisor
-            # fp16: a gradient that overflows is only skipped, as long as a smaller loss scale may mend it.
             overflow = ~norm.isfinite()
-            diverged = diverged | ~count.isfinite() | (overflow & (scaler.scale(one) <= 1))
+            # fp16: a smaller loss scale may mend a gradient that overflows, but not a loss, whose count is NaN.
+            mendable = scaler.scale(count) > count
+            diverged = diverged | (overflow & ~mendable)
             fused_step(optimizer, divisor * clip_divisor(norm, optim.clip_norm), skip=overflow | diverged)
             scaler.update()
             ema.update()
@@ -161,13 +161,12 @@ class Summed:
         return Summed(self.terms, self.sums_T + other.sums_T, self.count + other.count)
 
 
-def summed_terms(pairs: Pairs, weight: float) -> Summed:
-    counts = [count for _, count in pairs.values()]
+def shared_count(pairs: Pairs) -> Tensor | int:
+    first, *others = (count for _, count in pairs.values())
     # Tensors are compared by identity: to compare their values would make the host wait for the GPU.
-    if any(not (count is counts[0] or (isinstance(count, int) and count == counts[0])) for count in counts):
+    if any(not (other is first or (isinstance(other, int) and other == first)) for other in others):
         raise ValueError(f"the loss terms {', '.join(pairs)} must share one count: one int, or the very same tensor")
-    sums = [total.reshape(()).to(torch.promote_types(total.dtype, torch.float32)) for total, _ in pairs.values()]
-    return Summed(tuple(pairs), torch.stack(sums) * weight, counts[0])
+    return first
 
 
 def backward(
@@ -184,10 +183,12 @@ def backward(
             if isinstance(loss, DistributedDataParallel) and not last:
                 stack.enter_context(loss.no_sync())
             with cast:
-                part = summed_terms(loss(next(batches)), share.weight)
-            total = part.sums_T.sum()
-            total.backward(scaler.scale(0 * total.detach() + 1 / share.effective))
-        parts.append(Summed(part.terms, part.sums_T.detach(), part.count))
+                pairs = loss(next(batches))
+            sums = [term_sum.to(torch.promote_types(term_sum.dtype, torch.float32)) for term_sum, _ in pairs.values()]
+            total = functools.reduce(operator.add, sums)
+            total.backward(scaler.scale(0 * total.detach() + share.weight / share.effective))
+        sums_T = torch.stack([term_sum.detach() for term_sum in sums]) * share.weight
+        parts.append(Summed(tuple(pairs), sums_T, shared_count(pairs)))
     return functools.reduce(operator.add, parts)
 
 
