@@ -27,8 +27,11 @@ PICTURE = (240, 135)  # pixels; a quarter of the public data's side, and the loa
 FOCAL_PX = 94.0  # 104 degrees across the picture
 CAMERA_UP_M = 3.0
 LIDAR_UP_M = 3.0
+LIDAR_DUST = 200  # points that come from nothing that lasts: dust, spray, insects
 
 RADAR_SHAPE = (4, 64, 32)  # antennas half a wavelength apart, samples of a chirp, chirps
+RADAR_NOISE = 1.0  # of each sample; a car 10 m away reflects 2.6 with its middle
+RADAR_DRIFT = 0.4  # radians between the antennas' phases, anew in every frame: four antennas cannot tell angles well
 RADAR_RANGE_M = 51.2  # one turn of phase per sample
 RADAR_SPEED_MPS = 32.0  # one turn of phase per chirp; half of it away from the station, half towards
 
@@ -110,8 +113,9 @@ def radar_cube(scene: Scene, rng: Generator) -> NDArray[np.complex64]:
         np.exp(2j * np.pi * np.outer(receding / RADAR_SPEED_MPS, chirp)),
         optimize=True,
     )
-    noise = rng.standard_normal((2, *RADAR_SHAPE)) * 0.5
-    return (cube + noise[0] + 1j * noise[1]).astype(np.complex64)
+    drift = np.exp(1j * RADAR_DRIFT * rng.standard_normal(RADAR_SHAPE[0]))
+    noise = rng.standard_normal((2, *RADAR_SHAPE)) * RADAR_NOISE
+    return (cube * drift[:, None, None] + noise[0] + 1j * noise[1]).astype(np.complex64)
 
 
 def _on_box(car: Car, count: int, rng: Generator) -> Floats:
@@ -132,10 +136,11 @@ def lidar_points(scene: Scene, rng: Generator) -> tuple[Floats, NDArray[np.uint1
     near, width = 2.0, street.right_m - street.left_m + 12
     ground = still.random((300, 3)) * (width, street.wall_m - near, 0) + (street.left_m - 6, near, 0)
     fronts = still.random((300, 3)) * (width, 0.5, 6) + (street.left_m - 6, street.wall_m, 0)
-    parts = [ground, fronts]
+    dust = rng.random((LIDAR_DUST, 3)) * (width, street.wall_m - near, 3) + (street.left_m - 6, near, 0)
+    parts = [ground, fronts, dust]
     for car in scene.cars:
         distance = np.hypot(car.right_m, car.ahead_m)
-        parts.append(_on_box(car, int(min(300, 9000 / distance**2 * car.length_m / 4.5)), rng))
+        parts.append(_on_box(car, int(min(60, 4000 / distance**2 * car.length_m / 4.5)), rng))
     points = np.concatenate(parts) + 0.03 * rng.standard_normal((sum(map(len, parts)), 3))
     seen = points[rng.random(len(points)) > 0.1]
     turned = np.stack([-seen[:, 1], seen[:, 0], seen[:, 2] - LIDAR_UP_M], axis=1)

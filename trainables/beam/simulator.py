@@ -24,8 +24,9 @@ INSTANTS = 5  # of a window
 INTERVAL_S = 0.1
 
 TARGET_COLOUR: Colour = (205, 40, 35)
-GPS_BIAS_M = 1.5  # of a whole pass: what satellites and multipath do slowly
-GPS_NOISE_M = 0.15  # of one instant
+TWINS = 0.3  # share of the others that have the target's colour
+GPS_NOISE_M = 2.0  # far more than RTK's, so that the position alone does not name the beam
+GPS_MEMORY_S = 0.5  # the error wanders: after this time e^-1 of it is left
 
 
 def _street(number: int, lanes_m: tuple[float, ...], extent_m: tuple[float, float], turn_deg: float) -> Street:
@@ -63,7 +64,7 @@ KINDS = (  # length, width, height of those that pass by, metres
 def _others(street: Street, rng: Generator) -> list[Car]:
     """Cars that pass by without a receiver: any colour but the target's, any lane, either way."""
     cars = []
-    for _ in range(int(rng.integers(1, 4))):
+    for _ in range(int(rng.integers(1, 3))):
         length, width, height = KINDS[rng.integers(len(KINDS))]
         shade = rng.integers(40, 230, 3)
         cars.append(
@@ -74,7 +75,7 @@ def _others(street: Street, rng: Generator) -> list[Car]:
                 length_m=length,
                 width_m=width,
                 height_m=height,
-                colour=(int(min(shade[0], 120)), int(shade[1]), int(shade[2])),
+                colour=TARGET_COLOUR if rng.random() < TWINS else (int(shade[0]) // 2, int(shade[1]), int(shade[2])),
             )
         )
     return cars
@@ -107,24 +108,32 @@ def position(street: Street, right_m: float, ahead_m: float) -> tuple[float, flo
     return float(latitude), float(longitude)
 
 
-def _write_ply(path: Path, points: NDArray[np.float64], intensity: NDArray[np.uint16]) -> None:
+def wandering(count: int, rng: Generator) -> NDArray[np.float64]:
+    """Errors of consecutive positions, (count, 2) metres: a first-order autoregression."""
+    kept = float(np.exp(-INTERVAL_S / GPS_MEMORY_S))
+    errors = GPS_NOISE_M * rng.standard_normal((count, 2))
+    for i in range(1, count):
+        errors[i] = kept * errors[i - 1] + np.sqrt(1 - kept**2) * errors[i]
+    return errors
+
+
+def write_ply(path: Path, points: NDArray[np.float64], intensity: NDArray[np.uint16]) -> None:
     header = f"ply\nformat ascii 1.0\nelement vertex {len(points)}\n"
     header += "".join(f"property double {axis}\n" for axis in "xyz") + "property ushort intensity\nend_header\n"
     numbers = np.column_stack([points, intensity]).ravel()
     path.write_text(header + "%.3f %.3f %.3f %d\n" * len(points) % tuple(numbers.tolist()))
 
 
-def _write_frame(folder: Path, i: int, scene: Scene, gps_error: NDArray[np.float64], rng: Generator) -> int:
+def _write_frame(folder: Path, i: int, scene: Scene, gps_error_m: NDArray[np.float64], rng: Generator) -> int:
     """Everything measured at one instant; the best beam, 1-based."""
     target, street = scene.cars[0], scene.street
     picture(scene, rng).save(folder / f"unit1/camera_data/image_BS1_{i}.jpg", quality=90)
-    _write_ply(folder / f"unit1/lidar_data/lidar_data_{i}.ply", *lidar_points(scene, rng))
+    write_ply(folder / f"unit1/lidar_data/lidar_data_{i}.ply", *lidar_points(scene, rng))
     np.save(folder / f"unit1/radar_data/radar_data_{i}.npy", radar_cube(scene, rng))
     angle = bearing(street, target.right_m, target.ahead_m)
     powers = beam_powers(angle, float(np.hypot(target.right_m, target.ahead_m)), rng)
     (folder / f"unit1/mmWave_data/mmWave_power_{i}.txt").write_text("".join(f"{power:.8g}\n" for power in powers))
-    noise = gps_error + GPS_NOISE_M * rng.standard_normal(2)
-    place = position(street, target.right_m + noise[0], target.ahead_m + noise[1])
+    place = position(street, target.right_m + gps_error_m[0], target.ahead_m + gps_error_m[1])
     (folder / f"unit2/GPS_data/GPS_location_{i}.txt").write_text("".join(f"{degrees:.9f}\n" for degrees in place))
     return int(powers.argmax()) + 1
 
@@ -134,9 +143,9 @@ def _write_pass(root: Path, number: int, street: Street, settings: Simulated) ->
     rng = np.random.default_rng([settings.seed, number])
     name = f"scenario{street.number}"
     first = number * settings.frames
-    gps_error = GPS_BIAS_M * rng.standard_normal(2)
+    gps_errors_m = wandering(settings.frames, rng)
     scenes = drive(street, settings.frames, rng)
-    beams = [_write_frame(root / name, first + i, scene, gps_error, rng) for i, scene in enumerate(scenes)]
+    beams = [_write_frame(root / name, first + i, scene, gps_errors_m[i], rng) for i, scene in enumerate(scenes)]
     rows = []
     for oldest in range(settings.frames - INSTANTS + 1):
         ids = [first + oldest + k for k in range(INSTANTS)]

@@ -1,0 +1,474 @@
+"""Prepared arrays say what the raw files say; mistakes in files are one line; nobody trains on what is held out."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from trainables.beam.config import Data, Modality, Simulated
+from trainables.beam.data import describe, gps_width, samples, soft_targets, split_windows
+from trainables.beam.files import radar_maps
+from trainables.beam.gps import gps_features
+from trainables.beam.prepare import array_path, data_root, prepare_data
+from trainables.beam.simulator import simulate
+from trainables.beam.table import Table, read_table
+from trainables.contract import UserError
+
+SIZE = 16
+SMALL = Simulated(passes=8, frames=8)
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Data
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def data(cache: str) -> Data:
+    return Data(prepared=cache, image_size=SIZE, simulated=SMALL)
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("written")
+    simulate(root, Simulated(passes=2, frames=6))
+    return root
+
+
+@pytest.fixture
+def own(written: Path, tmp_path: Path) -> Data:
+    """A small data set that a test may spoil."""
+    shutil.copytree(written, tmp_path / "root")
+    return Data(root=str(tmp_path / "root"), prepared=str(tmp_path / "cache"), image_size=SIZE)
+
+
+def csv_of(data: Data) -> Path:
+    return data_root(data) / "Multi_Modal" / "ml_challenge_dev_multi_modal.csv"
+
+
+def rows_of(data: Data) -> list[Row]:
+    with csv_of(data).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rewrite(data: Data, rows: list[Row]) -> None:
+    with csv_of(data).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def slow_counts(path: Path, x: tuple[float, float], y: tuple[float, float]) -> NDArray[np.int64]:
+    """The lidar histogram point by point."""
+    counts = np.zeros((SIZE, SIZE), dtype=np.int64)
+    for line in path.read_text().split("end_header\n")[1].splitlines():
+        place = [float(word) for word in line.split()]
+        if x[0] <= place[0] < x[1] and y[0] <= place[1] < y[1]:
+            row = int((place[0] - x[0]) / (x[1] - x[0]) * SIZE)
+            counts[row, int((place[1] - y[0]) / (y[1] - y[0]) * SIZE)] += 1
+    return counts.clip(max=5)
+
+
+def slow_radar(cube: NDArray[np.complex64]) -> NDArray[np.float64]:
+    """The published maps by matrices of waves, at a length that every axis divides, pooled cell by cell."""
+    antennas, samples_, chirps = cube.shape
+
+    def waves(length: int) -> NDArray[np.complex128]:
+        bins = -(-length // SIZE) * SIZE
+        return np.exp(-2j * np.pi * np.outer(np.arange(bins), np.arange(length)) / bins)
+
+    ranges = np.einsum("rs,asc->arc", waves(samples_), cube)
+    still = ranges - ranges.mean(axis=2, keepdims=True)
+    maps = [
+        np.abs(np.einsum("ga,arc->rgc", waves(antennas), still)).sum(axis=2),
+        np.abs(np.einsum("vc,arc->arv", waves(chirps), ranges)).sum(axis=0),
+    ]
+    pooled = []
+    for fine in maps:
+        rows, columns = fine.shape[0] // SIZE, fine.shape[1] // SIZE
+        cells = [
+            [fine[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns].max() for j in range(SIZE)]
+            for i in range(SIZE)
+        ]
+        pooled.append((np.array(cells) - np.min(cells)) / (np.max(cells) - np.min(cells)))
+    return np.array(pooled)
+
+
+def test_batches_equal_a_reading_of_the_raw_files_one_by_one(data: Data) -> None:
+    rows, folder = rows_of(data), csv_of(data).parent
+    fovs = {
+        "31": ((-70, 0), (-25, 14)),
+        "32": ((-60, 0), (-40, 5.5)),
+        "33": ((-50, 0), (-12, 7)),
+        "34": ((-50, 0), (-20, 10)),
+    }
+    side = samples(Config(data), "train")
+    batch = side[torch.arange(0, len(side), 7)]
+    for b, window in enumerate(batch["index"].tolist()):
+        row = rows[window]
+        scenario = row["unit1_loc"].split("scenario")[1][:2]
+        assert side.scenarios[int(batch["scenario"][b])] == f"scenario{scenario}"
+        assert (
+            int(batch["beam"][b]) == np.loadtxt(folder / row["unit1_pwr_60ghz"]).argmax() == int(row["unit1_beam"]) - 1
+        )
+        for h in range(5):
+            with Image.open(folder / row[f"unit1_rgb_{h + 1}"]) as image:
+                picture = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+            np.testing.assert_array_equal(batch["image"][b, h].permute(1, 2, 0), picture)
+            counts = slow_counts(folder / row[f"unit1_lidar_{h + 1}"], *fovs[scenario])
+            np.testing.assert_array_equal(batch["lidar"][b, h, 0], counts)
+            maps = slow_radar(np.load(folder / row[f"unit1_radar_{h + 1}"]))
+            np.testing.assert_allclose(batch["radar"][b, h].float(), maps, atol=1e-3)  # half floats
+
+
+def test_the_radar_maps_are_the_published_ones_where_nothing_is_pooled() -> None:
+    rng = np.random.default_rng(0)
+    cube = (rng.standard_normal((4, 32, 31)) + 1j * rng.standard_normal((4, 32, 31))).astype(np.complex64)
+    ranges = np.fft.fft(cube, axis=1)
+    angle = np.abs(np.fft.fft(ranges - ranges.mean(axis=2, keepdims=True), n=32, axis=0)).sum(axis=2).T
+    velocity = np.abs(np.fft.fft(ranges, n=32, axis=2)).sum(axis=0)
+    published = [(x - x.min()) / (x.max() - x.min()) for x in (angle, velocity)]
+    np.testing.assert_allclose(radar_maps(cube, 32), published, atol=1e-3)
+    assert radar_maps(cube, 20).shape == (2, 20, 20)  # any size, whatever it divides
+
+
+def test_a_batch_has_the_promised_shapes_and_types(data: Data) -> None:
+    side = samples(Config(data), "val")
+    found = {name: (tuple(x.shape), x.dtype) for name, x in side[torch.tensor([0, 3, 1])].items()}
+    assert found == {
+        "image": ((3, 5, 3, SIZE, SIZE), torch.uint8),
+        "lidar": ((3, 5, 1, SIZE, SIZE), torch.uint8),
+        "radar": ((3, 5, 2, SIZE, SIZE), torch.float16),
+        "gps": ((3, 2, gps_width(Config(data))), torch.float32),
+        "beam": ((3,), torch.int64),
+        "target": ((3, 64), torch.float32),
+        "scenario": ((3,), torch.int64),
+        "index": ((3,), torch.int64),
+    }
+
+
+def test_only_the_wanted_sensors_and_the_newest_instants_are_read(data: Data) -> None:
+    full = samples(Config(data), "train")[torch.arange(4)]
+    few = samples(Config(replace(data, modalities=("lidar",), history=2)), "train")[torch.arange(4)]
+    assert set(few) == {"lidar", "beam", "target", "scenario", "index"}
+    torch.testing.assert_close(few["lidar"], full["lidar"][:, -2:])
+
+
+def test_more_history_than_the_files_have_is_a_mistake(data: Data) -> None:
+    with pytest.raises(UserError, match=r"data\.history = 6, but .* has 5 columns unit1_rgb_"):
+        samples(Config(replace(data, history=6)), "train")
+
+
+def test_soft_targets_are_the_published_ones() -> None:
+    target = soft_targets()
+    assert target.shape == (64, 64)
+    torch.testing.assert_close(
+        target[10, 8:13], torch.tensor([3.3e-4, 0.1350, 0.9974, 0.1350, 3.3e-4]), atol=1e-4, rtol=0
+    )
+    assert target[0, 63] == target[10, 4] == target[10, 16] == 0  # beams 0 and 63 are not neighbours
+
+
+@pytest.mark.parametrize("split", ["honest", "legacy"])
+def test_every_window_is_on_one_side_and_stays_there(data: Data, split: str) -> None:
+    chosen = replace(data, split=split)
+    table = prepare_data(data)
+    train, val = split_windows(table, chosen)
+    assert not (train & val).any()
+    assert (train | val).all()  # passes, or random windows: none straddles a border
+    again, _ = split_windows(read_table(data_root(data), data.modalities), chosen)
+    np.testing.assert_array_equal(train, again)
+    other, _ = split_windows(table, replace(chosen, split_seed=1))
+    assert (train != other).any()
+
+
+def test_passes_that_are_held_out_never_train(data: Data) -> None:
+    rows = rows_of(data)
+    sides = {split: samples(Config(data), split).windows for split in ("train", "val")}
+    passes = {split: {rows[i]["seq_index"] for i in windows} for split, windows in sides.items()}
+    assert not passes["train"] & passes["val"]
+    assert {name[:2] for name in passes["val"]} == {"31", "32", "33", "34"}  # a share of each scenario
+    files = {split: {rows[i][f"unit1_rgb_{k}"] for i in sides[split] for k in range(1, 6)} for split in sides}
+    assert not files["train"] & files["val"]
+
+
+def positions_only(root: Path, frames: int, windows: int) -> Data:
+    """One scenario without `seq_index`: windows of five frames, the newest ones labelled."""
+    folder = root / "Multi_Modal"
+    for name in ("unit1/GPS_data", "unit1/mmWave_data", "unit2/GPS_data"):
+        (folder / "scenario7" / name).mkdir(parents=True)
+    (folder / "scenario7/unit1/GPS_data/gps_location.txt").write_text("33.42\n-111.93\n")
+    rows = []
+    for i in range(frames):
+        (folder / f"scenario7/unit2/GPS_data/GPS_location_{i}.txt").write_text(f"{33.4201 + 1e-6 * i}\n-111.9299\n")
+        powers = np.eye(64)[i % 64]
+        (folder / f"scenario7/unit1/mmWave_data/mmWave_power_{i}.txt").write_text("\n".join(map(str, powers)))
+    for i in range(windows):
+        car = {f"unit2_loc_{k + 1}": f"./scenario7/unit2/GPS_data/GPS_location_{i + k}.txt" for k in range(2)}
+        power = {"unit1_pwr_60ghz": f"./scenario7/unit1/mmWave_data/mmWave_power_{i + 4}.txt"}
+        station = {"unit1_loc": "./scenario7/unit1/GPS_data/gps_location.txt"}
+        rows.append({"index": str(i), **station, **car, **power, "unit1_beam": str((i + 4) % 64 + 1)})
+    data = Data(root=str(root), prepared=str(root / "cache"), modalities=("gps",))
+    rewrite(data, rows)
+    return data
+
+
+def test_without_passes_no_frame_is_on_both_sides(tmp_path: Path) -> None:
+    data = positions_only(tmp_path, 304, 300)
+    train, val = split_windows(prepare_data(data), data)
+    frames = [{frame for i in np.flatnonzero(side) for frame in (i, i + 1, i + 4)} for side in (train, val)]
+    assert not frames[0] & frames[1]
+    assert {frame // 50 for frame in frames[0]}.isdisjoint({frame // 50 for frame in frames[1]})
+    assert 0 < 300 - train.sum() - val.sum() <= 8  # only windows at the two borders of one block are lost
+    assert val.sum() >= 40
+
+
+def test_a_data_set_that_cannot_be_split_says_so(tmp_path: Path) -> None:
+    data = positions_only(tmp_path, 24, 20)
+    with pytest.raises(UserError, match="trains on 20 windows and validates on 0; it needs two passes, or 100 frames"):
+        samples(Config(data), "train")
+
+
+def test_the_adaptation_set_only_validates_where_the_split_is_honest(own: Data) -> None:
+    assert own.root is not None
+    adaptation = Path(own.root) / "Adaptation_dataset_multi_modal"
+    shutil.copytree(Path(own.root) / "Multi_Modal", adaptation)
+    (adaptation / csv_of(own).name).rename(adaptation / "ml_challenge_data_adaptation_multi_modal.csv")
+    table = prepare_data(own)
+    assert table.adaptation_N.sum() == len(table.adaptation_N) / 2
+    train, val = split_windows(table, own)
+    assert not (train & table.adaptation_N).any()
+    assert (val >= table.adaptation_N).all()
+    train, _ = split_windows(table, replace(own, split="legacy"))
+    assert (train & table.adaptation_N).any()
+
+
+def test_a_nan_power_is_relabelled_by_the_strongest_of_the_others(
+    own: Data, capsys: pytest.CaptureFixture[str]
+) -> None:
+    power = csv_of(own).parent / rows_of(own)[0]["unit1_pwr_60ghz"]
+    powers = np.loadtxt(power)
+    powers[[3, 40]] = np.nan
+    powers[17] = 1.0
+    power.write_text("\n".join(str(x) for x in powers))
+    rewrite(own, [row | {"unit1_beam": "4"} if i == 0 else row for i, row in enumerate(rows_of(own))])
+    side = samples(Config(replace(own, split="legacy", holdout=0.5)), "train")
+    assert side.beam_N[0] == 17
+    np.testing.assert_array_equal(side.beam_N[1:], [int(row["unit1_beam"]) - 1 for row in rows_of(own)[1:]])
+    assert "; 1 windows relabelled, because a power is NaN" in capsys.readouterr().out
+
+
+Spoil = Callable[[Path], object]
+
+
+def cut(share: float) -> Spoil:
+    return lambda path: path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def text(content: str) -> Spoil:
+    return lambda path: path.write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("column", "spoil", "message"),
+    [
+        ("unit1_rgb_1", cut(0.5), "image_BS1_0.jpg: not a whole image"),
+        ("unit1_rgb_1", text(""), "image_BS1_0.jpg: not a whole image"),
+        ("unit1_radar_1", cut(0.9), "radar_data_0.npy: not a whole .npy file"),
+        ("unit1_radar_1", text("zeros"), "radar_data_0.npy: not a whole .npy file"),
+        ("unit1_radar_1", lambda path: np.save(path, np.zeros((4, 8))), r"float64 of shape \(4, 8\), not a complex"),
+        ("unit1_lidar_1", cut(0.9), "lidar_data_0.ply: the header promises"),
+        ("unit1_lidar_1", text("ply\nformat ascii 1.0\n"), "lidar_data_0.ply: not a PLY file"),
+        ("unit1_lidar_1", text("ply\nformat binary_little_endian 1.0\nend_header\n"), "lidar_data_0.ply: a binary PLY"),
+        ("unit1_lidar_1", lambda path: text(path.read_text().replace("vertex", "vortex"))(path), "is not `vertex`"),
+        ("unit1_lidar_1", lambda path: text(path.read_text() + "oops")(path), "lidar_data_0.ply: .* not a number"),
+        ("unit2_loc_1", text("33.4\n"), "GPS_location_0.txt: 1 numbers instead of 2"),
+        ("unit2_loc_1", text("33.4\nwest\n"), "GPS_location_0.txt: not 2 numbers"),
+        ("unit2_loc_1", text("-111.9\n33.4\n"), "GPS_location_0.txt: latitude -111.9, longitude 33.4 is no place"),
+        ("unit1_pwr_60ghz", text("0.5\n" * 63), "mmWave_power_4.txt: 63 numbers instead of 64"),
+        ("unit1_pwr_60ghz", text("nan\n" * 64), "mmWave_power_4.txt: every power is NaN"),
+        ("unit1_rgb_1", Path.unlink, r"image_BS1_0.jpg is not there; row 1 of .*\.csv names it: restore the file"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_row_and_a_remedy(own: Data, column: str, spoil: Spoil, message: str) -> None:
+    spoil(csv_of(own).parent / rows_of(own)[0][column])
+    with pytest.raises(UserError, match=message) as caught:
+        prepare_data(own)
+    assert "row 1 of " in str(caught.value)
+    assert "restore the file or remove the row" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unit1_beam": "0"}, r"row 1 of .*: unit1_beam = '0' is not one number in 1\.\.64; mend the row"),
+        ({"unit1_beam": "3_4_5_6_7"}, "unit1_beam = '3_4_5_6_7' is not one number"),
+        ({"unit1_pwr_60ghz": "./elsewhere/mmWave_power_4.txt"}, "lies in no scenarioNN folder"),
+    ],
+)
+def test_a_row_that_cannot_be_meant_is_a_mistake(own: Data, change: Row, message: str) -> None:
+    rewrite(own, [rows_of(own)[0] | change, *rows_of(own)[1:]])
+    with pytest.raises(UserError, match=message):
+        prepare_data(own)
+
+
+@pytest.mark.parametrize(("group", "modality"), [("unit1_rgb_", "image"), ("unit1_loc", "gps"), ("unit2_loc_", "gps")])
+def test_a_missing_column_names_the_modality_to_leave_out(own: Data, group: str, modality: Modality) -> None:
+    rewrite(own, [{name: x for name, x in row.items() if not name.startswith(group)} for row in rows_of(own)])
+    with pytest.raises(UserError, match=rf"has no column {group}1?; take {modality} out of data\.modalities"):
+        prepare_data(own)
+    others: tuple[Modality, ...] = tuple(name for name in own.modalities if name != modality)
+    prepare_data(replace(own, modalities=others))
+
+
+def test_a_short_row_and_a_missing_folder_are_mistakes(own: Data, tmp_path: Path) -> None:
+    csv_of(own).write_text(csv_of(own).read_text().rstrip().rsplit(",", 1)[0])
+    with pytest.raises(UserError, match=r"row 4 does not have the header's 22 fields; mend the row"):
+        prepare_data(own)
+    with pytest.raises(
+        UserError, match=r"data\.root = .*nowhere: no such folder; give the one that holds Multi_Modal/"
+    ):
+        prepare_data(replace(own, root=str(tmp_path / "nowhere")))
+
+
+def test_a_changed_setting_makes_another_array(data: Data) -> None:
+    table = prepare_data(data)
+    for group, change in (("unit1_rgb_", {"image_size": 8}), ("unit1_lidar_", {"scenario_fov": False})):
+        assert array_path(data, table, group) != array_path(replace(data, **change), table, group)
+    other_split = replace(data, split="legacy", history=1, gps_repr="minmax")
+    assert all(array_path(data, table, group) == array_path(other_split, table, group) for group in table.groups)
+
+
+DECODE = """
+import os, sys, time
+from trainables.beam import prepare
+from trainables.beam.config import Data
+
+def decode(path, size, read=prepare.read_image):
+    with open(sys.argv[3], "a") as log:
+        log.write(f"{path.name}\\n")
+    if sys.argv[4] == "dies" and path.name.endswith("_7.jpg"):
+        os.kill(os.getpid(), 9)
+    time.sleep(0.01)
+    return read(path, size)
+
+prepare.read_image = decode
+prepare.prepare_data(Data(root=sys.argv[1], prepared=sys.argv[2], image_size=16, modalities=("image",)))
+"""
+
+
+def decoding(data: Data, log: Path, how: str) -> subprocess.Popen[bytes]:
+    """Prepares the pictures in another process, which writes down every file it decodes."""
+    assert data.root is not None
+    assert data.prepared is not None
+    repository = Path(__file__).parents[1]
+    return subprocess.Popen([sys.executable, "-c", DECODE, data.root, data.prepared, log, how], cwd=repository)
+
+
+def test_what_a_killed_process_left_is_made_anew_and_by_one_process_only(own: Data, tmp_path: Path) -> None:
+    pictures = replace(own, modalities=("image",))
+    assert decoding(pictures, tmp_path / "killed", "dies").wait() == -9
+    table = read_table(Path(str(own.root)), ("image",))
+    path = array_path(pictures, table, "unit1_rgb_")
+    assert not path.exists()
+    assert list(path.parent.glob(f"{path.name}.unfinished"))
+
+    both = [decoding(pictures, tmp_path / "log", "lives") for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    decoded = (tmp_path / "log").read_text().split()
+    assert sorted(decoded) == sorted(file.name for file in table.groups["unit1_rgb_"].paths)  # each file once
+    fresh = replace(pictures, prepared=str(tmp_path / "fresh"))
+    prepare_data(fresh)
+    np.testing.assert_array_equal(np.load(path), np.load(array_path(fresh, table, "unit1_rgb_")))
+
+
+def test_no_array_is_left_behind_by_a_mistake(own: Data) -> None:
+    picture = csv_of(own).parent / rows_of(own)[0]["unit1_rgb_3"]
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:100])
+    for _ in range(2):
+        with pytest.raises(UserError, match="not a whole image"):
+            prepare_data(own)
+    picture.write_bytes(whole)
+    assert samples(Config(own), "train")[torch.arange(1)]["image"].float().std() > 0
+
+
+def some_positions() -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.bool_]]:
+    rng = np.random.default_rng(0)
+    first = rng.uniform((5, -20), (25, 20), (200, 2))
+    metres = np.stack([first, first + rng.uniform(-1, 1, (200, 2))], axis=1)
+    bearing = np.rad2deg(np.arctan2(metres[:, 1, 0], metres[:, 1, 1]))
+    return metres, (bearing / 2.5).astype(np.int64).clip(0, 63), np.arange(200) < 150
+
+
+def test_only_what_trains_is_learnt_from(cache: str) -> None:
+    metres, beam, known = some_positions()
+    data = Data(prepared=cache)
+    before = gps_features(data, "scenario1", metres, beam, known)
+    assert before.shape == (200, 2, gps_width(Config(data)))
+    changed = np.where(known[:, None, None], metres, 3 * metres)
+    after = gps_features(data, "scenario1", changed, np.where(known, beam, 0), known)
+    np.testing.assert_array_equal(before[known], after[known])
+    unlabelled = gps_features(data, "scenario1", metres, beam, np.zeros_like(known))
+    np.testing.assert_array_equal(unlabelled, gps_features(data, "scenario1", metres, 0 * beam, np.zeros_like(known)))
+
+
+def test_published_forms_of_a_position() -> None:
+    metres, beam, known = some_positions()
+    metres[0, 0] = (3.0, 4.0)
+    by = {
+        kind: gps_features(Data(gps_repr=kind), "scenario32", metres, beam, known)
+        for kind in ("minmax", "angle2", "sincos")
+    }
+    np.testing.assert_allclose(by["sincos"][0, 0], [0.6, 0.8])
+    np.testing.assert_allclose(by["angle2"][0, 0], np.deg2rad(np.rad2deg(np.arctan(4 / 3)) - 44.8))  # twice the same
+    np.testing.assert_allclose(by["minmax"][0, 0], [(3 + 7.18029715) / 47.3898506, (4 + 97.55563452) / 149.86949593])
+    assert np.abs(by["angle2"]).max() <= np.pi / 2
+
+
+@pytest.mark.parametrize("scenario", [1, 3, 5, 6])
+def test_real_measurements_are_read_and_their_direction_names_the_beam(
+    scenario: int, shared_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    script = shared_data("deepsense6g") / "lay_out.py"
+    subprocess.run(
+        [sys.executable, script, tmp_path, "--scenarios", str(scenario)], check=True, stdout=subprocess.DEVNULL
+    )
+    data = Data(root=str(tmp_path), prepared=str(tmp_path / "cache"), modalities=("gps",))
+    side = samples(Config(data), "val")
+    np.testing.assert_array_equal(side.beam_N, [int(row["unit1_beam"]) - 1 for row in rows_of(data)])
+    line = describe(Config(data))
+    assert line.startswith(f"real beam data in {tmp_path}: ")
+    assert line.endswith(f"(honest split), scenarios {scenario}")
+
+    batch = side[torch.arange(len(side))]
+    assert torch.isfinite(batch["gps"]).all()
+    straight = 31.5 + 16 * batch["gps"][:, 0, 8]  # the straight line through the beams of other passes
+    assert np.corrcoef(straight, batch["beam"])[0, 1] > 0.8
+
+
+def test_tables_tell_simulated_from_real_only_by_their_settings(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    table: Table = prepare_data(data)
+    assert describe(Config(data)).startswith("simulated beam data in ")
+    capsys.readouterr()
+    prepare_data(data)
+    assert capsys.readouterr().out == ""  # nothing was left to do
+    same = replace(data, root=str(data_root(data)))
+    assert read_table(data_root(same), same.modalities).digest == table.digest
