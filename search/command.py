@@ -26,8 +26,9 @@ from search.plan import Node, estimate, make_plan
 from search.results import read_results, summary, why, write_results
 from search.sampler import grid_size, sampler_maker
 from search.scheduler import make_scheduler
-from search.space import Space, load_space
-from search.study import open_study, take_over
+from search.space import Space
+from search.space_file import load_space, read_space
+from search.study import check_comparable, open_study, take_over
 from trainables.contract import UserError
 
 DEFAULT_RESULTS = "results"
@@ -71,8 +72,9 @@ class Options:
         resume = results_folder(given.resume) if given.resume else None
         if given.resume and is_uri(given.resume):
             uri = given.resume.rstrip("/").rpartition("/")[0]
-        if resume is not None and not (resume / SPACE).exists():
-            raise UserError(f"--resume {resume}: there is no {SPACE} here; name the folder of an earlier search")
+        for file in (SPACE, STUDY):
+            if resume is not None and not (resume / file).exists():
+                raise UserError(f"--resume {resume}: there is no {file} here; name the folder of an earlier search")
         return Options(
             file=find_space(given.space, spaces) if resume is None else resume / SPACE,
             overrides=tuple(overrides),
@@ -142,7 +144,7 @@ def search(options: Options) -> engine.Outcome | None:
     sampler_maker(space)
     make_scheduler(space)
     plan = make_plan(space, nodes)
-    print(f"{space.name}: {describe(space)}\nplan: {plan}", flush=True)
+    print("\n".join([f"{space.name}: {describe(space)}", *space.left_out, f"plan: {plan}"]), flush=True)
     if options.dry_run:
         print(f"estimate: {estimate(space, plan, seconds_per_epoch(options.results, space))}\n")
         print(yaml_file.dump(space.document()), end="")
@@ -176,10 +178,10 @@ def describe(space: Space) -> str:
 
 
 def cap_to_grid(space: Space) -> Space:
-    """A grid has an end: there is nothing to try beyond it."""
-    if space.search.sampler != "grid" or space.search.trials <= grid_size(space):
+    """A grid has an end: there is nothing to try beyond it and the known settings, which are no cells of it."""
+    if space.search.sampler != "grid":
         return space
-    return space.with_trials(grid_size(space))
+    return space.with_trials(min(space.search.trials, grid_size(space) + len(space.try_first)))
 
 
 def open_results(options: Options, space: Space) -> Path:
@@ -191,7 +193,12 @@ def open_results(options: Options, space: Space) -> Path:
     if (results / STUDY).exists():
         raise UserError(f"{results} holds a search already; go on with it by --resume, or choose another --name")
     earlier = None if options.warm_start is None else read_earlier(options.warm_start)
-    results.mkdir(parents=True, exist_ok=True)
+    if earlier is not None:
+        check_comparable(earlier, space, str(options.warm_start))
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--results {results}: no folder can be made here: {error.strerror}") from None
     write_space(results, space)
     study = open_study(results / STUDY, space, create=True)
     if earlier is not None:
@@ -201,8 +208,9 @@ def open_results(options: Options, space: Space) -> Path:
 
 
 def read_earlier(folder: Path) -> optuna.Study:
-    space, _ = load_space(folder / SPACE)
-    return open_study(folder / STUDY, space, create=False)
+    if not (folder / SPACE).exists():
+        raise UserError(f"--warm-start {folder}: there is no {SPACE} here; name the folder of a finished search")
+    return open_study(folder / STUDY, read_space(folder / SPACE), create=False)
 
 
 def write_space(results: Path, space: Space) -> None:

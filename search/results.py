@@ -14,7 +14,8 @@ from search import yaml_file
 from search.decode import did_you_mean
 from search.folder import BEST, REPORT, SPACE, STUDY, TRIALS_CSV, TrialFolder, replace_text
 from search.record import INTERRUPTED, STATUSES, Record, best_of
-from search.space import Space, load_space
+from search.space import Space
+from search.space_file import read_space
 from search.study import open_study, records
 from trainables.contract import UserError
 
@@ -23,7 +24,7 @@ def read_results(results: Path) -> tuple[Space, list[Record]]:
     """The space and the trials of a results folder; raises UserError where it is none."""
     if not (results / SPACE).exists():
         raise UserError(f"{results}: there is no {SPACE} here; name a results folder of an earlier search")
-    space, _ = load_space(results / SPACE)
+    space = read_space(results / SPACE)
     return space, records(open_study(results / STUDY, space, create=False), space)
 
 
@@ -42,11 +43,13 @@ def trials_table(space: Space, found: Sequence[Record]) -> str:
     """One row per trial, as CSV: trial, status, reason, name, parameters, last metrics, epochs, seconds."""
     parameters = [item.name for item in space.parameters]
     metrics = sorted({name for record in found for name in record.metrics})
-    # A parameter and a metric of one name would make two equal columns.
-    columns = [f"{name} (metric)" if name in parameters else name for name in metrics]
+    # Two columns of one name would be read as one.
+    own = {"trial", "status", "reason", "name", "epochs", "seconds"}
+    searched = [f"{name} (parameter)" if name in own else name for name in parameters]
+    columns = [f"{name} (metric)" if name in own or name in parameters else name for name in metrics]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "status", "reason", "name", *parameters, *columns, "epochs", "seconds"])
+    writer.writerow(["trial", "status", "reason", "name", *searched, *columns, "epochs", "seconds"])
     for record in found:
         values = [record.values.get(name, "") for name in parameters]
         measured = ["" if (value := record.metrics.get(name)) is None else value for name in metrics]
@@ -112,9 +115,10 @@ def why(results: Path, number: str) -> str:
     """Why a trial ended as it did, in words; raises UserError for an unknown one."""
     space, found = read_results(results)
     by_number = {str(record.number): record for record in found}
-    if (number.lstrip("0") not in by_number and number.lstrip("0")) or not by_number:
+    key = number.lstrip("0") or "0"
+    if key not in by_number:
         raise UserError(f"trial {number}: there is none in {results}; {did_you_mean(number, by_number)}")
-    record = by_number[number.lstrip("0") or "0"]
+    record = by_number[key]
     lines = [
         f"trial {record.number}" + (f" ({record.name})" if record.name else "") + f": {record.status}",
         f"reason: {record.reason or 'the search was interrupted; --resume goes on with it'}",

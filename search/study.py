@@ -217,17 +217,28 @@ def is_penalised(trial: FrozenTrial) -> bool:
     return trial.user_attrs.get("status") in ("diverged", "out_of_memory")
 
 
+def check_comparable(earlier: optuna.Study, space: Space, source: str) -> None:
+    """Raises UserError when an earlier study searched for something else."""
+    names = [item.metric for item in space.objectives]
+    if (earlier.metric_names, earlier.directions) != (names, _directions(space)):
+        raise UserError(
+            f"{source}: searched {', '.join(earlier.metric_names or [])} and not, in the same directions, "
+            f"{', '.join(names)}; its scores teach nothing here"
+        )
+
+
+def _directions(space: Space) -> list[StudyDirection]:
+    better = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
+    return [better[item.mode] for item in space.objectives]
+
+
 def take_over(study: optuna.Study, space: Space, earlier: optuna.Study, source: str) -> int:
     """Copy an earlier study's ended trials that are settings of this space; returns how many.
 
     They teach the sampler and count as trials of the earlier search, not of this one. Raises UserError when the
     objectives are others.
     """
-    if (earlier.metric_names, earlier.directions) != (study.metric_names, study.directions):
-        raise UserError(
-            f"{source}: searched {', '.join(earlier.metric_names or [])} and not, in the same directions, "
-            f"{', '.join(study.metric_names or [])}; its scores teach nothing here"
-        )
+    check_comparable(earlier, space, source)
     domains = {item.name: item.domain for item in space.parameters}
     taken = 0
     for trial in earlier.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):

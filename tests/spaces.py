@@ -8,7 +8,8 @@ from textwrap import dedent
 from typing import Any
 
 from search import yaml_file
-from search.space import Space, load_space
+from search.space import Space
+from search.space_file import load_space
 
 _NUMBERS = itertools.count()
 LOSS = {"metric": "loss", "mode": "min"}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from search.space import load_space
+from search.space_file import load_space
 from search.study import open_study
 
 pytestmark = pytest.mark.ray

@@ -17,7 +17,7 @@ from search import run as engine
 from search.command import Options, open_results
 from search.plan import Node, make_plan
 from search.results import trials_table
-from search.space import load_space
+from search.space_file import load_space
 from search.study import open_study
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

@@ -12,7 +12,8 @@ import pytest
 from spaces import LOSS, space_of, write_family, write_space
 
 from search import yaml_file
-from search.space import KnownSetting, Space, load_space
+from search.space import KnownSetting, Space
+from search.space_file import load_space
 from trainables.contract import UserError
 
 FAMILY = """
@@ -375,7 +376,7 @@ class TestDocument:
         space, _ = load_space(file, ["config.lr={log: [0.1, 1.0]}"], "small")
         results = tmp_path / "results" / "toy"
         results.mkdir(parents=True)
-        ran = {"profile": space.profile, "paths": list(space.paths)}
+        ran = {"space": space.name, "profile": space.profile, "paths": list(space.paths)}
         yaml_file.write(results / "space.yaml", {**space.document(), "ran": ran})
         again, _ = load_space(results / "space.yaml")
         assert str(tmp_path) in again.paths
@@ -394,3 +395,12 @@ def test_a_space_cannot_be_changed(tmp_path: Path) -> None:
     assert space == before
     assert space.with_trials(3) != space
     assert space == before
+
+
+@pytest.mark.parametrize("override", ["config.lr=0.5", "config.lr={log: [0.2, 1.0]}", "config={lr: 0.5}"])
+def test_an_override_leaves_out_the_known_settings_it_rules_out(tmp_path: Path, override: str) -> None:
+    known = [{"name": "slow", "lr": 0.1}, {"name": "fast", "lr": 0.5}]
+    file = write_space(tmp_path, {"lr": {"log": [0.01, 1.0]}}, try_first=known)
+    space, _ = load_space(file, [override])
+    assert [setting.name for setting in space.try_first] == ["fast"]
+    assert space.left_out == ("left out: known setting slow has lr = 0.1, which --set rules out",)

@@ -11,7 +11,8 @@ from search import yaml_file
 from search.plan import Node, make_plan
 from search.sampler import sampler_maker
 from search.scheduler import make_scheduler
-from search.space import Space, load_space
+from search.space import Space
+from search.space_file import load_space
 
 SPACES = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))
 CASES = [(file, profile) for file in SPACES for profile in [None, *(yaml_file.read(file).get("profiles") or {})]]
