@@ -19,9 +19,9 @@ from trainables.beam.network import FusionNetwork, Maps
 from trainables.beam.pretrained import Weights, load_weights, trained_once
 from trainables.beam.reconstruct import FeatureTrans, ProjectHead, contrast_loss, distance_loss, trans_loss
 from trainables.contract import Report, Trial, UserError
-from trainables.loop import Pairs, Task, fit
+from trainables.loop import Pairs, Task, evaluate, fit
 from trainables.optim import Optim
-from trainables.samples import Batch
+from trainables.samples import Batch, ranks_of
 
 NO_LOSS = 0.01  # a missing sensor that costs less DBA than this leaves nothing to recover
 
@@ -141,25 +141,48 @@ def insert(maps: Maps, rebuilt: Mapping[Modality, Tensor], replaced_B: Tensor) -
 
 
 def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
-    """DBA with nothing missing, with the targets missing, and with them rebuilt; the error of the rebuilt features."""
+    """DBA with nothing missing, with the targets rebuilt, and with their stand-ins; the error of the rebuilt features.
+
+    With its stand-ins, the network as it is now tells how much of a gain is only that it got used to a missing sensor.
+    """
     assert isinstance(model, RebuildNetwork)
     maps, gps, beam_B = model.fusion.first_maps(batch), batch.get("gps"), batch["beam"]
-    everywhere = fusion.everywhere(model.target, beam_B)
     left = {sensor: x for sensor, x in maps.items() if sensor not in model.target}
     rebuilt = model.translate(model.parts(left))
     variants = {
         "full": maps,
-        "missing": model.fusion.withhold(maps, batch, everywhere),
         "rebuilt": insert(maps, rebuilt, torch.ones_like(beam_B, dtype=torch.bool)),
+        "stand_in": model.fusion.withhold(maps, batch, fusion.everywhere(model.target, beam_B)),
     }
-    dba = {f"dba_{name}": beam_scores(model.fusion.fuse(x, gps), beam_B)["dba"] for name, x in variants.items()}
-    dba["trans"] = mean(trans_loss(rebuilt[s], maps[s].flatten(2), model.history) for s in model.target)
-    return {name: fusion.total(values_B) for name, values_B in dba.items()}
+    scores = {f"dba_{name}": beam_scores(model.fusion.fuse(x, gps), beam_B)["dba"] for name, x in variants.items()}
+    scores["trans"] = mean(trans_loss(rebuilt[s], maps[s].flatten(2), model.history) for s in model.target)
+    return {name: fusion.total(values_B) for name, values_B in scores.items()}
 
 
-def recovered(metrics: Mapping[str, float]) -> dict[str, float]:
+def missing_before(config: Config, weights: Weights, trial: Trial) -> float:
+    """The DBA without the targets, and without any rebuild: of the fusion network as it came."""
+    network = fusion.build(config.fusion).to(trial.device).eval()
+    network.load_state_dict(weights)
+    ranks = ranks_of(trial)
+    with torch.no_grad():
+        before = replace(trial, config=config.fusion)
+        scores = evaluate(fusion.TASK, network, samples(config, "val", ranks), before, ranks)
+    return scores["dba_missing"]
+
+
+def before_rebuild(config: Config, weights: Weights, trial: Trial) -> dict[str, float]:
+    """What the targets' absence costs as long as nothing is done about it: the pre-trained network's DBA without them."""
+    pretrained = replace(trial, config=config.fusion, resume=None)
+    task, ranks = fusion.task_for(config.fusion), ranks_of(trial)
+    model = fusion.build(config.fusion).to(trial.device).eval()
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        scores = evaluate(task, model, task.data(config.fusion, "val", ranks), pretrained, ranks)
+    return {"dba_missing": scores["dba_missing"]}
+
+
+def recovered(full: float, missing: float, rebuilt: float) -> dict[str, float]:
     """What share of the cost of the missing sensors the rebuild wins back; nothing where they cost nothing."""
-    full, missing, rebuilt = (metrics[f"dba_{name}"] for name in ("full", "missing", "rebuilt"))
     return {"recovered": (rebuilt - missing) / (full - missing)} if full - missing > NO_LOSS else {}
 
 
@@ -189,5 +212,8 @@ def train(trial: Trial) -> Iterator[Report]:
     config: Config = trial.config
     given = config.rebuild.pretrained
     weights = load_weights(Path(given)) if given else trained_once(config.fusion, config.pretrain.seed, trial)
+    missing = missing_before(config, weights, trial)
     for report in fit(task_for(config, weights), trial):
-        yield replace(report, metrics={**report.metrics, **recovered(report.metrics)})
+        full, rebuilt = report.metrics["dba_full"], report.metrics["dba_rebuilt"]
+        more = {"dba_missing": missing, **recovered(full, missing, rebuilt)}
+        yield replace(report, metrics={**report.metrics, **more})

@@ -23,15 +23,17 @@ ANTENNAS = 16  # of the 60 GHz array, half a wavelength apart
 BEAM_BEARINGS = np.deg2rad(np.linspace(-45.0, 45.0, 64))
 BEAM_NOISE_DB = 0.1  # the best two beams differ by about as little in the public data
 
-PICTURE = (240, 135)  # pixels; a quarter of the public data's side, and the loader resizes anyway
+PICTURE = (240, 60)  # pixels: the strip in which the street lies, small because the loader resizes anyway
+HORIZON_PX = 15
 FOCAL_PX = 94.0  # 104 degrees across the picture
+GLINTS = 6  # lights in a picture taken at night that no car carries
 CAMERA_UP_M = 3.0
 LIDAR_UP_M = 3.0
-LIDAR_DUST = 200  # points that come from nothing that lasts: dust, spray, insects
+LIDAR_DUST = 100  # points that come from nothing that lasts: dust, spray, insects
 
-RADAR_SHAPE = (4, 64, 32)  # antennas half a wavelength apart, samples of a chirp, chirps
+RADAR_SHAPE = (4, 64, 16)  # antennas half a wavelength apart, samples of a chirp, chirps
 RADAR_NOISE = 1.0  # of each sample; a car 10 m away reflects 2.6 with its middle
-RADAR_DRIFT = 0.4  # radians between the antennas' phases, anew in every frame: four antennas cannot tell angles well
+RADAR_DRIFT = 0.2  # radians between the antennas' phases, anew in every frame: four antennas cannot tell angles well
 RADAR_RANGE_M = 51.2  # one turn of phase per sample
 RADAR_SPEED_MPS = 32.0  # one turn of phase per chirp; half of it away from the station, half towards
 
@@ -140,7 +142,7 @@ def lidar_points(scene: Scene, rng: Generator) -> tuple[Floats, NDArray[np.uint1
     parts = [ground, fronts, dust]
     for car in scene.cars:
         distance = np.hypot(car.right_m, car.ahead_m)
-        parts.append(_on_box(car, int(min(60, 4000 / distance**2 * car.length_m / 4.5)), rng))
+        parts.append(_on_box(car, int(min(100, 6000 / distance**2 * car.length_m / 4.5)), rng))
     points = np.concatenate(parts) + 0.03 * rng.standard_normal((sum(map(len, parts)), 3))
     seen = points[rng.random(len(points)) > 0.1]
     turned = np.stack([-seen[:, 1], seen[:, 0], seen[:, 2] - LIDAR_UP_M], axis=1)
@@ -154,7 +156,7 @@ def pixel(street: Street, point: Floats) -> tuple[float, float]:
     depth = max(right * sin + ahead * cos, 0.5)  # a car beside the camera must not wrap around
     aside = right * cos - ahead * sin
     column = PICTURE[0] / 2 + FOCAL_PX * aside / depth
-    row = PICTURE[1] / 2 + FOCAL_PX * (CAMERA_UP_M - up) / depth
+    row = HORIZON_PX + FOCAL_PX * (CAMERA_UP_M - up) / depth
     return float(column), float(row)
 
 
@@ -178,12 +180,12 @@ def _shade(colour: Colour, light: float) -> Colour:
 def _draw_street(draw: ImageDraw.ImageDraw, street: Street, light: float) -> None:
     still = np.random.default_rng(street.number)
     width, height = PICTURE
-    draw.rectangle((0, 0, width, height // 2), fill=_shade((150, 190, 235), light))
-    draw.rectangle((0, height // 2, width, height), fill=_shade((110, 110, 112), light))
+    draw.rectangle((0, 0, width, HORIZON_PX), fill=_shade((150, 190, 235), light))
+    draw.rectangle((0, HORIZON_PX, width, height), fill=_shade((110, 110, 112), light))
     edges = np.linspace(street.left_m - 30, street.right_m + 30, 13)
     for left, right in pairwise(edges):
-        up = still.uniform(4, 9)
-        colour = still.integers(90, 200, 3)
+        up = still.uniform(2, 5)
+        colour = still.integers(120, 160) + still.integers(0, 25, 3)
         base = pixel(street, np.array([left, street.wall_m, 0])), pixel(street, np.array([right, street.wall_m, 0]))
         top = pixel(street, np.array([right, street.wall_m, up])), pixel(street, np.array([left, street.wall_m, up]))
         draw.polygon([*base, *top], fill=_shade((int(colour[0]), int(colour[1]), int(colour[2])), light))
@@ -195,7 +197,7 @@ def _draw_street(draw: ImageDraw.ImageDraw, street: Street, light: float) -> Non
 def picture(scene: Scene, rng: Generator) -> Image.Image:
     """What the camera sees. At night hardly more than the lamps of all cars is left."""
     street = scene.street
-    light = 0.12 if street.night else 1.0
+    light = 0.1 if street.night else 1.0
     image = Image.new("RGB", PICTURE)
     draw = ImageDraw.Draw(image)
     _draw_street(draw, street, light)
@@ -207,8 +209,10 @@ def picture(scene: Scene, rng: Generator) -> Image.Image:
             front = car.right_m + np.copysign(car.length_m / 2, car.speed_mps)
             for right, colour in ((front, (255, 250, 220)), (2 * car.right_m - front, (200, 20, 20))):
                 column, row = pixel(street, np.array([right, car.ahead_m - car.width_m / 2, 0.6]))
-                draw.ellipse((column - 2, row - 2, column + 2, row + 2), fill=colour)
+                draw.ellipse((column - 1, row - 1, column + 1, row + 1), fill=colour)
     if street.night:
+        for column, row in rng.random((GLINTS, 2)) * PICTURE:
+            draw.ellipse((column - 1, row - 1, column + 1, row + 1), fill=(255, 250, 220))
         image = image.filter(ImageFilter.GaussianBlur(1))
-    noise = rng.standard_normal((PICTURE[1], PICTURE[0], 1)) * (14 if street.night else 4)
+    noise = rng.standard_normal((PICTURE[1], PICTURE[0], 1)) * (20 if street.night else 4)
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))

@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 from trainables.beam.config import Simulated
 from trainables.beam.sensors import Car, Colour, Scene, Street, beam_powers, bearing, lidar_points, picture, radar_cube
 
-VERSION = 1  # part of the cache's key: raise it whenever what is written changes
+VERSION = 2  # part of the cache's key: raise it whenever what is written changes
 INSTANTS = 5  # of a window
 INTERVAL_S = 0.1
 
-TARGET_COLOUR: Colour = (205, 40, 35)
-TWINS = 0.3  # share of the others that have the target's colour
-GPS_NOISE_M = 2.0  # far more than RTK's, so that the position alone does not name the beam
+TARGET_COLOUR: Colour = (225, 30, 25)
+GPS_NOISE_M = 1.0  # far more than RTK's, so that the position alone does not name the beam
 GPS_MEMORY_S = 0.5  # the error wanders: after this time e^-1 of it is left
 
 
@@ -47,10 +46,10 @@ def _street(number: int, lanes_m: tuple[float, ...], extent_m: tuple[float, floa
 
 # The part of the street that cars use lies inside the lidar's published field of view of that scenario.
 STREETS = (
-    _street(31, (14.0, 17.5), (-18.0, 11.0), -8.0),
-    _street(32, (22.0, 25.5, 29.0), (-36.0, 4.0), -28.0),
-    _street(33, (9.0, 12.5), (-11.0, 6.0), -10.0),
-    _street(34, (12.0, 15.5), (-17.0, 8.0), -12.0),
+    _street(31, (10.0, 13.0), (-14.0, 9.0), -7.0),
+    _street(32, (14.0, 17.0, 20.0), (-34.0, 4.0), -27.0),
+    _street(33, (8.0, 11.0), (-11.0, 6.0), -9.0),
+    _street(34, (9.0, 12.0), (-14.0, 7.5), -10.0),
 )
 
 KINDS = (  # length, width, height of those that pass by, metres
@@ -62,9 +61,13 @@ KINDS = (  # length, width, height of those that pass by, metres
 
 
 def _others(street: Street, rng: Generator) -> list[Car]:
-    """Cars that pass by without a receiver: any colour but the target's, any lane, either way."""
+    """Those that pass by without a receiver: any colour but the target's, any lane, either way.
+
+    By day the street is busier, and the camera tells the target by its colour. At night the camera sees little, but the
+    street is nearly empty, and lidar and radar do.
+    """
     cars = []
-    for _ in range(int(rng.integers(1, 3))):
+    for _ in range(int(rng.random() < 0.3) if street.night else int(rng.integers(0, 3))):
         length, width, height = KINDS[rng.integers(len(KINDS))]
         shade = rng.integers(40, 230, 3)
         cars.append(
@@ -75,7 +78,7 @@ def _others(street: Street, rng: Generator) -> list[Car]:
                 length_m=length,
                 width_m=width,
                 height_m=height,
-                colour=TARGET_COLOUR if rng.random() < TWINS else (int(shade[0]) // 2, int(shade[1]), int(shade[2])),
+                colour=(int(shade[0]) // 2, int(shade[1]), int(shade[2])),
             )
         )
     return cars
