@@ -9,12 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainables.beam.mamba import CHUNK, Mamba, selective_scan
+from trainables.beam import mamba
+from trainables.beam.mamba import Mamba, selective_scan
+
+CHUNK = 4  # tokens at once in these tests
+BATCH, WIDTH, STATES = 2, 5, 3
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
+    monkeypatch.setattr(mamba, "CHUNK_NUMBERS", CHUNK * BATCH * WIDTH * STATES)
 
 
 def naive_scan(u_BDL: Tensor, delta_BDL: Tensor, a_DN: Tensor, b_BNL: Tensor, c_BNL: Tensor, skip_D: Tensor) -> Tensor:
@@ -29,18 +34,17 @@ def naive_scan(u_BDL: Tensor, delta_BDL: Tensor, a_DN: Tensor, b_BNL: Tensor, c_
 
 def scan_inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(length)
-    batch, width, states = 2, 5, 3
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     inputs = [
-        normal(batch, width, length),
-        F.softplus(normal(batch, width, length)),
-        -normal(width, states).exp(),
-        normal(batch, states, length),
-        normal(batch, states, length),
-        normal(width),
+        normal(BATCH, WIDTH, length),
+        F.softplus(normal(BATCH, WIDTH, length)),
+        -normal(WIDTH, STATES).exp(),
+        normal(BATCH, STATES, length),
+        normal(BATCH, STATES, length),
+        normal(WIDTH),
     ]
     return [x.to(dtype).requires_grad_() for x in inputs]
 

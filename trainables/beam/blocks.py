@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from trainables.beam.config import Model
 from trainables.beam.mamba import Mamba
 
+POSITION_SPREAD = 0.3
+
 
 class Fusion(nn.Module):
     """(B, T, C) -> (B, T, C): position table, dropout, blocks, LayerNorm."""
 
     def __init__(self, tokens: int, width: int, model: Model) -> None:
         super().__init__()
-        self.position_TC = nn.Parameter(torch.zeros(tokens, width))
+        # The published table starts from zeros. Tokens that differ in their place from the start learn much faster.
+        spread = 0.0 if model.mamba_init == "legacy" else POSITION_SPREAD
+        self.position_TC = nn.Parameter(spread * torch.randn(tokens, width))
         self.dropout = nn.Dropout(model.dropout)
         block = UniBlock if model.block == "uni" else BiBlock
         self.blocks = nn.Sequential(*(block(tokens, width, model) for _ in range(model.n_layer)))

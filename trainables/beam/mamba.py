@@ -24,9 +24,9 @@ try:  # optional: needs nvcc at build time
 except ImportError:
     selective_scan_fn = None
 
-# Tokens whose states are held at once. A piece of (CHUNK, B, N, D) states then stays in the processor's cache; 16 to 32
-# were the fastest of 8 to 128 at B=8, L=962, D=128, N=16.
-CHUNK = 16
+# Numbers of states held at once, (tokens, B, N, D): a chunk that stays in the processor's cache. At B=8, L=962, D=128,
+# N=16 this makes 16 tokens, the fastest of 8 to 128; a small layer is one chunk, and saves the calls.
+CHUNK_NUMBERS = 2**18
 
 
 def selective_scan(
@@ -60,7 +60,7 @@ class _Scan(torch.autograd.Function):
         y_LBD = torch.empty_like(u_LBD)
         h_BND = u_LBD.new_zeros(u_LBD.shape[1], *a_ND.shape)
         starts = []
-        for piece in _pieces(len(u_LBD)):
+        for piece in _pieces(len(u_LBD), h_BND.numel()):
             starts.append(h_BND)
             _, h_LBND = _states(u_LBD[piece], delta_LBD[piece], a_ND, b_LBN[piece], h_BND)
             y_LBD[piece] = torch.matmul(c_LBN[piece].unsqueeze(2), h_LBND).squeeze(2)
@@ -75,7 +75,7 @@ class _Scan(torch.autograd.Function):
         grad_u, grad_delta, grad_b, grad_c = (torch.empty_like(x) for x in (u_LBD, delta_LBD, b_LBN, c_LBN))
         grad_a_ND = torch.zeros_like(a_ND)
         carry_BND = torch.zeros_like(starts[0])  # what later tokens send back to the last state of this chunk
-        for piece, start_BND in zip(reversed(_pieces(len(u_LBD))), reversed(starts), strict=True):
+        for piece, start_BND in zip(reversed(_pieces(len(u_LBD), carry_BND.numel())), reversed(starts), strict=True):
             u, delta, b, c, grad_y = (x[piece] for x in (u_LBD, delta_LBD, b_LBN, c_LBN, grad_y_LBD))
             decay_LBND, h_LBND = _states(u, delta, a_ND, b, start_BND)
             grad_c[piece] = torch.matmul(h_LBND, grad_y.unsqueeze(3)).squeeze(3)
@@ -96,8 +96,9 @@ class _Scan(torch.autograd.Function):
         return grad_u, grad_delta, grad_a_ND, grad_b, grad_c
 
 
-def _pieces(length: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
+def _pieces(tokens: int, numbers_per_token: int) -> list[slice]:
+    chunk = max(1, CHUNK_NUMBERS // numbers_per_token)
+    return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
 
 
 def _states(u_LBD: Tensor, delta_LBD: Tensor, a_ND: Tensor, b_LBN: Tensor, start_BND: Tensor) -> tuple[Tensor, Tensor]:

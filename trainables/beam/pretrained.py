@@ -60,6 +60,7 @@ def key(config: fusion.Config, seed: int) -> str:
     """Equal for settings that train the same network from the same data."""
     settings = dataclasses.asdict(config)
     del settings["data"]["prepared"]  # a place, which says nothing about the data
+    del settings["score_without"]  # asked of the network, not taught to it
     text = json.dumps([VERSION, torch.__version__, seed, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -152,7 +152,7 @@ def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     variants = {
         "full": maps,
         "rebuilt": insert(maps, rebuilt, torch.ones_like(beam_B, dtype=torch.bool)),
-        "stand_in": model.fusion.withhold(maps, batch, fusion.everywhere(model.target, beam_B)),
+        "unrebuilt": model.fusion.withhold(maps, batch, fusion.everywhere(model.target, beam_B)),
     }
     scores = {f"dba_{name}": beam_scores(model.fusion.fuse(x, gps), beam_B)["dba"] for name, x in variants.items()}
     scores["trans"] = mean(trans_loss(rebuilt[s], maps[s].flatten(2), model.history) for s in model.target)
@@ -168,17 +168,6 @@ def missing_before(config: Config, weights: Weights, trial: Trial) -> float:
         before = replace(trial, config=config.fusion)
         scores = evaluate(fusion.TASK, network, samples(config, "val", ranks), before, ranks)
     return scores["dba_missing"]
-
-
-def before_rebuild(config: Config, weights: Weights, trial: Trial) -> dict[str, float]:
-    """What the targets' absence costs as long as nothing is done about it: the pre-trained network's DBA without them."""
-    pretrained = replace(trial, config=config.fusion, resume=None)
-    task, ranks = fusion.task_for(config.fusion), ranks_of(trial)
-    model = fusion.build(config.fusion).to(trial.device).eval()
-    model.load_state_dict(weights)
-    with torch.no_grad():
-        scores = evaluate(task, model, task.data(config.fusion, "val", ranks), pretrained, ranks)
-    return {"dba_missing": scores["dba_missing"]}
 
 
 def recovered(full: float, missing: float, rebuilt: float) -> dict[str, float]:

@@ -1,0 +1,139 @@
+"""The beam family's metrics and losses against hand-computed cases and slow rewrites."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainables.beam.config import BeamLoss
+from trainables.beam.data import soft_targets
+from trainables.beam.fusion import beam_loss
+from trainables.beam.metrics import beam_scores, contrast_chance, cross_entropy, focal_loss
+from trainables.beam.reconstruct import contrast_loss, distance_loss, trans_loss
+
+
+def brute_force_dba(logits: list[list[float]], beams: list[int]) -> dict[str, float]:
+    """The published definition with loops, and with top-k accuracy."""
+    names = ("y1", "y2", "y3", "top1", "top2", "top3")
+    sums = dict.fromkeys(names, 0.0)
+    for row, beam in zip(logits, beams, strict=True):
+        ranked = sorted(range(len(row)), key=lambda k: -row[k])
+        for k in (1, 2, 3):
+            sums[f"y{k}"] += 1 - min(min(abs(guess - beam) / 5, 1) for guess in ranked[:k])
+            sums[f"top{k}"] += beam in ranked[:k]
+    means = {name: total / len(beams) for name, total in sums.items()}
+    return means | {"dba": (means["y1"] + means["y2"] + means["y3"]) / 3}
+
+
+def test_scores_equal_the_definition_written_with_loops() -> None:
+    logits, beam = torch.randn(200, 64), torch.randint(64, (200,))
+    near = beam + torch.randint(-6, 7, (200,))  # most guesses come close, or most scores would be 0
+    logits += 3 * F.one_hot(near.clamp(0, 63), 64)
+    means = {name: values.mean().item() for name, values in beam_scores(logits, beam).items()}
+    assert means == pytest.approx(brute_force_dba(logits.tolist(), beam.tolist()), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ranked", "beam", "expected"),
+    [
+        ((10, 40, 50), 10, 1.0),
+        ((40, 10, 50), 10, 2 / 3),  # found by the second guess: (0 + 1 + 1) / 3
+        ((12, 40, 10), 10, (0.6 + 0.6 + 1) / 3),
+        ((0, 1, 2), 63, 0.0),  # the first and the last beam are no neighbours
+    ],
+)
+def test_dba_by_hand(ranked: tuple[int, int, int], beam: int, expected: float) -> None:
+    logits = torch.zeros(1, 64)
+    logits[0, list(ranked)] = torch.tensor([3.0, 2.0, 1.0])
+    assert beam_scores(logits, torch.tensor([beam]))["dba"].item() == pytest.approx(expected)
+
+
+def test_logits_that_are_not_finite_score_nothing() -> None:
+    logits = torch.zeros(1, 64)
+    logits[0, 3] = torch.nan
+    assert all(values.item() == 0 for values in beam_scores(logits, torch.tensor([0])).values())
+
+
+def test_focal_loss_by_hand() -> None:
+    """Two beams at logit 0, so p = 1/2: alpha 0.25 for the wanted one, 0.75 for the other; (1/2)^2 ln 2 each."""
+    loss = focal_loss(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
+    assert loss.item() == pytest.approx((0.25 + 0.75) / 2 * 0.25 * math.log(2))
+
+
+def test_focal_loss_without_focus_is_half_the_binary_cross_entropy() -> None:
+    logits, target = torch.randn(5, 64), torch.rand(5, 64)
+    expected = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1) / 2
+    torch.testing.assert_close(focal_loss(logits, target, alpha=0.5, gamma=0.0), expected)
+
+
+def test_cross_entropy_takes_a_target_of_any_sum() -> None:
+    logits, beam = torch.randn(5, 64), torch.randint(64, (5,))
+    one_hot = F.one_hot(beam, 64).float()
+    torch.testing.assert_close(cross_entropy(logits, 3 * one_hot), F.cross_entropy(logits, beam, reduction="none"))
+
+
+def test_the_target_is_the_published_one_by_default_and_only_wider_otherwise() -> None:
+    logits, beam = torch.zeros(1, 64), torch.tensor([20])
+    published = torch.zeros(1, 64)
+    published[0, [19, 20, 21]] = torch.tensor([0.13499, 0.99736, 0.13499])
+    published[0, [18, 22]] = 3.3462e-4
+    torch.testing.assert_close(beam_loss(logits, beam, BeamLoss()), focal_loss(logits, published), rtol=1e-4, atol=0)
+    assert soft_targets(2.0, 2.5 * 2.0)[20, 20].item() == pytest.approx(0.99736, abs=1e-4)
+
+
+def features(windows: int, history: int = 2, width: int = 8, positions: int = 6) -> Tensor:
+    return torch.randn(windows * history, width, positions)
+
+
+@pytest.mark.parametrize("batch", [2, 24])
+def test_contrast_of_features_that_tell_nothing_is_at_chance(batch: int) -> None:
+    alike = torch.ones(2 * batch, 8, 6)
+    losses = contrast_loss(alike, alike, history=2, temperature=0.1)
+    assert contrast_chance(batch) == pytest.approx({2: 1.0986, 24: 3.8501}[batch], abs=1e-4)
+    torch.testing.assert_close(losses, torch.full((batch,), contrast_chance(batch)))
+
+
+def test_contrast_of_random_features_is_near_chance_on_average() -> None:
+    """At a high temperature: all similarities then look alike."""
+    losses = contrast_loss(features(64), features(64), history=2, temperature=10.0)
+    assert losses.mean().item() == pytest.approx(contrast_chance(64), rel=0.01)
+
+
+def test_contrast_by_hand() -> None:
+    """Two windows of one frame, one channel pair: partners agree (1), others are orthogonal (0), temperature 1."""
+    a = torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]])
+    losses = contrast_loss(a, a, history=1, temperature=1.0)
+    expected = -math.log(math.e / (math.e + 2))  # itself excluded: one partner at 1, two others at 0
+    torch.testing.assert_close(losses, torch.full((2,), expected))
+
+
+def test_contrast_falls_when_partners_agree() -> None:
+    a, b = features(16), features(16)
+    apart, together = contrast_loss(a, b, 2, 0.1), contrast_loss(a, a + 0.1 * b, 2, 0.1)
+    assert together.mean() < 0.1 * apart.mean()
+
+
+def test_distance_by_hand_and_its_bounds() -> None:
+    a = torch.zeros(2, 2, 3)
+    a[:, 0] = 1.0
+    torch.testing.assert_close(distance_loss(a, -a, history=1), torch.tensor([-4.0, -4.0]))  # opposite unit vectors
+    torch.testing.assert_close(distance_loss(a, a, history=1), torch.zeros(2))
+
+
+def test_distance_does_not_depend_on_the_batch() -> None:
+    a, b = features(6), features(6)
+    losses = distance_loss(a, b, history=2)
+    torch.testing.assert_close(losses[:3], distance_loss(a[:6], b[:6], history=2))
+    doubled = distance_loss(torch.cat([a, a]), torch.cat([b, b]), history=2)
+    torch.testing.assert_close(doubled, torch.cat([losses, losses]))
+
+
+def test_trans_is_the_mean_squared_error_of_each_window() -> None:
+    target = features(3)
+    rebuilt = target.clone()
+    rebuilt[2:4] += 2.0  # the second window's two frames
+    torch.testing.assert_close(trans_loss(rebuilt, target, history=2), torch.tensor([0.0, 4.0, 0.0]))

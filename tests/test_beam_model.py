@@ -1,0 +1,212 @@
+"""The fusion network: its size, any subset of its modalities, what the published variants do wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain, combinations
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainables.beam.blocks import BiBlock, Fusion, UniBlock, legacy_init, swap_channels
+from trainables.beam.config import MODALITIES, SENSORS, Data, Modality, Model
+from trainables.beam.fusion import Config, draw_missing, everywhere, loss
+from trainables.beam.network import FusionNetwork
+from trainables.contract import UserError
+from trainables.optim import Optim
+
+GPS_WIDTH, SIZE, HISTORY = 3, 32, 2
+SMALL = Model(
+    channels=(4, 8, 12, 16),
+    image_depths=(1, 1, 1, 1),
+    sensor_depths=(1, 1, 1, 1),
+    norm="group",
+    n_layer=1,
+    d_state=2,
+    anchors=2,
+    dropout=0.0,
+)
+PUBLISHED = Model(
+    mamba_init="legacy",
+    ln_shape="plane",
+    align_backward=False,
+    residual=False,
+    missing="zerolike",
+    gps_embedding="linear",
+)
+SUBSETS = list(chain.from_iterable(combinations(MODALITIES, count) for count in (1, 2, 3, 4)))
+
+
+def small_data(modalities: tuple[Modality, ...] = MODALITIES) -> Data:
+    return Data(modalities=modalities, image_size=SIZE, history=HISTORY)
+
+
+def windows(count: int, modalities: tuple[Modality, ...] = MODALITIES) -> dict[str, Tensor]:
+    """A batch of noise in the types of the data."""
+    whole = {
+        "image": torch.randint(256, (count, HISTORY, 3, SIZE, SIZE), dtype=torch.uint8),
+        "lidar": torch.randint(6, (count, HISTORY, 1, SIZE, SIZE), dtype=torch.uint8),
+        "radar": torch.rand(count, HISTORY, 2, SIZE, SIZE).half(),
+        "gps": torch.randn(count, 2, GPS_WIDTH),
+    }
+    labels = {"beam": torch.randint(64, (count,)), "scenario": torch.zeros(count, dtype=torch.int64)}
+    return {**{name: whole[name] for name in modalities}, **labels}
+
+
+def network(model: Model = SMALL, modalities: tuple[Modality, ...] = MODALITIES) -> FusionNetwork:
+    return FusionNetwork(model, small_data(modalities), GPS_WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("block", "time_fusion", "parameters"),
+    [("bi", "v1", 103_461_888), ("cs_bi", "v2", 103_461_924), ("uni", "v1", 64_846_848)],
+)
+def test_parameters_of_the_published_network(
+    block: Literal["uni", "bi", "cs_bi"], time_fusion: Literal["v1", "v2"], parameters: int
+) -> None:
+    with torch.device("meta"):
+        built = FusionNetwork(replace(PUBLISHED, block=block, time_fusion=time_fusion), Data(), gps_width=2)
+    assert sum(parameter.numel() for parameter in built.parameters()) == parameters
+
+
+@pytest.mark.parametrize("modalities", SUBSETS, ids="+".join)
+def test_any_subset_of_modalities_makes_a_network(modalities: tuple[Modality, ...]) -> None:
+    built, batch = network(modalities=modalities), windows(3, modalities)
+    logits = built(batch)
+    assert logits.shape == (3, 64)
+    assert logits.isfinite().all()
+    assert set(built.encoders) == {sensor for sensor in SENSORS if sensor in modalities}
+
+
+GRADIENT_CASES = [
+    *((SMALL, subset) for subset in SUBSETS),
+    *((replace(SMALL, block=block), MODALITIES) for block in ("uni", "bi")),
+    *((replace(SMALL, time_fusion=fusion), MODALITIES) for fusion in ("sum", "v1")),
+    (replace(SMALL, ln_shape="plane", align_backward=False, residual=False), MODALITIES),
+    (replace(SMALL, norm="batch", gps_embedding="linear", missing="zerolike"), MODALITIES),
+]
+
+
+@pytest.mark.parametrize(("model", "modalities"), GRADIENT_CASES)
+def test_gradient_reaches_every_parameter(model: Model, modalities: tuple[Modality, ...]) -> None:
+    """Every rank then agrees on which parameters take part, and none is dead weight."""
+    built = network(model, modalities)
+    config = Config(data=small_data(modalities), model=model, missing_prob=0.7)
+    pairs = loss(built, windows(32, modalities), config)
+    torch.stack([total for total, _ in pairs.values()]).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in built.named_parameters()}
+    without = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
+    assert not without
+
+
+def test_tokens_of_missing_sensors_take_part_even_when_nothing_is_missing() -> None:
+    built = network()
+    pairs = loss(built, windows(2), Config(data=small_data(), model=SMALL))
+    torch.stack([total for total, _ in pairs.values()]).sum().backward()
+    assert all(token.grad is not None for token in built.absent.parameters())
+
+
+@pytest.mark.parametrize("missing", ["token", "zerolike", "randlike"])
+def test_a_missing_sensor_tells_nothing(missing: Literal["token", "zerolike", "randlike"]) -> None:
+    built = network(replace(SMALL, missing=missing)).eval()
+    batch, other = windows(3), windows(3)
+
+    def without_image(batch: dict[str, Tensor]) -> Tensor:
+        torch.manual_seed(0)  # of the noise in place of the image
+        maps = built.withhold(built.first_maps(batch), batch, everywhere(["image"], batch["beam"]))
+        return built.fuse(maps, batch["gps"])
+
+    torch.testing.assert_close(without_image(batch), without_image({**batch, "image": other["image"]}))
+    assert not torch.allclose(without_image(batch), without_image({**batch, "lidar": other["lidar"]}))
+    assert not torch.allclose(without_image(batch), built(batch))
+
+
+def test_only_the_windows_that_lack_a_sensor_change() -> None:
+    built, batch = network().eval(), windows(3)
+    maps = built.first_maps(batch)
+    lacking = built.withhold(maps, batch, {"radar": torch.tensor([False, True, False])})
+    logits, full = built.fuse(lacking, batch["gps"]), built.fuse(maps, batch["gps"])
+    torch.testing.assert_close(logits[[0, 2]], full[[0, 2]])
+    assert not torch.allclose(logits[1], full[1])
+
+
+def test_the_share_of_windows_that_lack_a_sensor() -> None:
+    gone = draw_missing(SENSORS, 6000, 0.3, torch.device("cpu"))
+    lacking = torch.stack(list(gone.values()))
+    assert lacking.sum(0).max() == 1  # one sensor at most
+    torch.testing.assert_close(lacking.float().mean(1), torch.full((3,), 0.1), rtol=0, atol=0.02)
+
+
+def test_windows_do_not_see_each_other_under_group_norm() -> None:
+    built, batch = network().eval(), windows(4)
+    alone = built({name: tensor[:1] for name, tensor in batch.items()})
+    torch.testing.assert_close(built(batch)[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_three_sensors_swap_the_published_thirds() -> None:
+    """C = 7: the thirds are 0:2, 2:4 and 4:7."""
+    image, lidar, radar = (torch.full((1, 1, 7), number) for number in (1.0, 2.0, 3.0))
+    swapped = [x.flatten().tolist() for x in swap_channels([image, lidar, radar])]
+    assert swapped == [[1, 1, 2, 2, 3, 3, 3], [2, 2, 3, 3, 1, 1, 1], [3, 3, 1, 1, 2, 2, 2]]
+
+
+def test_two_sensors_swap_halves_and_one_keeps_its_channels() -> None:
+    first, second = (torch.full((1, 1, 4), number) for number in (1.0, 2.0))
+    assert [x.flatten().tolist() for x in swap_channels([first, second])] == [[1, 1, 2, 2], [2, 2, 1, 1]]
+    assert swap_channels([first])[0] is first
+    assert swap_channels([]) == []
+
+
+def test_the_published_bi_block_is_dead_and_the_mended_one_is_not() -> None:
+    """Its product of small numbers underflows over eight blocks: neither the input nor a weight before has a say."""
+    width, tokens = 64, 50
+    legacy = replace(PUBLISHED, block="bi", dropout=0.0)
+    x = torch.randn(2, tokens, width, requires_grad=True)
+    dead = Fusion(tokens, width, legacy)
+    inner = dead.blocks(x)
+    inner.sum().backward()
+    assert not inner.any()
+    assert x.grad is not None
+    assert not x.grad.any()
+
+    alive = Fusion(tokens, width, replace(legacy, mamba_init="mamba", ln_shape="channel", residual=True))
+    x.grad.zero_()
+    alive.blocks(x).sum().backward()
+    assert x.grad.any()
+
+
+def test_the_published_uni_block_overflows_in_the_forward_pass_once_tokens_are_large() -> None:
+    width = 512
+    blocks = torch.nn.Sequential(*(UniBlock(20, width, replace(PUBLISHED, block="uni")) for _ in range(8)))
+    blocks.apply(legacy_init)
+    small, large = torch.randn(1, 20, width), 100 * torch.randn(1, 20, width)
+    with torch.no_grad():
+        assert blocks(small).abs().max() < 1e-6
+        assert not blocks(large).isfinite().all()
+
+
+def test_an_aligned_block_treats_both_directions_alike() -> None:
+    """With one set of weights for both, reversing the tokens exchanges the two branches, token by token."""
+    block = BiBlock(6, 8, replace(SMALL, residual=False)).eval()
+    block.backwards.load_state_dict(block.forwards.state_dict())
+    x = torch.randn(1, 6, 8)
+    u = block.input(block.norm(x))
+    forward, backward = block.forwards(u), block.forwards(u.flip(1)).flip(1)
+    gate = torch.nn.functional.leaky_relu(block.gate(u), 0.2)
+    torch.testing.assert_close(block(x), backward * gate + forward * backward)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs = 0"),
+        ({"missing_prob": 1.5}, "missing_prob = 1.5"),
+        ({"score_without": ("gps",)}, "score_without names gps"),
+        ({"score_without": ("radar",), "data": Data(modalities=("image",))}, "score_without names radar"),
+    ],
+)
+def test_settings_that_clash_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Config(optim=Optim(), **settings)  # type: ignore[arg-type]

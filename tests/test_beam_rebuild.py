@@ -1,0 +1,249 @@
+"""The rebuild of a missing sensor: what is trained and what is not, the insertion, and the network it starts from."""
+
+from __future__ import annotations
+
+import fcntl
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainables.beam import fusion, pretrained, rebuild
+from trainables.beam.config import BeamLoss, Data, Modality, Model, Pretrain, Rebuild, RebuildLoss, Simulated
+from trainables.beam.data import samples
+from trainables.contract import Diverged, Report, Trial, UserError
+from trainables.optim import Optim
+
+SMALL = Model(
+    channels=(4, 8, 12, 16),
+    image_depths=(1, 1, 1, 1),
+    sensor_depths=(1, 1, 1, 1),
+    norm="group",
+    n_layer=1,
+    d_state=2,
+    anchors=2,
+)
+OPTIM = Optim(lr=1e-3, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> rebuild.Config:
+    data = Data(
+        prepared=str(tmp_path_factory.mktemp("cache")),
+        history=2,
+        image_size=32,
+        simulated=Simulated(passes=8, frames=8),
+    )
+    made = rebuild.Config(data=data, model=SMALL, optim=OPTIM, pretrain=Pretrain(epochs=1, optim=OPTIM), epochs=2)
+    rebuild.prepare(made)
+    return made
+
+
+def network(config: rebuild.Config) -> rebuild.RebuildNetwork:
+    return rebuild.build(config, fusion.build(config.fusion).state_dict())
+
+
+def batch_of(config: rebuild.Config, count: int = 4) -> dict[str, Tensor]:
+    return samples(config, "train")[torch.arange(count)]
+
+
+def total(pairs: Any) -> Tensor:
+    return torch.stack([summed for summed, _ in pairs.values()]).sum()
+
+
+SOURCES_AND_TARGETS: list[tuple[tuple[Modality, ...], tuple[Modality, ...]]] = [
+    (("lidar", "radar"), ("image",)),
+    (("image", "radar"), ("lidar",)),
+    (("image",), ("lidar", "radar")),
+    (("image",), ("radar",)),
+]
+
+
+@pytest.mark.parametrize(("source", "target"), SOURCES_AND_TARGETS)
+def test_gradient_reaches_what_is_trained_and_nothing_else(
+    config: rebuild.Config, source: tuple[Modality, ...], target: tuple[Modality, ...]
+) -> None:
+    config = replace(config, rebuild=Rebuild(source=source, target=target))
+    model = network(config)
+    total(rebuild.loss(model, batch_of(config), config)).backward()
+    asked = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert asked == reached
+    first = ("resnet.embedder", "encoder.stages.0")
+    assert not [name for name in asked if any(part in name for part in first) or "absent" in name]
+
+
+def test_a_learning_rate_ratio_of_zero_fixes_the_whole_fusion_network(config: rebuild.Config) -> None:
+    model = network(replace(config, rebuild=Rebuild(fusion_lr_ratio=0.0)))
+    assert not any(parameter.requires_grad for parameter in model.fusion.parameters())
+    assert not any(module.training for module in model.fusion.modules())
+    assert any(parameter.requires_grad for parameter in model.translators.parameters())
+
+
+def test_first_stages_stay_in_eval_mode_while_the_rest_trains(config: rebuild.Config) -> None:
+    encoder = network(config).fusion.encoder("lidar").resnet
+    assert not encoder.embedder.training
+    assert not encoder.encoder.stages[0].training
+    assert encoder.encoder.stages[1].training
+
+
+def test_learning_rates_of_fusion_and_rebuild(config: rebuild.Config) -> None:
+    task = rebuild.task_for(replace(config, rebuild=Rebuild(fusion_lr_ratio=0.2)), {})
+    assert task.lr_scale("fusion.head.0.weight") == 0.2
+    assert task.lr_scale("translators.image.layers.0.weight") == 1.0
+
+
+def test_each_loss_is_weighted_by_its_alpha(config: rebuild.Config) -> None:
+    model, batch = network(config).eval(), batch_of(config)
+
+    def losses(weights: RebuildLoss) -> dict[str, float]:
+        torch.manual_seed(0)
+        pairs = rebuild.loss(model, batch, replace(config, loss=weights))
+        assert {count for _, count in pairs.values()} == {4}
+        return {name: summed.item() for name, (summed, _) in pairs.items()}
+
+    plain = losses(RebuildLoss(1.0, 1.0, 1.0, 1.0))
+    weighted = losses(RebuildLoss(alpha_trans=2.0, alpha_contrast=3.0, alpha_distance=5.0, alpha_fusion=0.0))
+    expected = {"trans": 2.0, "contrast": 3.0, "distance": 5.0, "fusion": 0.0}
+    assert weighted == pytest.approx({name: expected[name] * value for name, value in plain.items()}, rel=1e-5)
+
+
+def test_rebuilt_maps_go_only_where_they_are_asked_for() -> None:
+    real, rebuilt = torch.zeros(6, 2, 2, 2), torch.ones(6, 2, 4)
+    maps = rebuild.insert({"image": real, "lidar": real}, {"image": rebuilt}, torch.tensor([True, False, True]))
+    assert maps["image"].mean((1, 2, 3)).tolist() == [1, 1, 0, 0, 1, 1]  # two frames of each window
+    assert maps["lidar"] is real
+
+
+def test_the_rebuild_does_not_look_at_its_target(config: rebuild.Config) -> None:
+    model, batch = network(config).eval(), batch_of(config)
+    blind = {**batch, "image": torch.zeros_like(batch["image"])}
+    seen, unseen = (rebuild.score(model, x, config)["dba_rebuilt"][0] for x in (batch, blind))
+    assert torch.equal(seen, unseen)
+
+
+def test_training_reports_what_is_lost_and_won_back(config: rebuild.Config) -> None:
+    cache: dict[Any, Any] = {}
+    reports = list(rebuild.train(Trial(config, cache=cache)))
+    assert len(reports) == 2
+    for report in reports:
+        wanted = {"dba_full", "dba_missing", "dba_rebuilt", "dba_unrebuilt", "trans", "loss_contrast", "loss_distance"}
+        assert wanted <= report.metrics.keys()
+    kept = list(Path(str(config.data.prepared)).glob("fusion-*.pt"))
+    assert len(kept) == 1
+    resumed = rebuild.train(Trial(config, resume=state_after(rebuild.train(Trial(config, cache=cache)), 1)))
+    assert next(resumed).metrics["dba_rebuilt"] == reports[-1].metrics["dba_rebuilt"]
+
+
+def state_after(reports: Iterator[Report], epochs: int) -> dict[str, Any]:
+    for _ in range(epochs):
+        report = next(reports)
+    assert report.state is not None
+    return report.state()
+
+
+def test_a_checkpoint_of_fusion_training_can_be_given(config: rebuild.Config, tmp_path: Path) -> None:
+    state = state_after(fusion.train(Trial(replace(config.fusion, score_without=()))), 1)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    given = replace(config, rebuild=Rebuild(pretrained=str(tmp_path / "checkpoint.pt")), epochs=1)
+    rebuild.prepare(given)
+    assert len(list(rebuild.train(Trial(given)))) == 1
+
+
+def test_a_checkpoint_that_is_not_there_is_a_mistake_of_the_user(config: rebuild.Config) -> None:
+    with pytest.raises(UserError, match=r"rebuild\.pretrained = /nowhere\.pt: there is no such file"):
+        rebuild.prepare(replace(config, rebuild=Rebuild(pretrained="/nowhere.pt")))
+
+
+@pytest.mark.parametrize(
+    ("full", "missing", "now", "expected"),
+    [(0.9, 0.5, 0.7, {"recovered": 0.5}), (0.9, 0.5, 0.4, {"recovered": -0.25}), (0.5, 0.5, 0.7, {})],
+)
+def test_recovered(full: float, missing: float, now: float, expected: dict[str, float]) -> None:
+    assert rebuild.recovered(full, missing, now) == pytest.approx(expected)
+
+
+def test_the_key_of_a_network_is_what_it_was_trained_by(config: rebuild.Config) -> None:
+    base = config.fusion
+    assert pretrained.key(base, 0) == pretrained.key(replace(base, score_without=()), 0)
+    assert pretrained.key(base, 0) == pretrained.key(replace(base, data=replace(base.data, prepared="/else")), 0)
+    assert pretrained.key(base, 0) != pretrained.key(base, 1)
+    assert pretrained.key(base, 0) != pretrained.key(replace(base, loss=BeamLoss(kind="ce")), 0)
+    assert base == replace(config, loss=RebuildLoss(alpha_trans=7.0), optim=Optim(lr=1.0)).fusion
+
+
+def test_one_process_trains_while_others_wait(
+    config: rebuild.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+
+    def slow_training(config: fusion.Config, seed: int, trial: Trial, kept: Path) -> None:
+        trained.append(seed)
+        time.sleep(0.2)
+        torch.save({"model": {"x": torch.ones(1)}}, kept)
+
+    monkeypatch.setattr(pretrained, "_train", slow_training)
+    monkeypatch.setattr(pretrained, "POLL_S", 0.01)
+    wanted = replace(config.fusion, data=replace(config.data, prepared=str(tmp_path)))
+    got: list[pretrained.Weights] = []
+    threads = [
+        threading.Thread(target=lambda: got.append(pretrained.trained_once(wanted, 0, Trial(wanted)))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert len(trained) == 1
+    assert [weights["x"].item() for weights in got] == [1.0, 1.0, 1.0]
+
+
+def test_training_that_blows_up_lets_go_of_the_lock(
+    config: rebuild.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: object) -> Iterator[Report]:
+        raise Diverged("loss_focal is not finite", 3)
+        yield
+
+    monkeypatch.setattr(pretrained, "fit", diverge)
+    monkeypatch.setattr(fusion, "task_for", lambda config: None)
+    wanted = replace(config.fusion, data=replace(config.data, prepared=str(tmp_path)))
+    with pytest.raises(Diverged, match="pre-training: loss_focal is not finite"):
+        pretrained.trained_once(wanted, 0, Trial(wanted))
+    (lock,) = tmp_path.glob("*.lock")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source": ("lidar", "image")}, r"rebuild\.source and rebuild\.target both name \['image'\]"),
+        ({"target": ()}, r"rebuild\.target is empty"),
+        ({"source": ("lidar", "lidar")}, r"rebuild\.source names one twice"),
+        ({"source": ("gps",)}, r"rebuild\.source names gps"),
+        ({"share": 0.0}, r"rebuild\.share = 0\.0"),
+        ({"dropout": 1.0}, r"rebuild\.dropout = 1\.0"),
+        ({"fusion_lr_ratio": -1.0}, r"rebuild\.fusion_lr_ratio = -1\.0"),
+    ],
+)
+def test_settings_that_clash_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Rebuild(**settings)
+
+
+def test_a_sensor_that_is_not_read_cannot_take_part() -> None:
+    with pytest.raises(UserError, match=r"rebuild\.source names lidar, which data\.modalities \['image'"):
+        rebuild.Config(data=Data(modalities=("image", "radar")))
+
+
+def test_weights_that_are_negative_are_refused() -> None:
+    with pytest.raises(UserError, match=r"loss\.alpha_trans = -1"):
+        RebuildLoss(alpha_trans=-1)
+    with pytest.raises(UserError, match=r"loss\.temperature = 0"):
+        RebuildLoss(temperature=0)
