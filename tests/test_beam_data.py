@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -186,7 +187,7 @@ def test_soft_targets_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize("split", ["honest", "legacy"])
-def test_every_window_is_on_one_side_and_stays_there(data: Data, split: str) -> None:
+def test_every_window_is_on_one_side_and_stays_there(data: Data, split: Literal["honest", "legacy"]) -> None:
     chosen = replace(data, split=split)
     table = prepare_data(data)
     train, val = split_windows(table, chosen)

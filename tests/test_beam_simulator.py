@@ -13,7 +13,16 @@ from trainables.beam.config import Simulated
 from trainables.beam.files import fov_of, lidar_counts, radar_maps, read_points, read_position
 from trainables.beam.gps import offsets_m
 from trainables.beam.sensors import Car, Scene, Street
-from trainables.beam.simulator import STREETS, TARGET_COLOUR, drive, position, simulate, wandering, write_ply
+from trainables.beam.simulator import (
+    GPS_NOISE_M,
+    STREETS,
+    TARGET_COLOUR,
+    drive,
+    position,
+    simulate,
+    wandering,
+    write_ply,
+)
 
 DAY, NIGHT = STREETS[0], STREETS[2]
 PLACES = [(-9.0, 14.0), (-3.0, 17.5), (2.0, 14.0), (8.0, 17.5)]
@@ -116,7 +125,7 @@ def test_positions_on_the_globe_are_the_places_on_the_street(tmp_path: Path) -> 
 
 def test_position_errors_wander() -> None:
     errors = wandering(20_000, np.random.default_rng(0))
-    assert errors.std() == pytest.approx(2.0, rel=0.1)
+    assert errors.std() == pytest.approx(GPS_NOISE_M, rel=0.1)
     assert np.corrcoef(errors[:-1, 0], errors[1:, 0])[0, 1] == pytest.approx(np.exp(-0.2), abs=0.02)
 
 

@@ -25,7 +25,7 @@ def descend(trial: Trial) -> Iterator[Report]:
         time.sleep(config.get("pause_s", 0.0))
         w -= config["lr"] * 2 * w
         metrics = {"loss": w * w, "started_at": start, "lr_seen": config["lr"], "pid": os.getpid()}
-        yield Report(metrics, state=lambda epoch=epoch: {"epoch": epoch, "w": w})
+        yield Report(metrics, state=lambda: {"epoch": epoch, "w": w})
 
 
 def misbehave(trial: Trial) -> Iterator[Report]:
@@ -57,7 +57,8 @@ def network(trial: Trial) -> Iterator[Report]:
     x = torch.randn(64, 8, generator=generator)
     y = x.sum(1, keepdim=True)
     torch.manual_seed(trial.seed)
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
+    first = nn.Linear(8, 16)
+    model = nn.Sequential(first, nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=trial.config["lr"])
     for epoch in range(trial.config["epochs"]):
         share = slice(trial.rank, None, trial.world_size)
@@ -68,7 +69,7 @@ def network(trial: Trial) -> Iterator[Report]:
             for parameter in model.parameters():
                 dist.all_reduce(parameter.grad)
         optimizer.step()
-        yield Report({"loss": loss.item(), "weight": model[0].weight.sum().item()}, state=lambda: {"epoch": epoch})
+        yield Report({"loss": loss.item(), "weight": first.weight.sum().item()}, state=lambda: {"epoch": epoch})
 
 
 def one_rank_blows(trial: Trial) -> Iterator[dict[str, Any]]:
