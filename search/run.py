@@ -100,7 +100,9 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
     arguments: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
     if address is not None:
         arguments |= {"address": address, "runtime_env": {"env_vars": RAY_ENVIRONMENT}}
-    ray.init(**arguments)
+    context = ray.init(**arguments)
+    if context.dashboard_url:
+        print(f"dashboard: http://{context.dashboard_url}", flush=True)
     return tuple(_node(entry["Resources"]) for entry in ray.nodes() if entry["Alive"])
 
 
