@@ -21,6 +21,14 @@ class Simulated:
     frames: int = 30  # measured instants of a pass
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.passes < 2:
+            raise UserError(f"data.simulated.passes = {self.passes} must be at least 2, so that one can be held out")
+        if self.frames < 5:
+            raise UserError(f"data.simulated.frames = {self.frames} must be at least 5, the instants of a window")
+        if self.seed < 0:
+            raise UserError(f"data.simulated.seed = {self.seed} must not be negative")
+
 
 @dataclass(frozen=True)
 class Data:
@@ -47,6 +55,10 @@ class Data:
             raise UserError(f"data.holdout = {self.holdout} must lie between 0 and 1")
         if self.history < 1:
             raise UserError(f"data.history = {self.history} must be at least 1")
+        if self.image_size < 1:
+            raise UserError(f"data.image_size = {self.image_size} must be at least 1 pixel")
+        if self.split_seed < 0:
+            raise UserError(f"data.split_seed = {self.split_seed} must not be negative")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ an old one; a raw file that is replaced while the CSV stays the same goes unnoti
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -71,14 +72,16 @@ def prepare_data(data: Data) -> Table:
         return table
     for name in missing:
         _check_files(table, table.groups[name])
-    made = [path for name, path in missing.items() if make_once(path, _decode(data, table, name))]
-    if made:
-        size = sum(path.stat().st_size for path in made) / 2**20
-        kind = "simulated" if data.root is None else "real"
+    kind = "simulated" if data.root is None else "real"
+    size = sum(_size(data, table, name) for name in missing) / 2**20
+    names = ", ".join(name.strip("_") for name in missing)
+    print(f"beam data: preparing {kind} data of {root}: {names}, {size:.0f} MiB", flush=True)
+    for name, path in missing.items():
+        make_once(path, _decode(data, table, name))
+    if POWER in missing:
         broken = np.isnan(np.load(wanted[POWER])).any(axis=1)[table.groups[POWER].at_NK[:, 0]]
-        relabelled = f"; {broken.sum()} windows relabelled, because a power is NaN" if broken.any() else ""
-        names = ", ".join(name.strip("_") for name in missing)
-        print(f"beam data: prepared {kind} data of {root}: {names}, {size:.0f} MiB{relabelled}", flush=True)
+        if broken.any():
+            print(f"beam data: {broken.sum()} windows relabelled, because a power is NaN", flush=True)
     return table
 
 
@@ -118,6 +121,12 @@ def _decoder(data: Data, group: str) -> Decoder:
     return Decoder(read_position, (2,), np.float64, "")
 
 
+def _size(data: Data, table: Table, group: str) -> int:
+    """Of a prepared array, bytes."""
+    decoder = _decoder(data, group)
+    return len(table.groups[group].paths) * math.prod(decoder.shape) * np.dtype(decoder.dtype).itemsize
+
+
 def _check_files(table: Table, files: Files) -> None:
     """Every file must be there before the long work begins."""
     for path, row in zip(files.paths, files.row, strict=True):
@@ -144,7 +153,7 @@ def _decode(data: Data, table: Table, group: str) -> Callable[[Path], None]:
             try:
                 for _ in pool.map(one, range(len(files.paths))):
                     pass
-            except UserError:
+            except BaseException:  # a mistake in a file, or Ctrl-C: do not go on to the last file
                 pool.shutdown(cancel_futures=True)
                 raise
         array.flush()
