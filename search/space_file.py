@@ -107,11 +107,11 @@ def _leave_out(document: dict[str, Any], overrides: Sequence[str]) -> tuple[str,
 
     Only an override does this: a space file whose known settings clash with its own ranges is a mistake.
     """
-    changed = [override.partition("=")[0].strip().removeprefix("config.") for override in overrides]
+    changed = [override.partition("=")[0].strip() for override in overrides]
     kept, lines = [], []
     for i, entry in enumerate(document.get("try_first") or []):
         items = entry.items() if isinstance(entry, dict) else ()
-        named = [(name, value) for name, value in items if _is_under(name, changed)]
+        named = [(name, value) for name, value in items if _is_under(f"config.{name}", changed)]
         clashes = [(name, value) for name, value in named if not _allows(document, name, value)]
         if clashes:
             name, value = clashes[0]
