@@ -111,7 +111,8 @@ def _leave_out(document: dict[str, Any], overrides: Sequence[str]) -> tuple[str,
     kept, lines = [], []
     for i, entry in enumerate(document.get("try_first") or []):
         items = entry.items() if isinstance(entry, dict) else ()
-        named = [(name, value) for name, value in items if _is_under(f"config.{name}", changed)]
+        settings = [(name, value) for name, value in items if name != "name"]
+        named = [(name, value) for name, value in settings if _is_under(f"config.{name}", changed)]
         clashes = [(name, value) for name, value in named if not _allows(document, name, value)]
         if clashes:
             name, value = clashes[0]
