@@ -137,3 +137,12 @@ def test_trans_is_the_mean_squared_error_of_each_window() -> None:
     rebuilt = target.clone()
     rebuilt[2:4] += 2.0  # the second window's two frames
     torch.testing.assert_close(trans_loss(rebuilt, target, history=2), torch.tensor([0.0, 4.0, 0.0]))
+
+
+def test_focal_loss_stays_finite_where_it_is_sure_and_its_power_is_broken() -> None:
+    logits = torch.linspace(-200, 200, 64)[None].requires_grad_()
+    target = (logits.detach() > 0).float()
+    loss = focal_loss(logits, target, gamma=1.5)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()

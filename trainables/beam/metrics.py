@@ -41,8 +41,9 @@ def focal_loss(logits_BK: Tensor, target_BK: Tensor, alpha: float = 0.25, gamma:
     p = logits_BK.sigmoid()
     p_t = p * target_BK + (1 - p) * (1 - target_BK)
     alpha_t = alpha * target_BK + (1 - alpha) * (1 - target_BK)
-    cross_entropy = F.binary_cross_entropy_with_logits(logits_BK, target_BK, reduction="none")
-    return (alpha_t * (1 - p_t) ** gamma * cross_entropy).mean(1)
+    entropy_BK = F.binary_cross_entropy_with_logits(logits_BK, target_BK, reduction="none")
+    # Rounding can make p_t larger than 1, and a negative number has no broken power.
+    return (alpha_t * (1 - p_t).clamp(min=0) ** gamma * entropy_BK).mean(1)
 
 
 def cross_entropy(logits_BK: Tensor, target_BK: Tensor) -> Tensor:
