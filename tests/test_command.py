@@ -77,15 +77,22 @@ def rows(results: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((results / "trials.csv").read_text().splitlines()))
 
 
-def test_bring_your_own_loop_from_another_folder(tmp_path: Path) -> None:
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own/my_loop.py").write_text(OWN_LOOP)
-    (tmp_path / "own/my.yaml").write_text(OWN_SPACE)
-    status, output = finish(launch(tmp_path, "--space", "own/my.yaml", "--name", "mine"))
+@pytest.fixture(scope="module")
+def brought(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
+    """A finished search of somebody's own loop: where it ran, its exit status and what it printed."""
+    folder = tmp_path_factory.mktemp("brought")
+    (folder / "own").mkdir()
+    (folder / "own/my_loop.py").write_text(OWN_LOOP)
+    (folder / "own/my.yaml").write_text(OWN_SPACE)
+    return folder, *finish(launch(folder, "--space", "own/my.yaml", "--name", "mine"))
+
+
+def test_bring_your_own_loop_from_another_folder(brought: tuple[Path, int, str]) -> None:
+    folder, status, output = brought
     assert status == 0, output
     assert "6 trials: 6 finished" in output
     assert "best: trial" in output
-    assert len(rows(tmp_path / "results/mine")) == 6
+    assert len(rows(folder / "results/mine")) == 6
 
 
 def test_exit_status_1_when_nothing_keeps_the_constraints(tmp_path: Path) -> None:
@@ -141,31 +148,27 @@ def test_a_mistake_in_the_data_ends_before_ray_starts(tmp_path: Path) -> None:
     assert time.monotonic() - started < 60
 
 
-def test_report_and_why_of_a_finished_search(tmp_path: Path) -> None:
-    (tmp_path / "my_loop.py").write_text(OWN_LOOP)
-    (tmp_path / "my.yaml").write_text(OWN_SPACE)
-    finish(launch(tmp_path, "--space", "my.yaml", "--name", "mine", "--trials", "2"))
-    results = tmp_path / "results/mine"
+def test_report_and_why_of_a_finished_search(brought: tuple[Path, int, str]) -> None:
+    folder, _, _ = brought
+    results = folder / "results/mine"
     written = {name: (results / name).read_text() for name in ("trials.csv", "best.yaml", "report.html")}
     for name in written:
         (results / name).unlink()
-    status, _ = finish(launch(tmp_path, "--report", str(results)))
+    status, _ = finish(launch(folder, "--report", str(results)))
     assert status == 0
     assert {name: (results / name).read_text() for name in written} == written
-    status, output = finish(launch(tmp_path, "--report", str(results), "--why", "1"))
+    status, output = finish(launch(folder, "--report", str(results), "--why", "1"))
     assert status == 0
     assert "finished" in output
     assert "ran to its end" in output
 
 
-def test_warm_start_learns_from_a_finished_search(tmp_path: Path) -> None:
-    (tmp_path / "my_loop.py").write_text(OWN_LOOP)
-    (tmp_path / "my.yaml").write_text(OWN_SPACE)
-    finish(launch(tmp_path, "--space", "my.yaml", "--name", "first"))
-    more = ("--trials", "2", "--name", "second", "--warm-start", "results/first")
-    status, output = finish(launch(tmp_path, "--space", "my.yaml", *more))
+def test_warm_start_learns_from_a_finished_search(brought: tuple[Path, int, str]) -> None:
+    folder, _, _ = brought
+    more = ("--trials", "2", "--name", "second", "--warm-start", "results/mine")
+    status, output = finish(launch(folder, "--space", "own/my.yaml", *more))
     assert status == 0, output
     assert "warm start: 6 trials" in output
-    assert len(rows(tmp_path / "results/second")) == 2
-    document = yaml.safe_load((tmp_path / "results/second/space.yaml").read_text())
+    assert len(rows(folder / "results/second")) == 2
+    document = yaml.safe_load((folder / "results/second/space.yaml").read_text())
     assert "--warm-start" in document["ran"]["command"]

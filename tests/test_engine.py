@@ -65,14 +65,20 @@ def study_of(results: Path) -> optuna.Study:
     return open_study(results / "study.journal", loaded, create=False)
 
 
-def test_a_search_leaves_what_the_design_says(tmp_path: Path) -> None:
-    outcome, results = search(tmp_path, toy("descend"))
-    assert [record.status for record in outcome.records] == ["finished"] * 4
+@pytest.fixture(scope="module")
+def descended(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[engine.Outcome, Path]:
+    """A finished search of ten trials on two slots. Whoever changes its folder works on a copy."""
+    return search(tmp_path_factory.mktemp("descended"), toy("descend", search={"trials": 10, "sampler": "random"}))
+
+
+def test_a_search_leaves_what_the_design_says(descended: tuple[engine.Outcome, Path]) -> None:
+    outcome, results = descended
+    assert [record.status for record in outcome.records] == ["finished"] * 10
     assert {path.name for path in results.iterdir()} == {
         "space.yaml", "study.journal", "trials.csv", "best.yaml", "report.html", "trials",
     }  # fmt: skip
     rows = list(csv.DictReader((results / "trials.csv").read_text().splitlines()))
-    assert [row["trial"] for row in rows] == ["0", "1", "2", "3"]
+    assert [row["trial"] for row in rows] == [str(number) for number in range(10)]
     best = yaml.safe_load((results / "best.yaml").read_text())
     assert best["objective"]["loss"] == min(float(row["loss"]) for row in rows)
     state = torch.load(results / best["checkpoint"], weights_only=True)
@@ -82,10 +88,22 @@ def test_a_search_leaves_what_the_design_says(tmp_path: Path) -> None:
     assert yaml.safe_load((results / "space.yaml").read_text())["ran"]["versions"]["ray"]
 
 
-def test_slots_are_lent_from_one_trial_to_the_next(tmp_path: Path) -> None:
-    outcome, _ = search(tmp_path, toy("descend", search={"trials": 10, "sampler": "random"}))
+def test_slots_are_lent_from_one_trial_to_the_next(descended: tuple[engine.Outcome, Path]) -> None:
+    outcome, _ = descended
     assert len({record.metrics["pid"] for record in outcome.records}) == 2
     assert all(record.metrics["lr_seen"] == record.values["lr"] for record in outcome.records)
+
+
+def test_more_trials_extend_a_finished_search(descended: tuple[engine.Outcome, Path], tmp_path: Path) -> None:
+    first, finished = descended
+    results = shutil.copytree(finished, tmp_path / "results/longer")
+    before = trials_table(load_space(results / "space.yaml")[0], first.records).splitlines()
+    longer, _ = load_space(results / "space.yaml", ["search.trials=12"])
+    open_results(options(tmp_path, resume=results), longer)
+    second = engine.run(longer, make_plan(longer, MACHINE), results)
+    after = (results / "trials.csv").read_text().splitlines()
+    assert after[: len(before)] == before
+    assert [record.number for record in second.records] == list(range(12))
 
 
 def test_every_ending_has_its_status_and_reason(tmp_path: Path) -> None:
@@ -118,7 +136,7 @@ def test_every_ending_has_its_status_and_reason(tmp_path: Path) -> None:
 
 
 def test_a_warm_trial_equals_a_cold_one_bit_for_bit(tmp_path: Path) -> None:
-    space = toy("network", search={"trials": 4, "sampler": "random", "seed": 3})
+    space = toy("network", search={"trials": 3, "sampler": "random", "seed": 3})
     warm, _ = search(tmp_path, space)
     cold, _ = search(tmp_path, space, cold=True)
     assert [(item.values, item.metrics) for item in warm.records] == [
@@ -192,17 +210,6 @@ def test_a_time_budget_stops_what_runs(tmp_path: Path) -> None:
     assert {record.status for record in outcome.records} == {"stopped"}
     assert all("time budget of 15s" in record.reason for record in outcome.records)
     assert all(trial.state.is_finished() for trial in study_of(results).trials)
-
-
-def test_more_trials_extend_a_finished_search(tmp_path: Path) -> None:
-    first, results = search(tmp_path, toy("descend"))
-    before = trials_table(load_space(results / "space.yaml")[0], first.records).splitlines()
-    longer, _ = load_space(results / "space.yaml", ["search.trials=6"])
-    open_results(options(tmp_path, resume=results), longer)
-    second = engine.run(longer, make_plan(longer, MACHINE), results)
-    after = (results / "trials.csv").read_text().splitlines()
-    assert after[: len(before)] == before
-    assert [record.number for record in second.records] == list(range(6))
 
 
 def test_several_objectives_give_a_front(tmp_path: Path) -> None:
