@@ -23,7 +23,8 @@ import ray.train
 import ray.train.torch
 
 from search.mailbox import Mailbox
-from search.ranks import Answer, Begin, Blew, Broke, Command, Quit, RankLoop, RanOut, Reported
+from search.messages import Answer, Begin, Blew, Broke, Command, Quit, RanOut, Reported
+from search.ranks import RankLoop
 
 POLL_S = 1.0  # how often a wait looks whether the group still lives
 GRACE_S = 20.0  # for the other ranks to answer, once one of them has

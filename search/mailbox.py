@@ -1,7 +1,4 @@
-"""The mailbox between a slot and the ranks of its worker group.
-
-A module of its own, and without PyTorch in it: the process that holds a mailbox starts in a fraction of the time.
-"""
+"""The mailbox between a slot and the ranks of its worker group, a process of its own that imports no PyTorch."""
 
 from __future__ import annotations
 

@@ -10,84 +10,17 @@ import random
 import traceback
 import types
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from search.loading import Trainable, load
+from search.messages import Answer, Begin, Blew, Broke, Command, Ended, RanOut, Reported
 from trainables.contract import Diverged, Report, State, Trial, UserError, default_device
 
 LEAK_BYTES = 64 * 2**20  # GPU memory a finished trial may leave behind: allocator rounding, cuBLAS workspaces
-
-
-@dataclass(frozen=True)
-class Begin:
-    """Run a trial up to its first report. `resume`: a saved state as bytes, or None."""
-
-    config: dict[str, Any]
-    seed: int
-    resume: bytes | None = None
-
-
-@dataclass(frozen=True)
-class Advance:
-    """Run the trial up to its next report."""
-
-
-@dataclass(frozen=True)
-class Quit:
-    """Leave the serve loop."""
-
-
-Command = Begin | Advance | Quit
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a rank says after a command. `clean`: the process may take another trial."""
-
-    clean: bool = True
-    ends: bool = True
-
-
-@dataclass(frozen=True)
-class Reported(Answer):
-    """An epoch is over. metrics and state (None: the trainable gave none) are rank 0's."""
-
-    metrics: Mapping[str, float] | None = None
-    state: bytes | None = None
-    ends: bool = False
-
-
-@dataclass(frozen=True)
-class Ended(Answer):
-    """The generator is exhausted."""
-
-
-@dataclass(frozen=True)
-class Blew(Answer):
-    """The trial diverged."""
-
-    reason: str = ""
-    step: int | None = None
-
-
-@dataclass(frozen=True)
-class RanOut(Answer):
-    """The device's memory did not suffice."""
-
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Broke(Answer):
-    """Anything else was raised. final: a mistake of a person, which a retry would only repeat."""
-
-    reason: str = ""
-    trace: str = ""
-    final: bool = False
 
 
 class Runs(Protocol):

@@ -16,7 +16,7 @@ from ray import tune
 
 from search.folder import TrialFolder, last_checkpoint
 from search.group import Group, GroupDied, GroupSpec
-from search.ranks import Advance, Answer, Begin, Blew, Broke, Ended, RanOut, Reported
+from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, RanOut, Reported
 from search.space import Space
 
 # Keys of a result. OBJECTIVE is what schedulers compare, so that no name of a metric can clash with one of Tune's.

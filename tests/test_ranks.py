@@ -13,19 +13,8 @@ import pytest
 import torch
 from spaces import write_family
 
-from search.ranks import (
-    Advance,
-    Answer,
-    Begin,
-    Blew,
-    Broke,
-    Ended,
-    RankLoop,
-    RanOut,
-    Reported,
-    load_state,
-    numbers,
-)
+from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, RanOut, Reported
+from search.ranks import RankLoop, load_state, numbers
 from trainables.contract import UserError
 
 FAMILY = """
