@@ -31,7 +31,13 @@ class Mirror:
         self._sent: dict[str, float] = {}  # by relative path: when the file was changed that was sent last
 
     def push(self) -> None:
-        """Send every file that has changed since it was sent."""
+        """Send every file that has changed since it was sent. A store that cannot be reached does not end a search."""
+        try:
+            self._push()
+        except OSError as error:
+            print(f"{self.uri}: not up to date, {error}; tried again after the next trial", flush=True)
+
+    def _push(self) -> None:
         for path in sorted(self.results.rglob("*")):
             relative = path.relative_to(self.results)
             if path.is_dir() or relative.parts[0] == SCRATCH or path.name.startswith("."):
