@@ -17,7 +17,8 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 WIDTH = {"local": 13, "sincos": 2, "minmax": 2, "angle2": 2}
-AHEAD = 3  # instants between the second position and the label
+AHEAD = 3.0  # instants between the second position and the label
+LEADS = np.arange(-10.0, 10.5, 0.5)  # instants; receivers' clocks are off by as much as this
 CODEBOOK_LINE = ((BEAMS - 1) / 2, (BEAMS - 1) / (np.pi / 2))  # beams and beams per radian: all of them over 90 degrees
 
 # Legacy forms. Offsets in degrees make the four stations' angles comparable; other scenarios have none.
@@ -49,21 +50,24 @@ def gps_features(data: Data, scenario: str, metres_N22: Floats, beam_N: NDArray[
 def _local(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools) -> Floats:
     """Position, movement and direction, scaled by what is known of the scenario; either instant alone tells it all.
 
-    The beam follows the bearing, and the label is AHEAD instants younger than the newest position: so the position is
-    carried on at its speed, and directions are given in beams, by a straight line through the known windows. The same
-    number then means the same beam in every scenario. Waves of the direction spare a small network the fine steps.
+    The beam follows the bearing of the car at the label's time. So the newest position is carried on at its speed for
+    as long as suits the known windows best: AHEAD instants by the files' numbers, but positions are stamped early or
+    late, by another time in every scenario. Directions are given in beams, by a straight line through the known
+    windows. The same number then means the same beam in every scenario. Waves of the direction spare a small network
+    the fine steps.
     """
     learnable = bool(known_N.any())
     if not learnable:  # a scenario that only validates: where its cars drive may be known, their beams may not
         known_N = np.ones_like(known_N)
     second_N2 = metres_N22[:, 1]
     step_N2 = second_N2 - metres_N22[:, 0]
-    label_N2 = second_N2 + AHEAD * step_N2
+    lead = _lead(second_N2[known_N], step_N2[known_N], beam_N[known_N]) if learnable else AHEAD
+    label_N2 = second_N2 + lead * step_N2
     centre = metres_N22[known_N].mean(axis=(0, 1))
     spread = np.maximum(metres_N22[known_N].std(axis=(0, 1)), 0.1)  # a car that never moves must not divide by zero
     speed = max(float(np.sqrt((step_N2[known_N] ** 2).sum(axis=1).mean())), 0.01)
 
-    middle = np.angle(np.exp(1j * _bearing(label_N2[known_N])).mean())
+    middle = _middle(_bearing(label_N2[known_N]))
     fit = _line(_wrapped(_bearing(label_N2[known_N]) - middle), beam_N[known_N]) if learnable else CODEBOOK_LINE
 
     def direction(place: Floats) -> Floats:  # about -2..2 from the first beam to the last
@@ -77,12 +81,28 @@ def _local(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools) -> Flo
     return np.concatenate([*own, np.repeat(both[:, None], 2, axis=1)], axis=2)
 
 
+def _lead(place_N2: Floats, step_N2: Floats, beam_N: NDArray[np.int64]) -> float:
+    """For how many instants a position is to be carried on, so that its bearing tells the beam best."""
+    misses = []
+    for lead in LEADS:
+        bearing = _bearing(place_N2 + lead * step_N2)
+        relative = _wrapped(bearing - _middle(bearing))
+        powers_NK = np.vander(relative, 4)  # a cubic
+        factors_K, *_ = np.linalg.lstsq(powers_NK, beam_N)
+        misses.append(np.abs(powers_NK @ factors_K - beam_N).mean())
+    return float(LEADS[np.argmin(misses)])
+
+
 def _norm(metres: Floats) -> Floats:
     return np.maximum(np.linalg.norm(metres, axis=-1, keepdims=True), 0.1)  # the car does not stand in the station
 
 
 def _bearing(metres: Floats) -> Floats:
     return np.asarray(np.arctan2(metres[..., 0], metres[..., 1]))
+
+
+def _middle(angle_N: Floats) -> float:
+    return float(np.angle(np.exp(1j * angle_N).mean()))
 
 
 def _wrapped(angle: Floats) -> Floats:
