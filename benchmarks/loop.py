@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainables.contract import Trial
-from trainables.loop import Pairs, Task, fit
+from trainables.loop import Task, fit
 from trainables.optim import Optim
 from trainables.samples import Batch, Ranks, Samples
+from trainables.step import Pairs
 
 CPU = torch.device("cpu")
 CLASSES = 10

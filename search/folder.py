@@ -35,6 +35,17 @@ class TrialFolder:
     def write_error(self, trace: str) -> None:
         replace_text(self.path / "error.txt", trace)
 
+    def write_divergence(self, found: Mapping[str, Any]) -> None:
+        replace_text(self.path / "divergence.json", json.dumps(found, indent=2, default=str) + "\n")
+
+    def read_divergence(self) -> dict[str, Any] | None:
+        """The post-mortem of a trial that diverged; None for any other."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / "divergence.json").read_text())
+        except FileNotFoundError:
+            return None
+        return found
+
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "metrics.jsonl", "ab+") as file:

@@ -48,6 +48,7 @@ class GroupSpec:
     workers: int
     cpus_per_worker: int
     gpus_per_worker: float
+    memory_limit_mb: float | None
     scratch: str
 
 

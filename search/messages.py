@@ -6,7 +6,7 @@ A module of its own, and without PyTorch in it: the process that holds a mailbox
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -56,10 +56,11 @@ class Ended(Answer):
 
 @dataclass(frozen=True)
 class Blew(Answer):
-    """The trial diverged."""
+    """The trial diverged. details: what a post-mortem found, as JSON has it."""
 
     reason: str = ""
     step: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ class Runs(Protocol):
     def required(self) -> tuple[str, ...]: ...
     @property
     def cpus_per_worker(self) -> int: ...
+    @property
+    def memory_limit_mb(self) -> float | None: ...
 
 
 class RankLoop:
@@ -62,7 +64,7 @@ class RankLoop:
         try:
             return act()
         except Diverged as error:
-            return Blew(reason=str(error.reason), step=error.step)
+            return Blew(reason=str(error.reason), step=error.step, details=error.details)
         except UserError as error:
             return Broke(reason=str(error), final=True)
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -92,6 +94,7 @@ class RankLoop:
                 device=self._device,
                 resume=None if begin.resume is None else load_state(begin.resume),
                 cache=self._cache,
+                memory_limit_mb=self._spec.memory_limit_mb,
             )
         )
         if not isinstance(reports, Generator):

@@ -13,6 +13,7 @@ from search.sections import Limit, Objective
 from search.space import Space
 
 STATUSES = ("finished", "stopped", "diverged", "out_of_memory", "failed")
+RAN_TO_END = "ran to its end"  # the reason of a finished trial of which there is nothing more to say
 INTERRUPTED = "interrupted"  # not ended yet: `--resume` goes on with it
 
 

@@ -13,7 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from search.folder import TrialFolder
-from search.record import Record
+from search.health import remarks
+from search.record import RAN_TO_END, Record
 from search.study import Ledger
 from search.trial import EPOCH, METRICS, REASON, STATUS
 
@@ -76,13 +77,17 @@ class Recorder(tune.Callback):
     def _scheduler_verdict(self, key: str) -> tuple[str, str]:
         space, opened = self._ledger.space, self._ledger.open[key]
         if space.epochs is not None and opened.epochs >= space.epochs:
-            return "finished", "ran to its end"
+            return "finished", RAN_TO_END
         metric = space.objectives[0].metric
         value = opened.metrics.get(metric)
         measured = f"{metric} = {value:.4g}" if value is not None else "nothing measured"
         return "stopped", f"{space.scheduler.name} stopped it after epoch {opened.epochs} with {measured}"
 
     def _end(self, key: str, status: str, reason: str) -> None:
+        if status in ("finished", "stopped"):
+            rows = TrialFolder(self._results, self._ledger.open[key].number).read_metrics()
+            objective = self._ledger.space.objectives[0]
+            reason = "; ".join([reason, *remarks([row["metrics"] for row in rows], objective)])
         record = self._ledger.end(key, status, reason)
         writer = self._writers.pop(key, None)
         if writer is not None:

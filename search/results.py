@@ -13,7 +13,7 @@ from typing import Any
 from search import yaml_file
 from search.decode import did_you_mean
 from search.folder import BEST, REPORT, SPACE, STUDY, TRIALS_CSV, TrialFolder, replace_text
-from search.record import INTERRUPTED, STATUSES, Record, best_of
+from search.record import INTERRUPTED, RAN_TO_END, STATUSES, Record, best_of
 from search.space import Space
 from search.space_file import read_space
 from search.study import open_study, records
@@ -107,7 +107,7 @@ def trial_line(record: Record, space: Space) -> str:
     values = " ".join(f"{name.rpartition('.')[2]}={_short(value)}" for name, value in record.values.items())
     name = f" [{record.name}]" if record.name else ""
     head = f"trial {record.number:>3}  {record.status:<13} {scores}  {record.epochs} epochs  {record.seconds:.1f} s"
-    ending = "" if record.status == "finished" else f"\n           {record.reason}"
+    ending = "" if (record.status, record.reason) == ("finished", RAN_TO_END) else f"\n           {record.reason}"
     return f"{head}  {values}{name}{ending}"
 
 
@@ -128,6 +128,10 @@ def why(results: Path, number: str) -> str:
         value = record.metrics.get(name)
         if value is not None and limit.excess(value) > 0:
             lines.append(f"constraint broken: {name} = {_short(value)}, limit {limit.model_dump(exclude_none=True)}")
+    post_mortem = TrialFolder(results, record.number).read_divergence() if record.status == "diverged" else None
+    if post_mortem is not None:
+        told = [f"  {name}: {_listed(value)}" for name, value in post_mortem.items() if name != "reason"]
+        lines += ["post-mortem:", *told]
     lines += [f"  {name} = {_short(value)}" for name, value in record.values.items()]
     metric = space.objectives[0].metric
     history = TrialFolder(results, record.number).read_metrics()
@@ -177,6 +181,16 @@ th, td {{ text-align: left; padding: .25em .7em; border-bottom: 1px solid #ddd; 
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _listed(value: Any) -> str:
+    """A value of a post-mortem; of a long list, its end."""
+    if isinstance(value, list):
+        head = "... " if len(value) > 8 else ""
+        return head + ", ".join(_short(item) for item in value[-8:])
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(item)}" for name, item in value.items() if item is not None)
+    return _short(value)
 
 
 def _shorten(cell: str) -> str:

@@ -78,6 +78,7 @@ class Resources(_Section):
     workers: int = Field(1, ge=1)
     gpus_per_worker: float | None = Field(None, ge=0)  # None: 1 where there are GPUs, else 0
     cpus_per_worker: int = Field(1, ge=1)
+    memory_limit_mb: float | None = Field(None, gt=0)  # of a rank's training step; None: what its GPU has
 
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -17,6 +17,7 @@ from ray import tune
 from search.folder import TrialFolder, last_checkpoint
 from search.group import Group, GroupDied, GroupSpec
 from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, RanOut, Reported
+from search.record import RAN_TO_END
 from search.space import Space
 
 # Keys of a result. OBJECTIVE is what schedulers compare, so that no name of a metric can clash with one of Tune's.
@@ -117,6 +118,9 @@ class Slot(tune.Trainable):
     def _end(self, answer: Answer) -> dict[str, Any]:
         self._begun = False
         status, reason = verdict(answer)
+        if isinstance(answer, Blew):
+            found = {"reason": answer.reason, "step": answer.step, "epochs": self._epoch, **answer.details}
+            self._folder.write_divergence(found)
         if status == "finished" and self._epoch == 0:
             status, reason = "failed", "ended without a report; a trainable yields one after every epoch"
         return {"done": True, EPOCH: self._epoch, STATUS: status, REASON: reason}
@@ -130,7 +134,7 @@ class Slot(tune.Trainable):
 def verdict(answer: Answer) -> tuple[str, str]:
     """Status and reason of a trial whose group gave its last answer."""
     if isinstance(answer, Ended):
-        return "finished", "ran to its end"
+        return "finished", RAN_TO_END
     if isinstance(answer, Blew):
         return "diverged", answer.reason + ("" if answer.step is None else f" at step {answer.step}")
     if isinstance(answer, RanOut):

@@ -27,10 +27,11 @@ from toy_task import (
 )
 
 from trainables.contract import State, Trial, UserError
-from trainables.loop import Pairs, fit
+from trainables.loop import fit
 from trainables.optim import Optim
 from trainables.resume import seed_everything
 from trainables.samples import Batch, Ranks
+from trainables.step import Pairs
 
 EVERYTHING = Config(
     Optim(lr=0.02, batch_size=8, micro_batch=3, clip_norm=0.5, schedule="cosine", warmup_epochs=1.5, ema=0.9),
@@ -165,7 +166,8 @@ def test_a_loss_that_is_not_finite_ends_the_trial_before_the_update(step: int, p
     config = Config(Optim(lr=0.01, batch_size=8, micro_batch=5, precision=precision))
     done = run(replace(config, nan_loss_of=int(order(config)[step][0])))
     assert done.diverged is not None
-    assert str(done.diverged) == f"loss_square is not finite at lr 0.01 (step {step})"
+    assert done.diverged.reason.startswith("loss_square is not finite at lr 0.01; ")
+    assert done.diverged.step == step
     assert torch.equal(done.weights[-1], done.weights[2 * step])  # two micro-batches, so two calls, a step
     assert not done.metrics
 
@@ -175,7 +177,8 @@ def test_a_gradient_that_is_not_finite_ends_the_trial_before_the_update(step: in
     config = Config(Optim(lr=0.01, batch_size=8))
     done = run(replace(config, nan_gradient_of=int(order(config)[step][0])))
     assert done.diverged is not None
-    assert str(done.diverged) == f"the gradient norm is not finite at lr 0.01 (step {step})"
+    assert done.diverged.reason.startswith("the gradient norm is not finite at lr 0.01; ")
+    assert done.diverged.step == step
     assert torch.equal(done.weights[-1], done.weights[step])
 
 

@@ -72,6 +72,7 @@ def test_two_ranks_train_as_one(name: str, both: list[dict[str, Run]]) -> None:
     loose = 20 if name == "fp16" else 1
     torch.testing.assert_close(rank0.weights[-1], alone.weights[-1], rtol=0, atol=1e-5 * loose)
     for mine, theirs in zip(rank0.metrics, alone.metrics, strict=True):
+        theirs["micro_batch"] = mine["micro_batch"]
         assert mine == pytest.approx(theirs, rel=1e-4 * loose)
 
 
@@ -80,7 +81,12 @@ def test_both_ranks_raise_for_the_same_step_when_one_of_them_diverges(name: str,
     what = "the gradient norm is" if name == "gradient" else "loss_square is"
     for ranks in both:
         done = ranks[name]
-        assert str(done.diverged) == f"{what} not finite at lr 0.01 (step 1)"
+        assert done.diverged is not None
+        assert done.diverged.reason.startswith(f"{what} not finite at lr 0.01; ")
+        assert done.diverged.step == 1
+        assert done.diverged.details["rank"] == 1, "the sample that does it lies there"
+        assert len(done.diverged.details["batch"]) == 4
+        assert BAD_LOSS.nan_loss_of in done.diverged.details["batch"]
         assert torch.equal(done.weights[-1], done.weights[1])
 
 

@@ -143,6 +143,7 @@ class Spec:
     paths: tuple[str, ...]
     required: tuple[str, ...] = ("loss",)
     cpus_per_worker: int = 1
+    memory_limit_mb: float | None = None
 
 
 def rank_of(folder: Path, function: str, rank: int = 0, family: str = FAMILY, **more: Any) -> RankLoop:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from trainables.contract import Diverged, State, Trial
-from trainables.loop import Pairs, Task, fit
+from trainables.loop import Task, fit
 from trainables.optim import Optim
 from trainables.resume import seed_from
 from trainables.samples import Batch, Ranks, Samples, epoch_shares
+from trainables.step import Pairs
 
 CPU = torch.device("cpu")
 SEED = 3
@@ -148,7 +149,9 @@ def run(config: Config, task: Task = TOY, resume: State | None = None, rank: int
 
 def order(config: Config, epoch: int = 0) -> list[Tensor]:
     """The samples of each batch of an epoch."""
-    shares = epoch_shares(config.samples, config.optim, Ranks(), seed_from(SEED, "order", epoch))
+    shares = epoch_shares(
+        config.samples, config.optim.batch_size, config.optim.micro_batch, Ranks(), seed_from(SEED, "order", epoch)
+    )
     return [torch.cat(share.micros) for share in shares]
 
 

@@ -34,13 +34,15 @@ class UserError(ValueError):
 class Diverged(RuntimeError):
     """Training blew up: a loss, a gradient or the objective is no longer finite.
 
-    `step` is the optimizer step (counted from the start of the trial) that could not be taken; None where unknown.
+    step: the optimizer step (counted from the start of the trial) that could not be taken; None where unknown.
+    details: whatever else tells how it came about, as JSON has it; kept in the trial's folder as divergence.json.
     """
 
-    def __init__(self, reason: str, step: int | None = None) -> None:
-        super().__init__(reason, step)
+    def __init__(self, reason: str, step: int | None = None, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(reason, step, details)
         self.reason = reason
         self.step = step
+        self.details = details or {}
 
     def __str__(self) -> str:
         return self.reason if self.step is None else f"{self.reason} (step {self.step})"
@@ -81,6 +83,7 @@ class Trial:
     resume: the state of the last checkpoint, or None for a fresh start.
     cache: lives as long as the process, from one trial to the next: data sets, compiled kernels, pre-trained encoders.
         What is kept must not depend on the searched parameters, or be keyed by them.
+    memory_limit_mb: what a training step may take on this rank, in MiB; None: what the device has.
     """
 
     config: Any
@@ -90,3 +93,4 @@ class Trial:
     device: torch.device = field(default_factory=default_device)
     resume: State | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
+    memory_limit_mb: float | None = None

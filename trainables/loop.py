@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +20,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from trainables.contract import Diverged, Report, Trial, UserError
-from trainables.optim import Ema, Optim, adamw, clip_divisor, fused_step, lr_factor, set_lr
+from trainables.guard import Guard, Replay, Step, generators
+from trainables.memory import MIB, Memory, fitting_micro_batch, shape_key
+from trainables.optim import Ema, adamw, clip_divisor, fused_step, lr_factor, set_lr
 from trainables.resume import restore, seed_everything, seed_from, state_of
 from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, on_device, ranks_of, share_of
-
-# By name: a sum over the samples of a batch, a scalar, and over how many it was taken.
-Pairs = Mapping[str, tuple[Tensor, Tensor | int]]
-Cast = contextlib.AbstractContextManager[None]
+from trainables.step import Loss, Pairs, autocast, backward, everyones_count, over_ranks
 
 
 @dataclass(frozen=True)
@@ -73,176 +70,85 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     model = task.model(config).to(device)
     train, val = (samples_of(task, config, split, ranks) for split in ("train", "val"))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    plain = Loss(task.loss, model, config).to(device)
+    micro_batch = micro_batch_that_fits(plain, train, trial, ranks)
     optimizer = adamw(trained, task.lr_scale, optim)
     scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
     ema = Ema(trained, optim.ema)
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": ema}
+    guard = Guard(optim, Replay(plain, train, scaler, optim, device), ranks)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": ema, "guard": guard}
     start = restore(parts, trial.resume)
-    loss = over_ranks(Loss(task.loss, model, config), ranks, device)
+    loss = over_ranks(plain, ranks, device)
 
-    diverged = torch.zeros((), dtype=torch.bool, device=device)
     for epoch in range(start, config.epochs):
         seed_everything(trial.seed, epoch, ranks.rank)
         began_s = time.perf_counter()
-        shares = epoch_shares(len(train), optim, ranks, seed_from(trial.seed, "order", epoch))
+        shares = epoch_shares(len(train), optim.batch_size, micro_batch, ranks, seed_from(trial.seed, "order", epoch))
         batches = on_device(train, [micro for share in shares for micro in share.micros], device)
-        taken, verdict = list[Taken](), None
+        taken = list[Taken]()
         for index, share in enumerate(shares):
+            drawn = generators(device)
             lr = optim.lr * lr_factor(optim, epoch + (index + 0.5) / len(shares), config.epochs)
             set_lr(optimizer, lr)
-            optimizer.zero_grad(set_to_none=True)
+            plain.zero_grad(set_to_none=True)
             summed = backward(loss, batches, share, scaler, autocast(device, optim))
-            count = everyones_count(summed, share, ranks, always_ask=scaler.is_enabled())
+            count = everyones_count(summed, share, ranks)
 
             # The gradients are those of the sum, over the ranks (by DDP) and over the batch's size (by `backward`).
-            divisor = count / (ranks.size * share.effective)
+            divisor, scale = count / (ranks.size * share.effective), scaler.scale(torch.ones_like(count))
             scaler.unscale_(optimizer)
             norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None]) / divisor
-            overflow = ~norm.isfinite()
-            # fp16: a smaller loss scale may mend a gradient that overflows, but not a loss, whose count is NaN.
-            mendable = scaler.scale(count) > count
-            diverged = diverged | (overflow & ~mendable)
-            fused_step(optimizer, divisor * clip_divisor(norm, optim.clip_norm), skip=overflow | diverged)
+            skip, overflow = guard.judge(plain.everyones() / (scale * divisor), norm, scale)
+            if index == len(shares) - 1:
+                before = [parameter.detach().clone() for parameter in trained.values()]
+            fused_step(optimizer, divisor * clip_divisor(norm, optim.clip_norm), skip)
             scaler.update()
             ema.update()
 
             taken.append(Taken(summed.sums_T, count, norm, overflow))
-            # Looked at one step late, so that the host never waits for the step it has just queued. No harm is done
-            # meanwhile: once `diverged` is true, every further step is skipped on the device.
-            raise_if_diverged(verdict, ranks)
-            verdict = Verdict.of(diverged, epoch * len(shares) + index, lr, summed)
-        raise_if_diverged(verdict, ranks)
+            guard.check()  # the step before this one
+            guard.follow(Step(epoch * len(shares) + index, epoch, lr, share, drawn, summed, count))
+        guard.check()
         if not get_total_norm(trained.values()).isfinite():
             raise Diverged(f"the weights are not finite after an update at lr {lr:.3g}", (epoch + 1) * len(shares))
         epoch_s = time.perf_counter() - began_s
 
         speed = {"lr": lr, "samples_per_s": sum(share.effective for share in shares) / epoch_s}
-        metrics = train_means(summed.terms, taken, ranks) | speed
+        speed["micro_batch"] = micro_batch
+        metrics = train_means(summed.terms, taken, ranks) | speed | {"update_ratio": update_ratio(before, trained)}
         broadcast_buffers(model, ranks)
         with evaluating(model, ema):
-            scores = evaluate(task, model, val, trial, ranks)
+            scores = evaluate(task, model, val, trial, ranks, micro_batch)
         if clash := metrics.keys() & scores.keys():
             raise ValueError(f"a score must not take the name of a training metric: {', '.join(sorted(clash))}")
         yield Report(metrics | scores, state=functools.partial(state_of, parts, epoch))
 
 
-class Loss(nn.Module):
-    """A family's loss as a module, so that DDP wraps the loss and the family gets its plain model."""
+def micro_batch_that_fits(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks) -> int:
+    """The most samples that a rank passes through the model at once: as many as memory allows, and as are wanted.
 
-    def __init__(self, loss: Callable[[nn.Module, Batch, Any], Pairs], model: nn.Module, config: Any) -> None:
-        super().__init__()
-        self.loss, self.model, self.config = loss, model, config
-
-    def forward(self, batch: Batch) -> Pairs:
-        return self.loss(self.model, batch, self.config)
-
-
-def over_ranks(loss: Loss, ranks: Ranks, device: torch.device) -> nn.Module:
-    if ranks.size == 1:
-        return loss
-    # Buffers are shared once an epoch, not in every step: see broadcast_buffers.
-    return DistributedDataParallel(
-        loss,
-        device_ids=[device] if device.type == "cuda" else None,
-        forward_sync_buffers=False,
-        gradient_as_bucket_view=True,
-    )
-
-
-@dataclass(frozen=True)
-class Summed:
-    """The loss terms of a batch, summed over this rank's samples, and their common count."""
-
-    terms: tuple[str, ...]
-    sums_T: Tensor
-    count: Tensor | int
-
-    def __add__(self, other: Summed) -> Summed:
-        return Summed(self.terms, self.sums_T + other.sums_T, self.count + other.count)
-
-
-def shared_count(pairs: Pairs) -> Tensor | int:
-    first, *others = (count for _, count in pairs.values())
-    # Tensors are compared by identity: to compare their values would make the host wait for the GPU.
-    if any(not (other is first or (isinstance(other, int) and other == first)) for other in others):
-        raise ValueError(f"the loss terms {', '.join(pairs)} must share one count: one int, or the very same tensor")
-    return first
-
-
-def backward(
-    loss: nn.Module, batches: Iterator[Batch], share: Share, scaler: torch.amp.GradScaler, cast: Cast
-) -> Summed:
-    """Leave in the parameters the gradient of the summed loss over the batch's size, and return the loss.
-
-    The size is a constant that keeps fp16 in range. Where a loss is not finite its gradient starts from NaN, so that
-    no rank's gradient stays finite, by way of the all-reduce.
+    Asked once for each shape of model and batch in the life of a process. Raises torch.OutOfMemoryError where not even
+    one sample fits.
     """
-    parts: list[Summed] = []
-    for last in [False] * (len(share.micros) - 1) + [True]:
-        with contextlib.ExitStack() as stack:
-            if isinstance(loss, DistributedDataParallel) and not last:
-                stack.enter_context(loss.no_sync())
-            with cast:
-                pairs = loss(next(batches))
-            sums = [term_sum.to(torch.promote_types(term_sum.dtype, torch.float32)) for term_sum, _ in pairs.values()]
-            total = functools.reduce(operator.add, sums)
-            total.backward(scaler.scale(0 * total.detach() + share.weight / share.effective))
-        sums_T = torch.stack([term_sum.detach() for term_sum in sums]) * share.weight
-        parts.append(Summed(tuple(pairs), sums_T, shared_count(pairs)))
-    return functools.reduce(operator.add, parts)
+    optim = trial.config.optim
+    share = -(-min(optim.batch_size, len(samples)) // ranks.size)
+    share = min(share, optim.micro_batch or share)
+    if trial.memory_limit_mb is None and trial.device.type != "cuda":
+        return share
+    trained_bytes = sum(parameter.nbytes for parameter in loss.parameters() if parameter.requires_grad)
+    # The optimizer's two, one for the update's size, DDP's buckets, the shadow.
+    copies = 3 + (ranks.size > 1) + (optim.ema is not None)
+    limit = None if trial.memory_limit_mb is None else int(trial.memory_limit_mb * MIB)
+    memory = Memory(trial.device, limit, copies * trained_bytes)
+    key = shape_key(loss, samples[torch.arange(1)], optim.precision, memory, ranks)
 
+    def step(size: int) -> None:
+        indices = torch.arange(size)
+        batches = on_device(samples, [indices], trial.device)
+        unscaled = torch.amp.GradScaler(trial.device.type, enabled=False)
+        backward(loss, batches, Share((indices,), size, 1.0), unscaled, autocast(trial.device, optim))
 
-def everyones_count(summed: Summed, share: Share, ranks: Ranks, always_ask: bool) -> Tensor:
-    """Return the count of the batch over all ranks; where the ranks ask each other, NaN if a loss is not finite.
-
-    A count by the sample is known without asking. fp16 asks always, to tell a loss that is not finite from a gradient
-    that overflowed.
-    """
-    if isinstance(summed.count, int) and not always_ask:
-        if summed.count % share.size:
-            raise ValueError(f"a loss counts {summed.count} for {share.size} samples: return such a count as a tensor")
-        return summed.sums_T.new_full((), summed.count // share.size * share.effective)
-    count = summed.count * share.weight * (1 + 0 * summed.sums_T.sum())
-    if ranks.size > 1:
-        dist.all_reduce(count)
-    return count.clamp(min=1e-30)  # where nothing counts, the gradient is zero and not 0 / 0
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether training had diverged by a step, on its way from the device to the host."""
-
-    step: int
-    lr: float
-    summed: Summed
-    diverged: Tensor  # on the host, once `ready`
-    ready: torch.cuda.Event | None
-
-    @staticmethod
-    def of(diverged: Tensor, step: int, lr: float, summed: Summed) -> Verdict:
-        on_host = diverged.to("cpu", non_blocking=True)
-        ready = torch.cuda.Event() if diverged.is_cuda else None
-        if ready is not None:
-            ready.record()
-        return Verdict(step, lr, summed, on_host, ready)
-
-
-def raise_if_diverged(verdict: Verdict | None, ranks: Ranks) -> None:
-    """Raise `Diverged`, with the same reason on every rank, if that is the verdict."""
-    if verdict is None:
-        return
-    if verdict.ready is not None:
-        verdict.ready.synchronize()
-    if not verdict.diverged:
-        return
-    ranks_wrong_T = (~verdict.summed.sums_T.isfinite()).float()
-    if ranks.size > 1:
-        dist.all_reduce(ranks_wrong_T)
-    wrong = [
-        f"loss_{term}" for term, several in zip(verdict.summed.terms, ranks_wrong_T.tolist(), strict=True) if several
-    ]
-    what = f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'}" if wrong else "the gradient norm is"
-    raise Diverged(f"{what} not finite at lr {verdict.lr:.3g}", verdict.step)
+    return fitting_micro_batch(loss, step, share, memory, ranks, trial.cache.setdefault(("micro_batch", key), {}))
 
 
 class Taken(NamedTuple):
@@ -267,6 +173,12 @@ def train_means(terms: Sequence[str], taken: Sequence[Taken], ranks: Ranks) -> d
     return {"loss": float(means_T.sum()), **means, "grad_norm": float(norm_S[~overflow_S].double().mean())}
 
 
+def update_ratio(before: Sequence[Tensor], trained: Mapping[str, Tensor]) -> float:
+    """How far a step has moved the weights, relative to their size: about 1e-3 where training is healthy."""
+    moved = [now.detach() - then for now, then in zip(trained.values(), before, strict=True)]
+    return float(get_total_norm(moved) / get_total_norm(before).clamp(min=1e-30))
+
+
 def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
     """Give every rank the buffers of rank 0 (batch norm's statistics): all score, and resume, the same model."""
     if ranks.size > 1:
@@ -289,10 +201,15 @@ def evaluating(model: nn.Module, ema: Ema) -> Iterator[None]:
             module.training = True
 
 
-def evaluate(task: Task, model: nn.Module, samples: Samples, trial: Trial, ranks: Ranks) -> dict[str, float]:
-    """Return the scores over all samples of all ranks; one that nothing counts towards is left out."""
+def evaluate(
+    task: Task, model: nn.Module, samples: Samples, trial: Trial, ranks: Ranks, micro_batch: int | None = None
+) -> dict[str, float]:
+    """Return the scores over all samples of all ranks; one that nothing counts towards is left out.
+
+    micro_batch: samples that a rank passes through the model at once; None: its share of an effective batch.
+    """
     optim, device = trial.config.optim, trial.device
-    micro_batch = optim.micro_batch or -(-optim.batch_size // ranks.size)
+    micro_batch = micro_batch or optim.micro_batch or -(-optim.batch_size // ranks.size)
     share = share_of(torch.arange(len(samples)), ranks, micro_batch)
     totals: dict[str, Tensor] = {}
     for batch in on_device(samples, share.micros, device):
@@ -307,12 +224,6 @@ def evaluate(task: Task, model: nn.Module, samples: Samples, trial: Trial, ranks
     if ranks.size > 1:
         dist.all_reduce(table_N2)
     return {name: total / count for name, (total, count) in zip(totals, table_N2.tolist(), strict=True) if count}
-
-
-def autocast(device: torch.device, optim: Optim) -> Cast:
-    if optim.precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.float16 if optim.precision == "fp16" else torch.bfloat16)
 
 
 def samples_of(task: Task, config: Any, split: str, ranks: Ranks) -> Samples:

@@ -45,6 +45,18 @@ class Restarts:
 
 
 @dataclass(frozen=True)
+class Spike:
+    """When a finite loss ends its trial all the same: above `factor` times its running median for `patience` steps."""
+
+    factor: float = 10.0
+    patience: int = 5
+
+    def __post_init__(self) -> None:
+        require(1 < self.factor < math.inf, "optim.spike.factor", self.factor, "be a number above 1")
+        require(1 <= self.patience <= 20, "optim.spike.patience", self.patience, "lie in 1..20")
+
+
+@dataclass(frozen=True)
 class Optim:
     """How a trial is optimised: AdamW, with what the searches of every family have in common.
 
@@ -55,6 +67,7 @@ class Optim:
     schedule: "constant"; "cosine" to zero at the last epoch; "notes", the lab notes' cosine with `restarts`, one rate
         for a whole epoch. All of them start with a warm-up: linear, or half a cosine in "notes".
     ema: decay per step of a shadow of the parameters. Scores are then those of the shadow; a checkpoint holds both.
+    spike: ends a trial as diverged while its loss is still finite; None: only what is not finite does.
     """
 
     lr: float = 1.0e-4
@@ -67,6 +80,7 @@ class Optim:
     restarts: Restarts = field(default_factory=Restarts)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema: float | None = None
+    spike: Spike | None = None
 
     def __post_init__(self) -> None:
         positive = "be a positive number"

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainables.contract import Trial, UserError
-from trainables.optim import Optim
 
 Batch = dict[str, Tensor]
 
@@ -68,12 +67,12 @@ def share_of(batch: Tensor, ranks: Ranks, micro_batch: int | None) -> Share:
     return Share(mine.split(micro_batch or len(mine)), len(batch), weight)
 
 
-def epoch_shares(samples: int, optim: Optim, ranks: Ranks, seed: int) -> list[Share]:
+def epoch_shares(samples: int, batch_size: int, micro_batch: int | None, ranks: Ranks, seed: int) -> list[Share]:
     """Return this rank's shares of an epoch's batches; a ragged last batch is dropped unless it is the only one."""
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    batches = order.split(optim.batch_size)
-    whole = [batch for batch in batches if len(batch) == optim.batch_size] or batches
-    return [share_of(batch, ranks, optim.micro_batch) for batch in whole]
+    batches = order.split(batch_size)
+    whole = [batch for batch in batches if len(batch) == batch_size] or batches
+    return [share_of(batch, ranks, micro_batch) for batch in whole]
 
 
 def on_device(samples: Samples, micros: Sequence[Tensor], device: torch.device) -> Iterator[Batch]:

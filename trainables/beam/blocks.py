@@ -20,6 +20,7 @@ class Fusion(nn.Module):
 
     def __init__(self, tokens: int, width: int, model: Model) -> None:
         super().__init__()
+        self.residual = model.residual
         # The published table starts from zeros. Tokens that differ in their place from the start learn much faster.
         spread = 0.0 if model.mamba_init == "legacy" else POSITION_SPREAD
         self.position_TC = nn.Parameter(spread * torch.randn(tokens, width))

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from trainables.beam.config import BeamLoss, Data, Modality, Model
 from trainables.beam.data import gps_width, samples, soft_targets
+from trainables.beam.health import dba_of_guessing, fusion_signs
 from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss
 from trainables.beam.network import FusionNetwork
 from trainables.beam.prepare import prepare_data
 from trainables.contract import Report, Trial, UserError
-from trainables.loop import Pairs, Task, fit
+from trainables.loop import Task, fit
 from trainables.optim import Optim
 from trainables.samples import Batch
+from trainables.step import Pairs
 
 REPORTED = ("dba", "top1", "top3")
 
@@ -81,11 +83,14 @@ def draw_missing(
 
 
 def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[str] = ()) -> Pairs:
-    """DBA and top-k accuracy, overall and the DBA of each scenario, and without the sensors of `score_without`."""
+    """DBA and top-k accuracy, the DBA of each scenario and without `score_without`, and the fusion stages' health."""
     assert isinstance(model, FusionNetwork)
     maps = model.first_maps(batch)
-    full = beam_scores(model.fuse(maps, batch.get("gps")), batch["beam"])
-    pairs = {name: total(full[name]) for name in REPORTED} | by_scenario(full["dba"], batch["scenario"], scenarios)
+    with fusion_signs(model) as signs:
+        full = beam_scores(model.fuse(maps, batch.get("gps")), batch["beam"])
+    pairs: dict[str, tuple[Tensor, Tensor | int]] = {name: total(full[name]) for name in REPORTED}
+    pairs |= signs
+    pairs |= by_scenario(full["dba"], batch["scenario"], scenarios)
     if config.score_without:
         less = model.withhold(maps, batch, everywhere(config.score_without, batch["beam"]))
         pairs["dba_missing"] = total(beam_scores(model.fuse(less, batch.get("gps")), batch["beam"])["dba"])
@@ -124,4 +129,6 @@ def prepare(config: Config) -> None:
 
 
 def train(trial: Trial) -> Iterator[Report]:
-    yield from fit(task_for(trial.config), trial)
+    guessing = dba_of_guessing(trial.config)
+    for report in fit(task_for(trial.config), trial):
+        yield replace(report, metrics={**report.metrics, "dba_chance": guessing})

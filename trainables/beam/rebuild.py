@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from trainables.beam import fusion
 from trainables.beam.config import Data, Modality, Model, Pretrain, Rebuild, RebuildLoss
 from trainables.beam.data import samples
-from trainables.beam.metrics import beam_scores
+from trainables.beam.health import dba_of_guessing, fusion_signs
+from trainables.beam.metrics import beam_scores, contrast_chance
 from trainables.beam.network import FusionNetwork, Maps
 from trainables.beam.pretrained import Weights, load_weights, trained_once
 from trainables.beam.reconstruct import FeatureTrans, ProjectHead, contrast_loss, distance_loss, trans_loss
 from trainables.contract import Report, Trial, UserError
-from trainables.loop import Pairs, Task, evaluate, fit
+from trainables.loop import Task, evaluate, fit
 from trainables.optim import Optim
 from trainables.samples import Batch, ranks_of
+from trainables.step import Pairs
 
 NO_LOSS = 0.01  # a missing sensor that costs less DBA than this leaves nothing to recover
 
@@ -154,9 +156,10 @@ def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
         "rebuilt": insert(maps, rebuilt, torch.ones_like(beam_B, dtype=torch.bool)),
         "unrebuilt": model.fusion.withhold(maps, batch, fusion.everywhere(model.target, beam_B)),
     }
-    scores = {f"dba_{name}": beam_scores(model.fusion.fuse(x, gps), beam_B)["dba"] for name, x in variants.items()}
+    with fusion_signs(model.fusion) as signs:  # of the last variant
+        scores = {f"dba_{name}": beam_scores(model.fusion.fuse(x, gps), beam_B)["dba"] for name, x in variants.items()}
     scores["trans"] = mean(trans_loss(rebuilt[s], maps[s].flatten(2), model.history) for s in model.target)
-    return {name: fusion.total(values_B) for name, values_B in scores.items()}
+    return {**{name: fusion.total(values_B) for name, values_B in scores.items()}, **signs}
 
 
 def missing_before(config: Config, weights: Weights, trial: Trial) -> float:
@@ -201,8 +204,10 @@ def train(trial: Trial) -> Iterator[Report]:
     config: Config = trial.config
     given = config.rebuild.pretrained
     weights = load_weights(Path(given)) if given else trained_once(config.fusion, config.pretrain.seed, trial)
-    missing = missing_before(config, weights, trial)
+    missing, guessing = missing_before(config, weights, trial), dba_of_guessing(config)
     for report in fit(task_for(config, weights), trial):
         full, rebuilt = report.metrics["dba_full"], report.metrics["dba_rebuilt"]
-        more = {"dba_missing": missing, **recovered(full, missing, rebuilt)}
+        more = {"dba_missing": missing, **recovered(full, missing, rebuilt), "dba_rebuilt_chance": guessing}
+        alone = contrast_chance(int(report.metrics["micro_batch"]))
+        more["loss_contrast_chance"] = config.loss.alpha_contrast * alone
         yield replace(report, metrics={**report.metrics, **more})

@@ -1,0 +1,51 @@
+"""What the course of a trial's metrics says of it, beyond how it ended.
+
+A trainable may report, beside a metric, the value that the metric has when nothing is learnt, as `<metric>_chance`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from search.sections import Objective
+
+CHANCE = "_chance"
+PATIENCE = 3  # epochs before a trial is said to learn nothing
+NEAR = 0.2  # an objective this close to chance, relative to it, is at chance
+AT = 0.02  # so is another metric this close to its own
+
+Metrics = Mapping[str, float | None]
+
+
+def remarks(epochs: Sequence[Metrics], objective: Objective) -> list[str]:
+    """Sentences on a trial, from its metrics after each epoch; none where there is nothing to say."""
+    if len(epochs) < PATIENCE:
+        return []
+    last, said = epochs[-1], []
+    if stuck := _stuck(epochs, objective):
+        said.append(stuck + _fall([row.get("loss") for row in epochs]))
+    for name, value in last.items():
+        chance = last.get(name + CHANCE)
+        if name != objective.metric and value is not None and chance and abs(value - chance) <= AT * abs(chance):
+            said.append(f"{name} is at its chance level of {chance:.4g}")
+    return said
+
+
+def _stuck(epochs: Sequence[Metrics], objective: Objective) -> str:
+    values = [value for row in epochs if (value := row.get(objective.metric)) is not None]
+    chance = epochs[-1].get(objective.metric + CHANCE)
+    if not values or chance is None:
+        return ""
+    better = max if objective.mode == "max" else min
+    best = better(values)
+    gained = best - chance if objective.mode == "max" else chance - best
+    if gained > NEAR * abs(chance):
+        return ""
+    return f"{objective.metric} stayed at chance, {best:.4g} at best where guessing gives {chance:.4g}"
+
+
+def _fall(losses: Sequence[float | None]) -> str:
+    known = [loss for loss in losses if loss is not None]
+    if len(known) < 2 or known[-1] >= known[0]:
+        return ""
+    return f", while the loss fell from {known[0]:.4g} to {known[-1]:.4g}"

@@ -1,0 +1,126 @@
+"""The guard of the loop: what its post-mortem holds, the spike rule, and fp16's overflows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_task import TOY, Config, Run, SpoilGradient, assert_same, order, run, toy_loss, toy_model
+
+from trainables.guard import SETTLED
+from trainables.optim import Optim, Spike
+from trainables.samples import Batch
+from trainables.step import Pairs
+
+BATCH = Config(Optim(lr=0.01, batch_size=8), epochs=3)
+
+
+class Poisoned(nn.Module):
+    """The layer `inner`, with NaN for the sample `index` in what it gives or in the gradient it passes on."""
+
+    def __init__(self, inner: nn.Module, where: str) -> None:
+        super().__init__()
+        self.inner, self.where, self.bad_B = inner, where, torch.zeros(0, dtype=torch.bool)
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        if self.where == "forward":
+            return self.inner(x_BC).masked_fill(self.bad_B[:, None], torch.nan)
+        return self.inner(SpoilGradient.apply(x_BC, self.bad_B[:, None]))
+
+
+def poisoned(layer: int, where: str, index: int) -> Any:
+    """The toy task with a poisoned layer."""
+
+    def model(config: Config) -> nn.Module:
+        network = toy_model(config)
+        network[layer] = Poisoned(network[layer], where)  # type: ignore[index, operator]
+        return network
+
+    def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+        network[layer].bad_B = batch["index"] == index  # type: ignore[index]
+        return toy_loss(network, batch, config)
+
+    return replace(TOY, model=model, loss=loss)
+
+
+def diverged(done: Run) -> dict[str, Any]:
+    assert done.diverged is not None
+    json.loads(json.dumps(done.diverged.details, allow_nan=False))
+    return dict(done.diverged.details)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("layer", [0, 3, 5])
+def test_a_module_whose_output_is_nan_is_named(layer: int, precision: Any) -> None:
+    config = replace(BATCH, optim=replace(BATCH.optim, precision=precision, micro_batch=3), dropout=0.3)
+    done = run(config, poisoned(layer, "forward", int(order(config)[2][4])))
+    details = diverged(done)
+    assert done.diverged is not None
+    assert (done.diverged.step, details["epoch"]) == (2, 0)
+    assert details["found"]["module"] == str(layer)
+    assert f"{layer}" in done.diverged.reason
+    assert details["terms"]["square"] == "nan"
+    assert len(details["losses"]) == len(details["grad_norms"]) == 3
+    assert all(isinstance(value, float) for value in details["losses"][:-1])
+    assert sorted(details["batch"]) == sorted(order(config)[2].tolist())
+
+
+@pytest.mark.parametrize("layer", [3, 5])  # the first layer passes no gradient on
+def test_a_module_whose_gradient_is_nan_is_named(layer: int) -> None:
+    details = diverged(run(BATCH, poisoned(layer, "backward", int(order(BATCH)[1][0]))))
+    assert details["found"]["module"] is None
+    assert details["found"]["gradient_module"] == str(layer)
+    assert details["terms"]["square"] > 0
+    assert details["grad_norms"][-1] == "nan"
+
+
+def loud_from(step: int, times: float) -> Any:
+    """The toy task whose loss is `times` as large from the training step `step` on."""
+    steps = iter(range(10**6))
+
+    def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+        loud = times if next(steps) >= step else 1.0
+        return {name: (total * loud, count) for name, (total, count) in toy_loss(network, batch, config).items()}
+
+    return replace(TOY, loss=loss)
+
+
+@pytest.mark.parametrize(("times", "ends"), [(30.0, True), (3.0, False)])
+def test_a_spike_ends_a_trial_only_where_the_rule_is_on(times: float, ends: bool) -> None:
+    optim = Optim(lr=1e-4, batch_size=8, spike=Spike(factor=8.0, patience=2))
+    config = Config(optim, epochs=8)
+    done = run(config, loud_from(15, times))
+    assert (done.diverged is not None) == ends
+    if done.diverged is not None:
+        assert done.diverged.step == 16, "the second step in a row"
+        assert "above 8 times its running median for 2 steps" in done.diverged.reason
+        assert torch.equal(done.weights[-1], done.weights[16]), "not even this step was taken"
+    assert run(replace(config, optim=replace(optim, spike=None)), loud_from(15, times)).diverged is None
+
+
+def test_the_spike_rule_waits_for_a_median_that_means_something() -> None:
+    config = Config(Optim(lr=1e-4, batch_size=8, spike=Spike(factor=2.0, patience=1)), epochs=3)
+    assert run(config, loud_from(SETTLED - 2, 100.0)).diverged is None
+
+
+def test_a_resumed_trial_is_judged_as_if_it_had_not_stopped() -> None:
+    config = Config(Optim(lr=1e-4, batch_size=8, spike=Spike(factor=8.0, patience=4)), epochs=8)
+    whole = run(config, loud_from(16, 30.0))  # two steps before an epoch ends
+    resumed = run(config, loud_from(0, 30.0), resume=whole.states[5])
+    assert whole.diverged is not None
+    assert resumed.diverged is not None
+    assert (whole.diverged.step, whole.diverged.reason) == (resumed.diverged.step, resumed.diverged.reason)
+    assert_same(whole.states[5], run(config, loud_from(16, 30.0)).states[5])
+
+
+def test_a_loss_scale_that_keeps_collapsing_is_a_divergence() -> None:
+    config = Config(Optim(lr=0.01, batch_size=8, precision="fp16"), epochs=20, loudness=1e9)
+    done = run(config)
+    details = diverged(done)
+    assert details["loss_scale"] <= 1.0
+    assert done.diverged is not None
+    assert (done.diverged.step or 0) > 3, "every step before halved the scale"

@@ -1,0 +1,41 @@
+"""What the course of a trial's metrics says of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from search.health import remarks
+from search.sections import Objective
+
+DBA = Objective(metric="dba", mode="max")
+ERROR = Objective(metric="error", mode="min")
+
+
+def course(metric: str, values: list[float], chance: float) -> list[dict[str, float | None]]:
+    return [{metric: value, f"{metric}_chance": chance, "loss": 4.0 - i} for i, value in enumerate(values)]
+
+
+def test_a_score_that_stays_at_chance_while_the_loss_falls_is_said_to() -> None:
+    (said,) = remarks(course("dba", [0.17, 0.19, 0.16], 0.168), DBA)
+    assert said == "dba stayed at chance, 0.19 at best where guessing gives 0.168, while the loss fell from 4 to 2"
+    (said,) = remarks(course("error", [0.98, 0.95, 1.2], 1.0), ERROR)
+    assert said.startswith("error stayed at chance, 0.95 at best where guessing gives 1, while")
+
+
+@pytest.mark.parametrize(
+    "epochs",
+    [
+        course("dba", [0.17, 0.3, 0.16], 0.168),  # it was better once
+        course("dba", [0.17, 0.17], 0.168),  # too early to say
+        [{"dba": 0.1, "loss": 1.0}] * 5,  # nobody knows what chance is
+        [{"dba": None, "dba_chance": 0.1}] * 5,
+    ],
+)
+def test_nothing_is_said_without_a_reason(epochs: list[dict[str, float | None]]) -> None:
+    assert remarks(epochs, DBA) == []
+
+
+def test_a_loss_term_at_its_chance_level_is_named() -> None:
+    epochs = [{"dba": 0.5, "loss_contrast": value, "loss_contrast_chance": 1.0986} for value in (8.8, 1.3, 1.1)]
+    assert remarks(epochs, DBA) == ["loss_contrast is at its chance level of 1.099"]
+    assert remarks([{**row, "loss_contrast": 0.9} for row in epochs], DBA) == []

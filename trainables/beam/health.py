@@ -1,0 +1,64 @@
+"""Signs that a network which trains, and whose loss falls, will still come to nothing.
+
+Shape suffixes: B batch, T tokens, C width, N samples, K the 64 beams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from trainables.beam.blocks import Fusion
+from trainables.beam.data import HasData, samples
+from trainables.beam.files import BEAMS
+from trainables.beam.metrics import DELTA_BEAMS, RANKS
+from trainables.beam.network import FusionNetwork
+
+
+@contextlib.contextmanager
+def fusion_signs(network: FusionNetwork) -> Iterator[dict[str, tuple[Tensor, Tensor | int]]]:
+    """Fills the dict, by each forward pass through the fusion stages 1 to 4 in this context, with sums and counts.
+
+    zeros_<stage>: the share of exact zeros in what the stage's blocks add to the tokens or, without a residual, put in
+        their place. The published initialiser leaves nothing else: such a stage gets no gradient either.
+    size_<stage>: the mean absolute value that leaves the blocks, before the LayerNorm hides it.
+    """
+    signs: dict[str, tuple[Tensor, Tensor | int]] = {}
+
+    def look(stage: int, residual: bool, blocks: nn.Module, given: tuple[Tensor, ...], out_BTC: Tensor) -> None:
+        added_BTC = out_BTC - given[0] if residual else out_BTC
+        count = out_BTC.shape[0] * out_BTC.shape[1] * out_BTC.shape[2]
+        signs[f"zeros_{stage}"] = (added_BTC == 0).sum(), count
+        signs[f"size_{stage}"] = out_BTC.abs().sum(dtype=torch.float32), count
+
+    hooks = []
+    try:
+        for stage, fusion in enumerate(network.fusions, start=1):
+            assert isinstance(fusion, Fusion)
+            hooks.append(fusion.blocks.register_forward_hook(functools.partial(look, stage, fusion.residual)))
+        yield signs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def dba_of_guessing(config: HasData) -> float:
+    """The DBA on the held-out windows of always the same three beams, those that suit the training windows best."""
+    train, val = (samples(config, split) for split in ("train", "val"))
+    seen_N = torch.from_numpy(train.beam_N[train.windows])
+    guesses: list[int] = []
+    for _ in range(RANKS):  # one after the other: a set of three would be 40 000 to try
+        dbas = [_dba([*guesses, beam], seen_N) if beam not in guesses else -1.0 for beam in range(BEAMS)]
+        guesses.append(max(range(BEAMS), key=dbas.__getitem__))
+    return _dba(guesses, torch.from_numpy(val.beam_N[val.windows]))
+
+
+def _dba(guesses: list[int], beam_N: Tensor) -> float:
+    """DBA of these guesses in this order; of the ranks not filled yet, as if the last guess were made again."""
+    off_N = torch.stack([(beam_N - guess).abs() for guess in guesses]).cummin(0).values
+    y_RN = (1 - off_N / DELTA_BEAMS).clamp(min=0)
+    return float(torch.cat([y_RN, y_RN[-1:].expand(RANKS - len(guesses), -1)]).mean())

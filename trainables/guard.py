@@ -1,0 +1,193 @@
+"""The guard of the training loop: ends a trial in the step in which its training blows up, and says why.
+
+Everything is decided on the device, from values that all ranks share after the gradients' all-reduce, before a weight
+is changed. The host learns of it one step late, so that it never waits for the step it has just queued; no harm is done
+meanwhile, because once `diverged` is true every further step is skipped on the device.
+
+Shape suffixes: S the newest steps, at most KEPT of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainables.contract import Diverged
+from trainables.optim import Optim
+from trainables.postmortem import Findings, examine
+from trainables.samples import Ranks, Samples, Share, on_device
+from trainables.step import Loss, Summed, autocast, backward
+
+KEPT = 50  # steps whose loss and gradient norm a post-mortem shows, and over which the running median is taken
+SETTLED = 10  # steps before the running median means anything
+
+
+@dataclass(frozen=True)
+class Step:
+    """What identifies a step, so that it can be run again. `number` counts from the start of the trial."""
+
+    number: int
+    epoch: int
+    lr: float
+    share: Share
+    generators: tuple[Tensor, ...]
+    summed: Summed
+    count: Tensor
+
+
+class Asked(NamedTuple):
+    """A step whose verdict is on its way to the host, with the losses and gradient norms up to it."""
+
+    step: Step
+    diverged: Tensor  # on the host, once `ready`
+    ready: torch.cuda.Event | None
+    losses: tuple[Tensor, ...]
+    norms: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Runs a step again on the weights as they are, on this rank alone."""
+
+    loss: Loss
+    samples: Samples
+    scaler: torch.amp.GradScaler
+    optim: Optim
+    device: torch.device
+
+    def findings(self, step: Step) -> Findings:
+        def again() -> Tensor:
+            set_generators(step.generators, self.device)
+            batches = on_device(self.samples, step.share.micros, self.device)
+            summed = backward(self.loss, batches, step.share, self.scaler, autocast(self.device, self.optim))
+            return summed.sums_T
+
+        try:
+            return examine(self.loss.model, again)
+        except torch.OutOfMemoryError:
+            return Findings("running the step again needed more memory than there is", None, None, None, False)
+
+
+class Guard:
+    """Watches every step. Its state is part of a checkpoint, so that a resumed trial is judged as if uninterrupted."""
+
+    def __init__(self, optim: Optim, replay: Replay, ranks: Ranks) -> None:
+        self._spike = optim.spike
+        self._replay = replay
+        self._ranks = ranks
+        self._diverged = torch.zeros((), dtype=torch.bool, device=replay.device)
+        self._streak = torch.zeros((), dtype=torch.int64, device=replay.device)  # steps above the median, in a row
+        self._losses: deque[Tensor] = deque(maxlen=KEPT)
+        self._norms: deque[Tensor] = deque(maxlen=KEPT)
+        self._asked: Asked | None = None
+
+    def judge(self, loss: Tensor, norm: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether a step must be skipped, and whether it is an overflow of fp16, which a smaller scale may mend.
+
+        loss, norm: of the whole batch, the same on every rank. scale: the loss scale, 1 where there is none.
+        """
+        bad = ~norm.isfinite()
+        overflow = bad & loss.isfinite() & (scale > 1)
+        self._diverged = self._diverged | (bad & ~overflow)
+        if self._spike is not None and len(self._losses) >= SETTLED:
+            median = torch.stack(tuple(self._losses)).nanmedian()
+            above = (median > 0) & (loss > self._spike.factor * median)
+            self._streak = (self._streak + 1) * above
+            self._diverged = self._diverged | (self._streak >= self._spike.patience)
+        self._losses.append(loss)
+        self._norms.append(norm)
+        return self._diverged | bad, overflow
+
+    def follow(self, step: Step) -> None:
+        """Let the verdict on `step` travel to the host; `check` looks at it."""
+        on_host = self._diverged.to("cpu", non_blocking=True)
+        ready = torch.cuda.Event() if self._diverged.is_cuda else None
+        if ready is not None:
+            ready.record()
+        self._asked = Asked(step, on_host, ready, tuple(self._losses), tuple(self._norms))
+
+    def check(self) -> None:
+        """Raise `Diverged`, with the same reason and post-mortem on every rank, if that was the verdict."""
+        asked, self._asked = self._asked, None
+        if asked is None:
+            return
+        if asked.ready is not None:
+            asked.ready.synchronize()
+        if asked.diverged:
+            raise self._post_mortem(asked)
+
+    def _post_mortem(self, asked: Asked) -> Diverged:
+        step, terms = asked.step, asked.step.summed.terms
+        sums_T = step.summed.sums_T.clone()
+        if self._ranks.size > 1:
+            dist.all_reduce(sums_T)
+        values = dict(zip(terms, (sums_T / step.count).tolist(), strict=True))
+        losses_S, norms_S = (torch.stack(kept).tolist() for kept in (asked.losses, asked.norms))
+        reason = self._reason(values, losses_S, norms_S)
+        details: dict[str, Any] = {
+            "epoch": step.epoch,
+            "lr": step.lr,
+            "terms": {name: readable(value) for name, value in values.items()},
+            "losses": [readable(value) for value in losses_S],
+            "grad_norms": [readable(value) for value in norms_S],
+            "loss_scale": self._replay.scaler.get_scale() if self._replay.scaler.is_enabled() else None,
+        }
+        rank, findings, batch = self._culprit(step)
+        details |= {"found": dataclasses.asdict(findings), "rank": rank, "batch": batch}
+        return Diverged(f"{reason} at lr {step.lr:.3g}; {findings.sentence}", step.number, details)
+
+    def _reason(self, values: Mapping[str, float], losses_S: Sequence[float], norms_S: Sequence[float]) -> str:
+        wrong = [f"loss_{name}" for name, value in values.items() if not math.isfinite(value)]
+        if wrong:
+            return f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not finite"
+        if not math.isfinite(norms_S[-1]):
+            return "the gradient norm is not finite"
+        assert self._spike is not None, "what is finite ends a trial by the spike rule only"
+        return (
+            f"the loss was above {self._spike.factor:g} times its running median for {self._spike.patience} steps, "
+            f"{losses_S[-1]:.4g} at last,"
+        )
+
+    def _culprit(self, step: Step) -> tuple[int, Findings, list[int]]:
+        """The first rank on which the step fails when it is run again, what was found there, and its samples."""
+        own = (self._ranks.rank, self._replay.findings(step), torch.cat(step.share.micros).tolist())
+        if self._ranks.size == 1:
+            return own
+        everyone: list[Any] = [None] * self._ranks.size
+        dist.all_gather_object(everyone, own)
+        found: tuple[int, Findings, list[int]] = next((item for item in everyone if item[1].reproduced), everyone[0])
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self._losses), "norms": list(self._norms), "streak": self._streak}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self._replay.device
+        for kept, saved in ((self._losses, state["losses"]), (self._norms, state["norms"])):
+            kept.extend(value.to(device) for value in saved)
+        self._streak = state["streak"].to(device)
+
+
+def readable(value: float) -> float | str:
+    """JSON knows no number that is not finite."""
+    return value if math.isfinite(value) else str(value)
+
+
+def generators(device: torch.device) -> tuple[Tensor, ...]:
+    """The states of PyTorch's global generators."""
+    own = (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
+    return (torch.get_rng_state(), *own)
+
+
+def set_generators(states: tuple[Tensor, ...], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
