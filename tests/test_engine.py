@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from search import run as engine
 from search.command import Options, open_results
 from search.plan import Node, make_plan
-from search.results import trials_table
+from search.results import trials_table, why
 from search.space_file import load_space
 from search.study import open_study
 
@@ -133,6 +134,28 @@ def test_every_ending_has_its_status_and_reason(tmp_path: Path) -> None:
     states = [trial.state for trial in study_of(results).trials]
     assert optuna.trial.TrialState.RUNNING not in states
     assert "KeyError" in (results / f"trials/{ended['bug'].number:04d}/error.txt").read_text()
+
+
+def test_what_blows_up_is_explained_and_what_is_too_large_is_cut(tmp_path: Path) -> None:
+    """The shared loop in a real group: a post-mortem for a NaN, and micro-batches that fit for every batch size."""
+    shutil.copy(HERE / "toy_task.py", tmp_path)
+    sizes = [2, 8, 24, 48]
+    space = toy(
+        "train",
+        trainable="toy_task:train",
+        config={"epochs": 2, "samples": 96, "optim": {"batch_size": {"choice": sizes}, "lr": {"choice": [0.01, 3e38]}}},
+        try_first=[{"optim.batch_size": size, "optim.lr": 0.01} for size in sizes]
+        + [{"optim.batch_size": 24, "optim.lr": 3e38}],
+        search={"trials": 5},
+        resources={"memory_limit_mb": 0.015},
+    )
+    outcome, results = search(tmp_path, space)
+    assert [record.status for record in outcome.records] == ["finished"] * 4 + ["diverged"], outcome.records
+    assert [record.metrics["micro_batch"] for record in outcome.records[:4]] == [2, 8, 8, 8]
+    found = json.loads((results / "trials/0004/divergence.json").read_text())
+    assert found["epochs"] == 0
+    assert "not finite" in found["reason"]
+    assert "post-mortem:" in why(results, "4")
 
 
 def test_a_warm_trial_equals_a_cold_one_bit_for_bit(tmp_path: Path) -> None:

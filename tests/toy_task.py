@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainables.contract import Diverged, State, Trial
+from trainables.contract import Diverged, Report, State, Trial
 from trainables.loop import Task, fit
 from trainables.optim import Optim
 from trainables.resume import seed_from
@@ -145,6 +145,11 @@ def run(config: Config, task: Task = TOY, resume: State | None = None, rank: int
         done = replace(done, diverged=diverged)
     weights.append(weights_of(models[0]))
     return done
+
+
+def train(trial: Trial) -> Iterator[Report]:
+    """The toy family as a space names it."""
+    yield from fit(TOY, trial)
 
 
 def order(config: Config, epoch: int = 0) -> list[Tensor]:

@@ -136,8 +136,7 @@ def micro_batch_that_fits(loss: Loss, samples: Samples, trial: Trial, ranks: Ran
     if trial.memory_limit_mb is None and trial.device.type != "cuda":
         return share
     trained_bytes = sum(parameter.nbytes for parameter in loss.parameters() if parameter.requires_grad)
-    # The optimizer's two, one for the update's size, DDP's buckets, the shadow.
-    copies = 3 + (ranks.size > 1) + (optim.ema is not None)
+    copies = 3 + (optim.ema is not None)  # the optimizer's two, one to measure the update by, the shadow
     limit = None if trial.memory_limit_mb is None else int(trial.memory_limit_mb * MIB)
     memory = Memory(trial.device, limit, copies * trained_bytes)
     key = shape_key(loss, samples[torch.arange(1)], optim.precision, memory, ranks)

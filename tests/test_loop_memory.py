@@ -1,0 +1,115 @@
+"""The loop under a memory limit: the micro-batch shrinks, and the effective batch stays what was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from toy_task import CPU, SEED, TOY, Config, toy_loss
+
+from trainables.contract import Trial
+from trainables.loop import fit
+from trainables.memory import MIB
+from trainables.optim import Optim
+from trainables.samples import Batch
+from trainables.step import Pairs
+
+SAMPLES = 96
+
+
+def config_of(batch_size: int) -> Config:
+    return Config(Optim(lr=0.01, batch_size=batch_size), epochs=1, samples=SAMPLES)
+
+
+class Family:
+    """The toy family that writes down how many samples each pass had, and the gradient of each training step."""
+
+    def __init__(self) -> None:
+        self.passes: list[int] = []
+        self.gradients: list[torch.Tensor] = []
+
+    def run(self, config: Config, limit_mb: float | None, cache: dict[Any, Any] | None = None) -> dict[str, float]:
+        self.passes.clear()
+        self.gradients.clear()
+
+        def model(config: Config) -> nn.Module:
+            network = TOY.model(config)
+            for parameter in network.parameters():
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p: self.gradients.append(torch.zeros(0) if p.grad is None else p.grad.clone())
+                )
+            return network
+
+        def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+            self.passes.append(len(batch["index"]))
+            return toy_loss(network, batch, config)
+
+        trial = Trial(config, seed=SEED, device=CPU, cache={} if cache is None else cache, memory_limit_mb=limit_mb)
+        (report,) = fit(replace(TOY, model=model, loss=loss), trial)
+        return dict(report.metrics)
+
+
+def need_mb(samples: int) -> float:
+    """What a step on so many samples takes: the least limit under which they stay together, to ten bytes."""
+    low, high = 0.0, 1.0
+    while high - low > 1e-5:
+        middle = (low + high) / 2
+        try:
+            fits = Family().run(config_of(samples), middle)["micro_batch"] == samples
+        except torch.OutOfMemoryError:
+            fits = False
+        low, high = (low, middle) if fits else (middle, high)
+    return high
+
+
+@pytest.fixture(scope="module")
+def limit_mb() -> float:
+    """So that four samples fit, and not five."""
+    torch.set_num_threads(1)
+    limit = need_mb(4)
+    assert need_mb(5) > limit
+    return limit
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 6, 8, 16, 24, 48])
+def test_every_batch_is_taken_in_micro_batches_that_fit(batch_size: int, limit_mb: float) -> None:
+    family = Family()
+    metrics = family.run(config_of(batch_size), limit_mb)
+    assert metrics["micro_batch"] == min(batch_size, 4)
+    steps = SAMPLES // batch_size
+    assert sum(family.passes[-steps * -(-batch_size // 4) :]) == SAMPLES, (
+        "each sample once: the effective batch is kept"
+    )
+    without = Family().run(config_of(batch_size), None)
+    assert without.pop("micro_batch") == batch_size
+    for name in ("loss", "grad_norm", "error", "update_ratio"):
+        assert metrics[name] == pytest.approx(without[name], rel=1e-4)
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(limit_mb: float) -> None:
+    small, large = Family(), Family()
+    small.run(config_of(48), limit_mb)
+    large.run(config_of(48), None)
+    parameters = len(large.gradients) // 2  # two steps
+    whole = large.gradients[:parameters]
+    first_step = small.gradients[-2 * 12 * parameters :][11 * parameters : 12 * parameters]  # the twelfth micro-batch
+    for mine, theirs in zip(first_step, whole, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_a_shape_is_probed_once_in_a_search(limit_mb: float) -> None:
+    family, cache = Family(), dict[Any, Any]()
+    family.run(config_of(48), limit_mb, cache)
+    assert len(family.passes) > 24, "the probe has passes of its own"
+    family.run(config_of(48), limit_mb, cache)
+    assert family.passes == [4] * 24
+    family.run(replace(config_of(32), optim=Optim(lr=0.3, batch_size=32, clip_norm=0.1)), limit_mb, cache)
+    assert family.passes == [4] * 24, "what is searched is no other shape"
+
+
+def test_a_single_sample_that_does_not_fit_ends_the_trial(limit_mb: float) -> None:
+    with pytest.raises(torch.OutOfMemoryError, match=r"a single sample does not fit .* the limit is 0\.00 MiB"):
+        Family().run(config_of(8), 1024 / MIB)
