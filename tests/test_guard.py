@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -67,6 +68,16 @@ def test_a_module_whose_output_is_nan_is_named(layer: int, precision: Any) -> No
     assert len(details["losses"]) == len(details["grad_norms"]) == 3
     assert all(isinstance(value, float) for value in details["losses"][:-1])
     assert sorted(details["batch"]) == sorted(order(config)[2].tolist())
+
+
+def test_the_checkpoint_of_a_diverged_trial_loads_and_scores() -> None:
+    config = replace(BATCH, optim=replace(BATCH.optim, spike=Spike(factor=8.0, patience=1)), epochs=9)
+    done = run(config, loud_from(14, 1e4))
+    assert done.diverged is not None
+    assert len(done.states) == 4, "one for each epoch before"
+    again = run(replace(config, epochs=5), resume=done.states[-1])
+    assert len(again.metrics) == 1
+    assert all(math.isfinite(value) for value in again.metrics[0].values())
 
 
 @pytest.mark.parametrize("layer", [3, 5])  # the first layer passes no gradient on
