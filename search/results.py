@@ -128,15 +128,20 @@ def why(results: Path, number: str) -> str:
         value = record.metrics.get(name)
         if value is not None and limit.excess(value) > 0:
             lines.append(f"constraint broken: {name} = {_short(value)}, limit {limit.model_dump(exclude_none=True)}")
-    post_mortem = TrialFolder(results, record.number).read_divergence() if record.status == "diverged" else None
-    if post_mortem is not None:
-        told = [f"  {name}: {_listed(value)}" for name, value in post_mortem.items() if name != "reason"]
-        lines += ["post-mortem:", *told]
+    lines += post_mortem(results, record)
     lines += [f"  {name} = {_short(value)}" for name, value in record.values.items()]
     metric = space.objectives[0].metric
     history = TrialFolder(results, record.number).read_metrics()
     lines += [f"  epoch {row['epoch']}: {metric} {_short(row['metrics'].get(metric))}" for row in history]
     return "\n".join(lines)
+
+
+def post_mortem(results: Path, record: Record) -> list[str]:
+    """What was found out about a divergence, a line each; nothing for a trial that ended otherwise."""
+    found = TrialFolder(results, record.number).read_divergence() if record.status == "diverged" else None
+    if found is None:
+        return []
+    return ["post-mortem:", *(f"  {name}: {_listed(value)}" for name, value in found.items() if name != "reason")]
 
 
 def report_page(results: Path, space: Space, found: Sequence[Record]) -> str:
@@ -149,7 +154,13 @@ def report_page(results: Path, space: Space, found: Sequence[Record]) -> str:
     for row in body:
         marked = " class='best'" if int(row[0]) in best else ""
         lines.append(f"<tr{marked}>" + "".join(f"<td>{html.escape(_shorten(cell))}</td>" for cell in row) + "</tr>")
+    blown = [
+        "\n".join([f"trial {record.number}: {record.reason}", *post_mortem(results, record)])
+        for record in found
+        if record.status == "diverged"
+    ]
     return _PAGE.format(
+        diverged=html.escape("\n\n".join(blown) or "nothing"),
         title=html.escape(space.name),
         summary=html.escape(summary(results, space, found)),
         header=cells,
@@ -173,6 +184,8 @@ th, td {{ text-align: left; padding: .25em .7em; border-bottom: 1px solid #ddd; 
 <div class="table"><table><thead><tr>{header}</tr></thead><tbody>
 {rows}
 </tbody></table></div>
+<h2>What diverged</h2>
+<pre>{diverged}</pre>
 <h2>Space</h2>
 <pre>{space}</pre>
 </html>
