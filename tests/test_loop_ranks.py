@@ -17,6 +17,7 @@ from toy_task import TOY, WIDTH, Config, Run, assert_same, order, run
 
 from trainables.optim import Optim
 
+pytestmark = pytest.mark.slow  # two processes start, once for all
 PAIRED = {
     "plain": Config(Optim(lr=0.01, batch_size=8)),
     "odd share": Config(Optim(lr=0.01, batch_size=7, micro_batch=3, clip_norm=0.1, ema=0.9)),

@@ -330,6 +330,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_when_memory_is_short_on_one_of_them(tmp_path: Path) -> None:
     spawn(one_of_two, args=(tmp_path,), nprocs=2)
     rank0, rank1 = (pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in (0, 1))
