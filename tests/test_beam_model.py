@@ -7,6 +7,7 @@ from itertools import chain, combinations
 from typing import Literal
 
 import pytest
+import small_beam
 import torch
 from torch import Tensor
 
@@ -18,16 +19,7 @@ from trainables.contract import UserError
 from trainables.optim import Optim
 
 GPS_WIDTH, SIZE, HISTORY = 3, 32, 2
-SMALL = Model(
-    channels=(4, 8, 12, 16),
-    image_depths=(1, 1, 1, 1),
-    sensor_depths=(1, 1, 1, 1),
-    norm="group",
-    n_layer=1,
-    d_state=2,
-    anchors=2,
-    dropout=0.0,
-)
+SMALL = replace(small_beam.SMALL, dropout=0.0)
 PUBLISHED = Model(
     mamba_init="legacy",
     ln_shape="plane",

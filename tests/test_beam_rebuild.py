@@ -12,23 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from small_beam import SMALL
 from torch import Tensor
 
 from trainables.beam import fusion, pretrained, rebuild
-from trainables.beam.config import BeamLoss, Data, Modality, Model, Pretrain, Rebuild, RebuildLoss, Simulated
+from trainables.beam.config import BeamLoss, Data, Modality, Pretrain, Rebuild, RebuildLoss, Simulated
 from trainables.beam.data import samples
 from trainables.contract import Diverged, Report, Trial, UserError
 from trainables.optim import Optim
 
-SMALL = Model(
-    channels=(4, 8, 12, 16),
-    image_depths=(1, 1, 1, 1),
-    sensor_depths=(1, 1, 1, 1),
-    norm="group",
-    n_layer=1,
-    d_state=2,
-    anchors=2,
-)
 OPTIM = Optim(lr=1e-3, batch_size=8)
 
 

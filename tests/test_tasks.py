@@ -13,26 +13,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from small_beam import SMALL
 from torch.multiprocessing.spawn import spawn
 
 from trainables.beam import fusion, rebuild
-from trainables.beam.config import Data, Model, Pretrain, Simulated
+from trainables.beam.config import Data, Pretrain, Simulated
 from trainables.contract import Trial
 from trainables.loop import Task, fit
 from trainables.optim import Optim
 from trainables.resume import seed_everything
 from trainables.samples import Ranks
 
-MODEL = Model(
-    channels=(4, 8, 12, 16),
-    image_depths=(1, 1, 1, 1),
-    sensor_depths=(1, 1, 1, 1),
-    norm="group",
-    n_layer=1,
-    d_state=2,
-    anchors=2,
-    dropout=0.1,
-)
 OPTIM = Optim(lr=2e-3, batch_size=8, clip_norm=1.0, schedule="cosine", ema=0.9)
 
 
@@ -46,14 +37,14 @@ class Case:
 
 def fusion_case(cache: Path) -> Case:
     data = Data(prepared=str(cache), history=1, image_size=32, simulated=Simulated(passes=8, frames=6))
-    config = fusion.Config(data=data, model=MODEL, optim=OPTIM, epochs=3, missing_prob=0.3)
+    config = fusion.Config(data=data, model=SMALL, optim=OPTIM, epochs=3, missing_prob=0.3)
     fusion.prepare(config)
     return Case(fusion.task_for(config), config)
 
 
 def rebuild_case(cache: Path) -> Case:
     base = fusion_case(cache).config
-    config = rebuild.Config(data=base.data, model=MODEL, optim=OPTIM, pretrain=Pretrain(1, OPTIM), epochs=3)
+    config = rebuild.Config(data=base.data, model=SMALL, optim=OPTIM, pretrain=Pretrain(1, OPTIM), epochs=3)
     config = replace(config, rebuild=replace(config.rebuild, fusion_lr_ratio=0.5))
     torch.manual_seed(0)
     return Case(rebuild.task_for(config, fusion.build(config.fusion).state_dict()), config)
@@ -83,7 +74,7 @@ def one_of_two(rank: int, name: str, cache: Path, folder: Path) -> None:
 
 def without_chance(case: Case) -> Case:
     """Without dropout and drawn windows: two ranks draw other numbers than one."""
-    config = replace(case.config, model=replace(MODEL, dropout=0.0), epochs=2)
+    config = replace(case.config, model=replace(SMALL, dropout=0.0), epochs=2)
     if isinstance(config, fusion.Config):
         return Case(case.task, replace(config, missing_prob=0.0))
     config = replace(config, rebuild=replace(config.rebuild, dropout=0.0, share=1.0))

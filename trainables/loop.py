@@ -111,17 +111,14 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         guard.check()
         if not get_total_norm(trained.values()).isfinite():
             raise Diverged(f"the weights are not finite after an update at lr {lr:.3g}", (epoch + 1) * len(shares))
-        epoch_s = time.perf_counter() - began_s
+        samples_per_s = sum(share.effective for share in shares) / (time.perf_counter() - began_s)
 
-        speed = {"lr": lr, "samples_per_s": sum(share.effective for share in shares) / epoch_s}
-        speed["micro_batch"] = micro_batch
-        metrics = train_means(summed.terms, taken, ranks) | speed | {"update_ratio": update_ratio(before, trained)}
+        metrics = train_means(summed.terms, taken, ranks) | {"update_ratio": update_ratio(before, trained)}
+        metrics |= {"lr": lr, "micro_batch": micro_batch, "samples_per_s": samples_per_s}
         broadcast_buffers(model, ranks)
         with evaluating(model, ema):
             scores = evaluate(task, model, val, trial, ranks, micro_batch)
-        if clash := metrics.keys() & scores.keys():
-            raise ValueError(f"a score must not take the name of a training metric: {', '.join(sorted(clash))}")
-        yield Report(metrics | scores, state=functools.partial(state_of, parts, epoch))
+        yield Report(joined(metrics, scores), state=functools.partial(state_of, parts, epoch))
 
 
 def micro_batch_that_fits(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks) -> int:
@@ -170,6 +167,12 @@ def train_means(terms: Sequence[str], taken: Sequence[Taken], ranks: Ranks) -> d
     means_T = sums_T / count_S[~overflow_S].double().sum()
     means = {f"loss_{term}": mean for term, mean in zip(terms, means_T.tolist(), strict=True)}
     return {"loss": float(means_T.sum()), **means, "grad_norm": float(norm_S[~overflow_S].double().mean())}
+
+
+def joined(metrics: Mapping[str, float], scores: Mapping[str, float]) -> dict[str, float]:
+    if clash := metrics.keys() & scores.keys():
+        raise ValueError(f"a score must not take the name of a training metric: {', '.join(sorted(clash))}")
+    return {**metrics, **scores}
 
 
 def update_ratio(before: Sequence[Tensor], trained: Mapping[str, Tensor]) -> float:
