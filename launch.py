@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from search.command import Options, list_spaces, report, search
 from trainables.contract import UserError
@@ -14,8 +15,15 @@ HERE = Path(__file__).resolve().parent
 EXIT_FOUND, EXIT_NOTHING, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists all options")
+
+
 def parser() -> argparse.ArgumentParser:
-    command = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    command = Parser(description=__doc__, allow_abbrev=False)
     command.add_argument("--space", metavar="NAME_OR_FILE", help="a space in search_spaces/, or a YAML file")
     command.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override anything in the space"
@@ -39,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = parser().parse_args(arguments)
     try:
+        given = parser().parse_args(arguments)
         if given.list:
             print(list_spaces(HERE / "search_spaces"))
             return EXIT_FOUND

@@ -80,6 +80,8 @@ TOY = ("--space", "toy")
         (["--report", "results/x"], "results/x: there is no space.yaml here"),
         ([*TOY, "--warm-start", "results/x"], "--warm-start results/x: there is no space.yaml here"),
         ([*TOY, "--profile", "night"], "search_spaces/toy.yaml: profile 'night' is unknown; nothing may stand here"),
+        ([*TOY, "--trials", "ten"], "argument --trials: invalid int value: 'ten'"),
+        ([*TOY, "--trails", "10"], "unrecognized arguments: --trails 10"),
         ([*TOY, "--trials", "0"], "search_spaces/toy.yaml: search.trials: 0 is refused"),
         ([*TOY, "--seed", "-1"], "search_spaces/toy.yaml: search.seed: -1 is refused"),
         ([*TOY, "--time-budget", "90"], "search.time_budget: 90 is refused: '90' is no duration; write a number and"),
