@@ -7,11 +7,12 @@ violated constraint; only a trial lost to a bug or to the machine is told FAIL, 
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from search.folder import TrialFolder
 from search.journal import StudyJournal
 from search.record import Record, read_record
 from search.space import Space
+from search.survival import CANDIDATES, SurvivingSampler, learn
 from trainables.contract import UserError
 
 MakeSampler = Callable[[int], BaseSampler]  # from a seed
@@ -116,11 +118,17 @@ class Ledger:
         if self.left == 0:
             return None
         unfinished = self._unfinished.pop(0) if self._unfinished else None
-        asked = sum(item.state != TrialState.WAITING for item in self.study.get_trials(deepcopy=False))
-        place = asked if unfinished is None else unfinished.number
-        self.study.sampler = self._make_sampler(proposal_seed(self.space.search.seed, place))
+        trials = self.study.get_trials(deepcopy=False)
+        if unfinished is None:
+            place = sum(item.state != TrialState.WAITING for item in trials)
+            given = place < len(trials)
+        else:
+            place = unfinished.number
+            given = "values" in unfinished.user_attrs or "fixed_params" in unfinished.system_attrs
+        self.study.sampler = self._sampler(place, given)
         with _quiet_optuna():
-            trial = self.study.ask() if unfinished is None else optuna.Trial(self.study, unfinished._trial_id)
+            study = _AsKnown(self.study)
+            trial = study.ask() if unfinished is None else optuna.Trial(study, unfinished._trial_id)
             attrs = trial.user_attrs
             values = attrs.get("values") or self.space.suggest(trial)
         opened = OpenTrial(trial, values, attrs.get("name"), seconds_before=attrs.get("seconds", 0.0))
@@ -129,6 +137,16 @@ class Ledger:
             opened.epochs, opened.metrics = rows[-1]["epoch"], rows[-1]["metrics"]
         self.open[key] = opened
         return opened
+
+    def _sampler(self, place: int, given: bool) -> BaseSampler:
+        """What proposes at a place. given: values are known already, some or all; these are not judged."""
+        search = self.space.search
+        model = None
+        if search.survival and search.sampler in CANDIDATES and not given:
+            model = learn(self.space, self.study.get_trials(deepcopy=False))
+        if model is None:
+            return self._make_sampler(proposal_seed(search.seed, place))
+        return SurvivingSampler(self.space, model, lambda i: self._make_sampler(proposal_seed(search.seed, place, i)))
 
     def report(self, key: str, epoch: int, metrics: Mapping[str, Any]) -> None:
         """An epoch is over. Only finite objectives get here."""
@@ -177,9 +195,10 @@ class Ledger:
         self.study.enqueue_trial(stored, user_attrs={"name": name} if name else None)
 
 
-def proposal_seed(seed: int, place: int) -> int:
-    """A seed for the proposal at `place`, unlike those beside it."""
-    return random.Random(f"{seed}/{place}").getrandbits(32)
+def proposal_seed(seed: int, place: int, candidate: int = 0) -> int:
+    """A seed for the proposal at `place`, unlike those beside it; for each candidate there another."""
+    text = f"{seed}/{place}/{candidate}" if candidate else f"{seed}/{place}"
+    return random.Random(text).getrandbits(32)
 
 
 def constraints_told(space: Space, status: str, epochs: int, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -200,13 +219,18 @@ def severity(epochs: int, longest: int) -> float:
 
 
 def penalties(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> list[float]:
-    """For each objective a finite value that is worse than any seen: the worst and a tenth of the span beyond it."""
+    """For each objective a finite value that is worse than any measured: the worst and a tenth of the span beyond it.
+
+    What a diverged trial reported on its way counts for nothing: a loss of 1e30 before the NaN would leave a sampler
+    that models values no difference to see among the others.
+    """
     found = []
+    measured = [trial for trial in trials if not is_penalised(trial)]
     for i, direction in enumerate(directions):
         sign = 1.0 if direction == StudyDirection.MINIMIZE else -1.0
-        seen = [sign * trial.values[i] for trial in trials if trial.values and not is_penalised(trial)]
+        seen = [sign * trial.values[i] for trial in measured if trial.values]
         if len(directions) == 1:
-            seen += [sign * value for trial in trials for value in trial.intermediate_values.values()]
+            seen += [sign * value for trial in measured for value in trial.intermediate_values.values()]
         worst, best = (max(seen), min(seen)) if seen else (0.0, 0.0)
         found.append(sign * (worst + max(0.1 * (worst - best), 1e-3 * max(1.0, abs(worst)))))
     return found
@@ -258,6 +282,30 @@ def take_over(study: optuna.Study, space: Space, earlier: optuna.Study, source: 
         study.add_trial(copied)
         taken += 1
     return taken
+
+
+class _AsKnown(optuna.Study):
+    """A study as a sampler should see it: its penalties are those that all measurements to this day ask for.
+
+    A penalty is told when its trial ends, perhaps before anything was measured, and Optuna keeps what it was told.
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
+        self._penalties = penalties(study.get_trials(deepcopy=False), study.directions)
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        return [
+            self._renewed(trial) if trial.values and is_penalised(trial) else trial
+            for trial in super()._get_trials(deepcopy, states, use_cache)
+        ]
+
+    def _renewed(self, trial: FrozenTrial) -> FrozenTrial:
+        trial = copy.copy(trial)
+        trial.values = self._penalties
+        return trial
 
 
 class _quiet_optuna:

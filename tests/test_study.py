@@ -134,6 +134,34 @@ class TestPenalty:
         ]
         assert penalties(seen, [StudyDirection.MINIMIZE]) == pytest.approx([9.8])
 
+    def test_what_a_diverged_trial_reported_on_its_way_does_not_count(self) -> None:
+        exploded = self.trial(0.0, status="diverged", first=1e30)
+        seen = [self.trial(1.0), self.trial(3.0), exploded]
+        assert penalties(seen, [StudyDirection.MINIMIZE]) == pytest.approx([3.2])
+
+    @pytest.mark.parametrize("mode", ["min", "max"])
+    def test_one_told_before_anything_was_measured_is_bad_to_the_sampler_all_the_same(
+        self, mode: str, tmp_path: Path
+    ) -> None:
+        """Near 0 is what it was told then, and 0 may be a good score."""
+        seen: list[float] = []
+
+        class Watch(optuna.samplers.RandomSampler):
+            def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+                seen[:] = [item.value for item in study.get_trials() if item.value is not None]
+
+        space = space_of(tmp_path, CONFIG, objective={"metric": "loss", "mode": mode})
+        study = open_ledger(space, InMemoryStorage()).study
+        ledger = Ledger(space, study, lambda seed: Watch(seed=seed), tmp_path)
+        ask(ledger)
+        ledger.end("slot", "diverged", "")
+        for loss in (5.0, 7.0):
+            ask(ledger)
+            ledger.report("slot", 1, {"loss": loss if mode == "min" else -loss})
+            ledger.end("slot", "finished", "")
+        ask(ledger)
+        assert seen == pytest.approx([7.2, 5.0, 7.0] if mode == "min" else [-7.2, -5.0, -7.0])
+
     def test_there_is_one_for_each_objective(self) -> None:
         seen = [self.trial(1.0, 10.0), self.trial(2.0, 30.0)]
         directions = [StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE]

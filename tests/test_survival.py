@@ -1,0 +1,170 @@
+"""The survival model learns an edge; proposals that heed it stay reproducible and leave nothing else behind."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from ledgers import ask, end_toy, open_ledger, play, told
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
+from spaces import space_of
+
+from search.sampler import sampler_maker
+from search.space import Space
+from search.study import proposal_seed
+from search.survival import CANDIDATES, Survival, features, learn
+
+CONFIG: dict[str, Any] = {"epochs": 4, "lr": {"log": [1e-4, 1.0]}, "clip": {"float": [0.0, 2.0]}}
+CONDITIONAL: dict[str, Any] = {
+    "epochs": 4,
+    "lr": {"log": [1e-4, 1.0]},
+    "block": {"choice": ["bi", [1, 2], "uni"]},
+    "state": {"int": [8, 64], "when": {"block": ["bi"]}},
+    "fixed": {"int": [3, 3]},
+}
+
+
+def learned(space: Space, survives: Any, trials: int = 40, seed: int = 0) -> Survival:
+    rng = random.Random(seed)
+    tried = [space.draw(rng) for _ in range(trials)]
+    return Survival(space, tried, [float(survives(values)) for values in tried], [1.0] * trials)
+
+
+class TestModel:
+    def test_an_edge_is_learned(self, tmp_path: Path) -> None:
+        space = space_of(tmp_path, CONFIG)
+
+        def survives(values: dict[str, Any]) -> bool:
+            return bool(values["lr"] * 10 ** values["clip"] < 0.1)
+
+        model = learned(space, survives)
+        rng = random.Random(1)
+        unseen = [space.draw(rng) for _ in range(200)]
+        right = sum((model.probability(values) > 0.5) == survives(values) for values in unseen)
+        assert right >= 0.9 * len(unseen)
+
+    def test_across_the_edge_survival_falls_and_it_is_uncertain_there(self, tmp_path: Path) -> None:
+        model = learned(space_of(tmp_path, CONFIG), lambda values: values["lr"] < 0.01)
+        near = [model.probability({"lr": 10 ** (-2.5 + i / 10), "clip": 1.0}) for i in range(11)]
+        assert near == sorted(near, reverse=True)
+        assert model.probability({"lr": 1e-4, "clip": 1.0}) > 0.85
+        assert model.probability({"lr": 1.0, "clip": 1.0}) < 0.15
+        assert 0.2 < model.probability({"lr": 0.01, "clip": 1.0}) < 0.8
+
+    def test_it_carries_the_edge_on_into_what_was_not_tried(self, tmp_path: Path) -> None:
+        space = space_of(tmp_path, CONFIG)
+        tried = [{"lr": 10**-power, "clip": 1.0} for power in (3.0, 2.6, 2.3, 1.9, 1.7, 1.5)]
+        model = Survival(space, tried, [1, 1, 1, 0, 0, 0], [1.0] * 6)
+        assert model.probability({"lr": 1.0, "clip": 1.0}) < 0.3
+        assert model.probability({"lr": 1e-4, "clip": 1.0}) > 0.7
+
+    def test_a_choice_and_what_it_brings_are_told_apart(self, tmp_path: Path) -> None:
+        space = space_of(tmp_path, CONDITIONAL)
+        model = learned(space, lambda values: values["block"] != [1, 2] and values.get("state", 8) < 40)
+        base = {"lr": 0.01, "fixed": 3}
+        assert model.probability({**base, "block": "uni"}) > 0.6
+        assert model.probability({**base, "block": [1, 2]}) < 0.4
+        assert model.probability({**base, "block": "bi", "state": 10}) > 0.6
+        assert model.probability({**base, "block": "bi", "state": 60}) < 0.4
+
+    def test_features_are_of_one_scale(self, tmp_path: Path) -> None:
+        space = space_of(tmp_path, CONDITIONAL)
+        inactive = {"lr": 1e-4, "block": [1, 2], "fixed": 3}
+        assert list(features(space, inactive)) == pytest.approx(
+            [-1, 0, 1, 0, 0, 0, 0]
+        )  # lr, block, fixed, state and whether it is active
+        active = {"lr": 1.0, "block": "bi", "state": 36, "fixed": 3}
+        assert list(features(space, active)) == pytest.approx([1, 1, 0, 0, 0, 1, 0])
+
+    def test_a_trial_that_was_stopped_early_says_little(self, tmp_path: Path) -> None:
+        space = space_of(tmp_path, CONFIG)
+        tried = [{"lr": 1e-3, "clip": 1.0}, {"lr": 0.1, "clip": 1.0}]
+        whole, part = (Survival(space, tried, [1, 0], [weight, 1.0]) for weight in (1.0, 0.1))
+        assert 0.3 < part.probability(tried[0]) < whole.probability(tried[0])
+
+    def test_it_costs_milliseconds(self, tmp_path: Path) -> None:
+        space = space_of(tmp_path, CONFIG)
+        began = time.process_time()
+        learned(space, lambda values: values["lr"] < 0.01, trials=200).probability({"lr": 0.01, "clip": 1.0})
+        assert time.process_time() - began < 2.0  # about 0.1 s; the rest is for a busy machine
+
+    def test_there_is_none_before_both_endings_were_seen(self, tmp_path: Path) -> None:
+        ledger = open_ledger(space_of(tmp_path, CONFIG), InMemoryStorage())
+        for status in ("finished", "failed", "stopped"):
+            end_toy(ledger, ask(ledger), status)
+            assert learn(ledger.space, told(ledger)) is None
+        end_toy(ledger, ask(ledger), "out_of_memory")
+        assert learn(ledger.space, told(ledger)) is not None
+
+
+TRIALS = 14
+
+
+def search_of(sampler: str, folder: Path, config: dict[str, Any], survival: bool = True, **sections: Any) -> Space:
+    search = {"sampler": sampler, "trials": TRIALS, "seed": 3, "survival": survival}
+    return space_of(folder, config, search=search, **sections)
+
+
+@pytest.mark.parametrize("sampler", CANDIDATES)
+class TestProposals:
+    def test_they_are_the_same_after_an_interruption(self, sampler: str, tmp_path: Path) -> None:
+        space = search_of(sampler, tmp_path, CONDITIONAL)
+        whole = play(open_ledger(space, InMemoryStorage()), TRIALS)
+        storage = InMemoryStorage()
+        parts = play(open_ledger(space, storage), 7)
+        lost = ask(open_ledger(space, storage))  # the driver dies while this one runs
+        parts += play(open_ledger(space, storage), TRIALS - 7)
+        assert lost.values == whole[7]
+        assert parts == whole
+        assert all(space.holds(values) for values in whole)
+
+    def test_candidates_leave_no_trials(self, sampler: str, tmp_path: Path) -> None:
+        ledger = open_ledger(search_of(sampler, tmp_path, CONFIG), InMemoryStorage())
+        played = play(ledger, TRIALS)
+        assert [trial.user_attrs["values"] for trial in told(ledger)] == played
+        assert TrialState.WAITING not in [trial.state for trial in told(ledger)]
+
+    def test_without_it_they_are_the_samplers_own(self, sampler: str, tmp_path: Path) -> None:
+        space = search_of(sampler, tmp_path, CONFIG, survival=False)
+        ledger = open_ledger(space, InMemoryStorage())
+        play(ledger, TRIALS - 1)
+        plain = optuna.create_study(sampler=sampler_maker(space)(proposal_seed(3, TRIALS - 1)))
+        plain.add_trials(told(ledger))
+        assert ask(ledger).values == space.suggest(plain.ask())
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "random"])  # tpe would go for the toy's optimum, away from the edge
+def test_fewer_settings_diverge_and_the_edge_is_still_explored(sampler: str, tmp_path: Path) -> None:
+    def rates(survival: bool) -> list[float]:
+        space = search_of(sampler, tmp_path, {**CONFIG, "lr": {"log": [0.01, 4.0]}}, survival).with_trials(40)
+        ledger = open_ledger(space, InMemoryStorage())
+        for _ in range(40):
+            opened = ask(ledger)
+            end_toy(ledger, opened, "diverged" if opened.values["lr"] > 0.2 else "finished")
+        return [trial.params["lr"] for trial in told(ledger)][20:]
+
+    assert sum(lr > 0.2 for lr in rates(True)) < sum(lr > 0.2 for lr in rates(False))
+    assert any(0.1 < lr < 0.4 for lr in rates(True)), "it keeps away from the edge"
+
+
+def test_known_settings_are_not_judged(tmp_path: Path) -> None:
+    """Whole or in part, and whatever was seen before them."""
+    known = [
+        {"lr": 1e-4, "block": "uni", "fixed": 3},
+        {"lr": 1.0, "block": "uni", "fixed": 3},
+        {"lr": 1.0, "block": "bi", "state": 60, "fixed": 3},
+        {"lr": 0.9, "block": "bi"},
+    ]
+    space = search_of("tpe", tmp_path, CONDITIONAL, try_first=known)
+    storage = InMemoryStorage()
+    for setting in known:
+        opened = ask(open_ledger(space, storage))
+        assert setting.items() <= opened.values.items()
+        again = open_ledger(space, storage)
+        assert ask(again).values == opened.values
+        end_toy(again, opened, "diverged" if opened.values["lr"] > 0.2 else "finished")
