@@ -1,0 +1,72 @@
+"""The edge searched by this project's ledger, samplers and ASHA, without a cluster around them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from divergence_edge import EPOCHS, GRACE, RANGES, REDUCTION, Budget
+from optuna.storages import InMemoryStorage
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
+
+from search.domain import Parameter, Real
+from search.sampler import sampler_maker
+from search.scheduler import make_scheduler
+from search.sections import Objective, Resources, Scheduler, Search, section
+from search.space import Space
+from search.study import Ledger, new_study
+from search.trial import EPOCH, OBJECTIVE
+
+
+def space_of(search: Search) -> Space:
+    """The space as a file would describe it."""
+    return Space(
+        name="edge",
+        trainable="divergence_edge:train",
+        objectives=(Objective(metric="loss", mode="min"),),
+        constraints={},
+        tree={"epochs": EPOCHS},
+        parameters=tuple(Parameter(name, Real(*RANGES[name], log=True)) for name in RANGES),
+        try_first=(),
+        search=search,
+        scheduler=Scheduler(name="asha", grace_epochs=GRACE, reduction=REDUCTION),
+        resources=section(Resources, {}, "resources"),
+        left_out=(),
+        profile=None,
+        paths=(),
+    )
+
+
+def search(budget: Budget, survival: bool) -> None:
+    """Spend the budget: one trial at a time, events in the order of Tune's controller and this project's recorder."""
+    wanted = {"trials": budget.left, "seed": budget.seed, "survival": survival}
+    space = space_of(section(Search, wanted, "search"))
+    ledger = Ledger(space, new_study(InMemoryStorage(), space), sampler_maker(space), Path("no results"))
+    scheduler = make_scheduler(space)
+    while budget.left:
+        opened = ledger.ask("slot")
+        assert opened is not None
+        trial = Trial("edge", stub=True, trial_id=f"trial-{opened.number}")
+        scheduler.on_trial_add(None, trial)
+        status = _run(budget, ledger, scheduler, trial)
+        if status is not None:
+            ledger.end("slot", status, "")
+
+
+def _run(budget: Budget, ledger: Ledger, scheduler: TrialScheduler, trial: Trial) -> str | None:
+    """Train one trial; returns how it ended, None where the budget did."""
+    result: dict[str, object] = {}
+    for epoch, loss in budget.train(ledger.open["slot"].values):
+        if math.isnan(loss):
+            scheduler.on_trial_complete(None, trial, {EPOCH: epoch - 1})
+            return "diverged"
+        ledger.report("slot", epoch, {"loss": loss})
+        result = {EPOCH: epoch, OBJECTIVE: loss}
+        if scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP:
+            scheduler.on_trial_complete(None, trial, result)
+            return "stopped"
+        if epoch == EPOCHS:
+            scheduler.on_trial_complete(None, trial, result)
+            return "finished"
+    return None
