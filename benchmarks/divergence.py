@@ -60,7 +60,7 @@ def worse(runs: Sequence[Outcome], rival: Sequence[Outcome]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=30, metavar="N")
+    parser.add_argument("--seeds", type=int, default=30, metavar="N", help="two or more")
     parser.add_argument("--epochs", type=int, default=540, metavar="N", help="of one search; a whole trial takes 9")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -75,11 +75,6 @@ class Trial:
     def diverged(self) -> bool:
         return any(math.isnan(value) for value in self.losses)
 
-    @property
-    def final(self) -> float:
-        """The last loss of a trial that ran to its end; infinite for the others."""
-        return self.losses[-1] if len(self.losses) == EPOCHS and not self.diverged else math.inf
-
 
 class Budget:
     """The epochs of one search; every method spends the same number."""
@@ -114,14 +109,14 @@ class Outcome:
 
 
 def outcome(trials: Sequence[Trial]) -> Outcome:
-    """The handed-over setting is the one with the best last loss among the trials that ran to their end."""
+    """The setting handed over has the best last loss of the stable trials that ran to their end, or got furthest."""
     later = trials[len(trials) // 2 :]
-    best = min(trials, key=lambda trial: trial.final)
+    best = min(trials, key=lambda trial: (trial.diverged, -len(trial.losses), trial.losses[-1]))
     return Outcome(
         trials=len(trials),
         diverged=sum(trial.diverged for trial in trials) / len(trials),
         later=sum(trial.diverged for trial in later),
         later_share=sum(trial.diverged for trial in later) / len(later),
         epochs_lost=sum(max(0, sum(map(math.isnan, trial.losses)) - 1) for trial in trials),
-        score=mean_loss(best.setting, EPOCHS) if math.isfinite(best.final) else math.inf,
+        score=mean_loss(best.setting, EPOCHS),
     )
