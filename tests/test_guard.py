@@ -80,6 +80,21 @@ def test_the_checkpoint_of_a_diverged_trial_loads_and_scores() -> None:
     assert all(math.isfinite(value) for value in again.metrics[0].values())
 
 
+def test_a_replay_that_raises_ends_the_trial_all_the_same() -> None:
+    """An error on one rank must not leave the others waiting for what it found."""
+    calls = iter(range(10**6))
+
+    def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+        if next(calls) > 0:
+            raise KeyError("seen before")
+        return {name: (total * torch.nan, count) for name, (total, count) in toy_loss(network, batch, config).items()}
+
+    done = run(replace(BATCH, samples=8), replace(TOY, loss=loss))  # one step an epoch: the second call is the replay's
+    assert done.diverged is not None
+    assert done.diverged.step == 0
+    assert done.diverged.reason.endswith("running the step again raised KeyError: 'seen before'")
+
+
 @pytest.mark.parametrize("layer", [3, 5])  # the first layer passes no gradient on
 def test_a_module_whose_gradient_is_nan_is_named(layer: int) -> None:
     details = diverged(run(BATCH, poisoned(layer, "backward", int(order(BATCH)[1][0]))))
@@ -108,7 +123,8 @@ def test_a_spike_ends_a_trial_only_where_the_rule_is_on(times: float, ends: bool
     assert (done.diverged is not None) == ends
     if done.diverged is not None:
         assert done.diverged.step == 16, "the second step in a row"
-        assert "above 8 times its running median for 2 steps" in done.diverged.reason
+        assert done.diverged.reason.startswith("the loss was above 8 times its running median for 2 steps, ")
+        assert "found" not in done.diverged.details, "nothing is not finite, so there is nothing to find"
         assert torch.equal(done.weights[-1], done.weights[16]), "not even this step was taken"
     assert run(replace(config, optim=replace(optim, spike=None)), loud_from(15, times)).diverged is None
 

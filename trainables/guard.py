@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,8 +72,8 @@ class Replay:
 
         try:
             return examine(self.loss.model, again)
-        except torch.OutOfMemoryError:
-            return Findings("running the step again needed more memory than there is", None, None, None, False)
+        except Exception as error:  # on one rank perhaps, and the others wait for what it found
+            return Findings(f"running the step again raised {type(error).__name__}: {error}", None, None, None, False)
 
 
 class Guard:
@@ -131,7 +131,6 @@ class Guard:
             dist.all_reduce(sums_T)
         values = dict(zip(terms, (sums_T / step.count).tolist(), strict=True))
         losses_S, norms_S = (torch.stack(kept).tolist() for kept in (asked.losses, asked.norms))
-        reason = self._reason(values, losses_S, norms_S)
         details: dict[str, Any] = {
             "epoch": step.epoch,
             "lr": step.lr,
@@ -140,21 +139,18 @@ class Guard:
             "grad_norms": [readable(value) for value in norms_S],
             "loss_scale": self._replay.scaler.get_scale() if self._replay.scaler.is_enabled() else None,
         }
+        wrong = [f"loss_{name}" for name, value in values.items() if not math.isfinite(value)]
+        if not wrong and math.isfinite(norms_S[-1]):
+            return Diverged(f"{self._spiked(losses_S)} at lr {step.lr:.3g}", step.number, details)
+        what = f"{' and '.join(wrong)} {'are' if wrong[1:] else 'is'}" if wrong else "the gradient norm is"
         rank, findings, batch = self._culprit(step)
         details |= {"found": dataclasses.asdict(findings), "rank": rank, "batch": batch}
-        return Diverged(f"{reason} at lr {step.lr:.3g}; {findings.sentence}", step.number, details)
+        return Diverged(f"{what} not finite at lr {step.lr:.3g}; {findings.sentence}", step.number, details)
 
-    def _reason(self, values: Mapping[str, float], losses_S: Sequence[float], norms_S: Sequence[float]) -> str:
-        wrong = [f"loss_{name}" for name, value in values.items() if not math.isfinite(value)]
-        if wrong:
-            return f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not finite"
-        if not math.isfinite(norms_S[-1]):
-            return "the gradient norm is not finite"
+    def _spiked(self, losses_S: Sequence[float]) -> str:
         assert self._spike is not None, "what is finite ends a trial by the spike rule only"
-        return (
-            f"the loss was above {self._spike.factor:g} times its running median for {self._spike.patience} steps, "
-            f"{losses_S[-1]:.4g} at last,"
-        )
+        rule = f"above {self._spike.factor:g} times its running median for {self._spike.patience} steps"
+        return f"the loss was {rule}, {losses_S[-1]:.4g} at last,"
 
     def _culprit(self, step: Step) -> tuple[int, Findings, list[int]]:
         """The first rank on which the step fails when it is run again, what was found there, and its samples."""
