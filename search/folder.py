@@ -32,8 +32,16 @@ class TrialFolder:
     def write_config(self, config: Mapping[str, Any]) -> None:
         replace_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def write_error(self, trace: str) -> None:
-        replace_text(self.path / "error.txt", trace)
+    def write_error(self, reason: str, trace: str = "") -> None:
+        """Keep why an attempt at the trial failed: a line, and where it was raised."""
+        replace_text(self.path / "error.txt", f"{reason}\n\n{trace}")
+
+    def read_error(self) -> str | None:
+        """The reason of the last attempt that failed; None where none did."""
+        try:
+            return (self.path / "error.txt").read_text().split("\n", 1)[0]
+        except FileNotFoundError:
+            return None
 
     def write_divergence(self, found: Mapping[str, Any]) -> None:
         replace_text(self.path / "divergence.json", json.dumps(found, indent=2, default=str) + "\n")

@@ -62,7 +62,10 @@ class Recorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if trial.trial_id in self._ledger.open:
-            self._end(trial.trial_id, "failed", _reason(trial.get_pickled_error()))
+            # Tune hands its errors on in a file that is now and then not there yet; the slot has kept the reason too.
+            error = trial.get_pickled_error()
+            reason = self._folder(trial).read_error() if error is None else _reason(error)
+            self._end(trial.trial_id, "failed", reason or "failed without a word")
 
     def close(self, ending: str | None) -> None:
         """The search stops with trials under way: they are stopped for the reason `ending`, or None: interrupted."""
@@ -113,9 +116,7 @@ def _write_hparams(writer: SummaryWriter, record: Record) -> None:
         writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
 
-def _reason(error: BaseException | None) -> str:
-    if error is None:
-        return "failed without a word"
+def _reason(error: BaseException) -> str:
     cause = error.cause if isinstance(error, RayTaskError) else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return lines[0] if lines else type(cause).__name__

@@ -59,13 +59,14 @@ class Slot(tune.Trainable):
             answer = self._advance() if self._begun else self._begin()
         except GroupDied as died:
             self._retire_group()
+            self._folder.write_error(str(died))
             raise TrialFailed(str(died)) from None
         if not answer.clean:
             self._retire_group()
         if isinstance(answer, Reported):
             return self._report(answer)
         if isinstance(answer, Broke) and not answer.final:
-            self._folder.write_error(answer.trace)
+            self._folder.write_error(answer.reason, answer.trace)
             raise TrialFailed(answer.reason)
         return self._end(answer)
 

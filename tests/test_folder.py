@@ -77,3 +77,12 @@ def test_a_torn_line_is_lost_and_nothing_else(folder: TrialFolder, kept: int) ->
 def test_a_config_is_written_as_json(folder: TrialFolder) -> None:
     folder.write_config({"optim": {"lr": 1e-5}, "root": None})
     assert json.loads((folder.path / "config.json").read_text()) == {"optim": {"lr": 1e-5}, "root": None}
+
+
+def test_the_reason_of_a_failure_is_read_back(tmp_path: Path) -> None:
+    folder = TrialFolder(tmp_path, 3)
+    assert folder.read_error() is None
+    folder.write_error("KeyError: 'a' (toys.py:3)", "Traceback ...\n  KeyError: 'a'\n")
+    assert folder.read_error() == "KeyError: 'a' (toys.py:3)"
+    folder.write_error("the worker group died")
+    assert folder.read_error() == "the worker group died"
