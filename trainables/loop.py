@@ -90,7 +90,8 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             drawn = generators(device)
             lr = optim.lr * lr_factor(optim, epoch + (index + 0.5) / len(shares), config.epochs)
             set_lr(optimizer, lr)
-            plain.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
+            plain.carried.grad = None
             summed = backward(loss, batches, share, scaler, autocast(device, optim))
             count = everyones_count(summed, share, ranks)
 
