@@ -38,6 +38,7 @@ class Data:
     prepared: str | None = None  # where decoded arrays are kept; None: the user's cache folder
     modalities: tuple[Modality, ...] = MODALITIES
     history: int = 5  # instants in a window; fewer than the files have: the newest ones
+    steps: int = 1  # consecutive instants whose beams are predicted; the first is the window's newest
     image_size: int = 256  # side of the camera picture, the lidar histogram and the radar maps, pixels
     gps_repr: Literal["local", "sincos", "minmax", "angle2"] = "local"
     scenario_fov: bool = True  # lidar field of view cut per scenario
@@ -55,6 +56,8 @@ class Data:
             raise UserError(f"data.holdout = {self.holdout} must lie between 0 and 1")
         if self.history < 1:
             raise UserError(f"data.history = {self.history} must be at least 1")
+        if self.steps < 1:
+            raise UserError(f"data.steps = {self.steps} must be at least 1")
         if self.image_size < 1:
             raise UserError(f"data.image_size = {self.image_size} must be at least 1 pixel")
         if self.split_seed < 0:
