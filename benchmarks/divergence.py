@@ -1,14 +1,14 @@
 """What divergence costs a search, and what it teaches: Ray Tune as documented, Optuna alone, and this platform.
 
-    python benchmarks/divergence.py [--seeds 30] [--epochs 540]
+    python benchmarks/divergence.py [--seeds 30] [--epochs 120 180 540]
 
 All search the same synthetic training run with a stability edge (divergence_edge.py), with TPE and successive halving,
-one trial at a time, until the same number of epochs is spent. No cluster is started: Ray's OptunaSearch and
-ASHAScheduler are driven by the events that Tune's controller would send them, and so are this platform's ledger and
-scheduler.
+one trial at a time, until the same number of epochs is spent; a table for each number. No cluster is started: Ray's
+OptunaSearch and ASHAScheduler are driven by the events that Tune's controller would send them, and so are this
+platform's ledger and scheduler.
 
 Printed are means over the seeds, of the score with its standard error. `score` is the noise-free last loss of the
-setting that a search would hand over, 0.1 at best; `worse` counts the seeds on which it is worse than (a)'s and than
+setting that a search would hand over, 0.1028 at best; `worse` counts the seeds on which it is worse than (a)'s and than
 (b)'s, and says by how much at most.
 """
 
@@ -61,12 +61,18 @@ def worse(runs: Sequence[Outcome], rival: Sequence[Outcome]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=30, metavar="N", help="two or more")
-    parser.add_argument("--epochs", type=int, default=540, metavar="N", help="of one search; a whole trial takes 9")
+    parser.add_argument(
+        "--epochs", type=int, nargs="+", default=[120, 180, 540], metavar="N", help="of one search; a trial takes 9"
+    )
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    runs: dict[str, list[Outcome]] = {}
-    for name, method in METHODS.items():
-        runs[name] = [run(method, seed, arguments.epochs) for seed in range(arguments.seeds)]
+    for epochs in arguments.epochs:
+        print(f"\n{epochs} epochs a search, {arguments.seeds} seeds\n")
+        compare(range(arguments.seeds), epochs)
+
+
+def compare(seeds: Sequence[int], epochs: int) -> None:
+    runs = {name: [run(method, seed, epochs) for seed in seeds] for name, method in METHODS.items()}
     ray, alone, *_ = runs.values()
     print("| method | trials | diverged | in the second half | epochs after NaN | score | worse than (a) | than (b) |")
     print("|---|---|---|---|---|---|---|---|")

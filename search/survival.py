@@ -30,7 +30,7 @@ Array = NDArray[np.float64]
 # How many settings a sampler may be asked for in one trial's place. Those that are not named here are asked once:
 # gp has such a model of its own, which takes long to fit, and the others follow a sequence or a generation.
 CANDIDATES = {"tpe": 16, "nsga2": 16, "random": 16}
-LIKELY = 0.7  # survival from which a candidate is taken; on the edge itself it is a half
+LIKELY = 0.5  # survival from which a candidate is taken: more likely than not. A stricter one keeps away from the edge
 LATEST = 200  # ended trials that the model learns from: its cost grows with their cube
 BIAS, SLOPE, BEND, BEND_LENGTH = 1.0, 4.0, 1.0, 0.7  # of the kernel; a parameter's range is 2 wide
 SCALES = (1.0, 10.0, 100.0, 1000.0)  # prior variances of the log-odds
