@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from search.command import Options, list_spaces, report, search
+from search.fill import fill
 from trainables.contract import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -40,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--warm-start", metavar="RESULTS_DIR", help="learn from a finished search")
     command.add_argument("--address", metavar="ADDR", help="a Ray cluster (default: RAY_ADDRESS, else a local one)")
     command.add_argument("--cold", action="store_true", help="a new worker group for every trial")
+    command.add_argument(
+        "--table", nargs="?", const="all", metavar="NAME", help="fill the space's tables (or one): a search a cell"
+    )
     command.add_argument("--list", action="store_true", help="the spaces at hand")
     command.add_argument("--report", metavar="RESULTS_DIR", help="rebuild the report and the tables of a search")
     command.add_argument("--why", metavar="TRIAL", help="with --report: why that trial ended as it did")
@@ -55,15 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.report:
             print(report(given.report, given.why))
             return EXIT_FOUND
-        outcome = search(Options.read(given, HERE / "search_spaces"))
+        options = Options.read(given, HERE / "search_spaces")
+        outcomes = fill(options, given.table) if given.table else [search(options)]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISTAKE
-    if outcome is None:
-        return EXIT_FOUND
-    if outcome.interrupted:
+    ran = [outcome for outcome in outcomes if outcome is not None]
+    if any(outcome.interrupted for outcome in ran):
         return EXIT_INTERRUPTED
-    return EXIT_FOUND if outcome.best else EXIT_NOTHING
+    return EXIT_FOUND if not ran or any(outcome.best for outcome in ran) else EXIT_NOTHING
 
 
 if __name__ == "__main__":

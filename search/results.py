@@ -13,6 +13,7 @@ from typing import Any
 from search import yaml_file
 from search.decode import did_you_mean
 from search.folder import BEST, REPORT, SPACE, STUDY, TRIALS_CSV, TrialFolder, replace_text
+from search.patterns import patterns
 from search.record import INTERRUPTED, RAN_TO_END, STATUSES, Record, best_of
 from search.space import Space
 from search.space_file import read_space
@@ -83,6 +84,7 @@ def summary(results: Path, space: Space, found: Sequence[Record]) -> str:
     counts = Counter(record.status for record in found)
     told = ", ".join(f"{counts[status]} {status}" for status in (*STATUSES, INTERRUPTED) if counts[status])
     lines = [f"{len(found)} trials: {told}" if found else "no trial was run"]
+    lines += patterns(space, found)
     best = best_of(found, space)
     if not best:
         wanted = " and kept the constraints" if space.constraints else ""

@@ -91,7 +91,7 @@ class _Stop(tune.Stopper):
 
 
 def start_ray(address: str | None) -> tuple[Node, ...]:
-    """Join the cluster at `address`, or start a local one; returns its nodes."""
+    """Join the cluster at `address`, or start a local one, unless that has been done; returns its nodes."""
     os.environ.update(RAY_ENVIRONMENT)
     if address is None:
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a machine of one's own is not taken away
@@ -100,9 +100,10 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
     arguments: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
     if address is not None:
         arguments |= {"address": address, "runtime_env": {"env_vars": RAY_ENVIRONMENT}}
-    context = ray.init(**arguments)
-    if context.dashboard_url:
-        print(f"dashboard: http://{context.dashboard_url}", flush=True)
+    if not ray.is_initialized():
+        context = ray.init(**arguments)
+        if context.dashboard_url:
+            print(f"dashboard: http://{context.dashboard_url}", flush=True)
     return tuple(_node(entry["Resources"]) for entry in ray.nodes() if entry["Alive"])
 
 

@@ -82,6 +82,17 @@ class Resources(_Section):
     memory_limit_mb: float | None = Field(None, gt=0)  # of a rank's training step; None: what its GPU has
 
 
+class Table(_Section):
+    """A table of searches; search/tables.py says how it is written."""
+
+    title: str
+    rows: dict[str, dict[str, Any]] = Field(min_length=1)
+    columns: dict[str, dict[str, Any]] = Field({"": {}}, min_length=1)
+    metrics: dict[str, str] = Field(min_length=1)
+    reference: dict[str, dict[str, dict[str, float]]] = {}
+    source: str = ""  # of the reference values
+
+
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 

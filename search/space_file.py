@@ -27,7 +27,8 @@ _SECTIONS = (
     "scheduler",
     "resources",
 )
-_KEYS = (*_SECTIONS, "profiles", "ran")  # ran: on what and how; stands in a results folder's space.yaml
+_PROFILED = (*_SECTIONS, "tables")
+_KEYS = (*_PROFILED, "profiles", "ran")  # ran: on what and how; stands in a results folder's space.yaml
 
 
 def load_space(
@@ -41,13 +42,7 @@ def load_space(
     """
     document = yaml_file.read(file)
     try:
-        if not isinstance(document, dict):
-            raise UserError("a space file is a mapping with the keys trainable, objective, config, ...")
-        _check_keys(document, _KEYS)
-        profiles = document.pop("profiles", None) or {}
-        chosen = _choose_profile(profiles, profile, has_gpu)
-        if chosen is not None:
-            document = trees.merge(document, profiles[chosen])
+        document, chosen = profiled(document, profile, has_gpu)
         written = trees.leaves(document)
         for override in overrides:
             _override(document, override)
@@ -61,6 +56,17 @@ def load_space(
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return space, trainable
+
+
+def profiled(document: Any, profile: str | None, has_gpu: bool) -> tuple[dict[str, Any], str | None]:
+    """A space file's content with a profile applied, and the profile's name; see `load_space`."""
+    if not isinstance(document, dict):
+        raise UserError("a space file is a mapping with the keys trainable, objective, config, ...")
+    _check_keys(document, _KEYS)
+    profiles = document.get("profiles") or {}
+    chosen = _choose_profile(profiles, profile, has_gpu)
+    left = {key: node for key, node in document.items() if key != "profiles"}
+    return (left if chosen is None else trees.merge(left, profiles[chosen])), chosen
 
 
 def read_space(file: Path) -> Space:
@@ -83,7 +89,7 @@ def _choose_profile(profiles: Any, wanted: str | None, has_gpu: bool) -> str | N
     for name, profile in profiles.items():
         if not isinstance(profile, dict):
             raise UserError(f"profiles.{name}: expected a mapping, got {profile!r}")
-        _check_keys(profile, _SECTIONS, f"profiles.{name}.")
+        _check_keys(profile, _PROFILED, f"profiles.{name}.")
     if wanted is None:
         return "laptop" if not has_gpu and "laptop" in profiles else None
     if wanted not in profiles:

@@ -1,0 +1,182 @@
+"""Tables of a space: each cell is the best trial of a search of its own, all at the same budget.
+
+tables:
+  missing:
+    title: A missing sensor, and what its rebuild wins back
+    rows:                                   # what a row overrides, and what a column does
+      image: {config.rebuild.target: [image]}
+      radar: {config.rebuild.target: [radar]}
+    columns:
+      zeros: {config.model.missing: zerolike}
+    metrics: {rebuilt: dba_rebuilt}         # heading -> metric of the best trial
+    reference: {image: {zeros: {rebuilt: 0.5941}}}
+    source: where the reference values come from
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search import yaml_file
+from search.decode import did_you_mean
+from search.folder import BEST, REPORT, replace_text
+from search.sections import Table, section
+from search.space_file import profiled
+from trainables.contract import UserError
+
+MARKDOWN = "tables.md"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One search of a table."""
+
+    table: str
+    row: str
+    column: str
+    overrides: tuple[str, ...]  # `KEY=VALUE`, on top of the command's
+
+    @property
+    def folder(self) -> str:
+        """Of its results, below the table's."""
+        return "-".join(re.sub(r"[^A-Za-z0-9]+", "_", part).strip("_") for part in (self.table, self.row, self.column))
+
+
+def read_tables(file: Path, profile: str | None, has_gpu: bool, wanted: str) -> dict[str, Table]:
+    """The tables of a space file by name, `wanted` or all; raises UserError where there are none or not that one."""
+    try:
+        document, _ = profiled(yaml_file.read(file), profile, has_gpu)
+        written = document.get("tables") or {}
+        if not isinstance(written, dict):
+            raise UserError(f"tables: expected a mapping of names, got {written!r}")
+        tables = {name: section(Table, node, f"tables.{name}") for name, node in written.items()}
+        if not tables:
+            raise UserError("tables: there are none; --table needs a space that has some")
+        if wanted != "all" and wanted not in tables:
+            raise UserError(f"--table {wanted}: there is none; {did_you_mean(wanted, tables)}")
+        for name, table in tables.items():
+            _check_reference(name, table)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return tables if wanted == "all" else {wanted: tables[wanted]}
+
+
+def _check_reference(name: str, table: Table) -> None:
+    for row, columns in table.reference.items():
+        if row not in table.rows:
+            raise UserError(f"tables.{name}.reference.{row}: no such row; {did_you_mean(row, table.rows)}")
+        for column, values in columns.items():
+            if column not in table.columns:
+                where = f"tables.{name}.reference.{row}.{column}"
+                raise UserError(f"{where}: no such column; {did_you_mean(column, table.columns)}")
+            for heading in values:
+                if heading not in table.metrics:
+                    where = f"tables.{name}.reference.{row}.{column}.{heading}"
+                    raise UserError(f"{where}: no such heading; {did_you_mean(heading, table.metrics)}")
+
+
+def cells_of(tables: Mapping[str, Table]) -> list[Cell]:
+    """Every search that the tables ask for."""
+    return [
+        Cell(name, row, column, _overrides({**over_column, **over_row}))
+        for name, table in tables.items()
+        for row, over_row in table.rows.items()
+        for column, over_column in table.columns.items()
+    ]
+
+
+def _overrides(values: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{key}={json.dumps(value)}" for key, value in values.items())  # what JSON writes, YAML reads
+
+
+def write_tables(results: Path, title: str, tables: Mapping[str, Table], cells: Sequence[Cell]) -> str:
+    """Write tables.md and report.html from what the searches of the cells have found so far; returns the Markdown."""
+    texts = []
+    for name, table in tables.items():
+        best = {(cell.row, cell.column): _best_metrics(results / cell.folder) for cell in cells if cell.table == name}
+        texts.append(markdown(table, best))
+    text = "\n\n".join(texts) + "\n"
+    replace_text(results / MARKDOWN, text)
+    links = [f'<li><a href="{html.escape(cell.folder)}/{REPORT}">{html.escape(cell.folder)}</a></li>' for cell in cells]
+    page = _PAGE.format(title=html.escape(title), tables=_html(text), links="\n".join(links))
+    replace_text(results / REPORT, page)
+    return text
+
+
+def _best_metrics(folder: Path) -> Mapping[str, Any] | None:
+    """Of a search's best trial, with the number of trials it was chosen from; None where there is none yet."""
+    if not (folder / BEST).exists():
+        return None
+    metrics: dict[str, Any] = yaml_file.read(folder / BEST)["metrics"]
+    return metrics
+
+
+def markdown(table: Table, best: Mapping[tuple[str, str], Mapping[str, Any] | None]) -> str:
+    """The table; a cell is `measured (reference)`, a dash where no trial finished within the constraints.
+
+    best: metrics of the best trial by row and column.
+    """
+    several = len(table.columns) > 1
+    headings = [f"{heading}, {column}" if several else heading for column in table.columns for heading in table.metrics]
+    lines = [f"| {' | '.join([table.title, *headings])} |", "|---" * (len(headings) + 1) + "|"]
+    for row in table.rows:
+        told = [
+            _cell((best.get((row, column)) or {}).get(metric), _reference(table, row, column, heading))
+            for column in table.columns
+            for heading, metric in table.metrics.items()
+        ]
+        lines.append(f"| {' | '.join([row, *told])} |")
+    if table.source:
+        lines.append(f"\nIn brackets: {table.source}")
+    return "\n".join(lines)
+
+
+def _reference(table: Table, row: str, column: str, heading: str) -> float | None:
+    return table.reference.get(row, {}).get(column, {}).get(heading)
+
+
+def _cell(value: Any, reference: float | None) -> str:
+    told = _number(value) if isinstance(value, (int, float)) else "-"
+    return told if reference is None else f"{told} ({_number(reference)})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.4g}"
+
+
+def _html(text: str) -> str:
+    """These tables' own Markdown as HTML."""
+    out: list[str] = []
+    for block in text.strip().split("\n\n"):
+        lines = block.split("\n")
+        if not lines[0].startswith("|"):
+            out.append(f"<p>{html.escape(block)}</p>")
+            continue
+        rows = [[html.escape(cell) for cell in line.strip("| ").split(" | ")] for line in (lines[0], *lines[2:])]
+        head = "".join(f"<th>{cell}</th>" for cell in rows[0])
+        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[1:])
+        out.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    return "\n".join(out)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Tables: {title}</title>
+<style>
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em; color: #222 }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin-bottom: 1em }}
+th, td {{ text-align: left; padding: .25em .7em; border-bottom: 1px solid #ddd }}
+</style>
+<h1>Tables: {title}</h1>
+{tables}
+<h2>The searches</h2>
+<ul>
+{links}
+</ul>
+</html>
+"""

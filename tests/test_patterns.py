@@ -1,0 +1,66 @@
+"""What is said of where trials blow up: a clear pattern is named, and chance is not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spaces import space_of
+
+from search.patterns import patterns
+from search.record import Record
+from search.space import Space
+
+CONFIG = {
+    "block": {"choice": ["uni", "bi", "cs_bi"]},
+    "lr": {"log": [1.0e-4, 1.0e-1]},
+    "depth": {"int": [1, 8], "when": {"block": ["bi", "cs_bi"]}},
+}
+
+
+def record(number: int, status: str, values: Mapping[str, Any]) -> Record:
+    return Record(number, status, "", None, values, {}, 3, 1.0)
+
+
+def searched(space: Space, count: int, blows_up: Any, seed: int = 0) -> list[Record]:
+    rng = random.Random(seed)
+    drawn = [space.draw(rng) for _ in range(count)]
+    return [record(i, "diverged" if blows_up(values) else "stopped", values) for i, values in enumerate(drawn)]
+
+
+def test_the_value_that_blows_up_is_named_with_its_counts(tmp_path: Path) -> None:
+    space = space_of(tmp_path, CONFIG)
+    found = searched(space, 20, lambda values: values["block"] == "uni")
+    uni = sum(item.values["block"] == "uni" for item in found)
+    assert patterns(space, found) == [f"{uni} of {uni} diverged with block = uni, 0 of {20 - uni} elsewhere"]
+
+
+def test_a_range_is_cut_between_what_blew_up_and_what_did_not(tmp_path: Path) -> None:
+    space = space_of(tmp_path, CONFIG)
+    found = searched(space, 20, lambda values: values["lr"] > 1e-2)
+    (line,) = patterns(space, found)
+    failed = sum(item.status == "diverged" for item in found)
+    assert line.startswith(f"{failed} of {failed} diverged with lr above ")
+    cut = float(line.split("above ")[1].split(",")[0])
+    stable = max(item.values["lr"] for item in found if item.status == "stopped")
+    assert stable <= cut <= min(item.values["lr"] for item in found if item.status == "diverged")
+
+
+def test_chance_is_no_pattern(tmp_path: Path) -> None:
+    space = space_of(tmp_path, CONFIG)
+    told = 0
+    for seed in range(100):
+        coin = random.Random(seed)
+        told += bool(patterns(space, searched(space, 20, lambda values, coin=coin: coin.random() < 0.3, seed)))
+    assert told <= 5  # three parameters, each with a chance of at most 0.01
+
+
+def test_a_failed_trial_says_nothing_and_memory_is_told_apart(tmp_path: Path) -> None:
+    space = space_of(tmp_path, {"batch": {"int": [1, 48]}})
+    sizes = range(4, 44, 2)
+    found = [record(i, "out_of_memory" if size > 32 else "finished", {"batch": size}) for i, size in enumerate(sizes)]
+    assert patterns(space, found) == ["5 of 5 ran out of memory with batch above 33, 0 of 15 elsewhere"]
+    assert patterns(space, [record(i, "failed", item.values) for i, item in enumerate(found)]) == []
+    assert patterns(space, []) == []

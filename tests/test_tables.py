@@ -1,0 +1,143 @@
+"""Tables of searches: what a space file may say of them, which searches they ask for, and how they read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch import main
+from search import yaml_file
+from search.tables import cells_of, markdown, read_tables, write_tables
+from trainables.contract import UserError
+
+SPACES = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))
+WITH_TABLES = [path for path in SPACES if "tables" in yaml_file.read(path)]
+SPACE = """
+trainable: toys:descend
+objective: {metric: loss, mode: min}
+config:
+  epochs: 3
+  start: 5.0
+  lr: {log: [1.0e-2, 0.4]}
+search: {trials: 9}
+tables:
+  starts:
+    title: Where it starts
+    rows:
+      near: {config.start: 1.0}
+      far, known: {config.start: 50.0, search.trials: 1}
+    columns:
+      few: {search.trials: 2}
+      more: {}
+    metrics: {loss: loss, epochs run: epochs}
+    reference: {near: {few: {loss: 0.25}}}
+    source: a textbook
+  alone:
+    title: Only one
+    rows: {one: {config.start: 2.0}}
+    metrics: {loss: loss}
+profiles:
+  short:
+    tables: {starts: {columns: {few: {search.trials: 1}}}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "starts.yaml"
+    path.write_text(SPACE)
+    return path
+
+
+def test_a_cell_overrides_what_its_row_and_column_say(file: Path) -> None:
+    cells = cells_of(read_tables(file, None, True, "starts"))
+    assert [(cell.row, cell.column) for cell in cells] == [
+        ("near", "few"),
+        ("near", "more"),
+        ("far, known", "few"),
+        ("far, known", "more"),
+    ]
+    assert cells[0].overrides == ("search.trials=2", "config.start=1.0")
+    assert cells[2].overrides == ("search.trials=1", "config.start=50.0")  # a row has the last word
+    assert cells[2].folder == "starts-far_known-few"
+
+
+def test_all_tables_or_one_and_a_profile_changes_them(file: Path) -> None:
+    assert list(read_tables(file, None, True, "all")) == ["starts", "alone"]
+    assert list(read_tables(file, None, True, "alone")) == ["alone"]
+    assert read_tables(file, "short", True, "starts")["starts"].columns["few"] == {"search.trials": 1}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ("reference: {near", "reference: {nears", "reference.nears: no such row; did you mean `near`"),
+        ("{few: {loss: 0.25", "{fews: {loss: 0.25", "reference.near.fews: no such column; did you mean `few`"),
+        ("{few: {loss: 0.25", "{few: {lost: 0.25", "reference.near.few.lost: no such heading; did you mean `loss`"),
+        ("    title: Only one\n", "", "tables.alone.title: a value is needed"),
+        ("rows: {one: {config.start: 2.0}}", "rows: {}", "tables.alone.rows: "),
+        (
+            "    title: Only one\n",
+            "    title: Only one\n    rwos: {}\n",
+            "tables.alone.rwos: no such key; did you mean",
+        ),
+    ],
+)
+def test_mistakes_are_named(file: Path, old: str, new: str, match: str) -> None:
+    assert old in SPACE
+    file.write_text(SPACE.replace(old, new))
+    with pytest.raises(UserError, match=match):
+        read_tables(file, None, True, "all")
+
+
+def test_an_unknown_table_and_a_space_without_any(file: Path) -> None:
+    with pytest.raises(UserError, match="--table strats: there is none; did you mean `starts`"):
+        read_tables(file, None, True, "strats")
+    file.write_text(SPACE[: SPACE.index("tables:")])
+    with pytest.raises(UserError, match="tables: there are none"):
+        read_tables(file, None, True, "all")
+
+
+def test_what_a_table_says(file: Path) -> None:
+    table = read_tables(file, None, True, "starts")["starts"]
+    best = {("near", "few"): {"loss": 0.5, "epochs": 3}, ("far, known", "few"): None}
+    assert markdown(table, best).splitlines() == [
+        "| Where it starts | loss, few | epochs run, few | loss, more | epochs run, more |",
+        "|---|---|---|---|---|",
+        "| near | 0.5000 (0.2500) | 3.0000 | - | - |",
+        "| far, known | - | - | - | - |",
+        "",
+        "In brackets: a textbook",
+    ]
+
+
+def test_the_page_links_to_every_search(file: Path, tmp_path: Path) -> None:
+    tables = read_tables(file, None, True, "all")
+    cells = cells_of(tables)
+    yaml_file.write(tmp_path / "starts-near-few" / "best.yaml", {"trial": 1, "metrics": {"loss": 0.125, "epochs": 3}})
+    text = write_tables(tmp_path, "starts", tables, cells)
+    page = (tmp_path / "report.html").read_text()
+    assert "0.1250 (0.2500)" in text
+    assert "<td>0.1250 (0.2500)</td>" in page
+    assert all(f'href="{cell.folder}/report.html"' in page for cell in cells)
+    assert (tmp_path / "tables.md").read_text() == text
+
+
+def test_every_cell_is_checked_before_any_runs(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(SPACE.replace("{config.start: 2.0}", "{confg.x: 2}"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["--space", str(file), "--table", "--dry-run"]) == 2
+    assert "confg.x: no such key" in capsys.readouterr().err
+    assert main(["--space", str(file), "--table", "--resume", "x"]) == 2
+    assert main(["--space", str(file), "--table", "starts", "--dry-run"]) == 0
+    assert "cell 4 of 4: far, known more" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("space", WITH_TABLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_the_tables_of_our_spaces_hold_together(space: Path, has_gpu: bool) -> None:
+    assert cells_of(read_tables(space, None, has_gpu, "all"))
