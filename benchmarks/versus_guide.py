@@ -1,0 +1,113 @@
+"""A space of ours searched as Ray's guide documents it: a Ray Train run of its own for every trial, OptunaSearch, ASHA.
+
+    python benchmarks/versus_guide.py SPACE SEED SECONDS
+
+Prints a line of JSON for each report that reached the driver: its time and metrics. For ray 2.60.
+https://docs.ray.io/en/latest/train/user-guides/hyperparameter-optimization.html
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import ray.tune
+from measured import SLOTS
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from search import tree as trees
+from search.domain import Choice, Domain, Integer, Real
+from search.loading import load
+from search.space import Space
+from search.space_file import load_space
+from trainables.contract import Trial
+
+
+class Listener(ray.tune.Callback):
+    """Prints every report as it reaches the driver."""
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        metrics = {name: value for name, value in result.items() if isinstance(value, float)}
+        print("report", json.dumps({"time": time.time(), "metrics": metrics}), flush=True)
+
+
+def tune_domain(domain: Domain) -> Any:
+    """The same domain in Tune's words; of those that our spaces use here."""
+    if isinstance(domain, Choice):
+        return ray.tune.choice(list(domain.values))
+    assert isinstance(domain, (Real, Integer))
+    assert domain.step is None
+    if isinstance(domain, Integer):
+        return (ray.tune.lograndint if domain.log else ray.tune.randint)(domain.low, domain.high + 1)
+    return (ray.tune.loguniform if domain.log else ray.tune.uniform)(domain.low, domain.high)
+
+
+def train_worker(given: dict[str, Any]) -> None:
+    trainable = load(given["trainable"], given["paths"])
+    tree = dict(given["tree"])
+    for name, value in given["searched"].items():
+        trees.put(tree, name.replace("/", "."), value)
+    for report in trainable.train(Trial(trainable.config(tree), seed=given["seed"])):
+        ray.train.report(dict(report.metrics))
+
+
+def train_driver(config: dict[str, Any]) -> None:
+    trainer = ray.train.torch.TorchTrainer(
+        train_worker,
+        train_loop_config=config["train_loop_config"],
+        scaling_config=ray.train.ScalingConfig(num_workers=1),
+        run_config=ray.train.RunConfig(
+            name=f"train-{ray.tune.get_context().get_trial_id()}",
+            storage_path=config["storage_path"],
+            callbacks=[TuneReportCallback()],
+        ),
+    )
+    trainer.fit()
+
+
+def search(space: Space, seconds: float) -> None:
+    objective = space.objectives[0]
+    given = {
+        "trainable": space.trainable,
+        "paths": list(space.paths),
+        "tree": space.config(space.draw(random.Random(0))),
+        "seed": space.search.seed,
+        "searched": {item.name.replace(".", "/"): tune_domain(item.domain) for item in space.parameters},
+    }
+    # One CPU for each trial's driver function, one for each worker.
+    ray.init(num_cpus=2 * SLOTS, include_dashboard=False, log_to_driver=False)
+    with tempfile.TemporaryDirectory() as folder:
+        ray.tune.Tuner(
+            train_driver,
+            param_space={"train_loop_config": given, "storage_path": folder},
+            tune_config=ray.tune.TuneConfig(
+                metric=objective.metric,
+                mode=objective.mode,
+                num_samples=-1,
+                time_budget_s=seconds,
+                max_concurrent_trials=SLOTS,
+                search_alg=OptunaSearch(seed=space.search.seed),
+                scheduler=ASHAScheduler(
+                    max_t=space.epochs or 1,
+                    grace_period=space.scheduler.grace_epochs,
+                    reduction_factor=space.scheduler.reduction,
+                ),
+            ),
+            run_config=ray.tune.RunConfig(storage_path=folder, callbacks=[Listener()], verbose=0),
+        ).fit()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    file, seed, limit = sys.argv[1:]
+    search(load_space(Path(file), [f"search.seed={seed}"], has_gpu=False)[0], float(limit))
