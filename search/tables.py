@@ -45,7 +45,8 @@ class Cell:
     @property
     def folder(self) -> str:
         """Of its results, below the table's."""
-        return "-".join(re.sub(r"[^A-Za-z0-9]+", "_", part).strip("_") for part in (self.table, self.row, self.column))
+        names = [re.sub(r"[^A-Za-z0-9]+", "_", part).strip("_") for part in (self.table, self.row, self.column)]
+        return "-".join(name for name in names if name)
 
 
 def read_tables(file: Path, profile: str | None, has_gpu: bool, wanted: str) -> dict[str, Table]:

@@ -172,3 +172,94 @@ def test_warm_start_learns_from_a_finished_search(brought: tuple[Path, int, str]
     assert len(rows(folder / "results/second")) == 2
     document = yaml.safe_load((folder / "results/second/space.yaml").read_text())
     assert "--warm-start" in document["ran"]["command"]
+
+
+def test_a_table_is_filled_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "my_loop.py").write_text(OWN_LOOP)
+    tables = """
+tables:
+  budgets: {title: Budget, rows: {one: {search.trials: 1}, two: {search.trials: 2}}, metrics: {loss: loss}}
+"""
+    (tmp_path / "my.yaml").write_text(OWN_SPACE + tables)
+    command = ["--space", "my.yaml", "--table", "--name", "t"]
+    status, _ = finish(launch(tmp_path, *command))
+    results = tmp_path / "results/t"
+    text = (results / "tables.md").read_text()
+    assert status == 0
+    for row in ("one", "two"):
+        best = yaml.safe_load((results / f"budgets-{row}" / "best.yaml").read_text())
+        assert f"| {row} | {best['metrics']['loss']:.4f} |" in text
+    before = []
+    done = {path.parent.name for path in results.glob("trials/*/metrics.jsonl")}
+    written = {name: (results / "trials" / name / "metrics.jsonl").read_text() for name in done}
+
+    status, output = finish(launch(tmp_path, "--resume", str(results)))
+    assert status == 0, output
+    after = rows(results)
+    assert [row["trial"] for row in after] == ["0", "1", "2", "3", "4"]
+    assert {row["status"] for row in after} == {"finished"}
+    for row in before:
+        if row["status"] == "finished":
+            assert row in after
+    for name, text in written.items():
+        assert (results / "trials" / name / "metrics.jsonl").read_text().startswith(text), "no epoch was run twice"
+    space, _ = load_space(results / "space.yaml")
+    assert all(trial.state.is_finished() for trial in open_study(results / "study.journal", space, False).trials)
+
+
+def test_a_mistake_in_the_data_ends_before_ray_starts(tmp_path: Path) -> None:
+    started = time.monotonic()
+    status, output = finish(launch(ROOT, "--space", "fusion", "--set", f"config.data.root={tmp_path / 'nowhere'}"))
+    assert status == 2
+    assert str(tmp_path / "nowhere") in output
+    assert len(output.strip().splitlines()) <= 3
+    assert time.monotonic() - started < 60
+
+
+def test_report_and_why_of_a_finished_search(brought: tuple[Path, int, str]) -> None:
+    folder, _, _ = brought
+    results = folder / "results/mine"
+    written = {name: (results / name).read_text() for name in ("trials.csv", "best.yaml", "report.html")}
+    for name in written:
+        (results / name).unlink()
+    status, _ = finish(launch(folder, "--report", str(results)))
+    assert status == 0
+    assert {name: (results / name).read_text() for name in written} == written
+    status, output = finish(launch(folder, "--report", str(results), "--why", "1"))
+    assert status == 0
+    assert "finished" in output
+    assert "ran to its end" in output
+
+
+def test_warm_start_learns_from_a_finished_search(brought: tuple[Path, int, str]) -> None:
+    folder, _, _ = brought
+    more = ("--trials", "2", "--name", "second", "--warm-start", "results/mine")
+    status, output = finish(launch(folder, "--space", "own/my.yaml", *more))
+    assert status == 0, output
+    assert "warm start: 6 trials" in output
+    assert len(rows(folder / "results/second")) == 2
+    document = yaml.safe_load((folder / "results/second/space.yaml").read_text())
+    assert "--warm-start" in document["ran"]["command"]
+
+
+def test_a_table_is_filled_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "my_loop.py").write_text(OWN_LOOP)
+    tables = """
+tables:
+  budgets: {title: Budget, rows: {one: {search.trials: 1}, two: {search.trials: 2}}, metrics: {loss: loss}}
+"""
+    (tmp_path / "my.yaml").write_text(OWN_SPACE + tables)
+    command = ["--space", "my.yaml", "--table", "--name", "t"]
+    status, _ = finish(launch(tmp_path, *command))
+    results = tmp_path / "results/t"
+    text = (results / "tables.md").read_text()
+    best = [yaml.safe_load((results / f"budgets-{row}" / "best.yaml").read_text()) for row in ("one", "two")]
+    assert status == 0
+    assert [f"| {row} | {item['metrics']['loss']:.4f} |" in text for row, item in zip(["one", "two"], best)] == [
+        True
+    ] * 2
+    before = [(results / f"budgets-{row}" / "study.journal").read_bytes() for row in ("one", "two")]
+    status, told = finish(launch(tmp_path, *command))
+    assert status == 0
+    assert text in told
+    assert [(results / f"budgets-{row}" / "study.journal").read_bytes() for row in ("one", "two")] == before
