@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import chain, combinations
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import small_beam
 import torch
 from small_beam import GPS_WIDTH, PUBLISHED
-from torch import Tensor
+from torch import Tensor, nn
 
-from trainables.beam.blocks import BiBlock, Fusion, UniBlock, legacy_init, swap_channels
+from trainables.beam.blocks import BiBlock, Fusion, TransformerBlock, UniBlock, legacy_init, swap_channels
 from trainables.beam.config import MODALITIES, SENSORS, Data, Modality, Model
 from trainables.beam.fusion import Config, draw_missing, everywhere, loss
 from trainables.beam.network import FusionNetwork
@@ -22,6 +22,7 @@ from trainables.optim import Optim
 
 SIZE, HISTORY = 32, 2
 SMALL = replace(small_beam.SMALL, dropout=0.0)
+KINDS = ("weight", "bias")
 SUBSETS = list(chain.from_iterable(combinations(MODALITIES, count) for count in (1, 2, 3, 4)))
 
 
@@ -177,6 +178,75 @@ def test_an_aligned_block_treats_both_directions_alike() -> None:
     forward, backward = block.forwards(u), block.forwards(u.flip(1)).flip(1)
     gate = torch.nn.functional.leaky_relu(block.gate(u), 0.2)
     torch.testing.assert_close(block(x), backward * gate + forward * backward)
+
+
+def test_a_transformer_block_is_the_usual_pre_norm_one() -> None:
+    width = 16
+    block = TransformerBlock(10, width, replace(SMALL, block="transformer"))
+    usual = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, norm_first=True, batch_first=True)
+    names = {
+        "attend": "self_attn.in_proj_",
+        "project": "self_attn.out_proj.",
+        "mlp.0": "linear1.",
+        "mlp.2": "linear2.",
+        "norms.0": "norm1.",
+        "norms.1": "norm2.",
+    }
+    torch.nn.init.normal_(block.attend.bias)
+    state = block.state_dict()
+    usual.load_state_dict({theirs + kind: state[f"{ours}.{kind}"] for ours, theirs in names.items() for kind in KINDS})
+    x = 3 * torch.randn(2, 10, width)
+    torch.testing.assert_close(block(x), usual(x))
+
+
+def test_a_transformer_drops_out_in_training_only() -> None:
+    fusion = Fusion(10, 16, replace(SMALL, block="transformer", dropout=0.5))
+    x = torch.randn(1, 10, 16)
+    assert not torch.equal(fusion.blocks(x), fusion.blocks(x))
+    fusion.eval()
+    assert torch.equal(fusion.blocks(x), fusion.blocks(x))
+
+
+@pytest.mark.parametrize("init", ["mamba", "legacy"])
+def test_a_transformer_starts_as_published_and_ignores_the_switches_of_mamba(init: Literal["mamba", "legacy"]) -> None:
+    model = replace(SMALL, block="transformer", mamba_init=init)
+    odd = replace(model, ln_shape="plane", align_backward=False, residual=False)
+    torch.manual_seed(0)
+    fusion = Fusion(10, 64, model)
+    torch.manual_seed(0)
+    same = Fusion(10, 64, odd)
+    linears = [module for module in fusion.modules() if isinstance(module, nn.Linear)]
+    assert all(abs(linear.weight.std().item() - 0.02) < 0.001 for linear in linears)
+    assert not any(linear.bias.any() for linear in linears)
+    assert fusion.position_TC.any() == (init == "mamba")
+    x = torch.randn(2, 10, 64)
+    assert torch.equal(fusion(x), same(x))
+
+
+@pytest.mark.parametrize("block", ["bi", "transformer"])
+def test_half_precision_gives_nearly_the_same_logits(block: Literal["bi", "transformer"]) -> None:
+    data = replace(small_data(), steps=3)
+    built, batch = FusionNetwork(replace(SMALL, block=block), data, GPS_WIDTH).eval(), small_beam.noise(2, data)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = built(batch)
+    assert half.dtype is torch.float32
+    full = built(batch)
+    assert (half - full).abs().mean() < 0.1 * full.std()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_layer": 0}, r"model\.n_layer = 0 must be at least 1"),
+        ({"anchors": 0}, r"model\.anchors = 0"),
+        ({"sensor_depths": (1, 0, 1, 1)}, r"model\.sensor_depths = \[1, 0, 1, 1\]"),
+        ({"dropout": 1.0}, r"model\.dropout = 1\.0 must lie in \[0, 1\)"),
+        ({"block": "transformer", "channels": (4, 8, 12, 18)}, r"model\.channels = .* must be multiples of 4"),
+    ],
+)
+def test_models_that_cannot_be_built_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Model(**settings)
 
 
 @pytest.mark.parametrize(

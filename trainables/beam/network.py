@@ -61,9 +61,14 @@ class FusionNetwork(nn.Module):
         return self.fuse(self.first_maps(batch), batch.get("gps"))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As ever; `UserError` for the weights of another network."""
+        """Raises `UserError` for the weights of another network, where torch would list every one of them."""
+        if strict:
+            self._expect_own(state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _expect_own(self, weights: Mapping[str, Tensor]) -> None:
         ours = {name: list(tensor.shape) for name, tensor in self.state_dict().items()}
-        theirs = {name: list(tensor.shape) for name, tensor in state_dict.items()}
+        theirs = {name: list(tensor.shape) for name, tensor in weights.items()}
         for name in [*ours, *theirs]:
             if ours.get(name) != theirs.get(name):
                 raise UserError(
@@ -71,7 +76,6 @@ class FusionNetwork(nn.Module):
                     f"{ours.get(name, 'not wanted')} here; model, data.history, data.steps, data.modalities, "
                     "data.image_size and data.gps_repr must be those it was trained with"
                 )
-        return super().load_state_dict(state_dict, strict, assign)
 
     def first_maps(self, batch: Mapping[str, Tensor]) -> Maps:
         """The sensors' maps after their first stages."""
