@@ -1,8 +1,11 @@
-"""A fusion network that trains in milliseconds."""
+"""A fusion network that trains in milliseconds, the published one, and windows of noise for either."""
 
 from __future__ import annotations
 
-from trainables.beam.config import Model
+import torch
+from torch import Tensor
+
+from trainables.beam.config import Data, Model
 
 SMALL = Model(
     channels=(4, 8, 12, 16),
@@ -13,3 +16,26 @@ SMALL = Model(
     d_state=2,
     anchors=2,
 )
+PUBLISHED = Model(
+    mamba_init="legacy",
+    ln_shape="plane",
+    align_backward=False,
+    residual=False,
+    missing="zerolike",
+    gps_embedding="linear",
+)
+GPS_WIDTH = 3
+
+
+def noise(count: int, data: Data) -> dict[str, Tensor]:
+    """A batch of so many windows in the types of the data."""
+    history, size = data.history, data.image_size
+    whole = {
+        "image": torch.randint(256, (count, history, 3, size, size), dtype=torch.uint8),
+        "lidar": torch.randint(6, (count, history, 1, size, size), dtype=torch.uint8),
+        "radar": torch.rand(count, history, 2, size, size).half(),
+        "gps": torch.randn(count, 2, GPS_WIDTH),
+    }
+    beam = torch.randint(64, (count,) if data.steps == 1 else (count, data.steps))
+    labels = {"beam": beam, "scenario": torch.arange(count) % 2}
+    return {**{name: whole[name] for name in data.modalities}, **labels}

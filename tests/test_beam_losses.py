@@ -64,10 +64,22 @@ def test_focal_loss_by_hand() -> None:
     assert loss.item() == pytest.approx((0.25 + 0.75) / 2 * 0.25 * math.log(2))
 
 
+def test_focal_loss_of_a_soft_target_by_hand() -> None:
+    """One beam, p = 3/4, target 0.6: p_t = .75 x .6 + .25 x .4 = .55, alpha_t = .2 x .6 + .8 x .4 = .44."""
+    loss = focal_loss(torch.tensor([[math.log(3)]]), torch.tensor([[0.6]]), alpha=0.2, gamma=3.0)
+    assert loss.item() == pytest.approx(0.44 * 0.45**3 * -(0.6 * math.log(0.75) + 0.4 * math.log(0.25)))
+
+
 def test_focal_loss_without_focus_is_half_the_binary_cross_entropy() -> None:
     logits, target = torch.randn(5, 64), torch.rand(5, 64)
     expected = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1) / 2
     torch.testing.assert_close(focal_loss(logits, target, alpha=0.5, gamma=0.0), expected)
+
+
+def test_cross_entropy_by_hand() -> None:
+    """Shares 1/4 and 3/4 by the logits, the other way round by the target, whose sum is 2."""
+    loss = cross_entropy(torch.tensor([[0.0, math.log(3)]]), torch.tensor([[1.5, 0.5]]))
+    assert loss.item() == pytest.approx(-(0.75 * math.log(0.25) + 0.25 * math.log(0.75)))
 
 
 def test_cross_entropy_takes_a_target_of_any_sum() -> None:

@@ -1,33 +1,28 @@
-"""The fusion network: its size, any subset of its modalities, what the published variants do wrong."""
+"""The fusion network: any subset of its modalities, what the published variants do wrong."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import chain, combinations
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import small_beam
 import torch
-from torch import Tensor
+from small_beam import GPS_WIDTH, PUBLISHED
+from torch import Tensor, nn
 
-from trainables.beam.blocks import BiBlock, Fusion, UniBlock, legacy_init, swap_channels
+from trainables.beam.blocks import BiBlock, Fusion, TransformerBlock, UniBlock, legacy_init, swap_channels
 from trainables.beam.config import MODALITIES, SENSORS, Data, Modality, Model
 from trainables.beam.fusion import Config, draw_missing, everywhere, loss
 from trainables.beam.network import FusionNetwork
 from trainables.contract import UserError
 from trainables.optim import Optim
 
-GPS_WIDTH, SIZE, HISTORY = 3, 32, 2
+SIZE, HISTORY = 32, 2
 SMALL = replace(small_beam.SMALL, dropout=0.0)
-PUBLISHED = Model(
-    mamba_init="legacy",
-    ln_shape="plane",
-    align_backward=False,
-    residual=False,
-    missing="zerolike",
-    gps_embedding="linear",
-)
+KINDS = ("weight", "bias")
 SUBSETS = list(chain.from_iterable(combinations(MODALITIES, count) for count in (1, 2, 3, 4)))
 
 
@@ -37,30 +32,11 @@ def small_data(modalities: tuple[Modality, ...] = MODALITIES) -> Data:
 
 def windows(count: int, modalities: tuple[Modality, ...] = MODALITIES) -> dict[str, Tensor]:
     """A batch of noise in the types of the data."""
-    whole = {
-        "image": torch.randint(256, (count, HISTORY, 3, SIZE, SIZE), dtype=torch.uint8),
-        "lidar": torch.randint(6, (count, HISTORY, 1, SIZE, SIZE), dtype=torch.uint8),
-        "radar": torch.rand(count, HISTORY, 2, SIZE, SIZE).half(),
-        "gps": torch.randn(count, 2, GPS_WIDTH),
-    }
-    labels = {"beam": torch.randint(64, (count,)), "scenario": torch.zeros(count, dtype=torch.int64)}
-    return {**{name: whole[name] for name in modalities}, **labels}
+    return small_beam.noise(count, small_data(modalities))
 
 
 def network(model: Model = SMALL, modalities: tuple[Modality, ...] = MODALITIES) -> FusionNetwork:
     return FusionNetwork(model, small_data(modalities), GPS_WIDTH)
-
-
-@pytest.mark.parametrize(
-    ("block", "time_fusion", "parameters"),
-    [("bi", "v1", 103_461_888), ("cs_bi", "v2", 103_461_924), ("uni", "v1", 64_846_848)],
-)
-def test_parameters_of_the_published_network(
-    block: Literal["uni", "bi", "cs_bi"], time_fusion: Literal["v1", "v2"], parameters: int
-) -> None:
-    with torch.device("meta"):
-        built = FusionNetwork(replace(PUBLISHED, block=block, time_fusion=time_fusion), Data(), gps_width=2)
-    assert sum(parameter.numel() for parameter in built.parameters()) == parameters
 
 
 @pytest.mark.parametrize("modalities", SUBSETS, ids="+".join)
@@ -74,7 +50,7 @@ def test_any_subset_of_modalities_makes_a_network(modalities: tuple[Modality, ..
 
 GRADIENT_CASES = [
     *((SMALL, subset) for subset in SUBSETS),
-    *((replace(SMALL, block=block), MODALITIES) for block in ("uni", "bi")),
+    *((replace(SMALL, block=block), MODALITIES) for block in ("uni", "bi", "transformer")),
     *((replace(SMALL, time_fusion=fusion), MODALITIES) for fusion in ("sum", "v1")),
     (replace(SMALL, ln_shape="plane", align_backward=False, residual=False), MODALITIES),
     (replace(SMALL, norm="batch", gps_embedding="linear", missing="zerolike"), MODALITIES),
@@ -151,11 +127,12 @@ def test_two_sensors_swap_halves_and_one_keeps_its_channels() -> None:
     assert swap_channels([]) == []
 
 
-def test_the_published_bi_block_is_dead_and_the_mended_one_is_not() -> None:
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_the_published_bi_block_is_dead_and_the_mended_one_is_not(width: int) -> None:
     """Its product of small numbers underflows over eight blocks: neither the input nor a weight before has a say."""
-    width, tokens = 64, 50
+    tokens = 20
     legacy = replace(PUBLISHED, block="bi", dropout=0.0)
-    x = torch.randn(2, tokens, width, requires_grad=True)
+    x = torch.randn(1, tokens, width, requires_grad=True)
     dead = Fusion(tokens, width, legacy)
     inner = dead.blocks(x)
     inner.sum().backward()
@@ -169,14 +146,27 @@ def test_the_published_bi_block_is_dead_and_the_mended_one_is_not() -> None:
     assert x.grad.any()
 
 
-def test_the_published_uni_block_overflows_in_the_forward_pass_once_tokens_are_large() -> None:
+def test_the_published_uni_block_shrinks_small_tokens_and_blows_up_large_ones() -> None:
+    """Small ones by a constant factor per block, large ones by a factor that itself grows with every block."""
     width = 512
-    blocks = torch.nn.Sequential(*(UniBlock(20, width, replace(PUBLISHED, block="uni")) for _ in range(8)))
-    blocks.apply(legacy_init)
-    small, large = torch.randn(1, 20, width), 100 * torch.randn(1, 20, width)
-    with torch.no_grad():
-        assert blocks(small).abs().max() < 1e-6
-        assert not blocks(large).isfinite().all()
+    blocks = [UniBlock(20, width, replace(PUBLISHED, block="uni")).apply(legacy_init) for _ in range(8)]
+
+    def sizes(x: Tensor) -> Tensor:
+        """The logarithm of the largest number before the first block and after each, up to the first overflow."""
+        found = [x.abs().max()]
+        with torch.no_grad():
+            for block in blocks:
+                x = block(x)
+                found.append(x.abs().max())
+        logs = torch.stack(found).double().log()
+        return logs[logs.isfinite().cumprod(0).bool()]
+
+    shrinking, growing = (sizes(spread * torch.randn(1, 20, width)).diff() for spread in (1, 30))
+    assert len(shrinking) == 8
+    assert (shrinking < math.log(0.1)).all()
+    assert 2 <= len(growing) < 8  # the overflow is in the forward pass
+    assert growing[0] > 0
+    assert (growing.diff() > 0).all()
 
 
 def test_an_aligned_block_treats_both_directions_alike() -> None:
@@ -188,6 +178,75 @@ def test_an_aligned_block_treats_both_directions_alike() -> None:
     forward, backward = block.forwards(u), block.forwards(u.flip(1)).flip(1)
     gate = torch.nn.functional.leaky_relu(block.gate(u), 0.2)
     torch.testing.assert_close(block(x), backward * gate + forward * backward)
+
+
+def test_a_transformer_block_is_the_usual_pre_norm_one() -> None:
+    width = 16
+    block = TransformerBlock(10, width, replace(SMALL, block="transformer"))
+    usual = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, norm_first=True, batch_first=True)
+    names = {
+        "attend": "self_attn.in_proj_",
+        "project": "self_attn.out_proj.",
+        "mlp.0": "linear1.",
+        "mlp.2": "linear2.",
+        "norms.0": "norm1.",
+        "norms.1": "norm2.",
+    }
+    torch.nn.init.normal_(block.attend.bias)
+    state = block.state_dict()
+    usual.load_state_dict({theirs + kind: state[f"{ours}.{kind}"] for ours, theirs in names.items() for kind in KINDS})
+    x = 3 * torch.randn(2, 10, width)
+    torch.testing.assert_close(block(x), usual(x))
+
+
+def test_a_transformer_drops_out_in_training_only() -> None:
+    fusion = Fusion(10, 16, replace(SMALL, block="transformer", dropout=0.5))
+    x = torch.randn(1, 10, 16)
+    assert not torch.equal(fusion.blocks(x), fusion.blocks(x))
+    fusion.eval()
+    assert torch.equal(fusion.blocks(x), fusion.blocks(x))
+
+
+@pytest.mark.parametrize("init", ["mamba", "legacy"])
+def test_a_transformer_starts_as_published_and_ignores_the_switches_of_mamba(init: Literal["mamba", "legacy"]) -> None:
+    model = replace(SMALL, block="transformer", mamba_init=init)
+    odd = replace(model, ln_shape="plane", align_backward=False, residual=False)
+    torch.manual_seed(0)
+    fusion = Fusion(10, 64, model)
+    torch.manual_seed(0)
+    same = Fusion(10, 64, odd)
+    linears = [module for module in fusion.modules() if isinstance(module, nn.Linear)]
+    assert all(abs(linear.weight.std().item() - 0.02) < 0.001 for linear in linears)
+    assert not any(linear.bias.any() for linear in linears)
+    assert fusion.position_TC.any() == (init == "mamba")
+    x = torch.randn(2, 10, 64)
+    assert torch.equal(fusion(x), same(x))
+
+
+@pytest.mark.parametrize("block", ["bi", "transformer"])
+def test_half_precision_gives_nearly_the_same_logits(block: Literal["bi", "transformer"]) -> None:
+    data = replace(small_data(), steps=3)
+    built, batch = FusionNetwork(replace(SMALL, block=block), data, GPS_WIDTH).eval(), small_beam.noise(2, data)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = built(batch)
+    assert half.dtype is torch.float32
+    full = built(batch)
+    assert (half - full).abs().mean() < 0.1 * full.std()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_layer": 0}, r"model\.n_layer = 0 must be at least 1"),
+        ({"anchors": 0}, r"model\.anchors = 0"),
+        ({"sensor_depths": (1, 0, 1, 1)}, r"model\.sensor_depths = \[1, 0, 1, 1\]"),
+        ({"dropout": 1.0}, r"model\.dropout = 1\.0 must lie in \[0, 1\)"),
+        ({"block": "transformer", "channels": (4, 8, 12, 18)}, r"model\.channels = .* must be multiples of 4"),
+    ],
+)
+def test_models_that_cannot_be_built_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Model(**settings)
 
 
 @pytest.mark.parametrize(

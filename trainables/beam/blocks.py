@@ -1,6 +1,6 @@
 """One fusion stage: tokens of all sensors in, mixed tokens out.
 
-Shape suffixes: B batch, T tokens, C width.
+Shape suffixes: B batch, T tokens, C width, N heads, W = C / N.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainables.beam.config import Model
+from trainables.beam.config import HEADS, Model
 from trainables.beam.mamba import Mamba
 
 POSITION_SPREAD = 0.3
@@ -20,15 +20,15 @@ class Fusion(nn.Module):
 
     def __init__(self, tokens: int, width: int, model: Model) -> None:
         super().__init__()
-        self.residual = model.residual
+        self.residual = model.residual or model.block == "transformer"
         # The published table starts from zeros. Tokens that differ in their place from the start learn much faster.
         spread = 0.0 if model.mamba_init == "legacy" else POSITION_SPREAD
         self.position_TC = nn.Parameter(spread * torch.randn(tokens, width))
         self.dropout = nn.Dropout(model.dropout)
-        block = UniBlock if model.block == "uni" else BiBlock
+        block = BLOCKS[model.block]
         self.blocks = nn.Sequential(*(block(tokens, width, model) for _ in range(model.n_layer)))
         self.norm = nn.LayerNorm(width)
-        if model.mamba_init == "legacy":
+        if model.mamba_init == "legacy" or model.block == "transformer":
             self.apply(legacy_init)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
@@ -78,6 +78,43 @@ class BiBlock(nn.Module):
             backward_BTC, gate_BTC = backward_BTC.flip(1), gate_BTC.flip(1)
         out_BTC: Tensor = backward_BTC * gate_BTC + self.forwards(u_BTC) * backward_BTC
         return x_BTC + out_BTC if self.residual else out_BTC
+
+
+class TransformerBlock(nn.Module):
+    """Every token looks at every other: attention and a small network, each after its norm and with its residual.
+
+    The published baseline (TransFuser, Chitta et al., 2022): four heads, a hidden layer four times as wide, ReLU.
+    """
+
+    def __init__(self, tokens: int, width: int, model: Model) -> None:
+        super().__init__()
+        self.dropout = model.dropout
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.attend = nn.Linear(width, 3 * width)  # queries, keys and values
+        self.project = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        attended_BTC = x_BTC + self._dropped(self.project(self._attention(self.norms[0](x_BTC))))
+        return attended_BTC + self._dropped(self.mlp(self.norms[1](attended_BTC)))
+
+    def _attention(self, x_BTC: Tensor) -> Tensor:
+        asked = self.attend(x_BTC).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        query_BNTW, key_BNTW, value_BNTW = asked.unbind(0)
+        dropout = self.dropout if self.training else 0.0
+        mixed_BNTW = F.scaled_dot_product_attention(query_BNTW, key_BNTW, value_BNTW, dropout_p=dropout)
+        return mixed_BNTW.transpose(1, 2).flatten(2)
+
+    def _dropped(self, x_BTC: Tensor) -> Tensor:
+        return F.dropout(x_BTC, self.dropout, self.training)
+
+
+BLOCKS: dict[str, type[UniBlock] | type[BiBlock] | type[TransformerBlock]] = {
+    "uni": UniBlock,
+    "bi": BiBlock,
+    "cs_bi": BiBlock,  # whose sensors exchange channels beforehand
+    "transformer": TransformerBlock,
+}
 
 
 def legacy_init(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from trainables.optim import Optim
 Modality = Literal["image", "lidar", "radar", "gps"]
 MODALITIES: tuple[Modality, ...] = ("image", "lidar", "radar", "gps")
 SENSORS: tuple[Modality, ...] = ("image", "lidar", "radar")  # those with an encoder; gps is a pair of tokens
+HEADS = 4  # of a transformer block
 
 
 @dataclass(frozen=True)
@@ -66,29 +67,59 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    """Fusion network: one encoder per sensor, fused after each of four stages."""
+    """Fusion network: one encoder per sensor, fused after each of four stages.
+
+    `time_fusion`, `gps_embedding` and the fields from `mamba_init` on take the published behaviour or its mend, which
+    is the default. Published, with `block: bi` or `uni`: time_fusion v1, mamba_init legacy, ln_shape plane,
+    align_backward and residual false, missing zerolike or randlike, gps_embedding linear. With `block: transformer`
+    the same, and time_fusion sum.
+    """
 
     channels: tuple[int, int, int, int] = (64, 128, 256, 512)  # of the four stages
     image_depths: tuple[int, int, int, int] = (3, 4, 6, 3)  # ResNet-34
     sensor_depths: tuple[int, int, int, int] = (2, 2, 2, 2)  # ResNet-18, lidar and radar
     norm: Literal["batch", "group"] = "batch"  # group: exact under accumulation and over ranks
-    block: Literal["uni", "bi", "cs_bi"] = "cs_bi"
+    # What the encoders start from: imagenet (microsoft/resnet-34 and -18 of the Hugging Face hub), or a folder that
+    # holds resnet-34/ and resnet-18/ as `save_pretrained` writes them. None: random weights.
+    pretrained_encoders: str | None = None
+    block: Literal["uni", "bi", "cs_bi", "transformer"] = "cs_bi"
     n_layer: int = 8
-    d_state: int = 16
+    d_state: int = 16  # this, d_conv and expand are of Mamba layers
     d_conv: int = 4
     expand: int = 2
     anchors: int = 8  # each map is pooled to anchors x anchors tokens
     dropout: float = 0.1
     time_fusion: Literal["sum", "v1", "v2"] = "v2"
-    # The published behaviour and its mend (specs in README): legacy is N(0, 0.02) everywhere, one LayerNorm over the
-    # whole (tokens, channels) plane, a backward branch that is never flipped back, and no residual.
+    # legacy: N(0, 0.02) for every Linear, Mamba's own ones included, and a position table of zeros. A transformer's
+    # Linears always start like that, so of a transformer stage only the table depends on this.
     mamba_init: Literal["mamba", "legacy"] = "mamba"
-    ln_shape: Literal["channel", "plane"] = "channel"
-    align_backward: bool = True
+    # A transformer has one form, with residuals and LayerNorms over channels: these three say nothing to it. A space
+    # may search its block beside the others all the same.
+    ln_shape: Literal["channel", "plane"] = "channel"  # plane: over (tokens, channels), bi and cs_bi only
+    align_backward: bool = True  # of bi and cs_bi; False: the backward branch is never flipped back
     residual: bool = True
     # What stands in for a missing sensor: a learned token, or the published inputs (zeros, uniform noise).
     missing: Literal["token", "zerolike", "randlike"] = "token"
     gps_embedding: Literal["mlp", "linear"] = "mlp"  # linear: as published
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "d_state", "d_conv", "expand", "anchors"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} = {getattr(self, name)} must be at least 1")
+        for name in ("channels", "image_depths", "sensor_depths"):
+            if min(getattr(self, name)) < 1:
+                raise UserError(f"model.{name} = {list(getattr(self, name))} must be at least 1 each")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout = {self.dropout} must lie in [0, 1)")
+        if self.block == "transformer" and any(width % HEADS for width in self.channels):
+            raise UserError(
+                f"model.channels = {list(self.channels)} must be multiples of {HEADS}, the heads of block transformer"
+            )
+        if self.pretrained_encoders is not None and self.norm != "batch":
+            raise UserError(
+                f"model.norm = {self.norm} must be batch with model.pretrained_encoders = {self.pretrained_encoders}: "
+                "such encoders come with batch norm"
+            )
 
 
 @dataclass(frozen=True)

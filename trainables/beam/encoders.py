@@ -6,7 +6,10 @@ Y X rows and columns of a map.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel
 
 from trainables.beam.config import Modality, Model
+from trainables.contract import UserError
 
 # What is subtracted from each channel's raw values, and what they are then divided by. The camera's are ImageNet's.
 CAMERA_MEAN, CAMERA_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -23,6 +27,9 @@ OFFSET_AND_SCALE: dict[Modality, tuple[tuple[float, ...], tuple[float, ...]]] = 
     "lidar": ((0.0,), (LIDAR_MAX_COUNT,)),
     "radar": ((0.0, 0.0), (1.0, 1.0)),
 }
+STEM = "embedder.embedder.convolution.weight"
+# What of a ResNet's settings its weights depend on, but for the channels of its input.
+FORM = ("layer_type", "hidden_act", "embedding_size", "hidden_sizes", "depths", "downsample_in_first_stage")
 
 
 class Encoder(nn.Module):
@@ -33,15 +40,7 @@ class Encoder(nn.Module):
         offset_I, scale_I = (torch.tensor(x).view(-1, 1, 1) for x in OFFSET_AND_SCALE[sensor])
         self.register_buffer("offset_I11", offset_I, persistent=False)
         self.register_buffer("scale_I11", scale_I, persistent=False)
-        self.resnet = ResNetModel(
-            ResNetConfig(
-                layer_type="basic",
-                num_channels=len(offset_I),
-                embedding_size=model.channels[0],
-                hidden_sizes=list(model.channels),
-                depths=list(model.image_depths if sensor == "image" else model.sensor_depths),
-            )
-        )
+        self.resnet = ResNetModel(_resnet_config(sensor, model))
         if model.norm == "group":
             _group_norms(self.resnet)
 
@@ -57,6 +56,72 @@ class Encoder(nn.Module):
     def stage(self, number: int, map_FCYX: Tensor) -> Tensor:
         out_FCYX: Tensor = self.resnet.encoder.stages[number](map_FCYX)
         return out_FCYX
+
+
+def _resnet_config(sensor: Modality, model: Model) -> ResNetConfig:
+    return ResNetConfig(
+        layer_type="basic",
+        num_channels=len(OFFSET_AND_SCALE[sensor][0]),
+        embedding_size=model.channels[0],
+        hidden_sizes=list(model.channels),
+        depths=list(model.image_depths if sensor == "image" else model.sensor_depths),
+    )
+
+
+def pretrained_weights(sensor: Modality, model: Model) -> dict[str, Tensor]:
+    """What `model.pretrained_encoders` names, as weights of the sensor's ResNet; `UserError` where they do not fit.
+
+    A stem made for red, green and blue becomes one for the sensor's channels: each gets the colours' mean, scaled so
+    that an input that is the same on all channels gives the same map as before.
+    """
+    source, name = str(model.pretrained_encoders), "resnet-34" if sensor == "image" else "resnet-18"
+    theirs, weights = _pretrained_resnet(source, name)
+    ours = _resnet_config(sensor, model)
+    for field in FORM:
+        if getattr(theirs, field) != getattr(ours, field):
+            raise UserError(
+                f"model.pretrained_encoders = {source}: {name} has {field} {getattr(theirs, field)}, but the {sensor} "
+                f"encoder has {getattr(ours, field)}; they must agree, and model.channels, model.image_depths and "
+                "model.sensor_depths set the latter"
+            )
+    if ours.num_channels == theirs.num_channels:
+        return weights
+    stem = weights[STEM].mean(1, keepdim=True) * theirs.num_channels / ours.num_channels
+    return {**weights, STEM: stem.expand(-1, ours.num_channels, -1, -1)}
+
+
+@functools.lru_cache(maxsize=2)  # a network has two kinds; at full size they take 130 MB of every process
+def _pretrained_resnet(source: str, name: str) -> tuple[ResNetConfig, dict[str, Tensor]]:
+    where = f"model.pretrained_encoders = {source}"
+    if source == "imagenet":
+        place = f"microsoft/{name}"
+        with contextlib.suppress(OSError):
+            return _read_resnet(place, local_files_only=True)  # the hub need not be asked for what is in the cache
+        try:
+            return _read_resnet(place, local_files_only=False)
+        except OSError:
+            raise UserError(
+                f"{where}: {place} is not in the Hugging Face cache and cannot be downloaded; put it there with "
+                "`hf download`, or name a folder that holds it"
+            ) from None
+    folder = Path(source).expanduser() / name
+    if not folder.is_dir():
+        raise UserError(f"{where}: there is no folder {folder}; name one that holds it, or write imagenet")
+    try:
+        return _read_resnet(str(folder), local_files_only=True)
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{where}: {folder} must be as `save_pretrained` writes it, but {reason}") from None
+
+
+def _read_resnet(place: str, local_files_only: bool) -> tuple[ResNetConfig, dict[str, Tensor]]:
+    resnet, found = ResNetModel.from_pretrained(
+        place, dtype=torch.float32, local_files_only=local_files_only, output_loading_info=True
+    )
+    # Old files lack batch norm's counts of batches, which nothing reads.
+    if lacking := [key for key in found["missing_keys"] if not key.endswith("num_batches_tracked")]:
+        raise OSError(f"it lacks {min(lacking)}")
+    return resnet.config, resnet.state_dict()
 
 
 def map_sides(image_size: int) -> list[int]:

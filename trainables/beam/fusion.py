@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from trainables.beam.config import BeamLoss, Data, Modality, Model
+from trainables.beam.config import SENSORS, BeamLoss, Data, Modality, Model
 from trainables.beam.data import gps_width, samples, soft_targets
+from trainables.beam.encoders import pretrained_weights
 from trainables.beam.health import dba_of_guessing, fusion_signs
 from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss
 from trainables.beam.network import FusionNetwork
@@ -49,7 +50,11 @@ class Config:
 
 
 def build(config: Config) -> FusionNetwork:
-    return FusionNetwork(config.model, config.data, gps_width(config))
+    network = FusionNetwork(config.model, config.data, gps_width(config))
+    if config.model.pretrained_encoders is not None:
+        for sensor in network.sensors:
+            network.encoder(sensor).resnet.load_state_dict(pretrained_weights(sensor, config.model))
+    return network
 
 
 def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
@@ -57,16 +62,21 @@ def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     windows = len(batch["beam"])
     maps = model.first_maps(batch)
     gone = draw_missing(model.sensors, windows, config.missing_prob, batch["beam"].device)
-    logits_BK = model.fuse(model.withhold(maps, batch, gone), batch.get("gps"))
-    return {config.loss.kind: (beam_loss(logits_BK, batch["beam"], config.loss).sum(), windows)}
+    logits = model.fuse(model.withhold(maps, batch, gone), batch.get("gps"))
+    return {config.loss.kind: (beam_loss(logits, batch["beam"], config.loss).sum(), windows)}
 
 
-def beam_loss(logits_BK: Tensor, beam_B: Tensor, settings: BeamLoss) -> Tensor:
-    """The loss of each sample, (B,)."""
-    target_BK = soft_targets(settings.sigma, 2.5 * settings.sigma).to(logits_BK.device)[beam_B]
+def beam_loss(logits_K: Tensor, beam: Tensor, settings: BeamLoss) -> Tensor:
+    """The loss of each window, (B,), the mean over its steps where it has several.
+
+    `logits_K` is (B, 64) or (B, P, 64), `beam` (B,) or (B, P).
+    """
+    target_K = soft_targets(settings.sigma, 2.5 * settings.sigma).to(logits_K.device)[beam]
     if settings.kind == "ce":
-        return cross_entropy(logits_BK, target_BK)
-    return focal_loss(logits_BK, target_BK, settings.alpha, settings.gamma)
+        losses = cross_entropy(logits_K, target_K)
+    else:
+        losses = focal_loss(logits_K, target_K, settings.alpha, settings.gamma)
+    return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
 
 
 def draw_missing(
@@ -83,13 +93,17 @@ def draw_missing(
 
 
 def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[str] = ()) -> Pairs:
-    """DBA and top-k accuracy, the DBA of each scenario and without `score_without`, and the fusion stages' health."""
+    """DBA and top-k accuracy, the DBA of each scenario and without `score_without`, and the fusion stages' health.
+
+    Windows of several steps count once for each step; `dba_step1` and so on are the DBA of one step.
+    """
     assert isinstance(model, FusionNetwork)
     maps = model.first_maps(batch)
     with fusion_signs(model) as signs:
         full = beam_scores(model.fuse(maps, batch.get("gps")), batch["beam"])
     pairs: dict[str, tuple[Tensor, Tensor | int]] = {name: total(full[name]) for name in REPORTED}
     pairs |= signs
+    pairs |= by_step(full["dba"])
     pairs |= by_scenario(full["dba"], batch["scenario"], scenarios)
     if config.score_without:
         less = model.withhold(maps, batch, everywhere(config.score_without, batch["beam"]))
@@ -97,21 +111,34 @@ def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[st
     return pairs
 
 
-def everywhere(sensors: Sequence[Modality], like_B: Tensor) -> dict[Modality, Tensor]:
-    """These sensors are missing from every window."""
-    return {sensor: torch.ones_like(like_B, dtype=torch.bool) for sensor in sensors}
+def everywhere(sensors: Sequence[Modality], like: Tensor) -> dict[Modality, Tensor]:
+    """These sensors are missing from every window: (B,) each, where `like` is (B,) or (B, P)."""
+    return {sensor: torch.ones(len(like), dtype=torch.bool, device=like.device) for sensor in sensors}
 
 
-def total(values_B: Tensor) -> tuple[Tensor, int]:
-    return values_B.sum(), len(values_B)
+def total(values: Tensor) -> tuple[Tensor, int]:
+    return values.sum(), values.numel()
 
 
-def by_scenario(dba_B: Tensor, scenario_B: Tensor, scenarios: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """`dba_31` and so on, from each sample's index into `scenarios`; nothing where there is only one scenario."""
+def by_step(dba: Tensor) -> dict[str, tuple[Tensor, int]]:
+    """`dba_step1` and so on from (B, P); nothing from (B,)."""
+    return {f"dba_step{p}": total(dba_B) for p, dba_B in enumerate(dba.unbind(1), start=1)} if dba.ndim > 1 else {}
+
+
+def by_scenario(dba: Tensor, scenario_B: Tensor, scenarios: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """`dba_31` and so on, from each window's index into `scenarios`; nothing where there is only one scenario.
+
+    `dba` is (B,) or (B, P).
+    """
     if len(scenarios) < 2:
         return {}
+    steps = dba.numel() // len(dba)
+    dba_B = dba.view(len(dba), steps).sum(1)
     here = {name: scenario_B == number for number, name in enumerate(scenarios)}
-    return {f"dba_{name.removeprefix('scenario')}": ((dba_B * is_B).sum(), is_B.sum()) for name, is_B in here.items()}
+    return {
+        f"dba_{name.removeprefix('scenario')}": ((dba_B * is_B).sum(), steps * is_B.sum())
+        for name, is_B in here.items()
+    }
 
 
 TASK = Task(config=Config, model=build, data=samples, loss=loss, score=score)
@@ -124,7 +151,11 @@ def task_for(config: Config) -> Task:
 
 
 def prepare(config: Config) -> None:
-    """Check and decode the data before any worker starts."""
+    """Check and decode the data, and look at the pre-trained encoders, before any worker starts."""
+    if config.model.pretrained_encoders is not None:
+        for sensor in SENSORS:
+            if sensor in config.data.modalities:
+                pretrained_weights(sensor, config.model)
     prepare_data(config.data)
 
 

@@ -1,6 +1,6 @@
 """Signs that a network which trains, and whose loss falls, will still come to nothing.
 
-Shape suffixes: B batch, T tokens, C width, N samples, K the 64 beams.
+Shape suffixes: B batch, T tokens, C width, N windows, or steps of windows.
 """
 
 from __future__ import annotations
@@ -47,14 +47,17 @@ def fusion_signs(network: FusionNetwork) -> Iterator[dict[str, tuple[Tensor, Ten
 
 
 def dba_of_guessing(config: HasData) -> float:
-    """The DBA on the held-out windows of always the same three beams, those that suit the training windows best."""
+    """The DBA on the held-out windows of always the same three beams, those that suit the training windows best.
+
+    Of windows with several steps, the same three for all steps.
+    """
     train, val = (samples(config, split) for split in ("train", "val"))
-    seen_N = torch.from_numpy(train.beam_N[train.windows])
+    seen_N, held_out_N = (torch.from_numpy(side.beam_N[side.windows]).flatten() for side in (train, val))
     guesses: list[int] = []
     for _ in range(RANKS):  # one after the other: a set of three would be 40 000 to try
         dbas = [_dba([*guesses, beam], seen_N) if beam not in guesses else -1.0 for beam in range(BEAMS)]
         guesses.append(max(range(BEAMS), key=dbas.__getitem__))
-    return _dba(guesses, torch.from_numpy(val.beam_N[val.windows]))
+    return _dba(guesses, held_out_N)
 
 
 def _dba(guesses: list[int], beam_N: Tensor) -> float:

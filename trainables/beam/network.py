@@ -1,12 +1,13 @@
 """The fusion network: one encoder per sensor, fused after each of four stages, then over time, into 64 beam logits.
 
 Shape suffixes: B batch, H history, F = B H frames, T tokens, C channels, Y X rows and columns of a map, G numbers of a
-position, K tokens of one sensor.
+position, K tokens of one sensor, P steps ahead, Z the 64 beams.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from trainables.beam.config import SENSORS, Data, Modality, Model
 from trainables.beam.encoders import Encoder, map_sides, stand_in_input
 from trainables.beam.mamba import Mamba
 from trainables.beam.positions import POSITIONS, PositionTokens
+from trainables.contract import UserError
 
 BEAMS = 64
 
@@ -52,10 +54,28 @@ class FusionNetwork(nn.Module):
         )
         self.over_time = OverTime(data.history, len(self.sensors) > 0, gps, model)
         self.head = _head(model.channels[-1])
+        self.ahead = Ahead(data.steps) if data.steps > 1 else None
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits, (B, 64)."""
+        """Logits, (B, 64), or (B, P, 64) of P > 1 steps."""
         return self.fuse(self.first_maps(batch), batch.get("gps"))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Raises `UserError` for the weights of another network, where torch would list every one of them."""
+        if strict:
+            self._expect_own(state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _expect_own(self, weights: Mapping[str, Tensor]) -> None:
+        ours = {name: list(tensor.shape) for name, tensor in self.state_dict().items()}
+        theirs = {name: list(tensor.shape) for name, tensor in weights.items()}
+        for name in [*ours, *theirs]:
+            if ours.get(name) != theirs.get(name):
+                raise UserError(
+                    f"weights of another fusion network: {name} is {theirs.get(name, 'not among them')}, and "
+                    f"{ours.get(name, 'not wanted')} here; model, data.history, data.steps, data.modalities, "
+                    "data.image_size and data.gps_repr must be those it was trained with"
+                )
 
     def first_maps(self, batch: Mapping[str, Tensor]) -> Maps:
         """The sensors' maps after their first stages."""
@@ -92,7 +112,7 @@ class FusionNetwork(nn.Module):
         return out
 
     def fuse(self, maps: Maps, gps_B2G: Tensor | None) -> Tensor:
-        """Logits, (B, 64), from the first maps (all sensors' of the configuration) and the positions."""
+        """Logits, (B, 64) or (B, P, 64), from the first maps (all sensors' of the configuration) and the positions."""
         description_B2W = self.positions.description(gps_B2G) if self.positions and gps_B2G is not None else None
         positions_B2C: Tensor | None = None
         for stage, fusion in enumerate(self.fusions):
@@ -102,7 +122,8 @@ class FusionNetwork(nn.Module):
                 positions_B2C = self.positions(stage, description_B2W, positions_B2C)
             maps, positions_B2C = self._fuse_stage(fusion, self.anchors[stage], maps, positions_B2C)
         frames = [x_FCYX.mean((2, 3)).unflatten(0, (-1, self.history)) for x_FCYX in maps.values()]
-        return self.head(self.over_time(frames, positions_B2C)).float()
+        logits_BZ: Tensor = self.head(self.over_time(frames, positions_B2C))
+        return (logits_BZ if self.ahead is None else self.ahead(logits_BZ)).float()
 
     def _fuse_stage(
         self, fusion: nn.Module, anchors: int, maps: Maps, positions_B2C: Tensor | None
@@ -154,6 +175,28 @@ class OverTime(nn.Module):
         if positions_B2C is not None:
             vectors.append(_weighted_sum(positions_B2C, self.position_weights))
         return torch.stack(vectors).sum(0)
+
+
+class Ahead(nn.Module):
+    """The beams of several instants, one after the other, from what the head says of them all.
+
+    Each step's logits are those of the step before and a change, which the memory, a GRU's, tells from them.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.memory = nn.GRUCell(BEAMS, BEAMS)
+        self.change = nn.Linear(BEAMS, BEAMS)
+
+    def forward(self, memory_BZ: Tensor) -> Tensor:
+        """(B, 64) -> (B, P, 64)."""
+        logits_BZ, logits = torch.zeros_like(memory_BZ), []
+        for _ in range(self.steps):
+            memory_BZ = self.memory(logits_BZ, memory_BZ)
+            logits_BZ = logits_BZ + self.change(memory_BZ)
+            logits.append(logits_BZ)
+        return torch.stack(logits, 1)
 
 
 def _weighted_sum(x_BTC: Tensor, weights: nn.Linear | None) -> Tensor:
