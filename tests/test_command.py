@@ -188,7 +188,7 @@ tables:
     assert status == 0
     for row in ("one", "two"):
         best = yaml.safe_load((results / f"budgets-{row}" / "best.yaml").read_text())
-        assert f"| {row} | {best['metrics']['loss']:.4f} |" in text
+        assert f"| {row} | {best['metrics']['loss']:.4g} |" in text
     before = [(results / f"budgets-{row}" / "study.journal").read_bytes() for row in ("one", "two")]
     status, told = finish(launch(tmp_path, *command))
     assert status == 0
