@@ -14,7 +14,7 @@ from search.space import Space
 
 FAILURES = {"diverged": "diverged", "out_of_memory": "ran out of memory"}
 TRIED = ("finished", "stopped", *FAILURES)  # a failed trial says nothing of its setting
-CHANCE = 0.01  # a pattern that is likelier than this by chance is not told
+CHANCE = 0.05  # a pattern that is likelier than this by chance is not told
 MOST = 3  # patterns told of each failure
 
 

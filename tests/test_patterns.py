@@ -54,7 +54,7 @@ def test_chance_is_no_pattern(tmp_path: Path) -> None:
     for seed in range(100):
         coin = random.Random(seed)
         told += bool(patterns(space, searched(space, 20, lambda values, coin=coin: coin.random() < 0.3, seed)))
-    assert told <= 5  # three parameters, each with a chance of at most 0.01
+    assert told <= 15  # three parameters, each with a chance of at most 0.05
 
 
 def test_a_failed_trial_says_nothing_and_memory_is_told_apart(tmp_path: Path) -> None:
