@@ -78,11 +78,12 @@ class Trial:
 
 
 class Budget:
-    """The epochs of one search; every method spends the same number."""
+    """The epochs of one search; every method spends the same number, and halves first after `grace` epochs."""
 
-    def __init__(self, seed: int, epochs: int) -> None:
+    def __init__(self, seed: int, epochs: int, grace: int = GRACE) -> None:
         self.seed = seed
         self.left = epochs
+        self.grace = grace
         self.trials: list[Trial] = []
 
     def train(self, setting: Setting) -> Iterator[tuple[int, float]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import optuna
-from divergence_edge import GRACE, RANGES, REDUCTION, Budget
+from divergence_edge import RANGES, REDUCTION, Budget
 
 
 def search(budget: Budget) -> None:
     """Spend the budget. The objective returns as soon as it sees a NaN, which an objective need not do."""
-    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=GRACE, reduction_factor=REDUCTION)
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=budget.grace, reduction_factor=REDUCTION)
     sampler = optuna.samplers.TPESampler(seed=budget.seed)
     study = optuna.create_study(direction="minimize", sampler=sampler, pruner=pruner)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from divergence_edge import EPOCHS, GRACE, RANGES, REDUCTION, Budget
+from divergence_edge import EPOCHS, RANGES, REDUCTION, Budget
 from optuna.storages import InMemoryStorage
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
@@ -19,7 +19,7 @@ from search.study import Ledger, new_study
 from search.trial import EPOCH, OBJECTIVE
 
 
-def space_of(search: Search) -> Space:
+def space_of(search: Search, grace: int) -> Space:
     """The space as a file would describe it."""
     return Space(
         name="edge",
@@ -30,7 +30,7 @@ def space_of(search: Search) -> Space:
         parameters=tuple(Parameter(name, Real(*RANGES[name], log=True)) for name in RANGES),
         try_first=(),
         search=search,
-        scheduler=Scheduler(name="asha", grace_epochs=GRACE, reduction=REDUCTION),
+        scheduler=Scheduler(name="asha", grace_epochs=grace, reduction=REDUCTION),
         resources=section(Resources, {}, "resources"),
         left_out=(),
         profile=None,
@@ -41,7 +41,7 @@ def space_of(search: Search) -> Space:
 def search(budget: Budget, survival: bool) -> None:
     """Spend the budget: one trial at a time, events in the order of Tune's controller and this project's recorder."""
     wanted = {"trials": budget.left, "seed": budget.seed, "survival": survival}
-    space = space_of(section(Search, wanted, "search"))
+    space = space_of(section(Search, wanted, "search"), budget.grace)
     ledger = Ledger(space, new_study(InMemoryStorage(), space), sampler_maker(space), Path("no results"))
     scheduler = make_scheduler(space)
     while budget.left:

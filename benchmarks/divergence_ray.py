@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from divergence_edge import EPOCHS, GRACE, RANGES, REDUCTION, Budget
+from divergence_edge import EPOCHS, RANGES, REDUCTION, Budget
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
@@ -24,7 +24,7 @@ def search(budget: Budget) -> None:
         metric="loss",
         mode="min",
         max_t=EPOCHS,
-        grace_period=GRACE,
+        grace_period=budget.grace,
         reduction_factor=REDUCTION,
     )
     while budget.left:
