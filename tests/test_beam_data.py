@@ -173,11 +173,6 @@ def test_only_the_wanted_sensors_and_the_newest_instants_are_read(data: Data) ->
     torch.testing.assert_close(few["lidar"], full["lidar"][:, -2:])
 
 
-def test_more_history_than_the_files_have_is_a_mistake(data: Data) -> None:
-    with pytest.raises(UserError, match=r"data\.history = 6, but .* has 5 columns unit1_rgb_"):
-        samples(Config(replace(data, history=6)), "train")
-
-
 def test_soft_targets_are_the_published_ones() -> None:
     target = soft_targets()
     assert target.shape == (64, 64)
@@ -194,7 +189,7 @@ def test_every_window_is_on_one_side_and_stays_there(data: Data, split: Literal[
     train, val = split_windows(table, chosen)
     assert not (train & val).any()
     assert (train | val).all()  # passes, or random windows: none straddles a border
-    again, _ = split_windows(read_table(data_root(data), data.modalities), chosen)
+    again, _ = split_windows(read_table(data_root(data), data), chosen)
     np.testing.assert_array_equal(train, again)
     other, _ = split_windows(table, replace(chosen, split_seed=1))
     assert (train != other).any()
@@ -387,7 +382,7 @@ def decoding(data: Data, log: Path, how: str) -> subprocess.Popen[bytes]:
 def test_what_a_killed_process_left_is_made_anew_and_by_one_process_only(own: Data, tmp_path: Path) -> None:
     pictures = replace(own, modalities=("image",))
     assert decoding(pictures, tmp_path / "killed", "dies").wait() == -9
-    table = read_table(Path(str(own.root)), ("image",))
+    table = read_table(Path(str(own.root)), pictures)
     path = array_path(pictures, table, "unit1_rgb_")
     assert not path.exists()
     assert list(path.parent.glob(f"{path.name}.unfinished"))
@@ -486,7 +481,7 @@ def test_tables_tell_simulated_from_real_only_by_their_settings(data: Data, caps
     prepare_data(data)
     assert capsys.readouterr().out == ""  # nothing was left to do
     same = replace(data, root=str(data_root(data)))
-    assert read_table(data_root(same), same.modalities).digest == table.digest
+    assert read_table(data_root(same), same).digest == table.digest
 
 
 @pytest.mark.parametrize(

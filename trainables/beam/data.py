@@ -1,6 +1,7 @@
 """Windows of the beam data as the training loop takes them: which train, which validate, and batches of them.
 
-Legend: B windows of a batch, N of the data set, H instants of history, P pixels of a side, G numbers of a position.
+Legend: B windows of a batch, N of the data set, H instants of history, K instants whose beam is predicted, P pixels of
+a side, G numbers of a position.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from trainables.beam.config import SENSORS, Data
 from trainables.beam.files import BEAMS
-from trainables.beam.gps import WIDTH, gps_features, offsets_m
+from trainables.beam.gps import AHEAD, WIDTH, gps_features, offsets_m
 from trainables.beam.prepare import array_path, labels, prepare_data
-from trainables.beam.table import GROUPS, POWER, Table
+from trainables.beam.table import GROUPS, POWER, Table, frame_numbers
 from trainables.contract import UserError
 
 Ints = NDArray[np.int64]
@@ -41,7 +42,8 @@ class Samples:
 
     A batch holds, of data.modalities only: image (B,H,3,P,P) uint8 0..255, lidar (B,H,1,P,P) uint8 counts 0..5, radar
     (B,H,2,P,P) float16 0..1, gps (B,2,G) float32. And always: beam (B,) int64 0..63, target (B,64) float32, scenario
-    (B,) int64, an index into `scenarios`, and index (B,) int64, the window's number in the data set.
+    (B,) int64, an index into `scenarios`, and index (B,) int64, the window's number in the data set. Where several
+    steps are predicted, beam is (B,K) and target (B,K,64), and so is `beam_N` (N,K).
     Bytes become floats on the device, which moves a quarter of the bytes there.
     """
 
@@ -84,14 +86,14 @@ def samples(config: HasData, split: str, ranks: object = None) -> Samples:
     """
     data = config.data
     table = prepare_data(data)
-    beam_N = labels(table, np.load(array_path(data, table, POWER)))
+    beam_NK = labels(table, np.load(array_path(data, table, POWER)))[:, : data.steps]
     arrays: dict[str, NDArray[np.generic]] = {}
     at_NH: dict[str, Ints] = {}
     for name in SENSORS:
         if name in data.modalities:
             group = GROUPS[name][0]
             arrays[name] = np.load(array_path(data, table, group), mmap_mode="r")
-            at_NH[name] = _newest(table, group, data.history)
+            at_NH[name] = table.groups[group].at_NK[:, -data.history :]
     train_N, val_N = split_windows(table, data)
     sides = {"train": train_N, "val": val_N}
     return Samples(
@@ -99,17 +101,10 @@ def samples(config: HasData, split: str, ranks: object = None) -> Samples:
         windows=np.flatnonzero(sides[split]),
         arrays=arrays,
         at_NH=at_NH,
-        gps_N2G=_gps(data, table, beam_N, train_N) if "gps" in data.modalities else None,
-        beam_N=beam_N,
+        gps_N2G=_gps(data, table, beam_NK[:, 0], train_N) if "gps" in data.modalities else None,
+        beam_N=beam_NK[:, 0] if data.steps == 1 else beam_NK,
         scenario_N=table.scenario_N,
     )
-
-
-def _newest(table: Table, group: str, history: int) -> Ints:
-    at_NK = table.groups[group].at_NK
-    if at_NK.shape[1] < history:
-        raise UserError(f"data.history = {history}, but {table.csvs[0]} has {at_NK.shape[1]} columns {group}*")
-    return at_NK[:, at_NK.shape[1] - history :]
 
 
 def split_windows(table: Table, data: Data) -> tuple[Bools, Bools]:
@@ -120,7 +115,7 @@ def split_windows(table: Table, data: Data) -> tuple[Bools, Bools]:
     legacy: random windows of everything, though neighbours are near copies. Comparable with published numbers only.
     """
     rng = np.random.default_rng(data.split_seed)
-    count = len(table.beam_N)
+    count = len(table.beam_NP)
     if data.split == "legacy":
         val = np.zeros(count, dtype=bool)
         val[rng.permutation(count)[: round(data.holdout * count)]] = True
@@ -158,15 +153,26 @@ def gps_width(config: HasData) -> int:
 
 
 def _gps(data: Data, table: Table, beam_N: Ints, train_N: Bools) -> Floats:
-    """Positions of all windows, (N, 2, G), scaled by train windows only."""
+    """Positions of all windows, (N, 2, G), scaled by train windows only. `beam_N`: at the newest instant."""
     station_N2 = np.load(array_path(data, table, "unit1_loc"))[table.groups["unit1_loc"].at_NK[:, 0]]
     car_N22 = np.load(array_path(data, table, "unit2_loc_"))[table.groups["unit2_loc_"].at_NK[:, :2]]
+    ahead = _ahead(table)
     out = np.empty((*car_N22.shape[:2], WIDTH[data.gps_repr]), dtype=np.float32)
     for number, scenario in enumerate(table.scenarios):
         here = table.scenario_N == number
         metres = np.stack([offsets_m(station_N2[here], car_N22[here, k]) for k in range(2)], axis=1)
-        out[here] = gps_features(data, scenario, metres, beam_N[here], train_N[here])
+        out[here] = gps_features(data, scenario, metres, beam_N[here], train_N[here], ahead)
     return out
+
+
+def _ahead(table: Table) -> float:
+    """How long after the second position the newest instant is, in intervals between the two positions."""
+    places_N2, label_NP = (frame_numbers(table.groups[name]) for name in ("unit2_loc_", POWER))
+    if places_N2 is None or label_NP is None:
+        return AHEAD
+    interval_N = places_N2[:, 1] - places_N2[:, 0]
+    moved = interval_N > 0
+    return float(np.median((label_NP[:, 0] - places_N2[:, 1])[moved] / interval_N[moved])) if moved.any() else AHEAD
 
 
 def describe(config: HasData) -> str:
@@ -177,4 +183,4 @@ def describe(config: HasData) -> str:
     kind = "simulated" if data.root is None else "real"
     numbers = ", ".join(name.removeprefix("scenario") for name in table.scenarios)
     counts = f"{train_N.sum()} windows to train and {val_N.sum()} to validate"
-    return f"{kind} beam data in {table.csvs[0].parents[1]}: {counts} ({data.split} split), scenarios {numbers}"
+    return f"{kind} beam data in {table.root}: {counts} ({data.split} split), scenarios {numbers}"

@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 WIDTH = {"local": 13, "sincos": 2, "minmax": 2, "angle2": 2}
-AHEAD = 3.0  # instants between the second position and the label
+AHEAD = 3.0  # instants between the second position and the label, in the published windows of five
 LEADS = np.arange(-10.0, 10.5, 0.5)  # instants; receivers' clocks are off by as much as this
 CODEBOOK_LINE = ((BEAMS - 1) / 2, (BEAMS - 1) / (np.pi / 2))  # beams and beams per radian: all of them over 90 degrees
 
@@ -34,8 +34,14 @@ def offsets_m(station_N2: Floats, car_N2: Floats) -> Floats:
     return np.stack([east - east0, north - north0], axis=1)
 
 
-def gps_features(data: Data, scenario: str, metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools) -> Floats:
-    """Positions of one scenario for the network, (N, 2, G). `known_N`: the windows that may be learnt from."""
+def gps_features(
+    data: Data, scenario: str, metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, ahead: float = AHEAD
+) -> Floats:
+    """Positions of one scenario for the network, (N, 2, G).
+
+    known_N: the windows that may be learnt from. ahead: how long after the second position the beam is, in intervals
+    between the positions, for a scenario without such windows.
+    """
     if data.gps_repr == "minmax":
         return (metres_N22 - MINMAX_LOW_M) / (MINMAX_HIGH_M - MINMAX_LOW_M)
     if data.gps_repr == "angle2":
@@ -44,10 +50,10 @@ def gps_features(data: Data, scenario: str, metres_N22: Floats, beam_N: NDArray[
         return np.deg2rad(np.stack([wrapped, wrapped], axis=-1))  # the same number twice, as published
     if data.gps_repr == "sincos":
         return metres_N22 / _norm(metres_N22)
-    return _local(metres_N22, beam_N, known_N)
+    return _local(metres_N22, beam_N, known_N, ahead)
 
 
-def _local(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools) -> Floats:
+def _local(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, ahead: float) -> Floats:
     """Position, movement and direction, scaled by what is known of the scenario; either instant alone tells it all.
 
     The beam follows the bearing of the car at the label's time. So the newest position is carried on at its speed for
@@ -61,7 +67,7 @@ def _local(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools) -> Flo
         known_N = np.ones_like(known_N)
     second_N2 = metres_N22[:, 1]
     step_N2 = second_N2 - metres_N22[:, 0]
-    lead = _lead(second_N2[known_N], step_N2[known_N], beam_N[known_N]) if learnable else AHEAD
+    lead = _lead(second_N2[known_N], step_N2[known_N], beam_N[known_N]) if learnable else ahead
     label_N2 = second_N2 + lead * step_N2
     centre = metres_N22[known_N].mean(axis=(0, 1))
     spread = np.maximum(metres_N22[known_N].std(axis=(0, 1)), 0.1)  # a car that never moves must not divide by zero

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from trainables.beam import simulator
+from trainables.beam import multistep, simulator
 from trainables.beam.cache import cache_folder, make_once
 from trainables.beam.config import Data
 from trainables.beam.files import (
@@ -31,7 +31,7 @@ from trainables.beam.files import (
     read_position,
     read_power,
 )
-from trainables.beam.table import GROUPS, POWER, Files, Table, read_table
+from trainables.beam.table import BEAM, GROUPS, POWER, Table, read_table
 from trainables.contract import UserError
 
 VERSION = 1  # raise it whenever decoding changes
@@ -59,45 +59,71 @@ def data_root(data: Data) -> Path:
     return root
 
 
+def find_table(data: Data) -> Table:
+    """All windows. Where the data set's own file is too short, they are built from the raw files at the first call."""
+    root = data_root(data)
+    table = read_table(root, data)
+    if table.reaches(data):
+        return table
+    shape = f"{data.history}to{data.steps}"
+    key = (multistep.VERSION, str(root.resolve()), table.digest, sorted(table.groups))
+    path = cache_folder(data.prepared) / "windows" / f"{shape}-{_digest(key)}.csv"
+    make_once(path, lambda unfinished: multistep.write_windows(unfinished, table, data.history, data.steps))
+    return read_table(root, data, built=path)
+
+
+def _digest(key: object) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+
 def prepare_data(data: Data) -> Table:
     """Check and decode what `data` asks for, unless it has been done.
 
     Raises `UserError` with file, row and remedy for what cannot be read. Several processes may call it at once.
     """
-    root = data_root(data)
-    table = read_table(root, data.modalities)
+    table = find_table(data)
     wanted = {name: array_path(data, table, name) for name in table.groups}
     missing = {name: path for name, path in wanted.items() if not path.exists()}
     if not missing:
         return table
+    if table.left_out:
+        print(f"beam data: {table.left_out}", flush=True)
     for name in missing:
-        _check_files(table, table.groups[name])
+        _check_files(table, name)
     kind = "simulated" if data.root is None else "real"
     size = sum(_size(data, table, name) for name in missing) / 2**20
     names = ", ".join(name.strip("_") for name in missing)
-    print(f"beam data: preparing {kind} data of {root}: {names}, {size:.0f} MiB", flush=True)
+    print(f"beam data: preparing {kind} data of {table.root}: {names}, {size:.0f} MiB", flush=True)
     for name, path in missing.items():
         make_once(path, _decode(data, table, name))
     if POWER in missing:
-        broken = np.isnan(np.load(wanted[POWER])).any(axis=1)[table.groups[POWER].at_NK[:, 0]]
+        broken = np.isnan(np.load(wanted[POWER])).any(axis=1)[table.groups[POWER].at_NK].any(axis=1)
         if broken.any():
             print(f"beam data: {broken.sum()} windows relabelled, because a power is NaN", flush=True)
     return table
 
 
 def labels(table: Table, power: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The best beam of every window, (N,), given the decoded power files.
+    """The best beam of every window and step, (N, P), given the decoded power files.
 
-    Where a power is NaN the official label points at it; the strongest of the others is taken instead.
+    Where a power is NaN the official label points at it; the strongest of the others is taken instead. Raises
+    `UserError` where the labels count from 0, which none of them may say: 0 is the rarest.
     """
-    power_NB = power[table.groups[POWER].at_NK[:, 0]]
-    return np.where(np.isnan(power_NB).any(axis=1), np.nanargmax(power_NB, axis=1), table.beam_N)
+    power_NPB = power[table.groups[POWER].at_NK]
+    broken_NP = np.isnan(power_NPB).any(axis=2)
+    strongest_NP = np.nanargmax(power_NPB, axis=2)
+    low = int((table.beam_NP == strongest_NP - 1)[~broken_NP].sum())
+    if 2 * low > (~broken_NP).sum():
+        raise UserError(
+            f"{table.csvs[0]}: {BEAM} names the beam below the strongest in {low} of {broken_NP.size} labels; "
+            f"it must count beams from 1 to {BEAMS}: add 1 to each"
+        )
+    return np.where(broken_NP, strongest_NP, table.beam_NP)
 
 
 def array_path(data: Data, table: Table, group: str) -> Path:
     key = (VERSION, [str(path.resolve()) for path in table.csvs], table.digest, group, _decoder(data, group).settings)
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    return cache_folder(data.prepared) / "decoded" / f"{group.strip('_')}-{digest}.npy"
+    return cache_folder(data.prepared) / "decoded" / f"{group.strip('_')}-{_digest(key)}.npy"
 
 
 def _decoder(data: Data, group: str) -> Decoder:
@@ -127,11 +153,28 @@ def _size(data: Data, table: Table, group: str) -> int:
     return len(table.groups[group].paths) * math.prod(decoder.shape) * np.dtype(decoder.dtype).itemsize
 
 
-def _check_files(table: Table, files: Files) -> None:
+def _check_files(table: Table, group: str) -> None:
     """Every file must be there before the long work begins."""
-    for path, row in zip(files.paths, files.row, strict=True):
-        if not path.is_file():
-            raise UserError(f"{path} is not there; {table.lines[row]} names it: restore the file or remove the row")
+    files = table.groups[group]
+    lacking = [i for i, path in enumerate(files.paths) if not path.is_file()]
+    if not lacking:
+        return
+    first, row = files.paths[lacking[0]], files.row[lacking[0]]
+    scenario_of = table.scenario_N[list(files.row)]
+    alike = [i for i in range(len(files.paths)) if scenario_of[i] == scenario_of[lacking[0]]]
+    if len(lacking) > 1 and set(alike) <= set(lacking):  # as in copies of the data set that lack a part of a scenario
+        scenario, modality = table.scenarios[scenario_of[lacking[0]]], _modality(group)
+        out = f", take {modality} out of data.modalities," if modality else ""
+        raise UserError(
+            f"{first.parent} holds none of the {len(alike)} files that {scenario} needs, {table.lines[row]} the first: "
+            f"restore them{out} or remove the rows of {scenario} from {table.lines[row].split(' of ', 1)[1]}"
+        )
+    others = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+    raise UserError(f"{first} is not there{others}; {table.lines[row]} names it: restore the file or remove the row")
+
+
+def _modality(group: str) -> str:
+    return next((name for name, groups in GROUPS.items() if group in groups), "")
 
 
 def _decode(data: Data, table: Table, group: str) -> Callable[[Path], None]:
