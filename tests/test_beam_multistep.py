@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from trainables.beam.config import Data, Simulated
-from trainables.beam.data import samples, soft_targets, split_windows
+from trainables.beam.data import samples, soft_targets
 from trainables.beam.multistep import newest_ids
 from trainables.beam.prepare import find_table, labels, prepare_data
 from trainables.beam.simulator import simulate
+from trainables.beam.split import split
 from trainables.contract import UserError
 
 SIZE, H, P = 8, 7, 3
@@ -223,5 +224,5 @@ def test_the_adaptation_set_is_left_out_where_its_windows_are_too_short(
     table = prepare_data(mixed)
     assert table.adaptation_N.sum() == 42
     assert table.groups["unit1_rgb_"].at_NK.shape[1] == 5  # the longer windows' newest
-    train, val = split_windows(table, mixed)
-    assert (train | val).all()
+    _, val = split(table, mixed)
+    assert val.holds(len(table.beam_NP))[table.adaptation_N].all()

@@ -49,6 +49,10 @@ class Data:
     image_size: int = 256  # side of the camera picture, the lidar histogram and the radar maps, pixels
     gps_repr: Literal["local", "sincos", "minmax", "angle2"] = "local"
     scenario_fov: bool = True  # lidar field of view cut per scenario
+    lidar: Literal["full", "filtered"] = "full"  # filtered: without what stands still in the scenario's frames
+    # Changed copies of each training window; the legacy split's are of the adaptation set alone, 47 as published.
+    augment: int = 0
+    flip: bool = False  # whatever trains, mirrored as well
     split: Literal["honest", "legacy"] = "honest"  # whole passes or blocks held out; legacy: random windows
     holdout: float = 0.2  # share of the passes (or blocks) held out
     split_seed: int = 100
@@ -69,6 +73,10 @@ class Data:
             raise UserError(f"data.image_size = {self.image_size} must be at least 1 pixel")
         if self.split_seed < 0:
             raise UserError(f"data.split_seed = {self.split_seed} must not be negative")
+        if self.augment < 0:
+            raise UserError(f"data.augment = {self.augment} must not be negative")
+        if self.augment and not set(SENSORS) & set(self.modalities):
+            raise UserError(f"data.augment = {self.augment} changes sensors, and data.modalities has none; set it to 0")
         needed = built_span(self.history, self.steps)
         if self.root is None and (self.history > 5 or self.steps > 1) and self.simulated.frames < needed:
             raise UserError(
