@@ -128,13 +128,13 @@ def changed_radar(radar_H2PP: Tensor, rng: Generator) -> Tensor:
     return ((x - least) / (most - least).clamp(min=1e-9)).to(radar_H2PP.dtype)
 
 
-def mirrored(name: str, x_HCPP: Tensor) -> Tensor:
-    """What the sensor would see of the mirrored street.
+def mirrored(name: Modality, x: Tensor) -> Tensor:
+    """What the sensor would see of the mirrored street; `x` is (..., channels, P, P).
 
     Columns are the picture's left to right, and the lidar's y. Those of a radar's angles are waves across the antennas:
     column k becomes -k, and 0, straight ahead, stays; its speeds, towards the station, stay too.
     """
     if name != "radar":
-        return x_HCPP.flip(-1)
-    angle_H1PP, velocity_H1PP = x_HCPP.split(1, dim=1)
-    return torch.cat([angle_H1PP.flip(-1).roll(1, -1), velocity_H1PP], dim=1)
+        return x.flip(-1)
+    angle, velocity = x.split(1, dim=-3)
+    return torch.cat([angle.flip(-1).roll(1, -1), velocity], dim=-3)

@@ -71,9 +71,9 @@ class Samples:
         batch = {str(name): torch.from_numpy(x[self.at_NH[name][window_B]]) for name, x in self.arrays.items()}
         for b in np.flatnonzero(chosen.copy_S):
             self._change(batch, int(b), int(window_B[b]), int(chosen.copy_S[b]))
-        for name in self.arrays:
-            for b in np.flatnonzero(mirrored_B):
-                batch[name][b] = mirrored(name, batch[name][b])
+        if mirrored_B.any():
+            for name in self.arrays:
+                batch[name][mirrored_B] = mirrored(name, batch[name][mirrored_B])
         if self.gps_2N2G is not None:
             batch["gps"] = torch.from_numpy(self.gps_2N2G[mirrored_B.astype(int), window_B])
         beam = torch.from_numpy(self.beam_N[window_B])
