@@ -90,8 +90,10 @@ def decoded(table: Table, data: Data, windows: Tensor) -> dict[str, Tensor]:
     return batch
 
 
-def gathering(data: Data, how: str, seconds: float, seed: int, start: Barrier, told: Queue[float]) -> None:
-    """One loader process: tells how many windows a second it gathered."""
+def gathering(
+    data: Data, how: str, seconds: float, seed: int, start: Barrier, told: Queue[tuple[float, float]]
+) -> None:
+    """One loader process: tells how many windows it gathered a second, and a second of its own CPU time."""
     torch.set_num_threads(1)
     side, table = samples(Config(data), "train"), find_table(data)
     rng = np.random.default_rng(seed)
@@ -103,11 +105,11 @@ def gathering(data: Data, how: str, seconds: float, seed: int, start: Barrier, t
 
     gather()
     start.wait()
-    began_s, done = time.perf_counter(), 0
+    began_s, used_s, done = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - began_s < seconds:
         gather()
         done += BATCH
-    told.put(done / (time.perf_counter() - began_s))
+    told.put((done / (time.perf_counter() - began_s), done / (time.process_time() - used_s)))
 
 
 def memory_mib() -> tuple[float, float]:
@@ -133,7 +135,8 @@ def reading(data: Data, start: Barrier, told: Queue[tuple[float, float]]) -> Non
     told.put((after[0] - before[0], after[1] - before[1]))
 
 
-def rate(data: Data, how: str, loaders: int, seconds: float) -> float:
+def rates(data: Data, how: str, loaders: int, seconds: float) -> tuple[float, float]:
+    """Windows a second of all loaders together, and a second of CPU time of one."""
     context = mp.get_context("spawn")
     start, told = context.Barrier(loaders), context.Queue()
     processes = [
@@ -141,10 +144,10 @@ def rate(data: Data, how: str, loaders: int, seconds: float) -> float:
     ]
     for process in processes:
         process.start()
-    rates = [told.get(timeout=60 + 10 * seconds) for _ in processes]
+    found = [told.get(timeout=60 + 10 * seconds) for _ in processes]
     for process in processes:
         process.join()
-    return sum(rates)
+    return sum(pair[0] for pair in found), sum(pair[1] for pair in found) / loaders
 
 
 def rises(data: Data, readers: int) -> tuple[float, float]:
@@ -177,10 +180,12 @@ def main() -> None:
         took_s = time.perf_counter() - began_s
         arrays = sum(path.stat().st_size for path in Path(data.prepared or "").rglob("*.npy")) / MIB
         print(f"preparation: {frames} frames of {len(SENSORS)} sensors in {took_s:.1f} s, {os.cpu_count()} CPUs\n")
-        print(f"| {arguments.loaders} loader processes | windows a second | times |\n|---|---|---|")
-        slow, fast = (rate(data, how, arguments.loaders, arguments.seconds) for how in ("files", "arrays"))
-        print(f"| decoding the files for every sample | {slow:.1f} | 1 |")
-        print(f"| prepared arrays | {fast:.0f} | {fast / slow:.0f} |\n")
+        print(f"| {arguments.loaders} loader processes | windows a second | times | a CPU second | times |")
+        print("|---|---|---|---|---|")
+        slow, fast = (rates(data, how, arguments.loaders, arguments.seconds) for how in ("files", "arrays"))
+        print(f"| decoding the files for every sample | {slow[0]:.1f} | 1 | {slow[1]:.1f} | 1 |")
+        times = fast[0] / slow[0], fast[1] / slow[1]
+        print(f"| prepared arrays | {fast[0]:.0f} | {times[0]:.0f} | {fast[1]:.0f} | {times[1]:.0f} |\n")
         print("| processes | arrays, MiB | resident, MiB | proportional, MiB |\n|---|---|---|---|")
         for readers in (1, arguments.readers):
             resident, proportional = rises(data, readers)
