@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainables.beam.config import Data, Modality, Simulated
-from trainables.beam.data import describe, gps_width, samples, soft_targets, split_windows
+from trainables.beam.data import describe, gps_width, samples, soft_targets
 from trainables.beam.files import radar_maps
 from trainables.beam.gps import gps_features
 from trainables.beam.prepare import array_path, data_root, prepare_data
 from trainables.beam.simulator import simulate
+from trainables.beam.split import split
 from trainables.beam.table import Table, read_table
 from trainables.contract import UserError
 
@@ -58,6 +59,12 @@ def own(written: Path, tmp_path: Path) -> Data:
     """A small data set that a test may spoil."""
     shutil.copytree(written, tmp_path / "root")
     return Data(root=str(tmp_path / "root"), prepared=str(tmp_path / "cache"), image_size=SIZE)
+
+
+def sides_of(table: Table, data: Data) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which windows train, and which validate."""
+    train, val = split(table, data)
+    return train.holds(len(table.beam_NP)), val.holds(len(table.beam_NP))
 
 
 def csv_of(data: Data) -> Path:
@@ -173,11 +180,6 @@ def test_only_the_wanted_sensors_and_the_newest_instants_are_read(data: Data) ->
     torch.testing.assert_close(few["lidar"], full["lidar"][:, -2:])
 
 
-def test_more_history_than_the_files_have_is_a_mistake(data: Data) -> None:
-    with pytest.raises(UserError, match=r"data\.history = 6, but .* has 5 columns unit1_rgb_"):
-        samples(Config(replace(data, history=6)), "train")
-
-
 def test_soft_targets_are_the_published_ones() -> None:
     target = soft_targets()
     assert target.shape == (64, 64)
@@ -187,26 +189,26 @@ def test_soft_targets_are_the_published_ones() -> None:
     assert target[0, 63] == target[10, 4] == target[10, 16] == 0  # beams 0 and 63 are not neighbours
 
 
-@pytest.mark.parametrize("split", ["honest", "legacy"])
-def test_every_window_is_on_one_side_and_stays_there(data: Data, split: Literal["honest", "legacy"]) -> None:
-    chosen = replace(data, split=split)
+@pytest.mark.parametrize("kind", ["honest", "legacy"])
+def test_every_window_is_on_one_side_and_stays_there(data: Data, kind: Literal["honest", "legacy"]) -> None:
+    chosen = replace(data, split=kind)
     table = prepare_data(data)
-    train, val = split_windows(table, chosen)
+    train, val = sides_of(table, chosen)
     assert not (train & val).any()
     assert (train | val).all()  # passes, or random windows: none straddles a border
-    again, _ = split_windows(read_table(data_root(data), data.modalities), chosen)
+    again, _ = sides_of(read_table(data_root(data), data), chosen)
     np.testing.assert_array_equal(train, again)
-    other, _ = split_windows(table, replace(chosen, split_seed=1))
+    other, _ = sides_of(table, replace(chosen, split_seed=1))
     assert (train != other).any()
 
 
 def test_passes_that_are_held_out_never_train(data: Data) -> None:
     rows = rows_of(data)
-    sides = {split: samples(Config(data), split).windows for split in ("train", "val")}
-    passes = {split: {rows[i]["seq_index"] for i in windows} for split, windows in sides.items()}
+    sides = {side: samples(Config(data), side).windows for side in ("train", "val")}
+    passes = {side: {rows[i]["seq_index"] for i in windows} for side, windows in sides.items()}
     assert not passes["train"] & passes["val"]
     assert {name[:2] for name in passes["val"]} == {"31", "32", "33", "34"}  # a share of each scenario
-    files = {split: {rows[i][f"unit1_rgb_{k}"] for i in sides[split] for k in range(1, 6)} for split in sides}
+    files = {side: {rows[i][f"unit1_rgb_{k}"] for i in sides[side] for k in range(1, 6)} for side in sides}
     assert not files["train"] & files["val"]
 
 
@@ -233,7 +235,7 @@ def positions_only(root: Path, frames: int, windows: int) -> Data:
 
 def test_without_passes_no_frame_is_on_both_sides(tmp_path: Path) -> None:
     data = positions_only(tmp_path, 304, 300)
-    train, val = split_windows(prepare_data(data), data)
+    train, val = sides_of(prepare_data(data), data)
     frames = [{frame for i in np.flatnonzero(side) for frame in (i, i + 1, i + 4)} for side in (train, val)]
     assert not frames[0] & frames[1]
     assert {frame // 50 for frame in frames[0]}.isdisjoint({frame // 50 for frame in frames[1]})
@@ -254,10 +256,10 @@ def test_the_adaptation_set_only_validates_where_the_split_is_honest(own: Data) 
     (adaptation / csv_of(own).name).rename(adaptation / "ml_challenge_data_adaptation_multi_modal.csv")
     table = prepare_data(own)
     assert table.adaptation_N.sum() == len(table.adaptation_N) / 2
-    train, val = split_windows(table, own)
+    train, val = sides_of(table, own)
     assert not (train & table.adaptation_N).any()
     assert (val >= table.adaptation_N).all()
-    train, _ = split_windows(table, replace(own, split="legacy"))
+    train, _ = sides_of(table, replace(own, split="legacy"))
     assert (train & table.adaptation_N).any()
 
 
@@ -372,6 +374,8 @@ def decode(path, size, read=prepare.read_image):
     return read(path, size)
 
 prepare.read_image = decode
+from trainables.beam import decode as decoding
+decoding.CHUNK = 4
 prepare.prepare_data(Data(root=sys.argv[1], prepared=sys.argv[2], image_size=16, modalities=("image",)))
 """
 
@@ -384,10 +388,10 @@ def decoding(data: Data, log: Path, how: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", DECODE, data.root, data.prepared, log, how], cwd=repository)
 
 
-def test_what_a_killed_process_left_is_made_anew_and_by_one_process_only(own: Data, tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_gone_on_with_by_one_process_only(own: Data, tmp_path: Path) -> None:
     pictures = replace(own, modalities=("image",))
     assert decoding(pictures, tmp_path / "killed", "dies").wait() == -9
-    table = read_table(Path(str(own.root)), ("image",))
+    table = read_table(Path(str(own.root)), pictures)
     path = array_path(pictures, table, "unit1_rgb_")
     assert not path.exists()
     assert list(path.parent.glob(f"{path.name}.unfinished"))
@@ -395,10 +399,21 @@ def test_what_a_killed_process_left_is_made_anew_and_by_one_process_only(own: Da
     both = [decoding(pictures, tmp_path / "log", "lives") for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     decoded = (tmp_path / "log").read_text().split()
-    assert sorted(decoded) == sorted(file.name for file in table.groups["unit1_rgb_"].paths)  # each file once
+    names = [file.name for file in table.groups["unit1_rgb_"].paths]
+    assert sorted(decoded) == sorted(names[4:])  # each file once, and none of the chunk that was finished
+    assert not list(path.parent.glob("*.unfinished*"))
     fresh = replace(pictures, prepared=str(tmp_path / "fresh"))
     prepare_data(fresh)
     np.testing.assert_array_equal(np.load(path), np.load(array_path(fresh, table, "unit1_rgb_")))
+
+
+def test_a_disk_without_room_is_a_mistake_at_once(own: Data) -> None:
+    vast = replace(own, image_size=2_000_000)  # pixels of a side: 12 files of 11 TiB
+    with pytest.raises(
+        UserError, match=r"prepared data take \d+ MiB more and \d+ MiB are free; make room, or set data"
+    ):
+        prepare_data(vast)
+    assert not list(Path(str(own.prepared)).rglob("*.npy*"))
 
 
 def test_no_array_is_left_behind_by_a_mistake(own: Data) -> None:
@@ -486,7 +501,7 @@ def test_tables_tell_simulated_from_real_only_by_their_settings(data: Data, caps
     prepare_data(data)
     assert capsys.readouterr().out == ""  # nothing was left to do
     same = replace(data, root=str(data_root(data)))
-    assert read_table(data_root(same), same.modalities).digest == table.digest
+    assert read_table(data_root(same), same).digest == table.digest
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,17 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def make_once(target: Path, make: Callable[[Path], None]) -> bool:
+def unfinished_of(target: Path) -> Path:
+    """Where `target` is being made."""
+    return target.with_name(f"{target.name}.unfinished")
+
+
+def make_once(target: Path, make: Callable[[Path], None], resumes: bool = False) -> bool:
     """Make the file or folder `target` unless it is there; whether this call made it.
 
     `make` writes to the path it is given, which becomes `target` when complete. One process makes it while others wait.
-    What a killed process left half-made is removed by the next: the lock says that nobody is writing it.
+    What a killed process left half-made is removed by the next, for the lock says that nobody is writing it; a `make`
+    that `resumes` finds it in its place.
     """
     if target.exists():
         return False
@@ -38,10 +44,10 @@ def make_once(target: Path, make: Callable[[Path], None]) -> bool:
     with locked(target.with_name(f"{target.name}.lock")):
         if target.exists():
             return False
-        unfinished = target.with_name(f"{target.name}.unfinished")
+        unfinished = unfinished_of(target)
         if unfinished.is_dir():
             shutil.rmtree(unfinished)
-        else:
+        elif not resumes:
             unfinished.unlink(missing_ok=True)
         make(unfinished)
         unfinished.replace(target)

@@ -13,6 +13,10 @@ MODALITIES: tuple[Modality, ...] = ("image", "lidar", "radar", "gps")
 SENSORS: tuple[Modality, ...] = ("image", "lidar", "radar")  # those with an encoder; gps is a pair of tokens
 HEADS = 4  # of a transformer block
 
+# Windows built from the raw files, as published. In numbers of raw files:
+STRIDE = 2  # between two instants: the development set is sampled at half the rate of its files
+POSITIONS_BACK = (12, 6)  # from the newest instant to the known positions
+
 
 @dataclass(frozen=True)
 class Simulated:
@@ -36,13 +40,19 @@ class Data:
     """Which windows are read, and in what form they reach the network."""
 
     root: str | None = None  # folder that holds Multi_Modal/; None: simulated data
+    csv: str = "ml_challenge_dev_multi_modal.csv"  # the window file in Multi_Modal/
     prepared: str | None = None  # where decoded arrays are kept; None: the user's cache folder
     modalities: tuple[Modality, ...] = MODALITIES
+    # Where the window file has fewer instants or labels than these, windows are built from the raw files.
     history: int = 5  # instants in a window; fewer than the files have: the newest ones
     steps: int = 1  # consecutive instants whose beams are predicted; the first is the window's newest
     image_size: int = 256  # side of the camera picture, the lidar histogram and the radar maps, pixels
     gps_repr: Literal["local", "sincos", "minmax", "angle2"] = "local"
     scenario_fov: bool = True  # lidar field of view cut per scenario
+    lidar: Literal["full", "filtered"] = "full"  # filtered: without what stands still in the scenario's frames
+    # Changed copies of each training window; the legacy split's are of the adaptation set alone, 47 as published.
+    augment: int = 0
+    flip: bool = False  # whatever trains, mirrored as well
     split: Literal["honest", "legacy"] = "honest"  # whole passes or blocks held out; legacy: random windows
     holdout: float = 0.2  # share of the passes (or blocks) held out
     split_seed: int = 100
@@ -63,6 +73,21 @@ class Data:
             raise UserError(f"data.image_size = {self.image_size} must be at least 1 pixel")
         if self.split_seed < 0:
             raise UserError(f"data.split_seed = {self.split_seed} must not be negative")
+        if self.augment < 0:
+            raise UserError(f"data.augment = {self.augment} must not be negative")
+        if self.augment and not set(SENSORS) & set(self.modalities):
+            raise UserError(f"data.augment = {self.augment} changes sensors, and data.modalities has none; set it to 0")
+        needed = built_span(self.history, self.steps)
+        if self.root is None and (self.history > 5 or self.steps > 1) and self.simulated.frames < needed:
+            raise UserError(
+                f"data.simulated.frames = {self.simulated.frames} must be at least {needed}: a pass shorter than that "
+                f"holds no window of data.history = {self.history} and data.steps = {self.steps}"
+            )
+
+
+def built_span(history: int, steps: int) -> int:
+    """How many consecutive raw files a window takes that is built from them."""
+    return max(STRIDE * (history - 1), *POSITIONS_BACK) + 1 + steps
 
 
 @dataclass(frozen=True)

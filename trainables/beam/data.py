@@ -1,6 +1,7 @@
 """Windows of the beam data as the training loop takes them: which train, which validate, and batches of them.
 
-Legend: B windows of a batch, N of the data set, H instants of history, P pixels of a side, G numbers of a position.
+Legend: B windows of a batch, N of the data set, H instants of history, K instants whose beam is predicted, P pixels of
+a side, G numbers of a position.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainables.beam.config import SENSORS, Data
+from trainables.beam.augment import change_of, changed_pictures, changed_radar, mirrored
+from trainables.beam.config import SENSORS, Data, Modality
 from trainables.beam.files import BEAMS
-from trainables.beam.gps import WIDTH, gps_features, offsets_m
-from trainables.beam.prepare import array_path, labels, prepare_data
-from trainables.beam.table import GROUPS, POWER, Table
-from trainables.contract import UserError
+from trainables.beam.gps import AHEAD, WIDTH, gps_features, mirrored_m, offsets_m
+from trainables.beam.prepare import CHANGED_LIDAR, array_path, labels, prepare_data, wanted_arrays
+from trainables.beam.split import Side, split
+from trainables.beam.table import GROUPS, POWER, Table, frame_numbers
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
-BLOCK = 50  # frames that stay together where passes are not known
 TARGET_SIGMA, TARGET_SCALE, TARGET_REACH = 0.5, 1.25, 5
 
 
@@ -41,32 +42,60 @@ class Samples:
 
     A batch holds, of data.modalities only: image (B,H,3,P,P) uint8 0..255, lidar (B,H,1,P,P) uint8 counts 0..5, radar
     (B,H,2,P,P) float16 0..1, gps (B,2,G) float32. And always: beam (B,) int64 0..63, target (B,64) float32, scenario
-    (B,) int64, an index into `scenarios`, and index (B,) int64, the window's number in the data set.
+    (B,) int64, an index into `scenarios`, and index (B,) int64, the window's number in the data set. Where several
+    steps are predicted, beam is (B,K) and target (B,K,64), and so is `beam_N` (N,K).
     Bytes become floats on the device, which moves a quarter of the bytes there.
     """
 
     scenarios: tuple[str, ...]
-    windows: Ints  # numbers in the data set
-    arrays: dict[str, NDArray[np.generic]]  # decoded files, memory-mapped
-    at_NH: dict[str, Ints]  # which of them each window holds
-    gps_N2G: Floats | None
+    side: Side
+    arrays: dict[Modality, NDArray[np.generic]]  # decoded files, memory-mapped
+    at_NH: dict[Modality, Ints]  # which of them each window holds
+    changed_lidar: NDArray[np.generic] | None  # of each file of the lidar, both kinds of changed copies
+    gps_2N2G: Floats | None  # as measured, and mirrored
     beam_N: Ints
     scenario_N: Ints
+    seed: int  # of what is drawn for changed copies
+
+    @property
+    def windows(self) -> Ints:
+        """Their numbers in the data set."""
+        return self.side.window_S
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return len(self.side)
 
     def __getitem__(self, indices: Tensor) -> dict[str, Tensor]:
-        chosen = self.windows[indices.numpy()]
-        batch = {name: torch.from_numpy(array[self.at_NH[name][chosen]]) for name, array in self.arrays.items()}
-        if self.gps_N2G is not None:
-            batch["gps"] = torch.from_numpy(self.gps_N2G[chosen])
-        beam = torch.from_numpy(self.beam_N[chosen])
+        chosen = self.side.take(indices.numpy())
+        window_B, mirrored_B = chosen.window_S, chosen.mirrored_S
+        batch = {str(name): torch.from_numpy(x[self.at_NH[name][window_B]]) for name, x in self.arrays.items()}
+        for b in np.flatnonzero(chosen.copy_S):
+            self._change(batch, int(b), int(window_B[b]), int(chosen.copy_S[b]))
+        if mirrored_B.any():
+            for name in self.arrays:
+                batch[name][mirrored_B] = mirrored(name, batch[name][mirrored_B])
+        if self.gps_2N2G is not None:
+            batch["gps"] = torch.from_numpy(self.gps_2N2G[mirrored_B.astype(int), window_B])
+        beam = torch.from_numpy(self.beam_N[window_B])
+        beam[mirrored_B] = BEAMS - 1 - beam[mirrored_B]
         batch["beam"] = beam
         batch["target"] = soft_targets()[beam]
-        batch["scenario"] = torch.from_numpy(self.scenario_N[chosen])
-        batch["index"] = torch.from_numpy(chosen)
+        batch["scenario"] = torch.from_numpy(self.scenario_N[window_B])
+        batch["index"] = torch.from_numpy(window_B)
         return batch
+
+    def _change(self, batch: dict[str, Tensor], b: int, window: int, copy: int) -> None:
+        """Make the batch's b-th sample a copy of its window."""
+        change = change_of(tuple(self.arrays), window, copy)
+        rng = np.random.default_rng([self.seed, window, copy])
+        if change.image:
+            batch["image"][b] = changed_pictures(batch["image"][b], change.image, rng)
+        if change.lidar:
+            assert self.changed_lidar is not None
+            points = self.changed_lidar[self.at_NH["lidar"][window], change.lidar - 1]
+            batch["lidar"][b] = torch.from_numpy(points)
+        if change.radar:
+            batch["radar"][b] = changed_radar(batch["radar"][b], rng)
 
 
 def soft_targets(sigma: float = TARGET_SIGMA, scale: float = TARGET_SCALE) -> Tensor:
@@ -77,79 +106,47 @@ def soft_targets(sigma: float = TARGET_SIGMA, scale: float = TARGET_SCALE) -> Te
     return scale * density * (distance <= TARGET_REACH)
 
 
-def samples(config: HasData, split: str, ranks: object = None) -> Samples:
+def samples(config: HasData, side: str, ranks: object = None) -> Samples:
     """Open the side "train" or "val" of the split; cheap once the data are prepared.
 
     Every rank may call it: `ranks` is not needed, because the first process on a machine prepares while others wait.
     """
     data = config.data
     table = prepare_data(data)
-    beam_N = labels(table, np.load(array_path(data, table, POWER)))
-    arrays: dict[str, NDArray[np.generic]] = {}
-    at_NH: dict[str, Ints] = {}
+    beam_NK = labels(table, np.load(array_path(data, table, POWER)))[:, : data.steps]
+    arrays: dict[Modality, NDArray[np.generic]] = {}
+    at_NH: dict[Modality, Ints] = {}
     for name in SENSORS:
         if name in data.modalities:
             group = GROUPS[name][0]
             arrays[name] = np.load(array_path(data, table, group), mmap_mode="r")
-            at_NH[name] = _newest(table, group, data.history)
-    train_N, val_N = split_windows(table, data)
-    sides = {"train": train_N, "val": val_N}
+            at_NH[name] = table.groups[group].at_NK[:, -data.history :]
+    train, val = split(table, data)
+    train_N = train.holds(len(beam_NK))
+    scenarios, scenario_N = _scored_as(table, data)
+    changed = array_path(data, table, CHANGED_LIDAR) if CHANGED_LIDAR in wanted_arrays(data, table) else None
     return Samples(
-        scenarios=table.scenarios,
-        windows=np.flatnonzero(sides[split]),
+        scenarios=scenarios,
+        side={"train": train, "val": val}[side],
         arrays=arrays,
         at_NH=at_NH,
-        gps_N2G=_gps(data, table, beam_N, train_N) if "gps" in data.modalities else None,
-        beam_N=beam_N,
-        scenario_N=table.scenario_N,
+        changed_lidar=np.load(changed, mmap_mode="r") if changed else None,
+        gps_2N2G=_gps(data, table, beam_NK[:, 0], train_N) if "gps" in data.modalities else None,
+        beam_N=beam_NK[:, 0] if data.steps == 1 else beam_NK,
+        scenario_N=scenario_N,
+        seed=data.split_seed,
     )
 
 
-def _newest(table: Table, group: str, history: int) -> Ints:
-    at_NK = table.groups[group].at_NK
-    if at_NK.shape[1] < history:
-        raise UserError(f"data.history = {history}, but {table.csvs[0]} has {at_NK.shape[1]} columns {group}*")
-    return at_NK[:, at_NK.shape[1] - history :]
+def _scored_as(table: Table, data: Data) -> tuple[tuple[str, ...], Ints]:
+    """Names under which windows are scored, and each window's.
 
-
-def split_windows(table: Table, data: Data) -> tuple[Bools, Bools]:
-    """Which windows train and which validate, (N,) each; the same ones for the same settings.
-
-    honest: whole passes are held out or, where the CSV does not name them, whole blocks of frames; a window that
-    straddles a border is on neither side, so that no frame is on both. The adaptation set only validates.
-    legacy: random windows of everything, though neighbours are near copies. Comparable with published numbers only.
+    Where the adaptation set only validates, its score tells how training generalises, and is kept apart.
     """
-    rng = np.random.default_rng(data.split_seed)
-    count = len(table.beam_N)
-    if data.split == "legacy":
-        val = np.zeros(count, dtype=bool)
-        val[rng.permutation(count)[: round(data.holdout * count)]] = True
-        train = ~val
-    else:
-        held_NK = _held_out(table, data.holdout, rng)
-        train, val = ~held_NK.any(axis=1) & ~table.adaptation_N, held_NK.all(axis=1) | table.adaptation_N
-    if not train.any() or not val.any():
-        raise UserError(
-            f"{table.csvs[0]}: a {data.split} split with data.holdout = {data.holdout} trains on {train.sum()} windows "
-            f"and validates on {val.sum()}; it needs two passes, or {2 * BLOCK} frames, of one scenario"
-        )
-    return train, val
-
-
-def _held_out(table: Table, holdout: float, rng: np.random.Generator) -> Bools:
-    """Whether each frame (or the pass) of every window is held out: a share of each scenario, at least one."""
-    if table.passes_N is not None:
-        unit_NK = np.unique(np.array(table.passes_N), return_inverse=True)[1][:, None]
-    else:
-        unit_NK = table.frame_NK // BLOCK
-    held_NK = np.zeros(unit_NK.shape, dtype=bool)
-    for number in range(len(table.scenarios)):
-        here = (table.scenario_N == number) & ~table.adaptation_N
-        units = np.unique(unit_NK[here])
-        count = min(max(1, round(holdout * len(units))), len(units) - 1)  # never all of them
-        if count > 0:
-            held_NK[here] = np.isin(unit_NK[here], rng.permutation(units)[:count])
-    return held_NK
+    if data.split == "legacy" or not table.adaptation_N.any():
+        return table.scenarios, table.scenario_N
+    apart = tuple(f"adaptation_{name.removeprefix('scenario')}" for name in table.scenarios)
+    return table.scenarios + apart, table.scenario_N + len(apart) * table.adaptation_N
 
 
 def gps_width(config: HasData) -> int:
@@ -158,23 +155,40 @@ def gps_width(config: HasData) -> int:
 
 
 def _gps(data: Data, table: Table, beam_N: Ints, train_N: Bools) -> Floats:
-    """Positions of all windows, (N, 2, G), scaled by train windows only."""
+    """Positions of all windows, and mirrored, (2, N, 2, G), scaled by train windows only.
+
+    beam_N: at the newest instant. A mirrored street is a street of its own.
+    """
     station_N2 = np.load(array_path(data, table, "unit1_loc"))[table.groups["unit1_loc"].at_NK[:, 0]]
     car_N22 = np.load(array_path(data, table, "unit2_loc_"))[table.groups["unit2_loc_"].at_NK[:, :2]]
-    out = np.empty((*car_N22.shape[:2], WIDTH[data.gps_repr]), dtype=np.float32)
+    ahead = _ahead(table)
+    out = np.empty((2, *car_N22.shape[:2], WIDTH[data.gps_repr]), dtype=np.float32)
     for number, scenario in enumerate(table.scenarios):
         here = table.scenario_N == number
         metres = np.stack([offsets_m(station_N2[here], car_N22[here, k]) for k in range(2)], axis=1)
-        out[here] = gps_features(data, scenario, metres, beam_N[here], train_N[here])
+        beam, known = beam_N[here], train_N[here]
+        turned = mirrored_m(metres, beam, known, ahead)
+        out[0, here] = gps_features(data, scenario, metres, beam, known, ahead)
+        out[1, here] = gps_features(data, scenario, turned, BEAMS - 1 - beam, known, ahead)
     return out
+
+
+def _ahead(table: Table) -> float:
+    """How long after the second position the newest instant is, in intervals between the two positions."""
+    places_N2, label_NP = (frame_numbers(table.groups[name]) for name in ("unit2_loc_", POWER))
+    if places_N2 is None or label_NP is None:
+        return AHEAD
+    interval_N = places_N2[:, 1] - places_N2[:, 0]
+    moved = interval_N > 0
+    return float(np.median((label_NP[:, 0] - places_N2[:, 1])[moved] / interval_N[moved])) if moved.any() else AHEAD
 
 
 def describe(config: HasData) -> str:
     """One line on the data: real or simulated, how many windows of which scenarios, how they are split."""
     data = config.data
     table = prepare_data(data)
-    train_N, val_N = split_windows(table, data)
+    train, val = split(table, data)
     kind = "simulated" if data.root is None else "real"
     numbers = ", ".join(name.removeprefix("scenario") for name in table.scenarios)
-    counts = f"{train_N.sum()} windows to train and {val_N.sum()} to validate"
-    return f"{kind} beam data in {table.csvs[0].parents[1]}: {counts} ({data.split} split), scenarios {numbers}"
+    counts = f"{len(train)} windows to train and {len(val)} to validate"
+    return f"{kind} beam data in {table.root}: {counts} ({data.split} split), scenarios {numbers}"

@@ -6,6 +6,8 @@ east and north of the station.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import utm
 from numpy.typing import NDArray
@@ -17,7 +19,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 WIDTH = {"local": 13, "sincos": 2, "minmax": 2, "angle2": 2}
-AHEAD = 3.0  # instants between the second position and the label
+AHEAD = 3.0  # instants between the second position and the label, in the published windows of five
 LEADS = np.arange(-10.0, 10.5, 0.5)  # instants; receivers' clocks are off by as much as this
 CODEBOOK_LINE = ((BEAMS - 1) / 2, (BEAMS - 1) / (np.pi / 2))  # beams and beams per radian: all of them over 90 degrees
 
@@ -34,8 +36,14 @@ def offsets_m(station_N2: Floats, car_N2: Floats) -> Floats:
     return np.stack([east - east0, north - north0], axis=1)
 
 
-def gps_features(data: Data, scenario: str, metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools) -> Floats:
-    """Positions of one scenario for the network, (N, 2, G). `known_N`: the windows that may be learnt from."""
+def gps_features(
+    data: Data, scenario: str, metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, ahead: float = AHEAD
+) -> Floats:
+    """Positions of one scenario for the network, (N, 2, G).
+
+    known_N: the windows that may be learnt from. ahead: how long after the second position the beam is, in intervals
+    between the positions, for a scenario without such windows.
+    """
     if data.gps_repr == "minmax":
         return (metres_N22 - MINMAX_LOW_M) / (MINMAX_HIGH_M - MINMAX_LOW_M)
     if data.gps_repr == "angle2":
@@ -44,10 +52,44 @@ def gps_features(data: Data, scenario: str, metres_N22: Floats, beam_N: NDArray[
         return np.deg2rad(np.stack([wrapped, wrapped], axis=-1))  # the same number twice, as published
     if data.gps_repr == "sincos":
         return metres_N22 / _norm(metres_N22)
-    return _local(metres_N22, beam_N, known_N)
+    return _local(metres_N22, beam_N, known_N, ahead)
 
 
-def _local(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools) -> Floats:
+def mirrored_m(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, ahead: float = AHEAD) -> Floats:
+    """Positions of one scenario mirrored at the boresight, so that a beam becomes the one as far from the other end.
+
+    The boresight is where the straight line through the known windows' beams has its middle beam.
+    """
+    line = _line_of(metres_N22, beam_N, known_N, ahead)
+    boresight = line.middle + ((BEAMS - 1) / 2 - line.at_middle) / line.per_radian if line.per_radian else line.middle
+    cos, sin = np.cos(2 * boresight), np.sin(2 * boresight)
+    return metres_N22 @ np.array([[-cos, sin], [sin, cos]])
+
+
+class _Line(NamedTuple):
+    """Beams as a straight line of the bearing of the car when the beam is measured."""
+
+    lead: float  # intervals for which the second position is carried on
+    middle: float  # bearing, radians
+    at_middle: float  # beams
+    per_radian: float
+
+
+def _line_of(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, ahead: float) -> _Line:
+    """Fitted to the known windows; a guess where there are none."""
+    learnable = bool(known_N.any())
+    if not learnable:  # a scenario that only validates: where its cars drive may be known, their beams may not
+        known_N = np.ones_like(known_N)
+    second_N2 = metres_N22[known_N, 1]
+    step_N2 = second_N2 - metres_N22[known_N, 0]
+    lead = _lead(second_N2, step_N2, beam_N[known_N]) if learnable else ahead
+    bearing_N = _bearing(second_N2 + lead * step_N2)
+    middle = _middle(bearing_N)
+    fit = _fitted(_wrapped(bearing_N - middle), beam_N[known_N]) if learnable else CODEBOOK_LINE
+    return _Line(lead, middle, *fit)
+
+
+def _local(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, ahead: float) -> Floats:
     """Position, movement and direction, scaled by what is known of the scenario; either instant alone tells it all.
 
     The beam follows the bearing of the car at the label's time. So the newest position is carried on at its speed for
@@ -56,22 +98,18 @@ def _local(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools) -> Flo
     windows. The same number then means the same beam in every scenario. Waves of the direction spare a small network
     the fine steps.
     """
-    learnable = bool(known_N.any())
-    if not learnable:  # a scenario that only validates: where its cars drive may be known, their beams may not
+    line = _line_of(metres_N22, beam_N, known_N, ahead)
+    if not known_N.any():
         known_N = np.ones_like(known_N)
     second_N2 = metres_N22[:, 1]
     step_N2 = second_N2 - metres_N22[:, 0]
-    lead = _lead(second_N2[known_N], step_N2[known_N], beam_N[known_N]) if learnable else AHEAD
-    label_N2 = second_N2 + lead * step_N2
+    label_N2 = second_N2 + line.lead * step_N2
     centre = metres_N22[known_N].mean(axis=(0, 1))
     spread = np.maximum(metres_N22[known_N].std(axis=(0, 1)), 0.1)  # a car that never moves must not divide by zero
     speed = max(float(np.sqrt((step_N2[known_N] ** 2).sum(axis=1).mean())), 0.01)
 
-    middle = _middle(_bearing(label_N2[known_N]))
-    fit = _line(_wrapped(_bearing(label_N2[known_N]) - middle), beam_N[known_N]) if learnable else CODEBOOK_LINE
-
     def direction(place: Floats) -> Floats:  # about -2..2 from the first beam to the last
-        beam = fit[0] + fit[1] * _wrapped(_bearing(place) - middle)
+        beam = line.at_middle + line.per_radian * _wrapped(_bearing(place) - line.middle)
         return np.asarray((beam - (BEAMS - 1) / 2) / 16)[..., None]
 
     towards_N1 = direction(label_N2)
@@ -109,7 +147,7 @@ def _wrapped(angle: Floats) -> Floats:
     return (angle + np.pi) % (2 * np.pi) - np.pi
 
 
-def _line(x: Floats, y: NDArray[np.int64]) -> tuple[float, float]:
+def _fitted(x: Floats, y: NDArray[np.int64]) -> tuple[float, float]:
     """Least-squares intercept and slope; slope 0 where all x are alike."""
     spread = float(x.var())
     slope = float(((x - x.mean()) * (y - y.mean())).mean()) / spread if spread > 1e-9 else 0.0

@@ -6,20 +6,24 @@ an old one; a raw file that is replaced while the CSV stays the same goes unnoti
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-import os
+import shutil
+import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from trainables.beam import simulator
-from trainables.beam.cache import cache_folder, make_once
+from trainables.beam import multistep, simulator
+from trainables.beam.augment import changed_points
+from trainables.beam.background import FRAMES, background, without
+from trainables.beam.cache import cache_folder, make_once, unfinished_of
 from trainables.beam.config import Data
+from trainables.beam.decode import Decoder, decode
 from trainables.beam.files import (
     BEAMS,
     fov_of,
@@ -31,20 +35,13 @@ from trainables.beam.files import (
     read_position,
     read_power,
 )
-from trainables.beam.table import GROUPS, POWER, Files, Table, read_table
+from trainables.beam.table import BEAM, GROUPS, POWER, Table, read_table
 from trainables.contract import UserError
 
-VERSION = 1  # raise it whenever decoding changes
+VERSION = 2  # raise it whenever decoding changes
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """How the files of one column group become one array: `read` gives one row of `shape`."""
-
-    read: Callable[[Path], NDArray[np.generic]]
-    shape: tuple[int, ...]
-    dtype: DTypeLike
-    settings: str  # what else determines the result
+CHANGED_LIDAR = "unit1_lidar_changed"  # array of both kinds of changed copies of every lidar file
 
 
 def data_root(data: Data) -> Path:
@@ -59,103 +56,191 @@ def data_root(data: Data) -> Path:
     return root
 
 
+def find_table(data: Data) -> Table:
+    """All windows. Where the data set's own file is too short, they are built from the raw files at the first call."""
+    root = data_root(data)
+    table = read_table(root, data)
+    if table.reaches(data):
+        return table
+    shape = f"{data.history}to{data.steps}"
+    key = (multistep.VERSION, str(root.resolve()), table.digest, sorted(table.groups))
+    path = cache_folder(data.prepared) / "windows" / f"{shape}-{_digest(key)}.csv"
+    make_once(path, lambda unfinished: multistep.write_windows(unfinished, table, data.history, data.steps))
+    return read_table(root, data, built=path)
+
+
+def _digest(key: object) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+
 def prepare_data(data: Data) -> Table:
     """Check and decode what `data` asks for, unless it has been done.
 
     Raises `UserError` with file, row and remedy for what cannot be read. Several processes may call it at once.
     """
-    root = data_root(data)
-    table = read_table(root, data.modalities)
-    wanted = {name: array_path(data, table, name) for name in table.groups}
+    table = find_table(data)
+    wanted = {name: array_path(data, table, name) for name in wanted_arrays(data, table)}
     missing = {name: path for name, path in wanted.items() if not path.exists()}
     if not missing:
         return table
+    if table.left_out:
+        print(f"beam data: {table.left_out}", flush=True)
     for name in missing:
-        _check_files(table, table.groups[name])
+        _check_files(table, _group(name))
     kind = "simulated" if data.root is None else "real"
-    size = sum(_size(data, table, name) for name in missing) / 2**20
+    size = sum(_size(data, table, name) for name in missing)
     names = ", ".join(name.strip("_") for name in missing)
-    print(f"beam data: preparing {kind} data of {root}: {names}, {size:.0f} MiB", flush=True)
+    print(f"beam data: preparing {kind} data of {table.root}: {names}, {size / 2**20:.0f} MiB", flush=True)
+    _check_room(cache_folder(data.prepared), size, [unfinished_of(path) for path in missing.values()])
     for name, path in missing.items():
-        make_once(path, _decode(data, table, name))
+        if data.lidar == "filtered" and _group(name) in GROUPS["lidar"]:
+            _make_backgrounds(data, table)
+        make_once(path, _maker(data, table, name), resumes=True)
     if POWER in missing:
-        broken = np.isnan(np.load(wanted[POWER])).any(axis=1)[table.groups[POWER].at_NK[:, 0]]
+        broken = np.isnan(np.load(wanted[POWER])).any(axis=1)[table.groups[POWER].at_NK].any(axis=1)
         if broken.any():
             print(f"beam data: {broken.sum()} windows relabelled, because a power is NaN", flush=True)
+        labels(table, np.load(wanted[POWER]))
     return table
 
 
+def wanted_arrays(data: Data, table: Table) -> list[str]:
+    """Names of the arrays that `data` needs: one for each column group, and one of changed copies."""
+    return [*table.groups, *([CHANGED_LIDAR] if data.augment and "lidar" in data.modalities else [])]
+
+
+def _group(array: str) -> str:
+    """The column group whose files an array holds."""
+    return GROUPS["lidar"][0] if array == CHANGED_LIDAR else array
+
+
+def _check_room(folder: Path, size: int, unfinished: list[Path]) -> None:
+    """Whether the disk has room for `size` bytes, less what unfinished arrays have already taken."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = size - sum(path.stat().st_blocks * 512 for path in unfinished if path.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: the prepared data take {needed / 2**20:.0f} MiB more and {free / 2**20:.0f} MiB are free; "
+            "make room, or set data.prepared to a folder elsewhere"
+        )
+
+
 def labels(table: Table, power: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The best beam of every window, (N,), given the decoded power files.
+    """The best beam of every window and step, (N, P), given the decoded power files.
 
-    Where a power is NaN the official label points at it; the strongest of the others is taken instead.
+    Where a power is NaN the official label points at it; the strongest of the others is taken instead. Raises
+    `UserError` where the labels count from 0, which none of them may say: 0 is the rarest.
     """
-    power_NB = power[table.groups[POWER].at_NK[:, 0]]
-    return np.where(np.isnan(power_NB).any(axis=1), np.nanargmax(power_NB, axis=1), table.beam_N)
+    power_NPB = power[table.groups[POWER].at_NK]
+    broken_NP = np.isnan(power_NPB).any(axis=2)
+    strongest_NP = np.nanargmax(power_NPB, axis=2)
+    low = int((table.beam_NP == strongest_NP - 1)[~broken_NP].sum())
+    if 2 * low > (~broken_NP).sum():
+        raise UserError(
+            f"{table.csvs[0]}: {BEAM} names the beam below the strongest in {low} of {broken_NP.size} labels; "
+            f"it must count beams from 1 to {BEAMS}: add 1 to each"
+        )
+    return np.where(broken_NP, strongest_NP, table.beam_NP)
 
 
-def array_path(data: Data, table: Table, group: str) -> Path:
-    key = (VERSION, [str(path.resolve()) for path in table.csvs], table.digest, group, _decoder(data, group).settings)
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    return cache_folder(data.prepared) / "decoded" / f"{group.strip('_')}-{digest}.npy"
+def array_path(data: Data, table: Table, array: str) -> Path:
+    settings = _decoder(data, table, array).settings
+    key = (VERSION, [str(path.resolve()) for path in table.csvs], table.digest, _group(array), settings)
+    return cache_folder(data.prepared) / "decoded" / f"{array.strip('_')}-{_digest(key)}.npy"
 
 
-def _decoder(data: Data, group: str) -> Decoder:
-    size = data.image_size
+def _decoder(data: Data, table: Table, array: str) -> Decoder:
+    size, group = data.image_size, _group(array)
 
-    def lidar(path: Path) -> NDArray[np.uint8]:
-        scenario = next(part for part in reversed(path.parts) if part.startswith("scenario"))
-        return lidar_counts(read_points(path), size, fov_of(scenario, data.scenario_fov))
+    def points(path: Path) -> NDArray[np.float64]:
+        found = read_points(path)
+        return without(found, background_of(scenario_of(path))) if data.lidar == "filtered" else found
 
-    def radar(path: Path) -> NDArray[np.float16]:
-        return radar_maps(read_cube(path), size)
+    def seen(path: Path, points_N3: NDArray[np.float64]) -> NDArray[np.uint8]:
+        return lidar_counts(points_N3, size, fov_of(scenario_of(path), data.scenario_fov))
 
+    def changed(path: Path) -> NDArray[np.uint8]:
+        found, rng = points(path), np.random.default_rng(zlib.crc32("/".join(path.parts[-4:]).encode()))
+        return np.stack([seen(path, changed_points(found, kind, rng)) for kind in (1, 2)])
+
+    @functools.cache
+    def background_of(scenario: str) -> NDArray[np.float64]:
+        return np.asarray(np.load(_background_path(data, table, scenario)))
+
+    lidar = f"{size} {data.scenario_fov} {data.lidar}"
+    if array == CHANGED_LIDAR:
+        return Decoder(changed, (2, 1, size, size), np.uint8, f"{lidar} changed")
     if group in GROUPS["image"]:
         return Decoder(lambda path: read_image(path, size), (3, size, size), np.uint8, f"{size}")
     if group in GROUPS["lidar"]:
-        return Decoder(lidar, (1, size, size), np.uint8, f"{size} {data.scenario_fov}")
+        return Decoder(lambda path: seen(path, points(path)), (1, size, size), np.uint8, lidar)
     if group in GROUPS["radar"]:
-        return Decoder(radar, (2, size, size), np.float16, f"{size}")
+        return Decoder(lambda path: radar_maps(read_cube(path), size), (2, size, size), np.float16, f"{size}")
     if group == POWER:
         return Decoder(read_power, (BEAMS,), np.float64, "")
     return Decoder(read_position, (2,), np.float64, "")
 
 
-def _size(data: Data, table: Table, group: str) -> int:
+def scenario_of(path: Path) -> str:
+    """The innermost folder named `scenarioNN`."""
+    return next(part for part in reversed(path.parts) if part.startswith("scenario"))
+
+
+def _background_path(data: Data, table: Table, scenario: str) -> Path:
+    key = (VERSION, [str(path.resolve()) for path in table.csvs], table.digest)
+    return cache_folder(data.prepared) / "decoded" / f"background-{scenario}-{_digest(key)}.npy"
+
+
+def _make_backgrounds(data: Data, table: Table) -> None:
+    """What stands still in the frames of each scenario; those that validate take part, for nothing in it is a label."""
+    paths = table.groups[GROUPS["lidar"][0]].paths
+    for scenario in table.scenarios:
+        here = [path for path in paths if scenario_of(path) == scenario]
+        some = [here[i] for i in np.unique(np.linspace(0, len(here) - 1, FRAMES).astype(int))]
+
+        def make(unfinished: Path, some: list[Path] = some) -> None:
+            with unfinished.open("wb") as file:
+                np.save(file, background(read_points(path) for path in some))
+
+        make_once(_background_path(data, table, scenario), make)
+
+
+def _size(data: Data, table: Table, array: str) -> int:
     """Of a prepared array, bytes."""
-    decoder = _decoder(data, group)
-    return len(table.groups[group].paths) * math.prod(decoder.shape) * np.dtype(decoder.dtype).itemsize
+    decoder = _decoder(data, table, array)
+    shape = decoder.array_shape(len(table.groups[_group(array)].paths))
+    return math.prod(shape) * np.dtype(decoder.dtype).itemsize
 
 
-def _check_files(table: Table, files: Files) -> None:
+def _check_files(table: Table, group: str) -> None:
     """Every file must be there before the long work begins."""
-    for path, row in zip(files.paths, files.row, strict=True):
-        if not path.is_file():
-            raise UserError(f"{path} is not there; {table.lines[row]} names it: restore the file or remove the row")
+    files = table.groups[group]
+    lacking = [i for i, path in enumerate(files.paths) if not path.is_file()]
+    if not lacking:
+        return
+    first, row = files.paths[lacking[0]], files.row[lacking[0]]
+    scenario_of = table.scenario_N[list(files.row)]
+    alike = [i for i in range(len(files.paths)) if scenario_of[i] == scenario_of[lacking[0]]]
+    if len(lacking) > 1 and set(alike) <= set(lacking):  # as in copies of the data set that lack a part of a scenario
+        scenario, modality = table.scenarios[scenario_of[lacking[0]]], _modality(group)
+        out = f", take {modality} out of data.modalities," if modality else ""
+        raise UserError(
+            f"{first.parent} holds none of the {len(alike)} files that {scenario} needs, {table.lines[row]} the first: "
+            f"restore them{out} or remove the rows of {scenario} from {table.lines[row].split(' of ', 1)[1]}"
+        )
+    others = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+    raise UserError(f"{first} is not there{others}; {table.lines[row]} names it: restore the file or remove the row")
 
 
-def _decode(data: Data, table: Table, group: str) -> Callable[[Path], None]:
-    files, decoder = table.groups[group], _decoder(data, group)
+def _modality(group: str) -> str:
+    return next((name for name, groups in GROUPS.items() if group in groups), "")
 
-    def make(unfinished: Path) -> None:
-        shape = (len(files.paths), *decoder.shape)
-        array = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.dtype(decoder.dtype), shape=shape)
 
-        def one(i: int) -> None:
-            try:
-                array[i] = decoder.read(files.paths[i])
-            except UserError as error:
-                where = table.lines[files.row[i]]
-                raise UserError(f"{error}; {where} names it: restore the file or remove the row") from None
+def _maker(data: Data, table: Table, array: str) -> Callable[[Path], None]:
+    files = table.groups[_group(array)]
 
-        # Threads: picture decoding and FFTs, which take the time, run outside Python's lock.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            try:
-                for _ in pool.map(one, range(len(files.paths))):
-                    pass
-            except BaseException:  # a mistake in a file, or Ctrl-C: do not go on to the last file
-                pool.shutdown(cancel_futures=True)
-                raise
-        array.flush()
+    def where(i: int) -> str:
+        return table.lines[files.row[i]]
 
-    return make
+    return lambda unfinished: decode(unfinished, _decoder(data, table, array), files.paths, array.strip("_"), where)

@@ -1,6 +1,7 @@
 """The CSV of a data set in the DeepSense 6G layout: which files make up each window.
 
-Legend: N windows, K instants of a column group (5 for a sensor, 2 for positions, 1 for station and power).
+Legend: N windows, K instants of a column group (5 for a sensor, 2 for positions, 1 for the station), P instants whose
+beams are predicted (1 as published).
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainables.beam.config import Modality
+from trainables.beam.config import Data, Modality
 from trainables.beam.files import BEAMS
 from trainables.contract import UserError
 
 Ints = NDArray[np.int64]
 Row = dict[str, str]
 
-# Folder and CSV of each labelled set. The second was recorded at another rate, and is absent from most copies.
-DEVELOPMENT = ("Multi_Modal", "ml_challenge_dev_multi_modal.csv")
+# Folder of the development set, and folder and CSV of the adaptation set, which was recorded at another rate and is
+# absent from most copies.
+DEVELOPMENT = "Multi_Modal"
 ADAPTATION = ("Adaptation_dataset_multi_modal", "ml_challenge_data_adaptation_multi_modal.csv")
 
 # Column groups by what they hold; a trailing underscore stands for one column per instant.
@@ -33,6 +35,7 @@ GROUPS: dict[Modality, tuple[str, ...]] = {
     "radar": ("unit1_radar_",),
     "gps": ("unit1_loc", "unit2_loc_"),
 }
+SENSOR_COLUMNS = ("unit1_rgb_", "unit1_lidar_", "unit1_radar_")
 POWER, BEAM, PASS = "unit1_pwr_60ghz", "unit1_beam", "seq_index"
 
 
@@ -49,52 +52,81 @@ class Files:
 class Table:
     """All labelled windows of a data set, in the order of its CSV files."""
 
+    root: Path
     csvs: tuple[Path, ...]
     digest: str  # of the CSV files' content
     lines: tuple[str, ...]  # "row 3 of a.csv" for every window, for messages
     scenarios: tuple[str, ...]  # "scenario31", ... in the order of their numbers
     scenario_N: Ints
-    beam_N: Ints  # 0-based, as the CSV says
+    beam_NP: Ints  # 0-based, as the CSV says
     groups: dict[str, Files]
     frame_NK: Ints  # numbers of the frames that a window sees, its label's included
     passes_N: tuple[str, ...] | None  # which pass of the car; None where the CSV does not say
     adaptation_N: NDArray[np.bool_]
+    left_out: str  # which of the CSV files are not read, and why
+
+    def reaches(self, data: Data) -> bool:
+        """Whether the windows hold as many instants, and as many beams, as are asked for."""
+        instants = [self.groups[name].at_NK.shape[1] for name in SENSOR_COLUMNS if name in self.groups]
+        return self.beam_NP.shape[1] >= data.steps and all(count >= data.history for count in instants)
 
 
-def read_table(root: Path, modalities: Sequence[Modality]) -> Table:
-    """Read the CSV files below `root`; raises `UserError` for what is missing in them."""
+def read_table(root: Path, data: Data, built: Path | None = None) -> Table:
+    """Read the CSV files below `root`; for the development set's the file `built`, if any, which names files of it.
+
+    The adaptation set is left out where its windows are too short for `data`. Raises `UserError` for what is missing.
+    """
     if not root.is_dir():
-        raise UserError(f"data.root = {root}: no such folder; give the one that holds {DEVELOPMENT[0]}/, or null")
-    sets = [DEVELOPMENT] + ([ADAPTATION] if root.joinpath(*ADAPTATION).exists() else [])
-    csvs = tuple(root.joinpath(*names) for names in sets)
-    wanted = [POWER, *(name for modality in modalities for name in GROUPS[modality])]
-    rows: list[Row] = []
+        raise UserError(f"data.root = {root}: no such folder; give the one that holds {DEVELOPMENT}/, or null")
+    sets = [(DEVELOPMENT, built or root / DEVELOPMENT / data.csv)]
+    left_out = ""
+    if root.joinpath(*ADAPTATION).exists():
+        short = _short(root.joinpath(*ADAPTATION), data)
+        left_out = f"{'/'.join(ADAPTATION)} is left out: {short}" if short else ""
+        sets += [] if short else [(ADAPTATION[0], root.joinpath(*ADAPTATION))]
+    found: list[list[Row]] = []
     lines: list[str] = []
-    adaptation: list[bool] = []
     digest = hashlib.sha256()
-    for path, names in zip(csvs, sets, strict=True):
-        found = _read_csv(path, modalities)
+    for folder, path in sets:
+        rows = _read_csv(path, data.modalities)
         digest.update(path.read_bytes())
-        for number, row in enumerate(found, start=1):
-            rows.append({name: f"{names[0]}/{value}" if _is_file(name) else value for name, value in row.items()})
-            lines.append(f"row {number} of {path}")
-        adaptation += [names is ADAPTATION] * len(found)
-    labels = [_label(row, line) for row, line in zip(rows, lines, strict=True)]
-    scenario_of = [_scenario(row[POWER], line) for row, line in zip(rows, lines, strict=True)]
+        found.append([{k: f"{folder}/{value}" if _is_file(k) else value for k, value in row.items()} for row in rows])
+        lines += [f"row {number} of {path}" for number in range(1, len(rows) + 1)]
+    every = [row for rows in found for row in rows]
+    groups = {}
+    for name in (POWER, *(name for modality in data.modalities for name in GROUPS[modality])):
+        groups[name] = _files(root, found, name, lines)
+    steps = groups[POWER].at_NK.shape[1]
+    labels = [_labels(row, line)[:steps] for row, line in zip(every, lines, strict=True)]
+    powers = [groups[POWER].paths[at].relative_to(root) for at in groups[POWER].at_NK[:, 0]]
+    scenario_of = [_scenario(path, line) for path, line in zip(powers, lines, strict=True)]
     scenarios = sorted(set(scenario_of), key=lambda name: int(name.removeprefix("scenario")))
-    groups = {name: _files(root, rows, _columns(rows[0], name)) for name in wanted}
     return Table(
-        csvs=csvs,
+        root=root,
+        csvs=tuple(path for _, path in sets),
         digest=digest.hexdigest(),
         lines=tuple(lines),
         scenarios=tuple(scenarios),
         scenario_N=np.array([scenarios.index(name) for name in scenario_of]),
-        beam_N=np.array(labels),
+        beam_NP=np.array(labels),
         groups=groups,
         frame_NK=_frames(groups),
-        passes_N=tuple(row[PASS] for row in rows) if all(PASS in row for row in rows) else None,
-        adaptation_N=np.array(adaptation),
+        passes_N=tuple(row[PASS] for row in every) if all(PASS in row for row in every) else None,
+        adaptation_N=np.arange(len(every)) >= len(found[0]),
+        left_out=left_out,
     )
+
+
+def _short(path: Path, data: Data) -> str:
+    """Why the windows of this CSV are too short for `data`; empty where they are not."""
+    row = _read_csv(path, data.modalities)[0]
+    steps = len(_columns(row, POWER))
+    if steps < data.steps:
+        return f"its windows have {steps} labels, and data.steps = {data.steps}"
+    for name in (name for modality in data.modalities for name in GROUPS[modality] if name in SENSOR_COLUMNS):
+        if (count := len(_columns(row, name))) < data.history:
+            return f"its windows have {count} instants, and data.history = {data.history}"
+    return ""
 
 
 def _is_file(column: str) -> bool:
@@ -110,7 +142,7 @@ def _read_csv(path: Path, modalities: Sequence[Modality]) -> list[Row]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; data.root must hold the development set's CSV") from None
     for name in (POWER, BEAM):
-        if name not in header:
+        if not _columns(dict.fromkeys(header, ""), name):
             raise UserError(f"{path} has no column {name}; every window needs its power and its label")
     for modality in modalities:
         for name in GROUPS[modality]:
@@ -127,50 +159,61 @@ def _read_csv(path: Path, modalities: Sequence[Modality]) -> list[Row]:
 
 def _columns(row: Row, group: str) -> list[str]:
     """The columns of a group, oldest instant first."""
-    if not group.endswith("_"):
-        return [group] if group in row else []
-    numbered = [name for name in row if re.fullmatch(re.escape(group) + r"\d+", name)]
-    return sorted(numbered, key=lambda name: int(name.removeprefix(group)))
+    if group in row:
+        return [group]
+    prefix = group.rstrip("_") + "_"
+    numbered = [name for name in row if re.fullmatch(re.escape(prefix) + r"\d+", name)]
+    return sorted(numbered, key=lambda name: int(name.removeprefix(prefix)))
 
 
-def _label(row: Row, line: str) -> int:
-    try:
-        beam = int(row[BEAM])
-    except ValueError:
-        beam = 0
-    if not 1 <= beam <= BEAMS:
-        raise UserError(f"{line}: {BEAM} = {row[BEAM]!r} is not one number in 1..{BEAMS}; mend the row")
-    return beam - 1
+def _labels(row: Row, line: str) -> list[int]:
+    """Beams of a row, counted from 0; several are joined by `_`."""
+    steps = len(_columns(row, POWER))
+    words = row[BEAM].split("_")
+    beams = [int(word) if word.isdecimal() else 0 for word in words]
+    if len(beams) != steps or not all(1 <= beam <= BEAMS for beam in beams):
+        rule = "one number" if steps == 1 else f"{steps} numbers joined by _, each"
+        raise UserError(f"{line}: {BEAM} = {row[BEAM]!r} is not {rule} in 1..{BEAMS}; mend the row")
+    return [beam - 1 for beam in beams]
 
 
-def _scenario(path: str, line: str) -> str:
-    found = re.search(r"scenario\d+", path)
+def _scenario(path: Path, line: str) -> str:
+    found = re.search(r"scenario\d+", str(path))
     if found is None:
         raise UserError(f"{line}: {path} lies in no scenarioNN folder; keep the layout of the public data")
     return found.group()
 
 
-def _files(root: Path, rows: list[Row], columns: list[str]) -> Files:
+def _files(root: Path, sets: list[list[Row]], group: str, lines: list[str]) -> Files:
+    """The group's files in all sets. Sets with more instants than another lose their oldest, or their last labels."""
+    columns = [_columns(rows[0], group) for rows in sets]
+    count = min(map(len, columns))
+    kept = [names[-count:] if group in SENSOR_COLUMNS else names[:count] for names in columns]
+    named = [[(row[name], name) for name in names] for rows, names in zip(sets, kept, strict=True) for row in rows]
     place: dict[str, int] = {}
     first: list[int] = []
-    at = np.empty((len(rows), len(columns)), dtype=np.int64)
-    for i, row in enumerate(rows):
-        for k, column in enumerate(columns):
-            name = row[column]
-            if name not in place:
-                place[name] = len(place)
+    at = np.empty((len(named), count), dtype=np.int64)
+    for i, files in enumerate(named):
+        for k, (file, column) in enumerate(files):
+            if file.endswith("/"):  # the set's folder and no name
+                raise UserError(f"{lines[i]}: {column} is empty; name a file, remove the row or its modality")
+            if file not in place:
+                place[file] = len(place)
                 first.append(i)
-            at[i, k] = place[name]
+            at[i, k] = place[file]
     return Files(tuple(root / name for name in place), tuple(first), at)
 
 
 def _frames(groups: dict[str, Files]) -> Ints:
-    """Frame numbers stand after the last underscore of a file's name; the station's only file has none."""
-    columns = []
-    for files in groups.values():
-        found = [re.search(r"_(\d+)$", path.stem) for path in files.paths]
-        if all(found):
-            columns.append(np.array([int(match.group(1)) for match in found if match])[files.at_NK])
+    columns = [numbers for files in groups.values() if (numbers := frame_numbers(files)) is not None]
     if not columns:
         return np.arange(len(next(iter(groups.values())).at_NK))[:, None]
     return np.concatenate(columns, axis=1)
+
+
+def frame_numbers(files: Files) -> Ints | None:
+    """(N, K) numbers after the last underscore of the names; None where one has none, as the station's only file."""
+    found = [re.search(r"_(\d+)$", path.stem) for path in files.paths]
+    if not all(found):
+        return None
+    return np.array([int(match.group(1)) for match in found if match])[files.at_NK]

@@ -1,0 +1,228 @@
+"""Windows built from the raw files are the published ones; several labels a window are read and kept in order."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trainables.beam.config import Data, Simulated
+from trainables.beam.data import samples, soft_targets
+from trainables.beam.multistep import newest_ids
+from trainables.beam.prepare import find_table, labels, prepare_data
+from trainables.beam.simulator import simulate
+from trainables.beam.split import split
+from trainables.contract import UserError
+
+SIZE, H, P = 8, 7, 3
+SMALL = Simulated(passes=3, frames=18)  # all in one scenario, so that passes follow one another without a gap
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Data
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("written") / "root"
+    simulate(root, SMALL)
+    return root
+
+
+@pytest.fixture
+def long(written: Path) -> Data:
+    """Windows of more instants and labels than the data set's own; no test may spoil these files."""
+    return Data(root=str(written), prepared=str(written.parent / "cache"), image_size=SIZE, history=H, steps=P)
+
+
+@pytest.fixture
+def own(long: Data, tmp_path: Path) -> Data:
+    assert long.root is not None
+    shutil.copytree(long.root, tmp_path / "root")
+    return replace(long, root=str(tmp_path / "root"), prepared=str(tmp_path / "cache"))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def number(name: str) -> int:
+    return int(name.rsplit("_", 1)[1].split(".")[0])
+
+
+def numbers(row: dict[str, str], prefix: str, count: int) -> list[int]:
+    return [number(row[f"{prefix}{k}"]) for k in range(1, count + 1)]
+
+
+def newest_of(data: Data) -> list[int]:
+    """The newest instant of every window."""
+    return [number(row[f"unit1_rgb_{H}"]) for row in rows_of(find_table(data).csvs[0])]
+
+
+def own_csv(data: Data) -> Path:
+    assert data.root is not None
+    return Path(data.root) / "Multi_Modal" / data.csv
+
+
+def test_the_newest_instants_are_the_published_ones() -> None:
+    assert newest_ids(range(100, 120), history=5, steps=1) == list(range(10, 19))
+    ids = [*range(30), *range(60, 90), *range(90, 110, 2)]
+    found = newest_ids(ids, history=10, steps=5)
+    assert found[0] == 20  # the first 2 H are skipped
+    assert found[-1] < len(ids) - 5  # and the last P
+    assert all(ids[k + 5] - ids[k] < 10 for k in found)
+    skipped = set(range(20, len(ids) - 5)) - set(found)
+    assert skipped == {*range(25, 30), *range(60, 65)}  # the gap, and where every second file is missing
+
+
+def test_built_windows_hold_every_other_file_of_one_pass(long: Data) -> None:
+    table = find_table(long)
+    rows = rows_of(table.csvs[0])
+    powers = {
+        i: np.loadtxt(table.root / f"Multi_Modal/scenario31/unit1/mmWave_data/mmWave_power_{i}.txt") for i in range(54)
+    }
+    for row in rows:
+        newest = number(row[f"unit1_rgb_{H}"])
+        for sensor in ("rgb", "lidar", "radar"):
+            assert numbers(row, f"unit1_{sensor}_", H) == [newest - 2 * (H - k) for k in range(1, H + 1)]
+        assert numbers(row, "unit2_loc_", 2) == [newest - 12, newest - 6]
+        labelled = numbers(row, "unit1_pwr_60ghz_", P)
+        assert labelled == [newest, newest + 1, newest + 2]
+        assert row["unit1_beam"] == "_".join(str(powers[i].argmax() + 1) for i in labelled)
+        assert (newest - 12) // 18 == labelled[-1] // 18 == int(row["seq_index"].split("-")[1])
+    # A window takes 12 files before its newest and two after; the first 2 H ids and the last P are skipped.
+    assert newest_of(long) == [14, 15, *range(30, 34), *range(48, 51)]
+    assert rows[0].keys() >= {"index", "unit1_loc"}
+
+
+def test_a_batch_holds_the_beams_of_all_steps(long: Data) -> None:
+    side = samples(Config(long), "val")
+    batch = side[torch.arange(len(side))]
+    assert batch["beam"].shape == (len(side), P)
+    assert batch["target"].shape == (len(side), P, 64)
+    torch.testing.assert_close(batch["target"], soft_targets()[batch["beam"]])
+    assert batch["image"].shape == (len(side), H, 3, SIZE, SIZE)
+    rows = rows_of(find_table(long).csvs[0])
+    told = [[int(beam) - 1 for beam in rows[i]["unit1_beam"].split("_")] for i in batch["index"].tolist()]
+    assert batch["beam"].tolist() == told
+
+
+def test_nothing_is_written_beside_the_data(own: Data) -> None:
+    assert own.root is not None
+    before = sorted(Path(own.root).rglob("*"))
+    samples(Config(own), "train")
+    assert sorted(Path(own.root).rglob("*")) == before
+
+
+def test_a_window_file_of_several_labels_may_be_given(own: Data, tmp_path: Path) -> None:
+    built = find_table(own).csvs[0]
+    given = replace(own, csv="7to3.csv", prepared=str(tmp_path / "other"))
+    shutil.copy(built, own_csv(given))
+    assert find_table(given).csvs == (own_csv(given),)
+    theirs, ours = (samples(Config(data), "train") for data in (given, own))
+    some = torch.arange(len(ours))
+    for name, tensor in ours[some].items():
+        torch.testing.assert_close(theirs[some][name], tensor)
+    single = samples(Config(replace(given, steps=1, history=2)), "train")
+    torch.testing.assert_close(single[some]["beam"], ours[some]["beam"][:, 0])
+    torch.testing.assert_close(single[some]["radar"], ours[some]["radar"][:, -2:])
+    torch.testing.assert_close(single[some]["gps"], ours[some]["gps"])  # learnt from the newest instant alone
+
+
+@pytest.mark.parametrize(("beam", "message"), [("12_13", "'12_13'"), ("12_13_0", "'12_13_0'"), ("1_2_x", "'1_2_x'")])
+def test_labels_that_do_not_match_their_powers_are_a_mistake(own: Data, beam: str, message: str) -> None:
+    rows = rows_of(find_table(own).csvs[0])
+    rows[1]["unit1_beam"] = beam
+    given = replace(own, csv="7to3.csv")
+    with own_csv(given).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(UserError, match=rf"row 2 of .*{message} is not 3 numbers joined by _, each in 1\.\.64"):
+        find_table(given)
+
+
+def test_a_window_that_lacks_a_file_is_not_built(own: Data) -> None:
+    folder = own_csv(own).parent / "scenario31/unit1"
+    (folder / "lidar_data/lidar_data_30.ply").unlink()
+    assert newest_of(replace(own, modalities=("image", "gps"))) == [14, 15, *range(30, 34), *range(48, 51)]
+    assert newest_of(own) == [14, 15, 31, 33, *range(48, 51)]
+
+
+def test_without_passes_only_gaps_end_a_window(own: Data) -> None:
+    rows = rows_of(own_csv(own))
+    with own_csv(own).open("w", newline="") as file:
+        writer = csv.DictWriter(file, [name for name in rows[0] if name != "seq_index"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    assert newest_of(own) == [*range(14, 51)]
+
+
+def test_a_nan_power_is_passed_over_in_every_step(own: Data) -> None:
+    power = own_csv(own).parent / "scenario31/unit1/mmWave_data/mmWave_power_32.txt"
+    powers = np.loadtxt(power)
+    powers[[3, 40]] = np.nan
+    powers[17] = 1.0
+    power.write_text("\n".join(str(x) for x in powers))
+    rows = {number(row["unit1_rgb_7"]): row["unit1_beam"].split("_") for row in rows_of(find_table(own).csvs[0])}
+    assert rows[32][0] == rows[31][1] == rows[30][2] == "18"
+
+
+def test_what_no_pass_is_long_enough_for_is_a_mistake(long: Data) -> None:
+    with pytest.raises(
+        UserError, match=r"data\.history = 20 and data\.steps = 5: nowhere in .* are there 44 files in a"
+    ):
+        find_table(replace(long, history=20, steps=5))
+    with pytest.raises(UserError, match=r"data\.simulated\.frames = 30 must be at least 44"):
+        Data(history=20, steps=5)
+    assert Data(history=10, steps=5, simulated=Simulated(frames=24)).steps == 5
+
+
+def test_a_scenario_without_a_sensors_files_says_what_to_do(own: Data) -> None:
+    shutil.rmtree(own_csv(own).parent / "scenario31/unit1/radar_data")
+    with pytest.raises(UserError, match=r"scenario31 needs.*take their modality out of data\.modalities"):
+        find_table(own)
+    short = replace(own, history=5, steps=1)
+    rule = r"radar_data holds none of the 54 files that scenario31 needs, row 1 of .*csv the first: restore them, "
+    with pytest.raises(UserError, match=rule + r"take radar out of data\.modalities, or remove the rows of scenario31"):
+        prepare_data(short)
+    prepare_data(replace(short, modalities=("image", "gps")))
+
+
+def test_labels_that_count_from_zero_are_a_mistake(long: Data) -> None:
+    data = replace(long, history=5, steps=1)
+    table = prepare_data(data)
+    power = np.eye(64)[np.arange(len(table.groups["unit1_pwr_60ghz"].paths)) % 60 + 2]
+    best = power[table.groups["unit1_pwr_60ghz"].at_NK].argmax(axis=2)
+    np.testing.assert_array_equal(labels(replace(table, beam_NP=best), power), best)
+    with pytest.raises(
+        UserError, match=r"unit1_beam names the beam below the strongest in 42 of 42 labels; it must count"
+    ):
+        labels(replace(table, beam_NP=best - 1), power)  # what 0..63 become when 1 is subtracted
+
+
+def test_the_adaptation_set_is_left_out_where_its_windows_are_too_short(
+    own: Data, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert own.root is not None
+    adaptation = Path(own.root) / "Adaptation_dataset_multi_modal"
+    shutil.copytree(Path(own.root) / "Multi_Modal", adaptation)
+    (adaptation / own.csv).rename(adaptation / "ml_challenge_data_adaptation_multi_modal.csv")
+    assert not prepare_data(own).adaptation_N.any()
+    told = re.findall(r"left out: .*", capsys.readouterr().out)
+    assert told == ["left out: its windows have 1 labels, and data.steps = 3"]
+    shutil.copy(find_table(own).csvs[0], own_csv(replace(own, csv="7to3.csv")))
+    mixed = replace(own, csv="7to3.csv", history=4, steps=1)
+    table = prepare_data(mixed)
+    assert table.adaptation_N.sum() == 42
+    assert table.groups["unit1_rgb_"].at_NK.shape[1] == 5  # the longer windows' newest
+    _, val = split(table, mixed)
+    assert val.holds(len(table.beam_NP))[table.adaptation_N].all()

@@ -1,0 +1,119 @@
+"""Builds windows of any history, and any number of predicted beams, from the raw files of a data set.
+
+As published: the instants of a window are every other file, t-2(H-1), ..., t-2, t; the positions those of t-12 and
+t-6; the labels the beams of P consecutive files, of which the first is t. The published program took the strongest
+beam by comparing powers as text; here they are numbers.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainables.beam.config import POSITIONS_BACK, STRIDE, built_span
+from trainables.beam.files import read_power
+from trainables.beam.table import BEAM, DEVELOPMENT, PASS, POWER, SENSOR_COLUMNS, Table
+from trainables.contract import UserError
+
+VERSION = 1  # part of the built file's name: raise it whenever other windows are built
+
+Names = dict[int, str]  # of the files of one folder, by their numbers, relative to the set's folder
+
+
+def write_windows(path: Path, table: Table, history: int, steps: int) -> None:
+    """Write the CSV of all windows of the development set, given the table of its own window file.
+
+    The folders are those that the table's files lie in, and so are the passes, which no window may straddle.
+    """
+    rows: list[dict[str, str | int]] = []
+    for number, scenario in enumerate(table.scenarios):
+        here = (table.scenario_N == number) & ~table.adaptation_N
+        if here.any():
+            rows += _scenario_rows(table, here, scenario, history, steps)
+    if not rows:
+        raise UserError(
+            f"data.history = {history} and data.steps = {steps}: nowhere in {table.root / DEVELOPMENT} are there "
+            f"{built_span(history, steps)} files in a row of one pass; take fewer instants or steps"
+        )
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["index", *rows[0]])
+        writer.writeheader()
+        writer.writerows({"index": i, **row} for i, row in enumerate(rows, start=1))
+
+
+def newest_ids(ids: Sequence[int], history: int, steps: int) -> list[int]:
+    """Positions among the sorted file numbers at which a window's newest instant may lie, as published.
+
+    Not at the first 2 H of a scenario nor the last P, nor where about every second file is missing.
+    """
+    last = len(ids) - steps
+    return [k for k in range(2 * history, last) if ids[k + steps] - ids[k] < 2 * steps]
+
+
+def _scenario_rows(
+    table: Table, here: NDArray[np.bool_], scenario: str, history: int, steps: int
+) -> list[dict[str, str | int]]:
+    names = {group: _listed(table, group, here, scenario) for group in table.groups if group != "unit1_loc"}
+    pass_of = _passes(table, here)
+    ids = sorted(names[POWER])
+    beams: dict[int, int] = {}
+    rows = []
+    for k in newest_ids(ids, history, steps):
+        seen = [ids[k] - STRIDE * back for back in reversed(range(history))]
+        places = [ids[k] - back for back in POSITIONS_BACK]
+        labelled = ids[k : k + steps]
+        wanted = {group: seen for group in SENSOR_COLUMNS if group in names}
+        if "unit2_loc_" in names:
+            wanted["unit2_loc_"] = places
+        whole = all(i in names[group] for group, instants in wanted.items() for i in instants)
+        if not whole or len({pass_of.get(i) for i in [*seen, *places, *labelled] if pass_of}) > 1:
+            continue
+        row: dict[str, str | int] = {PASS: pass_of[ids[k]]} if pass_of else {}
+        for group, instants in wanted.items():
+            row |= {f"{group}{at}": names[group][i] for at, i in enumerate(instants, start=1)}
+        if "unit1_loc" in table.groups:
+            station = table.groups["unit1_loc"]
+            row["unit1_loc"] = _relative(table, station.paths[station.at_NK[here][0, 0]])
+        row |= {f"{POWER}_{at}": names[POWER][i] for at, i in enumerate(labelled, start=1)}
+        for i in labelled:
+            if i not in beams:
+                beams[i] = int(np.nanargmax(read_power(table.root / DEVELOPMENT / names[POWER][i]))) + 1
+        row[BEAM] = "_".join(str(beams[i]) for i in labelled)
+        rows.append(row)
+    return rows
+
+
+def _listed(table: Table, group: str, here: NDArray[np.bool_], scenario: str) -> Names:
+    """The files beside those that the table names for this scenario, of the same kind."""
+    known = table.groups[group].paths[int(table.groups[group].at_NK[here][0, 0])]
+    names: Names = {}
+    for path in sorted(known.parent.glob(f"*{known.suffix}")):
+        found = re.search(r"_(\d+)$", path.stem)
+        if found is None:
+            continue
+        number = int(found.group(1))
+        if number in names:
+            raise UserError(f"{path} has the number of {names[number]}; files of one folder must have their own")
+        names[number] = _relative(table, path)
+    if not names:
+        raise UserError(
+            f"{known.parent} has no file *_NUMBER{known.suffix}, and {scenario} needs them: restore them, remove the "
+            f"rows of {scenario} from {table.csvs[0]}, or take their modality out of data.modalities"
+        )
+    return names
+
+
+def _passes(table: Table, here: NDArray[np.bool_]) -> dict[int, str]:
+    """The pass of every file number; empty where the window file does not say."""
+    if table.passes_N is None:
+        return {}
+    return {int(i): table.passes_N[n] for n in np.flatnonzero(here) for i in table.frame_NK[n]}
+
+
+def _relative(table: Table, path: Path) -> str:
+    return f"./{path.relative_to(table.root / DEVELOPMENT).as_posix()}"

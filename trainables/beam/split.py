@@ -1,0 +1,92 @@
+"""Which windows train and which validate, and in how many copies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainables.beam.config import Data
+from trainables.beam.table import Table
+from trainables.contract import UserError
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+BLOCK = 50  # frames that stay together where passes are not known
+
+
+@dataclass(frozen=True)
+class Side:
+    """The samples of one side of the split, S of them."""
+
+    window_S: Ints  # numbers in the data set
+    copy_S: Ints  # 0: as measured; 1 and on: changed copies
+    mirrored_S: Bools
+
+    def __len__(self) -> int:
+        return len(self.window_S)
+
+    def holds(self, windows: int) -> Bools:
+        """Which of the data set's windows are among them, (windows,)."""
+        return np.bincount(self.window_S, minlength=windows) > 0
+
+    def take(self, chosen: Bools) -> Side:
+        return Side(self.window_S[chosen], self.copy_S[chosen], self.mirrored_S[chosen])
+
+
+def split(table: Table, data: Data) -> tuple[Side, Side]:
+    """The samples that train, and those that validate; the same ones for the same settings.
+
+    honest: whole passes are held out or, where the CSV does not name them, whole blocks of frames; a window that
+    straddles a border is on neither side, so that no frame is on both. The adaptation set only validates. Copies are
+    made of what trains.
+    legacy: random samples of everything, though neighbours are near copies, and copies are made of the adaptation set
+    beforehand, so that a window may be on both sides. Comparable with published numbers only.
+    """
+    rng = np.random.default_rng(data.split_seed)
+    if data.split == "legacy":
+        everything = _with_copies(np.arange(len(table.beam_NP)), table.adaptation_N, data)
+        order = rng.permutation(len(everything))
+        to_train = np.isin(np.arange(len(everything)), order[: int((1 - data.holdout) * len(everything))])
+        train, val = everything.take(to_train), everything.take(~to_train)
+    else:
+        held_NK = _held_out(table, data.holdout, rng)
+        train_N, val_N = ~held_NK.any(axis=1) & ~table.adaptation_N, held_NK.all(axis=1) | table.adaptation_N
+        train, val = _with_copies(np.flatnonzero(train_N), train_N, data), _as_measured(np.flatnonzero(val_N))
+    if not len(train) or not len(val):
+        raise UserError(
+            f"{table.csvs[0]}: a {data.split} split with data.holdout = {data.holdout} trains on {len(train)} windows "
+            f"and validates on {len(val)}; it needs two passes, or {2 * BLOCK} frames, of one scenario"
+        )
+    return train, val
+
+
+def _as_measured(windows: Ints) -> Side:
+    return Side(windows, np.zeros_like(windows), np.zeros(len(windows), dtype=bool))
+
+
+def _with_copies(windows: Ints, copied_N: Bools, data: Data) -> Side:
+    """These windows, `data.augment` changed copies of those that are to be copied, and all of it mirrored as well."""
+    copied = windows[copied_N[windows]]
+    window_S = np.concatenate([windows, np.repeat(copied, data.augment)])
+    copy_S = np.concatenate([np.zeros_like(windows), np.tile(np.arange(1, data.augment + 1), len(copied))])
+    sides = 2 if data.flip else 1
+    return Side(np.tile(window_S, sides), np.tile(copy_S, sides), np.repeat([False, True][:sides], len(window_S)))
+
+
+def _held_out(table: Table, holdout: float, rng: np.random.Generator) -> Bools:
+    """Whether each frame (or the pass) of every window is held out: a share of each scenario, at least one."""
+    if table.passes_N is not None:
+        unit_NK = np.unique(np.array(table.passes_N), return_inverse=True)[1][:, None]
+    else:
+        unit_NK = table.frame_NK // BLOCK
+    held_NK = np.zeros(unit_NK.shape, dtype=bool)
+    for number in range(len(table.scenarios)):
+        here = (table.scenario_N == number) & ~table.adaptation_N
+        units = np.unique(unit_NK[here])
+        count = min(max(1, round(holdout * len(units))), len(units) - 1)  # never all of them
+        if count > 0:
+            held_NK[here] = np.isin(unit_NK[here], rng.permutation(units)[:count])
+    return held_NK
