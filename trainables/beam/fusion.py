@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from trainables.beam.config import SENSORS, BeamLoss, Data, Modality, Model
-from trainables.beam.data import gps_width, samples, soft_targets
+from trainables.beam.data import describe, gps_width, samples, soft_targets
 from trainables.beam.encoders import pretrained_weights
 from trainables.beam.health import dba_of_guessing, fusion_signs
 from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss
 from trainables.beam.network import FusionNetwork
-from trainables.beam.prepare import prepare_data
 from trainables.contract import Report, Trial, UserError
 from trainables.loop import Task, fit
 from trainables.optim import Optim
@@ -156,7 +155,7 @@ def prepare(config: Config) -> None:
         for sensor in SENSORS:
             if sensor in config.data.modalities:
                 pretrained_weights(sensor, config.model)
-    prepare_data(config.data)
+    print(describe(config), flush=True)
 
 
 def train(trial: Trial) -> Iterator[Report]:
