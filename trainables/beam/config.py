@@ -202,8 +202,8 @@ class Rebuild:
 class RebuildLoss:
     """Weights of the four losses of the rebuild, and what they are made of.
 
-    The first value of each form is ours, the others are published (`trainables.beam.reconstruct` has the equations):
-    `plain`, `norm` and `mse` in the later file of the source, `l2_normalised` and, for the distance, `mse` earlier.
+    `trainables.beam.reconstruct` has the equations. The later published file has contrast plain, trans mse and distance
+    norm, the earlier one plain, l2_normalised and mse; centred and mean are ours.
     """
 
     alpha_trans: float = 1.0

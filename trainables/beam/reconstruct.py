@@ -98,7 +98,8 @@ def contrast_chance(windows: int, temperature: float, form: Literal["centred", "
     """The contrastive loss of features that tell nothing about which two belong together.
 
     plain: all alike, so one partner among 2 B - 1 equals: ln(2 B - 1). centred: a sensor's own B vectors then sum up to
-    nothing, so that two of them have a similarity of -1 / (B - 1) on average, and those of two sensors 0.
+    nothing, so that two of them have a similarity of -1 / (B - 1) on average, and those of two sensors 0. Features
+    of few channels begin far above this at a low temperature, because some of them are alike by accident.
     """
     if windows == 1:
         return 0.0
