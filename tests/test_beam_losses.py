@@ -7,13 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from trainables.beam.config import BeamLoss
 from trainables.beam.data import soft_targets
 from trainables.beam.fusion import beam_loss
-from trainables.beam.metrics import beam_scores, contrast_chance, cross_entropy, focal_loss
-from trainables.beam.reconstruct import contrast_loss, distance_loss, trans_loss
+from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss
 
 
 def brute_force_dba(logits: list[list[float]], beams: list[int]) -> dict[str, float]:
@@ -95,60 +93,6 @@ def test_the_target_is_the_published_one_by_default_and_only_wider_otherwise() -
     published[0, [18, 22]] = 3.3462e-4
     torch.testing.assert_close(beam_loss(logits, beam, BeamLoss()), focal_loss(logits, published), rtol=1e-4, atol=0)
     assert soft_targets(2.0, 2.5 * 2.0)[20, 20].item() == pytest.approx(0.99736, abs=1e-4)
-
-
-def features(windows: int, history: int = 2, width: int = 8, positions: int = 6) -> Tensor:
-    return torch.randn(windows * history, width, positions)
-
-
-@pytest.mark.parametrize("batch", [2, 24])
-def test_contrast_of_features_that_tell_nothing_is_at_chance(batch: int) -> None:
-    alike = torch.ones(2 * batch, 8, 6)
-    losses = contrast_loss(alike, alike, history=2, temperature=0.1)
-    assert contrast_chance(batch) == pytest.approx({2: 1.0986, 24: 3.8501}[batch], abs=1e-4)
-    torch.testing.assert_close(losses, torch.full((batch,), contrast_chance(batch)))
-
-
-def test_contrast_of_random_features_is_near_chance_on_average() -> None:
-    """At a high temperature: all similarities then look alike."""
-    losses = contrast_loss(features(64), features(64), history=2, temperature=10.0)
-    assert losses.mean().item() == pytest.approx(contrast_chance(64), rel=0.01)
-
-
-def test_contrast_by_hand() -> None:
-    """Two windows of one frame, one channel pair: partners agree (1), others are orthogonal (0), temperature 1."""
-    a = torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]])
-    losses = contrast_loss(a, a, history=1, temperature=1.0)
-    expected = -math.log(math.e / (math.e + 2))  # itself excluded: one partner at 1, two others at 0
-    torch.testing.assert_close(losses, torch.full((2,), expected))
-
-
-def test_contrast_falls_when_partners_agree() -> None:
-    a, b = features(16), features(16)
-    apart, together = contrast_loss(a, b, 2, 0.1), contrast_loss(a, a + 0.1 * b, 2, 0.1)
-    assert together.mean() < 0.1 * apart.mean()
-
-
-def test_distance_by_hand_and_its_bounds() -> None:
-    a = torch.zeros(2, 2, 3)
-    a[:, 0] = 1.0
-    torch.testing.assert_close(distance_loss(a, -a, history=1), torch.tensor([-4.0, -4.0]))  # opposite unit vectors
-    torch.testing.assert_close(distance_loss(a, a, history=1), torch.zeros(2))
-
-
-def test_distance_does_not_depend_on_the_batch() -> None:
-    a, b = features(6), features(6)
-    losses = distance_loss(a, b, history=2)
-    torch.testing.assert_close(losses[:3], distance_loss(a[:6], b[:6], history=2))
-    doubled = distance_loss(torch.cat([a, a]), torch.cat([b, b]), history=2)
-    torch.testing.assert_close(doubled, torch.cat([losses, losses]))
-
-
-def test_trans_is_the_mean_squared_error_of_each_window() -> None:
-    target = features(3)
-    rebuilt = target.clone()
-    rebuilt[2:4] += 2.0  # the second window's two frames
-    torch.testing.assert_close(trans_loss(rebuilt, target, history=2), torch.tensor([0.0, 4.0, 0.0]))
 
 
 def test_focal_loss_stays_finite_where_it_is_sure_and_its_power_is_broken() -> None:

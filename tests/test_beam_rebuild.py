@@ -71,6 +71,96 @@ def test_gradient_reaches_what_is_trained_and_nothing_else(
     assert not [name for name in asked if any(part in name for part in first) or "absent" in name]
 
 
+# What the lab notes tried, without optim.lr and optim.batch_size. Where they do not say whether encoders were trained,
+# frozen ones count as new in R-S6, which names them.
+LATER = RebuildLoss(contrast_form="plain", distance_form="norm")
+EARLIER = RebuildLoss(contrast_form="plain", trans_form="l2_normalised", distance_form="mse")
+NOTES = {
+    "R-P1": (
+        Rebuild(source=("image", "radar"), target=("lidar",), encoders="trained", fusion_lr_ratio=1.0),
+        EARLIER,
+        Pretrain(epochs=0),
+    ),
+    "R-S2": (
+        Rebuild(source=("image", "radar"), target=("lidar",), encoders="trained", fusion_lr_ratio=1.0),
+        EARLIER,
+        Pretrain(),
+    ),
+    "R-S3": (
+        Rebuild(source=("image", "radar"), target=("lidar",), encoders="trained", fusion_lr_ratio=0.0),
+        replace(EARLIER, alpha_fusion=0.0),
+        Pretrain(),
+    ),
+    "R-S4": (
+        Rebuild(encoders="trained", fusion_lr_ratio=0.0),
+        replace(EARLIER, alpha_contrast=0.5, alpha_trans=5.0, alpha_distance=2.0, alpha_fusion=0.0),
+        Pretrain(),
+    ),
+    "R-S5": (
+        Rebuild(encoders="trained", fusion_lr_ratio=1.0, share=1.0),
+        replace(EARLIER, alpha_contrast=0.0, alpha_trans=5.0, alpha_distance=0.0),
+        Pretrain(),
+    ),
+    "R-S6": (
+        Rebuild(fusion_lr_ratio=0.01, share=0.25),
+        replace(EARLIER, alpha_contrast=0.05, alpha_trans=5.0, alpha_distance=2.0),
+        Pretrain(),
+    ),
+    "newest file": (Rebuild(fusion_lr_ratio=0.01, share=0.25, mix="stand_in"), LATER, Pretrain()),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_every_setting_of_the_notes_trains_what_it_names(config: rebuild.Config, name: str) -> None:
+    settings, weights, pretrain = NOTES[name]
+    config = replace(config, rebuild=settings, loss=weights, pretrain=pretrain)
+    model = rebuild.build(config, rebuild.initial_weights(config, Trial(config))) if name == "R-P1" else network(config)
+    pairs = rebuild.loss(model, batch_of(config), config)
+    total(pairs).backward()
+    asked = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert asked == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    trained_encoders = {name.split(".")[2] for name in asked if ".resnet.embedder." in name}
+    assert trained_encoders == ({*settings.source, *settings.target} if settings.encoders == "trained" else set())
+    rest_trains = settings.fusion_lr_ratio > 0 and weights.alpha_fusion > 0
+    assert any(name.startswith("fusion.head") for name in asked) == rest_trains
+    assert pairs["distance"][0] <= 0 <= pairs["trans"][0]
+    assert (pairs["fusion"][0] > 0) == (weights.alpha_fusion > 0)
+
+
+def test_two_sensors_are_rebuilt_from_one(config: rebuild.Config) -> None:
+    both = Rebuild(source=("image",), target=("lidar", "radar"))
+    (report,) = rebuild.train(Trial(replace(config, rebuild=both, epochs=1, pretrain=Pretrain(epochs=0))))
+    assert {"dba_full", "dba_missing", "dba_rebuilt", "trans"} <= report.metrics.keys()
+    model, batch = network(replace(config, rebuild=both)).eval(), batch_of(config)
+    blind = batch | {sensor: torch.zeros_like(batch[sensor]) for sensor in both.target}
+    seen, unseen = (rebuild.score(model, x, config)["dba_rebuilt"][0] for x in (batch, blind))
+    assert torch.equal(seen, unseen)
+
+
+def test_a_rebuild_from_scratch_starts_from_the_seed_of_the_pretraining(config: rebuild.Config) -> None:
+    def initial(pretrain: Pretrain) -> Tensor:
+        here = replace(config, pretrain=pretrain)
+        return rebuild.initial_weights(here, Trial(here))["encoders.image.resnet.embedder.embedder.convolution.weight"]
+
+    assert torch.equal(initial(Pretrain(epochs=0)), initial(Pretrain(epochs=0)))
+    assert not torch.equal(initial(Pretrain(epochs=0)), initial(Pretrain(epochs=0, seed=1)))
+
+
+def test_windows_whose_target_is_not_rebuilt_hold_it_or_its_stand_in(config: rebuild.Config) -> None:
+    """With a share of almost none: the fusion loss is that of complete windows, or that of windows without targets."""
+    model, batch = network(config).eval(), batch_of(config)
+    with torch.no_grad():
+        model.fusion.absent["image"].fill_(3.0)
+        maps, gps = model.fusion.first_maps(batch), batch["gps"]
+        less = model.fusion.withhold(maps, batch, fusion.everywhere(("image",), batch["beam"]))
+        expected = {name: model.fusion.fuse(x, gps) for name, x in (("complete", maps), ("stand_in", less))}
+        for mix, logits in expected.items():
+            settings = replace(config, rebuild=Rebuild(share=1e-9, mix=mix))  # type: ignore[arg-type]
+            loss = rebuild.loss(model, batch, settings)["fusion"][0]
+            torch.testing.assert_close(loss, fusion.beam_loss(logits, batch["beam"], config.loss.beam).sum())
+    assert not torch.allclose(expected["complete"], expected["stand_in"])
+
+
 def test_a_learning_rate_ratio_of_zero_fixes_the_whole_fusion_network(config: rebuild.Config) -> None:
     model = network(replace(config, rebuild=Rebuild(fusion_lr_ratio=0.0)))
     assert not any(parameter.requires_grad for parameter in model.fusion.parameters())
@@ -83,12 +173,32 @@ def test_first_stages_stay_in_eval_mode_while_the_rest_trains(config: rebuild.Co
     assert not encoder.embedder.training
     assert not encoder.encoder.stages[0].training
     assert encoder.encoder.stages[1].training
+    settings = Rebuild(encoders="trained", fusion_lr_ratio=0.0)
+    encoder = network(replace(config, rebuild=settings)).fusion.encoder("lidar").resnet
+    assert encoder.embedder.training
+    assert encoder.encoder.stages[0].training
+    assert not encoder.encoder.stages[1].training
 
 
 def test_learning_rates_of_fusion_and_rebuild(config: rebuild.Config) -> None:
     task = rebuild.task_for(replace(config, rebuild=Rebuild(fusion_lr_ratio=0.2)), {})
     assert task.lr_scale("fusion.head.0.weight") == 0.2
     assert task.lr_scale("translators.image.layers.0.weight") == 1.0
+    assert task.lr_scale("fusion.encoders.image.resnet.encoder.stages.1.layers.0.weight") == 0.2
+    assert task.lr_scale("fusion.encoders.image.resnet.encoder.stages.0.layers.0.weight") == 1.0  # trained, if at all
+
+
+def test_the_target_is_not_trained_to_be_hit(config: rebuild.Config) -> None:
+    config = replace(config, rebuild=Rebuild(encoders="trained"), loss=RebuildLoss(1.0, 0.0, 0.0, 0.0))
+    model = network(config)
+    total(rebuild.loss(model, batch_of(config), config)).backward()
+
+    def gradient(sensor: Modality) -> float:
+        stem = rebuild.first_stages(model.fusion, sensor)[0]
+        return sum(float(x.grad.abs().sum()) for x in stem.parameters() if x.grad is not None)
+
+    assert gradient("image") == 0
+    assert gradient("lidar") > 0
 
 
 def test_each_loss_is_weighted_by_its_alpha(config: rebuild.Config) -> None:
@@ -239,3 +349,5 @@ def test_weights_that_are_negative_are_refused() -> None:
         RebuildLoss(alpha_trans=-1)
     with pytest.raises(UserError, match=r"loss\.temperature = 0"):
         RebuildLoss(temperature=0)
+    with pytest.raises(UserError, match=r"pretrain\.epochs = -1"):
+        Pretrain(epochs=-1)

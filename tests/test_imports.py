@@ -118,6 +118,7 @@ def test_every_foreign_import_is_declared() -> None:
     known = sys.stdlib_module_names | {"launch", "benchmarks", "tests", *OURS}
     known |= {name for dependency in declared() for name in import_names(dependency["name"])}
     for path in EVERY_FILE:
-        neighbours = {neighbour.stem for neighbour in path.parent.glob("*.py")}
+        near = [path.parent, ROOT / "benchmarks"] if path.parent.name == "tests" else [path.parent]
+        neighbours = {neighbour.stem for folder in near for neighbour in folder.glob("*.py")}
         foreign = {name.split(".")[0] for name in imported_by(path)} - known - neighbours
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}, which pyproject.toml does not name"

@@ -173,8 +173,10 @@ class Rebuild:
 
     source: tuple[Modality, ...] = ("lidar", "radar")
     target: tuple[Modality, ...] = ("image",)
-    share: float = 0.5  # of the training windows whose target is the rebuilt one; the others are complete
+    share: float = 0.5  # of the training windows whose target is the rebuilt one; published: 0.25 of the batches
+    mix: Literal["complete", "stand_in"] = "complete"  # the other windows' target: the real one, or as if missing
     dropout: float = 0.5
+    encoders: Literal["frozen", "trained"] = "frozen"  # first stages of sources and targets; trained: at optim.lr
     fusion_lr_ratio: float = 0.01  # the fusion network's learning rate over optim.lr; 0: it stays as it is
     pretrained: str | None = None  # checkpoint of a fusion network; None: one is trained once and kept
 
@@ -200,12 +202,19 @@ class Rebuild:
 
 @dataclass(frozen=True)
 class RebuildLoss:
-    """Weights of the four losses of the rebuild, and what they are made of."""
+    """Weights of the four losses of the rebuild, and what they are made of.
+
+    `trainables.beam.reconstruct` has the equations. The later published file has contrast plain, trans mse and distance
+    norm, the earlier one plain, l2_normalised and mse; centred and mean are ours.
+    """
 
     alpha_trans: float = 1.0
     alpha_contrast: float = 1.0
     alpha_distance: float = 0.001
     alpha_fusion: float = 1.0
+    contrast_form: Literal["centred", "plain"] = "centred"
+    trans_form: Literal["mse", "l2_normalised"] = "mse"
+    distance_form: Literal["mean", "norm", "mse"] = "mean"
     temperature: float = 0.1  # of the contrast
     beam: BeamLoss = field(default_factory=BeamLoss)  # of the fusion, and of its pre-training
 
@@ -221,6 +230,10 @@ class RebuildLoss:
 class Pretrain:
     """How the fusion network is trained, with nothing missing, before anything is rebuilt."""
 
-    epochs: int = 50
+    epochs: int = 50  # 0: none, the rebuild starts from scratch
     optim: Optim = field(default_factory=Optim)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise UserError(f"pretrain.epochs = {self.epochs} must not be negative")

@@ -25,7 +25,7 @@ except ImportError:
     selective_scan_fn = None
 
 # Numbers of states held at once, (tokens, B, N, D): a chunk that stays in the processor's cache. At B=8, L=962, D=128,
-# N=16 this makes 16 tokens, the fastest of 8 to 128; a small layer is one chunk, and saves the calls.
+# N=16 this makes 16 tokens, the fastest of 8 to 128. A scan of up to two chunks is done as one, and saves the calls.
 CHUNK_NUMBERS = 2**18
 
 
@@ -52,32 +52,36 @@ class _Scan(torch.autograd.Function):
 
     Keeping every state for the backward pass would take N times the memory of the input, and autograd over L steps
     is slower than the mathematics. So only the state at the start of each chunk is kept, and the chunk's states are
-    computed again on the way back, as the CUDA kernel does.
+    computed again on the way back, as the CUDA kernel does. A scan of one piece keeps them: they are 4 MB at most.
     """
 
     @staticmethod
     def forward(ctx: Any, u_LBD: Tensor, delta_LBD: Tensor, a_ND: Tensor, b_LBN: Tensor, c_LBN: Tensor) -> Tensor:
         y_LBD = torch.empty_like(u_LBD)
         h_BND = u_LBD.new_zeros(u_LBD.shape[1], *a_ND.shape)
-        starts = []
+        kept = []
         for piece in _pieces(len(u_LBD), h_BND.numel()):
-            starts.append(h_BND)
-            _, h_LBND = _states(u_LBD[piece], delta_LBD[piece], a_ND, b_LBN[piece], h_BND)
+            kept.append(h_BND)
+            decay_LBND, h_LBND = _states(u_LBD[piece], delta_LBD[piece], a_ND, b_LBN[piece], h_BND)
             y_LBD[piece] = torch.matmul(c_LBN[piece].unsqueeze(2), h_LBND).squeeze(2)
             h_BND = h_LBND[-1].clone()
-        ctx.save_for_backward(u_LBD, delta_LBD, a_ND, b_LBN, c_LBN, *starts)
+        ctx.in_one = len(kept) == 1
+        if ctx.in_one:
+            kept += [decay_LBND, h_LBND]
+        ctx.save_for_backward(u_LBD, delta_LBD, a_ND, b_LBN, c_LBN, *kept)
         return y_LBD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y_LBD: Tensor) -> tuple[Tensor, ...]:
-        u_LBD, delta_LBD, a_ND, b_LBN, c_LBN, *starts = ctx.saved_tensors
+        u_LBD, delta_LBD, a_ND, b_LBN, c_LBN, *kept = ctx.saved_tensors
+        starts = kept[:1] if ctx.in_one else kept
         grad_u, grad_delta, grad_b, grad_c = (torch.empty_like(x) for x in (u_LBD, delta_LBD, b_LBN, c_LBN))
         grad_a_ND = torch.zeros_like(a_ND)
         carry_BND = torch.zeros_like(starts[0])  # what later tokens send back to the last state of this chunk
         for piece, start_BND in zip(reversed(_pieces(len(u_LBD), carry_BND.numel())), reversed(starts), strict=True):
             u, delta, b, c, grad_y = (x[piece] for x in (u_LBD, delta_LBD, b_LBN, c_LBN, grad_y_LBD))
-            decay_LBND, h_LBND = _states(u, delta, a_ND, b, start_BND)
+            decay_LBND, h_LBND = kept[1:] if ctx.in_one else _states(u, delta, a_ND, b, start_BND)
             grad_c[piece] = torch.matmul(h_LBND, grad_y.unsqueeze(3)).squeeze(3)
 
             grad_h_LBND = grad_y.unsqueeze(2) * c.unsqueeze(3)
@@ -87,8 +91,8 @@ class _Scan(torch.autograd.Function):
 
             grad_in = torch.matmul(b.unsqueeze(2), grad_h_LBND).squeeze(2)  # of delta u
             grad_b[piece] = torch.matmul(grad_h_LBND, (delta * u).unsqueeze(3)).squeeze(3)
-            decay_LBND[1:] *= h_LBND[:-1]
-            decay_LBND[0] *= start_BND
+            grad_h_LBND[1:] *= h_LBND[:-1]  # the kept factors and states stay as they are, for another backward pass
+            grad_h_LBND[0] *= start_BND
             grad_exponent = grad_h_LBND.mul_(decay_LBND)  # of delta A
             grad_u[piece] = grad_in * delta
             grad_delta[piece] = grad_in * u + (grad_exponent * a_ND).sum(2)
@@ -98,6 +102,8 @@ class _Scan(torch.autograd.Function):
 
 def _pieces(tokens: int, numbers_per_token: int) -> list[slice]:
     chunk = max(1, CHUNK_NUMBERS // numbers_per_token)
+    if tokens <= 2 * chunk:
+        return [slice(0, tokens)]
     return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
 
 

@@ -5,8 +5,6 @@ Shape suffixes: K the 64 beams, R ranks of a guess. `...` is B samples, or B sam
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,8 +51,3 @@ def cross_entropy(logits_K: Tensor, target_K: Tensor) -> Tensor:
     """
     share_K = target_K / target_K.sum(-1, keepdim=True)
     return -(share_K * logits_K.log_softmax(-1)).sum(-1)
-
-
-def contrast_chance(batch: int) -> float:
-    """The contrastive loss of features that tell nothing: one positive among 2 B - 1 vectors that look alike."""
-    return math.log(2 * batch - 1)

@@ -15,10 +15,17 @@ from trainables.beam import fusion
 from trainables.beam.config import Data, Modality, Model, Pretrain, Rebuild, RebuildLoss
 from trainables.beam.data import samples
 from trainables.beam.health import dba_of_guessing, fusion_signs
-from trainables.beam.metrics import beam_scores, contrast_chance
+from trainables.beam.metrics import beam_scores
 from trainables.beam.network import FusionNetwork, Maps
 from trainables.beam.pretrained import Weights, load_weights, trained_once
-from trainables.beam.reconstruct import FeatureTrans, ProjectHead, contrast_loss, distance_loss, trans_loss
+from trainables.beam.reconstruct import (
+    FeatureTrans,
+    ProjectHead,
+    contrast_chance,
+    contrast_loss,
+    distance_loss,
+    trans_loss,
+)
 from trainables.contract import Report, Trial, UserError
 from trainables.loop import Task, evaluate, fit
 from trainables.optim import Optim
@@ -58,7 +65,7 @@ class Config:
             model=self.model,
             optim=self.pretrain.optim,
             loss=self.loss.beam,
-            epochs=self.pretrain.epochs,
+            epochs=max(self.pretrain.epochs, 1),  # of none, nothing is trained by this
             score_without=self.rebuild.target,
         )
 
@@ -76,7 +83,12 @@ class RebuildNetwork(nn.Module):
         self.translators = nn.ModuleDict(
             {sensor: FeatureTrans(len(self.source), width, norm, rebuild.dropout) for sensor in self.target}
         )
-        freeze(self.fusion, entirely=rebuild.fusion_lr_ratio == 0)
+        # Without its loss nothing would move the fusion network but the weight decay.
+        freeze(self.fusion, entirely=rebuild.fusion_lr_ratio == 0 or config.loss.alpha_fusion == 0)
+        if rebuild.encoders == "trained":
+            for sensor in (*self.source, *self.target):
+                for module in first_stages(self.fusion, sensor):
+                    module.train().requires_grad_(True)
 
     def parts(self, maps: Maps) -> dict[Modality, tuple[Tensor, Tensor]]:
         """Shared and own part, (F, C, P) each, of every sensor that has a head and a map."""
@@ -95,10 +107,15 @@ def freeze(network: FusionNetwork, entirely: bool) -> None:
     """
     frozen: list[nn.Module] = [network] if entirely else [network.absent]
     for sensor in network.sensors:
-        resnet = network.encoder(sensor).resnet
-        frozen += [resnet.embedder, resnet.encoder.stages[0]]
+        frozen += first_stages(network, sensor)
     for module in frozen:
         module.eval().requires_grad_(False)
+
+
+def first_stages(network: FusionNetwork, sensor: Modality) -> list[nn.Module]:
+    """What makes a sensor's first map."""
+    resnet = network.encoder(sensor).resnet
+    return [resnet.embedder, resnet.encoder.stages[0]]
 
 
 def build(config: Config, weights: Weights) -> RebuildNetwork:
@@ -109,23 +126,36 @@ def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     """The four losses, weighted."""
     assert isinstance(model, RebuildNetwork)
     weights, history, windows = config.loss, model.history, len(batch["beam"])
-    with torch.no_grad():
-        maps = model.fusion.first_maps(batch)
+    maps = model.fusion.first_maps(batch)
     parts = model.parts(maps)
     rebuilt = model.translate(parts)
-    trans_B = mean(trans_loss(rebuilt[s], maps[s].flatten(2), history) for s in model.target)
+    # The target's features are detached: where the encoders are trained too, they must not make themselves easy to hit.
+    trans_B = mean(
+        trans_loss(rebuilt[s], maps[s].flatten(2).detach(), history, weights.trans_form) for s in model.target
+    )
     pairs = list(itertools.combinations(parts.values(), 2))
-    contrast_B = mean(contrast_loss(a[0], b[0], history, weights.temperature) for a, b in pairs)
-    distance_B = mean(distance_loss(a[1], b[1], history) for a, b in pairs)
-    replaced_B = torch.rand(windows, device=trans_B.device) < config.rebuild.share
-    logits_BK = model.fusion.fuse(insert(maps, rebuilt, replaced_B), batch.get("gps"))
-    fusion_B = fusion.beam_loss(logits_BK, batch["beam"], weights.beam)
+    contrast_B = mean(contrast_loss(a[0], b[0], history, weights.temperature, weights.contrast_form) for a, b in pairs)
+    distance_B = mean(distance_loss(a[1], b[1], history, weights.distance_form) for a, b in pairs)
+    fusion_B = torch.zeros_like(trans_B)
+    if weights.alpha_fusion > 0:
+        fusion_B = fusion.beam_loss(mixed_logits(model, batch, maps, rebuilt, config), batch["beam"], weights.beam)
     return {
         "trans": (weights.alpha_trans * trans_B.sum(), windows),
         "contrast": (weights.alpha_contrast * contrast_B.sum(), windows),
         "distance": (weights.alpha_distance * distance_B.sum(), windows),
         "fusion": (weights.alpha_fusion * fusion_B.sum(), windows),
     }
+
+
+def mixed_logits(
+    model: RebuildNetwork, batch: Batch, maps: Maps, rebuilt: Mapping[Modality, Tensor], config: Config
+) -> Tensor:
+    """What the fusion network makes of a batch in which a share of the windows has its targets rebuilt."""
+    beam_B, rebuild = batch["beam"], config.rebuild
+    replaced_B = torch.rand(len(beam_B), device=beam_B.device) < rebuild.share
+    if rebuild.mix == "stand_in":
+        maps = model.fusion.withhold(maps, batch, fusion.everywhere(model.target, beam_B))
+    return model.fusion.fuse(insert(maps, rebuilt, replaced_B), batch.get("gps"))
 
 
 def mean(values: Iterator[Tensor]) -> Tensor:
@@ -190,7 +220,9 @@ def task_for(config: Config, weights: Weights) -> Task:
 
 
 def lr_scale(name: str, ratio: float) -> float:
-    return ratio if name.startswith("fusion.") else 1.0
+    """First stages, where they are trained, learn as fast as the rebuild; the network after them at its own rate."""
+    first = ".resnet.embedder." in name or ".resnet.encoder.stages.0." in name
+    return ratio if name.startswith("fusion.") and not first else 1.0
 
 
 def prepare(config: Config) -> None:
@@ -200,14 +232,26 @@ def prepare(config: Config) -> None:
         load_weights(Path(config.rebuild.pretrained))
 
 
+def initial_weights(config: Config, trial: Trial) -> Weights:
+    """The fusion network that the rebuild starts from."""
+    given, pretrain = config.rebuild.pretrained, config.pretrain
+    if given is not None:
+        return load_weights(Path(given))
+    if pretrain.epochs > 0:
+        return trained_once(config.fusion, pretrain.seed, trial)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(pretrain.seed)
+        return fusion.build(config.fusion).state_dict()
+
+
 def train(trial: Trial) -> Iterator[Report]:
     config: Config = trial.config
-    given = config.rebuild.pretrained
-    weights = load_weights(Path(given)) if given else trained_once(config.fusion, config.pretrain.seed, trial)
+    weights = initial_weights(config, trial)
     missing, guessing = missing_before(config, weights, trial), dba_of_guessing(config)
     for report in fit(task_for(config, weights), trial):
         full, rebuilt = report.metrics["dba_full"], report.metrics["dba_rebuilt"]
         more = {"dba_missing": missing, **recovered(full, missing, rebuilt), "dba_rebuilt_chance": guessing}
-        alone = contrast_chance(int(report.metrics["micro_batch"]))
-        more["loss_contrast_chance"] = config.loss.alpha_contrast * alone
+        weighted = config.loss
+        chance = contrast_chance(int(report.metrics["micro_batch"]), weighted.temperature, weighted.contrast_form)
+        more["loss_contrast_chance"] = weighted.alpha_contrast * chance
         yield replace(report, metrics={**report.metrics, **more})
