@@ -62,7 +62,7 @@ class Config:
         """How the fusion network is trained beforehand: by nothing that a search of the rebuild varies."""
         return fusion.Config(
             data=self.data,
-            model=self.model,
+            model=self.model if self.rebuild.pretrained is None else replace(self.model, pretrained_encoders=None),
             optim=self.pretrain.optim,
             loss=self.loss.beam,
             epochs=max(self.pretrain.epochs, 1),  # of none, nothing is trained by this
@@ -183,7 +183,7 @@ def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     rebuilt = model.translate(model.parts(left))
     variants = {
         "full": maps,
-        "rebuilt": insert(maps, rebuilt, torch.ones_like(beam_B, dtype=torch.bool)),
+        "rebuilt": insert(maps, rebuilt, torch.ones(len(beam_B), dtype=torch.bool, device=beam_B.device)),
         "unrebuilt": model.fusion.withhold(maps, batch, fusion.everywhere(model.target, beam_B)),
     }
     with fusion_signs(model.fusion) as signs:  # of the last variant
@@ -192,15 +192,15 @@ def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     return {**{name: fusion.total(values_B) for name, values_B in scores.items()}, **signs}
 
 
-def missing_before(config: Config, weights: Weights, trial: Trial) -> float:
-    """The DBA without the targets, and without any rebuild: of the fusion network as it came."""
+def scores_before(config: Config, weights: Weights, trial: Trial) -> dict[str, float]:
+    """DBA with everything present (`dba_upper`) and without the targets (`dba_missing`), of the network as it came."""
     network = fusion.build(config.fusion).to(trial.device).eval()
     network.load_state_dict(weights)
     ranks = ranks_of(trial)
     with torch.no_grad():
         before = replace(trial, config=config.fusion)
         scores = evaluate(fusion.TASK, network, samples(config, "val", ranks), before, ranks)
-    return scores["dba_missing"]
+    return {"dba_upper": scores["dba"], "dba_missing": scores["dba_missing"]}
 
 
 def recovered(full: float, missing: float, rebuilt: float) -> dict[str, float]:
@@ -228,8 +228,12 @@ def lr_scale(name: str, ratio: float) -> float:
 def prepare(config: Config) -> None:
     """Check and decode the data before any worker starts, and that a pre-trained network is where it should be."""
     fusion.prepare(config.fusion)
-    if config.rebuild.pretrained is not None:
-        load_weights(Path(config.rebuild.pretrained))
+    given = config.rebuild.pretrained
+    if given is not None:
+        try:
+            build(config, load_weights(Path(given)))
+        except UserError as error:
+            raise UserError(f"rebuild.pretrained = {given}: {error}") from None
 
 
 def initial_weights(config: Config, trial: Trial) -> Weights:
@@ -247,10 +251,10 @@ def initial_weights(config: Config, trial: Trial) -> Weights:
 def train(trial: Trial) -> Iterator[Report]:
     config: Config = trial.config
     weights = initial_weights(config, trial)
-    missing, guessing = missing_before(config, weights, trial), dba_of_guessing(config)
+    before, guessing = scores_before(config, weights, trial), dba_of_guessing(config)
     for report in fit(task_for(config, weights), trial):
         full, rebuilt = report.metrics["dba_full"], report.metrics["dba_rebuilt"]
-        more = {"dba_missing": missing, **recovered(full, missing, rebuilt), "dba_rebuilt_chance": guessing}
+        more = {**before, **recovered(full, before["dba_missing"], rebuilt), "dba_rebuilt_chance": guessing}
         weighted = config.loss
         chance = contrast_chance(int(report.metrics["micro_batch"]), weighted.temperature, weighted.contrast_form)
         more["loss_contrast_chance"] = weighted.alpha_contrast * chance
