@@ -137,6 +137,15 @@ def test_two_sensors_are_rebuilt_from_one(config: rebuild.Config) -> None:
     assert torch.equal(seen, unseen)
 
 
+def test_windows_of_several_steps_are_rebuilt_too(config: rebuild.Config) -> None:
+    batch = batch_of(config)
+    batch["beam"] = batch["beam"][:, None].expand(-1, 3)
+    config = replace(config, data=replace(config.data, steps=3, simulated=Simulated(frames=20)))
+    model = network(config)
+    total(rebuild.loss(model, batch, config)).backward()
+    assert rebuild.score(model.eval(), batch, config)["dba_rebuilt"][1] == 3 * 4
+
+
 def test_a_rebuild_from_scratch_starts_from_the_seed_of_the_pretraining(config: rebuild.Config) -> None:
     def initial(pretrain: Pretrain) -> Tensor:
         here = replace(config, pretrain=pretrain)
