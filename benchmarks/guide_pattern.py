@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -39,8 +40,13 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def train_driver(config: dict[str, Any]) -> None:
+    run_train(train_worker, config)
+
+
+def run_train(worker: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> None:
+    """What a trial's driver function does in the guide: launch a Ray Train run of its own, and wait for it."""
     trainer = ray.train.torch.TorchTrainer(
-        train_worker,
+        worker,
         train_loop_config=config["train_loop_config"],
         scaling_config=ray.train.ScalingConfig(num_workers=1),
         run_config=ray.train.RunConfig(

@@ -18,10 +18,9 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
 import ray.tune
+from guide_pattern import run_train
 from measured import SLOTS
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
@@ -62,17 +61,7 @@ def train_worker(given: dict[str, Any]) -> None:
 
 
 def train_driver(config: dict[str, Any]) -> None:
-    trainer = ray.train.torch.TorchTrainer(
-        train_worker,
-        train_loop_config=config["train_loop_config"],
-        scaling_config=ray.train.ScalingConfig(num_workers=1),
-        run_config=ray.train.RunConfig(
-            name=f"train-{ray.tune.get_context().get_trial_id()}",
-            storage_path=config["storage_path"],
-            callbacks=[TuneReportCallback()],
-        ),
-    )
-    trainer.fit()
+    run_train(train_worker, config)
 
 
 def search(space: Space, seconds: float) -> None:
