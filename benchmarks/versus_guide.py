@@ -55,7 +55,7 @@ def train_worker(given: dict[str, Any]) -> None:
     trainable = load(given["trainable"], given["paths"])
     tree = dict(given["tree"])
     for name, value in given["searched"].items():
-        trees.put(tree, name.replace("/", "."), value)
+        trees.put(tree, name.replace(":", "."), value)
     for report in trainable.train(Trial(trainable.config(tree), seed=given["seed"])):
         ray.train.report(dict(report.metrics))
 
@@ -71,7 +71,7 @@ def search(space: Space, seconds: float) -> None:
         "paths": list(space.paths),
         "tree": space.config(space.draw(random.Random(0))),
         "seed": space.search.seed,
-        "searched": {item.name.replace(".", "/"): tune_domain(item.domain) for item in space.parameters},
+        "searched": {item.name.replace(".", ":"): tune_domain(item.domain) for item in space.parameters},
     }
     # One CPU for each trial's driver function, one for each worker.
     ray.init(num_cpus=2 * SLOTS, include_dashboard=False, log_to_driver=False)
