@@ -25,7 +25,7 @@ from torch.nn.utils import get_total_norm
 from trainables.contract import Diverged, Report, Trial, UserError
 from trainables.guard import Guard, Replay, Step, generators
 from trainables.memory import MIB, Memory, fitting_micro_batch, shape_key
-from trainables.optim import Ema, adamw, clip_divisor, fused_step, lr_factor, set_lr
+from trainables.optim import Ema, Patience, adamw, clip_divisor, fused_step, lr_factor, set_lr
 from trainables.resume import restore, seed_everything, seed_from, state_of
 from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, on_device, ranks_of, share_of
 from trainables.step import Loss, Pairs, autocast, backward, everyones_count, over_ranks
@@ -45,6 +45,8 @@ class Task:
     score: what is reported of the validation split, each with its own count. The names do not depend on the batch; a
         score whose count is zero over the whole split is left out.
     lr_scale: the learning rate of a parameter, by name, as a ratio of `optim.lr`.
+    derived: what follows from the scores of the whole split and is reported with them: a mean of ratios, say, which is
+        no sum over a count itself.
 
     `loss` and `score` get the plain module, on several ranks too; they may call any part of it, any number of times.
     """
@@ -55,6 +57,7 @@ class Task:
     loss: Callable[[nn.Module, Batch, Any], Pairs]
     score: Callable[[nn.Module, Batch, Any], Pairs]
     lr_scale: Callable[[str], float] = lambda name: 1.0
+    derived: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda scores: {}
 
 
 def fit(task: Task, trial: Trial) -> Iterator[Report]:
@@ -76,11 +79,14 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
     ema = Ema(trained, optim.ema)
     guard = Guard(optim, Replay(plain, train, scaler, optim, device), ranks)
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": ema, "guard": guard}
+    patience = Patience(optim)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": ema, "guard": guard, "patience": patience}
     start = restore(parts, trial.resume)
     loss = over_ranks(plain, ranks, device)
 
     for epoch in range(start, config.epochs):
+        if patience.over:
+            return
         seed_everything(trial.seed, epoch, ranks.rank)
         began_s = time.perf_counter()
         shares = epoch_shares(len(train), optim.batch_size, micro_batch, ranks, seed_from(trial.seed, "order", epoch))
@@ -88,7 +94,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         taken = list[Taken]()
         for index, share in enumerate(shares):
             drawn = generators(device)
-            lr = optim.lr * lr_factor(optim, epoch + (index + 0.5) / len(shares), config.epochs)
+            lr = patience.lr_ratio * optim.lr * lr_factor(optim, epoch + (index + 0.5) / len(shares), config.epochs)
             set_lr(optimizer, lr)
             optimizer.zero_grad(set_to_none=True)
             plain.carried.grad = None
@@ -119,7 +125,9 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         broadcast_buffers(model, ranks)
         with evaluating(model, ema):
             scores = evaluate(task, model, val, trial, ranks, micro_batch)
-        yield Report(joined(metrics, scores), state=functools.partial(state_of, parts, epoch))
+        metrics = joined(metrics, scores)
+        patience.look(metrics)
+        yield Report(metrics, state=functools.partial(state_of, parts, epoch))
 
 
 def micro_batch_that_fits(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks) -> int:
@@ -207,7 +215,7 @@ def evaluating(model: nn.Module, ema: Ema) -> Iterator[None]:
 def evaluate(
     task: Task, model: nn.Module, samples: Samples, trial: Trial, ranks: Ranks, micro_batch: int | None = None
 ) -> dict[str, float]:
-    """Return the scores over all samples of all ranks; one that nothing counts towards is left out.
+    """Return the scores over all samples of all ranks, without one that nothing counts towards, and what is derived.
 
     micro_batch: samples that a rank passes through the model at once; None: its share of an effective batch.
     """
@@ -226,7 +234,8 @@ def evaluate(
     table_N2 = torch.stack(list(totals.values()))
     if ranks.size > 1:
         dist.all_reduce(table_N2)
-    return {name: total / count for name, (total, count) in zip(totals, table_N2.tolist(), strict=True) if count}
+    scores = {name: total / count for name, (total, count) in zip(totals, table_N2.tolist(), strict=True) if count}
+    return {**scores, **task.derived(scores)}
 
 
 def samples_of(task: Task, config: Any, split: str, ranks: Ranks) -> Samples:

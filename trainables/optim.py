@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,38 @@ class Spike:
 
 
 @dataclass(frozen=True)
+class Plateau:
+    """Lowers the learning rate when a reported metric stalls, whatever the schedule: as torch's ReduceLROnPlateau.
+
+    The rate is multiplied by `factor` after more than `patience` epochs in a row without a new best, down to
+    `floor_ratio` of what the schedule says.
+    """
+
+    metric: str
+    mode: Literal["min", "max"]
+    factor: float = 0.5
+    patience: int = 5
+    floor_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(0 < self.factor < 1, "optim.plateau.factor", self.factor, "lie between 0 and 1")
+        require(self.patience >= 0, "optim.plateau.patience", self.patience, "not be negative")
+        require(0 <= self.floor_ratio < 1, "optim.plateau.floor_ratio", self.floor_ratio, "lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """Ends a trial, as finished, after `patience` epochs in a row without a new best of a reported metric."""
+
+    metric: str
+    mode: Literal["min", "max"]
+    patience: int = 15
+
+    def __post_init__(self) -> None:
+        require(self.patience >= 1, "optim.early_stop.patience", self.patience, "be at least 1")
+
+
+@dataclass(frozen=True)
 class Optim:
     """How a trial is optimised: AdamW, with what the searches of every family have in common.
 
@@ -68,6 +100,8 @@ class Optim:
         for a whole epoch. All of them start with a warm-up: linear, or half a cosine in "notes".
     ema: decay per step of a shadow of the parameters. Scores are then those of the shadow; a checkpoint holds both.
     spike: ends a trial as diverged while its loss is still finite; None: only what is not finite does.
+    plateau: lowers the rate when a metric stalls; None: the schedule alone decides.
+    early_stop: ends a trial when a metric stalls; None: it runs all its epochs.
     """
 
     lr: float = 1.0e-4
@@ -81,6 +115,8 @@ class Optim:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema: float | None = None
     spike: Spike | None = None
+    plateau: Plateau | None = None
+    early_stop: EarlyStop | None = None
 
     def __post_init__(self) -> None:
         positive = "be a positive number"
@@ -191,3 +227,43 @@ class Ema:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, shadow in self._shadow.items():
             shadow.copy_(state[name])
+
+
+class Patience:
+    """Counts the epochs without a new best for `Optim.plateau` and `Optim.early_stop`.
+
+    Its state is part of a checkpoint. Validation scores are the same on every rank, and so is what follows from them.
+    """
+
+    def __init__(self, optim: Optim) -> None:
+        self._plateau, self._early_stop = optim.plateau, optim.early_stop
+        self._best = {"plateau": -math.inf, "early_stop": -math.inf}
+        self._waited = {"plateau": 0, "early_stop": 0}
+        self.lr_ratio = 1.0  # what the schedule's rate is multiplied by
+
+    @property
+    def over(self) -> bool:
+        """Whether the trial has waited long enough for a better score."""
+        return self._early_stop is not None and self._waited["early_stop"] >= self._early_stop.patience
+
+    def look(self, metrics: Mapping[str, float]) -> None:
+        """Take note of an epoch's report; raises `UserError` where it lacks the metric that is waited for."""
+        for name, rule in (("plateau", self._plateau), ("early_stop", self._early_stop)):
+            if rule is None:
+                continue
+            if rule.metric not in metrics:
+                raise UserError(f"optim.{name}.metric = {rule.metric} must be one of {', '.join(sorted(metrics))}")
+            value = metrics[rule.metric] * (1 if rule.mode == "max" else -1)
+            better = value > self._best[name]
+            self._best[name] = value if better else self._best[name]
+            self._waited[name] = 0 if better else self._waited[name] + 1
+        if self._plateau is not None and self._waited["plateau"] > self._plateau.patience:
+            self.lr_ratio = max(self.lr_ratio * self._plateau.factor, self._plateau.floor_ratio)
+            self._waited["plateau"] = 0
+
+    def state_dict(self) -> dict[str, object]:
+        return {"best": dict(self._best), "waited": dict(self._waited), "lr_ratio": self.lr_ratio}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._best, self._waited = dict(state["best"]), dict(state["waited"])
+        self.lr_ratio = state["lr_ratio"]

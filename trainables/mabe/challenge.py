@@ -1,0 +1,196 @@
+"""Reads the layout of the MABe challenge of 2025 (social action recognition in mice).
+
+    train.csv                                   a row per video
+    train_tracking/<lab_id>/<video_id>.parquet  video_frame, mouse_id, bodypart, x, y in pixels, a row per point seen
+    train_annotation/<lab_id>/<video_id>.parquet  agent_id, target_id, action, start_frame, stop_frame (exclusive)
+
+A frame has one label, whichever mice it is about. Videos without an annotation file are left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from trainables.contract import UserError
+from trainables.mabe.config import CLASSES
+from trainables.mabe.video import Labels, Points, Video
+
+COLUMNS = ("lab_id", "video_id", "frames_per_second", "video_width_pix", "body_parts_tracked")
+TRACKING = ("video_frame", "mouse_id", "bodypart", "x", "y")
+ANNOTATION = ("agent_id", "target_id", "action", "start_frame", "stop_frame")
+
+# The published mapping; every other action counts as class 0, and of two classes at once the higher one holds.
+ACTIONS = {
+    "investigation": ("sniff", "sniffgenital", "sniffface", "sniffbody", "reciprocalsniff", "approach", "follow"),
+    "mount": ("mount", "intromit", "attemptmount", "ejaculate"),
+    "attack": ("attack", "chase", "chaseattack", "bite", "dominance", "defend", "flinch"),
+}
+CLASS_OF = {action: CLASSES.index(name) for name, actions in ACTIONS.items() for action in actions}
+
+
+def files(root: Path) -> list[Path]:
+    """Everything that is read."""
+    return [root / "train.csv", *sorted(root.glob("train_*/*/*.parquet"))]
+
+
+def read(root: Path) -> list[Video]:
+    """All annotated videos; raises `UserError` with file, row and column for what cannot be read."""
+    path = root / "train.csv"
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        header, rows = list(reader.fieldnames or []), list(reader)
+    for column in COLUMNS:
+        if column not in header:
+            raise UserError(f"{path} has no column {column}; keep the layout of the public data")
+    videos = []
+    for number, row in enumerate(rows, start=1):
+        name = f"{row['lab_id']}/{row['video_id']}.parquet"
+        if (root / "train_annotation" / name).exists():
+            videos.append(_video(root, row, name, f"row {number} of {path}"))
+    if not videos:
+        raise UserError(f"{root / 'train_annotation'} has no <lab_id>/<video_id>.parquet of any video in {path}")
+    return videos
+
+
+def _video(root: Path, row: dict[str, str], name: str, line: str) -> Video:
+    tracking = root / "train_tracking" / name
+    table = _table(tracking, TRACKING, ("video_frame", "mouse_id"))
+    frame = _numbers(table, "video_frame", tracking)
+    mice = mouse_numbers(table.column("mouse_id"), tracking)
+    if not len(frame):
+        raise UserError(f"{tracking} has no rows; remove it and its row in train.csv")
+    if frame.min() < 0:
+        raise UserError(f"{tracking}: video_frame = {frame.min():.0f} must not be negative")
+    parts = head_first(_parts(row["body_parts_tracked"], line))
+    width_px = _positive(row, "video_width_pix", line)
+    shape = (int(frame.max()) + 1, int(mice.max()), len(parts), 2)
+    return Video(
+        name=str(tracking),
+        lab=row["lab_id"],
+        unit=f"{row['lab_id']}/{row['video_id']}",
+        fps=_positive(row, "frames_per_second", line),
+        frames=shape[0],
+        mice=shape[1],
+        parts=parts,
+        read=functools.partial(_read, tracking, root / "train_annotation" / name, parts, (shape, width_px)),
+    )
+
+
+def _read(
+    tracking: Path, annotation: Path, parts: tuple[str, ...], scale: tuple[tuple[int, ...], float]
+) -> tuple[Points, Labels]:
+    shape, width_px = scale
+    return points(tracking, parts, shape) / np.float32(width_px), labels(annotation, shape[0])
+
+
+def points(path: Path, parts: Sequence[str], shape: tuple[int, ...]) -> Points:
+    """The points in pixels, (frames, mice, points, 2) as `shape` says; NaN where the file has no row or no number."""
+    table = _table(path, TRACKING, TRACKING)
+    names, which = categories(table.column("bodypart"))
+    if strange := [name for name in names if name not in parts]:
+        raise UserError(
+            f"{path}: bodypart = {strange[0]} is not in body_parts_tracked of its row in train.csv; mend it"
+        )
+    part = np.array([parts.index(name) for name in names], dtype=np.int64)[which]
+    out = np.full(shape, np.nan, dtype=np.float32)
+    at = _numbers(table, "video_frame", path).astype(int), mouse_numbers(table.column("mouse_id"), path) - 1, part
+    for axis, name in enumerate(("x", "y")):
+        out[(*at, axis)] = _numbers(table, name, path)
+    out[np.isnan(out).any(-1)] = np.nan
+    return out
+
+
+def labels(path: Path, frames: int) -> Labels:
+    """The class of every frame, from events that hold from start_frame up to, and without, stop_frame."""
+    table = _table(path, ANNOTATION, ANNOTATION[2:])
+    start, stop = (_numbers(table, name, path) for name in ("start_frame", "stop_frame"))
+    if len(wrong := np.flatnonzero((start < 0) | (stop < start))):
+        raise UserError(
+            f"{path}: row {wrong[0] + 1}: start_frame = {start[wrong[0]]:.0f} and stop_frame = {stop[wrong[0]]:.0f} "
+            "must be 0 or more, in this order"
+        )
+    out = np.zeros(frames, dtype=np.int8)
+    for action, first, last in zip(
+        table.column("action").to_pylist(), start.astype(int), stop.astype(int), strict=True
+    ):
+        out[first:last] = np.maximum(out[first:last], CLASS_OF.get(action, 0))
+    return out
+
+
+def mouse_numbers(column: Any, path: Path) -> NDArray[np.int64]:
+    """Which mouse, from 1, where the file says 1 or mouse1."""
+    texts, which = categories(column)
+    found = [re.fullmatch(r"(?:mouse)?([1-9]\d?)", text) for text in texts]
+    if None in found:
+        raise UserError(f"{path}: mouse_id = {texts[found.index(None)]} must be 1, 2 and so on, or mouse1 and so on")
+    return np.array([int(match.group(1)) for match in found if match], dtype=np.int64)[which]
+
+
+def categories(column: Any) -> tuple[list[str], NDArray[np.int64]]:
+    """The different values of a column, as text, and which of them each row has."""
+    encoded = pc.dictionary_encode(pc.fill_null(column.cast(pa.string()), "")).unify_dictionaries().combine_chunks()
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
+
+
+def head_first(parts: Sequence[str]) -> tuple[str, ...]:
+    """In one order for all labs: the nose or head first, the tail last, its base before its tip."""
+
+    def rank(name: str) -> tuple[int, str]:
+        fixed = {"nose": -3, "head": -2, "neck": -1, "tail_base": 1, "tail_midpoint": 2, "tail_tip": 3}
+        return fixed.get(name, 0), name
+
+    return tuple(sorted(parts, key=rank))
+
+
+def _parts(text: str, line: str) -> list[str]:
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{line}: body_parts_tracked = {text!r} must be a JSON list of names")
+    return names
+
+
+def _positive(row: dict[str, str], column: str, line: str) -> float:
+    try:
+        value = float(row[column])
+    except (TypeError, ValueError):
+        value = 0.0
+    if not 0 < value < np.inf:
+        raise UserError(f"{line}: {column} = {row[column]!r} must be a positive number")
+    return value
+
+
+def _table(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> Any:
+    """The `wanted` columns of a parquet file that must have all `columns`."""
+    try:
+        names = pq.read_schema(path).names
+        for column in columns:
+            if column not in names:
+                raise UserError(f"{path} has no column {column}, but {', '.join(names)}; keep the layout of the data")
+        return pq.read_table(path, columns=list(wanted))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}; restore the file") from None
+
+
+def _numbers(table: Any, column: str, path: Path) -> NDArray[np.float64]:
+    kind = table.schema.field(column).type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise UserError(f"{path}: the column {column} is of type {kind}, it must hold numbers")
+    numbers = table.column(column).cast(pa.float64()).to_numpy()
+    if column not in ("x", "y") and not np.isfinite(numbers).all():
+        raise UserError(f"{path}: the column {column} lacks a number in row {np.isfinite(numbers).argmin() + 1}")
+    return np.asarray(numbers)

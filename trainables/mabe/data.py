@@ -1,0 +1,112 @@
+"""Windows of the videos as the training loop takes them: which train, which validate, and batches of them.
+
+Shape suffixes: B windows of a batch, N of a split, S frames of a window and of the margins that jitter needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainables.contract import UserError
+from trainables.mabe.config import Augment, Data
+from trainables.mabe.prepare import Prepared, groups_of, prepare_data
+from trainables.samples import Batch
+
+UNLABELLED = -1  # frames beyond the video's ends
+SAMPLED = 200_000  # training frames, evenly spaced, that scale and principal axes are computed from
+
+
+class HasData(Protocol):
+    """Any config with this family's data settings."""
+
+    @property
+    def data(self) -> Data: ...
+
+    @property
+    def augment(self) -> Augment: ...
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The windows of one side of the split, in batches.
+
+    A batch holds each group of features by name, (B, S, columns) float32; label (B, S) int64, 0..3 or UNLABELLED; and
+    index (B,) int64, the window's first frame in the data set. Beyond a video's ends its first or last frame is
+    repeated, without a label.
+    """
+
+    first_N: NDArray[np.int64]  # frames in the data set, margins not included
+    bounds_N2: NDArray[np.int64]  # first and last frame of each window's video
+    length: int
+    margin: int
+    groups: dict[str, NDArray[np.float32]]
+    labels: NDArray[np.int8]
+
+    def __len__(self) -> int:
+        return len(self.first_N)
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        chosen = indices.numpy()
+        frames_BS = self.first_N[chosen, None] + np.arange(-self.margin, self.length + self.margin)
+        low_B1, high_B1 = self.bounds_N2[chosen].T[..., None]
+        inside_BS = np.clip(frames_BS, low_B1, high_B1)
+        batch: Batch = {name: torch.from_numpy(array[inside_BS]) for name, array in self.groups.items()}
+        label_BS = np.where(inside_BS == frames_BS, self.labels[inside_BS], UNLABELLED).astype(np.int64)
+        return {**batch, "label": torch.from_numpy(label_BS), "index": torch.from_numpy(self.first_N[chosen])}
+
+
+def samples(config: HasData, split: str, ranks: object = None) -> Samples:
+    """Open the side "train" or "val" of the split; cheap once the data are prepared.
+
+    Training windows overlap, as `data.stride` says; validation windows hold every frame of their videos once.
+    """
+    data = config.data
+    prepared = prepare_data(data)
+    train = split == "train"
+    first, bounds = [], []
+    for v in videos_of(prepared, data, split):
+        start, stop = prepared.start[v], prepared.start[v + 1]
+        last = max(stop - data.window, start) if train else stop - 1
+        starts = np.arange(start, last + 1, data.stride if train else data.window)
+        first.append(starts)
+        bounds.append(np.tile([start, stop - 1], (len(starts), 1)))
+    return Samples(
+        first_N=np.concatenate(first),
+        bounds_N2=np.concatenate(bounds),
+        length=data.window,
+        margin=config.augment.jitter if train else 0,
+        groups={name: prepared.group(name) for name in groups_of(data)},
+        labels=prepared.labels(),
+    )
+
+
+def videos_of(prepared: Prepared, data: Data, split: str) -> list[int]:
+    """The videos of one side, whole ones: a share of each lab's units is held out, at least one where it has two."""
+    rng = np.random.default_rng(data.split_seed)
+    held: set[str] = set()
+    for lab in sorted(set(prepared.lab)):
+        units = sorted({unit for unit, of in zip(prepared.unit, prepared.lab, strict=True) if of == lab})
+        count = min(max(1, round(data.holdout * len(units))), len(units) - 1)
+        held |= set(rng.permutation(units)[:count].tolist())
+    if not held:
+        raise UserError(
+            f"data.root = {prepared.root} must hold two videos (CalMS21: animals) of one lab, one to train with and "
+            f"one to validate; it holds {len(prepared.unit)}: {', '.join(prepared.unit[:3])}"
+        )
+    return [v for v, unit in enumerate(prepared.unit) if (unit in held) == (split == "val")]
+
+
+def training_frames(config: HasData) -> tuple[Batch, Tensor]:
+    """Up to `SAMPLED` evenly spaced training frames: their features by group, (n, columns), and their labels (n,)."""
+    prepared = prepare_data(config.data)
+    train = [np.arange(prepared.start[v], prepared.start[v + 1]) for v in videos_of(prepared, config.data, "train")]
+    frames = np.concatenate(train)
+    chosen = frames[:: -(-len(frames) // SAMPLED)]
+    groups: Batch = {name: torch.from_numpy(prepared.group(name)[chosen]) for name in groups_of(config.data)}
+    return groups, torch.from_numpy(prepared.labels()[chosen].astype(np.int64))

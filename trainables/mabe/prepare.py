@@ -1,0 +1,148 @@
+"""Reads a data set once into arrays on disk, which all processes of a machine then share through the page cache.
+
+One folder per data set: points and labels of all videos one after another, and an array for each group of features
+that was ever asked for. Its name holds what the files are (path, size, time of change), so that new ones are read anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainables.beam.cache import cache_folder, make_once
+from trainables.contract import UserError
+from trainables.mabe import calms21, challenge, simulator
+from trainables.mabe.config import Data, Feature
+from trainables.mabe.features import group, width
+from trainables.mabe.video import Video
+
+VERSION = 1  # raise it whenever reading or a feature changes
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All videos of a data set, one after another: video v has the frames start[v] to start[v + 1]."""
+
+    root: Path
+    folder: Path
+    lab: Sequence[str]
+    unit: Sequence[str]
+    fps: Sequence[float]
+    start: Sequence[int]
+    mice: int
+    parts: Sequence[str]
+
+    def points(self) -> NDArray[np.float32]:
+        """(frames, mice, parts, 2) in pictures' widths, memory-mapped; NaN where not seen."""
+        return np.load(self.folder / "points.npy", mmap_mode="r")
+
+    def labels(self) -> NDArray[np.int8]:
+        """(frames,), an index into CLASSES."""
+        return np.load(self.folder / "labels.npy")
+
+    def group(self, name: Feature) -> NDArray[np.float32]:
+        """(frames, columns), memory-mapped; `prepare_data` has made it."""
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+
+
+def data_root(data: Data) -> Path:
+    """The data set's folder; simulated data are written at the first call."""
+    if data.root is not None:
+        return Path(data.root).expanduser()
+    settings = data.simulated
+    key = "-".join(str(part) for part in (simulator.VERSION, *astuple(settings)))
+    root = _cache(data) / f"simulated-{key}"
+    if make_once(root, lambda unfinished: simulator.simulate(unfinished, settings)):
+        print(f"mabe data: {settings.videos} simulated videos of {settings.seconds} s in {root}", flush=True)
+    return root
+
+
+def groups_of(data: Data) -> tuple[Feature, ...]:
+    """The groups that are kept as arrays: those asked for, and the coordinates that the principal ones come from."""
+    wanted: list[Feature] = ["coords" if name == "pca" else name for name in data.features]
+    return tuple(dict.fromkeys(wanted))
+
+
+def prepare_data(data: Data) -> Prepared:
+    """Check and read what `data` asks for, unless it has been done.
+
+    Raises `UserError` with file, place and remedy for what cannot be read. Several processes may call it at once.
+    """
+    root = data_root(data)
+    files, read = _reader(root, data)
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    folder = _cache(data) / "prepared" / hashlib.sha256(repr((VERSION, stats)).encode()).hexdigest()[:16]
+    if make_once(folder, lambda unfinished: _write_points(unfinished, read())):
+        print(f"mabe data: prepared {'simulated' if data.root is None else 'real'} data of {root}", flush=True)
+    prepared = Prepared(root, folder, **json.loads((folder / "index.json").read_text()))
+    for name in groups_of(data):
+        make_once(folder / f"{name}.npy", _write_group(prepared, name))
+    return prepared
+
+
+def _cache(data: Data) -> Path:
+    return cache_folder(data.prepared) / "mabe"
+
+
+def _reader(root: Path, data: Data) -> tuple[list[Path], Callable[[], list[Video]]]:
+    """The files of a data set and what reads them, by what lies in its folder."""
+    if not root.is_dir():
+        raise UserError(f"data.root = {root}: no such folder; give the one of a data set, or null")
+    if (root / "train.csv").is_file():
+        return challenge.files(root), lambda: challenge.read(root)
+    if files := calms21.found(root):
+        return files, lambda: calms21.read(files, data.trust_pickle)
+    raise UserError(
+        f"data.root = {root} holds neither train.csv (MABe challenge) nor calms21_task1_train*.json or .npy, nor a "
+        ".npz extract of CalMS21; give the folder of one of them"
+    )
+
+
+def _write_points(folder: Path, videos: list[Video]) -> None:
+    """Points and labels of all videos in arrays that have a place for every mouse and every part of any of them."""
+    parts = challenge.head_first(sorted({part for video in videos for part in video.parts}))
+    if all(video.parts == videos[0].parts for video in videos):
+        parts = videos[0].parts
+    mice = max(video.mice for video in videos)
+    start = np.cumsum([0, *(video.frames for video in videos)]).tolist()
+    folder.mkdir()
+    shape = (start[-1], mice, len(parts), 2)
+    points = np.lib.format.open_memmap(folder / "points.npy", mode="w+", dtype=np.float32, shape=shape)
+    labels = np.zeros(start[-1], dtype=np.int8)
+    for video, first in zip(videos, start, strict=False):
+        here = slice(first, first + video.frames)
+        seen, labels[here] = video.read()
+        points[here] = np.nan
+        columns = [parts.index(part) for part in video.parts]
+        for mouse in range(video.mice):
+            points[here, mouse, columns] = seen[:, mouse]
+    points.flush()
+    np.save(folder / "labels.npy", labels)
+    index = {
+        "lab": [video.lab for video in videos],
+        "unit": [video.unit for video in videos],
+        "fps": [video.fps for video in videos],
+        "start": start,
+        "mice": mice,
+        "parts": parts,
+    }
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def _write_group(prepared: Prepared, name: Feature) -> Callable[[Path], None]:
+    def make(unfinished: Path) -> None:
+        points = prepared.points()
+        shape = (len(points), width(name, prepared.mice, len(prepared.parts)))
+        array = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape)
+        for v, fps in enumerate(prepared.fps):
+            here = slice(prepared.start[v], prepared.start[v + 1])
+            array[here] = group(name, np.asarray(points[here], dtype=np.float64), fps)
+        array.flush()
+
+    return make

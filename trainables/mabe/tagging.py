@@ -1,0 +1,131 @@
+"""Trains the tagger: a class for every frame of a window of tracked points.
+
+Shape suffixes: B windows, S frames with margins, T frames of the window, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+
+from trainables.contract import Report, Trial
+from trainables.loop import Task, fit
+from trainables.mabe.config import CLASSES, Augment, Data, FrameLoss, Model
+from trainables.mabe.data import UNLABELLED, samples, training_frames
+from trainables.mabe.metrics import event_scores, frame_scores, summary
+from trainables.mabe.network import FrameTagger, Inputs, Tagger
+from trainables.mabe.prepare import prepare_data
+from trainables.optim import Optim, require
+from trainables.samples import Batch
+from trainables.step import Pairs
+
+
+@dataclass(frozen=True)
+class Config:
+    """One setting of the tagger's training."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    augment: Augment = field(default_factory=Augment)
+    loss: FrameLoss = field(default_factory=FrameLoss)
+    optim: Optim = field(default_factory=Optim)
+    epochs: int = 100
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "epochs", self.epochs, "be at least 1")
+
+
+def build(config: Config) -> Tagger:
+    """The network, with scale, principal axes and class weights from the training videos."""
+    groups, label = training_frames(config)
+    inputs = make_inputs(config.data, groups)
+    return Tagger(inputs, FrameTagger(len(inputs.mean_F), config.model), class_weights(config.loss, label))
+
+
+def make_inputs(data: Data, groups: dict[str, Tensor]) -> Inputs:
+    centre_D, axes_DQ = torch.zeros(0), torch.zeros(0, 0)
+    if "pca" in data.features:
+        coords = groups["coords"].numpy()
+        components = min(data.pca, *coords.shape)
+        fitted = PCA(components, svd_solver="covariance_eigh").fit(coords)
+        centre_D, axes_DQ = (torch.from_numpy(part).float() for part in (fitted.mean_, fitted.components_.T.copy()))
+    widths = [axes_DQ.shape[1] if name == "pca" else groups[name].shape[1] for name in data.features]
+    inputs = Inputs(data.features, centre_D, axes_DQ, sum(widths))
+    inputs.set_scale(groups)
+    return inputs
+
+
+def class_weights(settings: FrameLoss, label: Tensor) -> Tensor:
+    """Of the loss, (K,); their common size says nothing, because the loss is divided by them."""
+    if settings.class_weights is not None:
+        return torch.tensor(settings.class_weights)
+    frames_K = torch.bincount(label, minlength=len(CLASSES)).clamp(min=1)
+    weights_K = (len(label) / frames_K) ** settings.balance
+    return weights_K / weights_K.mean()
+
+
+def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+    assert isinstance(model, Tagger)
+    logits_BTK, label_BT = forward(model, shifted(batch, config.data.window), config.augment.noise)
+    return {"ce": weighted_entropy(logits_BTK, label_BT, model.class_weights_K, config.loss.smoothing)}
+
+
+def forward(model: Tagger, batch: Batch, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    return model(batch, noise), batch["label"]
+
+
+def shifted(batch: Batch, window: int) -> Batch:
+    """The batch without its margins: every window begins anywhere in them, its labels with it."""
+    label_BS = batch["label"]
+    windows, frames = label_BS.shape
+    if frames == window:
+        return batch
+    first_B = torch.randint(frames - window + 1, (windows,), device=label_BS.device)
+    at_BT = first_B[:, None] + torch.arange(window, device=label_BS.device)
+    row_B1 = torch.arange(windows, device=label_BS.device)[:, None]
+    return {name: x if x.ndim == 1 else x[row_B1, at_BT] for name, x in batch.items()}
+
+
+def weighted_entropy(
+    logits_BTK: Tensor, label_BT: Tensor, weights_K: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy summed over the labelled frames, each with its class's weight, and the sum of these weights."""
+    summed = F.cross_entropy(
+        logits_BTK.flatten(0, 1).float(),
+        label_BT.flatten(),
+        weight=weights_K,
+        ignore_index=UNLABELLED,
+        label_smoothing=smoothing,
+        reduction="sum",
+    )
+    return summed, weights_K[label_BT[label_BT != UNLABELLED]].sum()
+
+
+def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+    """The loss, and what `metrics` has of frames and events. Scores that are not finite are guesses of no class."""
+    assert isinstance(model, Tagger)
+    logits_BTK, label_BT = forward(model, batch)
+    guess_BT = logits_BTK.argmax(-1)
+    return {
+        "val_ce": weighted_entropy(logits_BTK, label_BT, model.class_weights_K, config.loss.smoothing),
+        **frame_scores(guess_BT, label_BT),
+        **event_scores(guess_BT, label_BT),
+    }
+
+
+TASK = Task(config=Config, model=build, data=samples, loss=loss, score=score, derived=summary)
+
+
+def prepare(config: Config) -> None:
+    """Check and read the data before any worker starts."""
+    prepare_data(config.data)
+    samples(config, "val")
+
+
+def train(trial: Trial) -> Iterator[Report]:
+    yield from fit(TASK, trial)
