@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from toy_task import (
 
 from trainables.contract import State, Trial, UserError
 from trainables.loop import fit
-from trainables.optim import Optim
+from trainables.optim import EarlyStop, Optim, Plateau
 from trainables.resume import seed_everything
 from trainables.samples import Batch, Ranks
 from trainables.step import Pairs
@@ -274,6 +275,32 @@ def test_scores_without_a_sample_are_left_out() -> None:
 def test_a_task_that_breaks_its_promises_is_told_so(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(Config(), replace(TOY, **wrong))
+
+
+def stalling(scores: Mapping[str, float]) -> dict[str, float]:
+    return {"stalled": 1.0, "twice": 2 * scores["error"]}
+
+
+STALLING = replace(TOY, derived=stalling)
+PATIENT = Config(
+    Optim(0.02, batch_size=8, plateau=Plateau("stalled", "max", patience=0), early_stop=EarlyStop("stalled", "max", 3)),
+    epochs=9,
+)
+
+
+def test_what_is_derived_is_reported_and_can_end_a_trial_and_lower_its_rate() -> None:
+    done = run(PATIENT, STALLING)
+    assert [metrics["lr"] for metrics in done.metrics] == [0.02, 0.02, 0.01, 0.005]  # the first is the best
+    assert all(metrics["twice"] == 2 * metrics["error"] for metrics in done.metrics)
+    assert done.diverged is None
+
+
+def test_a_trial_that_waits_resumes_bit_for_bit_and_stays_ended() -> None:
+    whole = run(PATIENT, STALLING)
+    for epoch, state in enumerate(whole.states):
+        resumed = run(PATIENT, STALLING, resume=state)
+        assert resumed.metrics == whole.metrics[epoch + 1 :]
+        assert_same(resumed.states, whole.states[epoch + 1 :])
 
 
 def test_several_ranks_without_a_process_group_are_refused() -> None:

@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from trainables.contract import UserError
-from trainables.optim import Optim, Restarts, lr_factor
+from trainables.optim import EarlyStop, Optim, Patience, Plateau, Restarts, lr_factor
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,48 @@ def test_constant_and_cosine_schedules(schedule: Any, warmup_epochs: float, fact
 def test_optim_refuses(name: str, value: Any, rule: str) -> None:
     with pytest.raises(UserError, match=f"^optim.{name} = {value} must {rule}$"):
         Optim(**{name: value})
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("patience", [0, 2])
+def test_a_plateau_lowers_the_rate_as_torch_does(mode: Any, patience: int) -> None:
+    values = [3.0, 2.0, 2.0, 2.5, 1.0, math.nan, 1.5, 1.2, 1.0, 4.0, 5.0, 6.0, 7.0, 7.0, 7.0, 7.0, 7.0, 7.0]
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode, factor=0.4, patience=patience, threshold=0.0, min_lr=0.1
+    )
+    ours = Patience(Optim(plateau=Plateau("loss", mode, factor=0.4, patience=patience, floor_ratio=0.1)))
+    for value in values:
+        reference.step(value)
+        ours.look({"loss": value})
+        assert ours.lr_ratio == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert not ours.over
+    assert ours.lr_ratio < 1
+
+
+def test_a_trial_ends_after_its_patience_and_not_while_it_improves() -> None:
+    patience = Patience(Optim(early_stop=EarlyStop("f1", "max", patience=2)))
+    ended = []
+    for value in (0.1, 0.3, 0.2, 0.4, 0.4, 0.39):
+        patience.look({"f1": value})
+        ended.append(patience.over)
+    assert ended == [False, False, False, False, False, True]
+    assert patience.lr_ratio == 1.0
+
+
+def test_a_metric_that_nobody_reports_is_named() -> None:
+    patience = Patience(Optim(early_stop=EarlyStop("macro_f1", "max")))
+    with pytest.raises(UserError, match=r"^optim.early_stop.metric = macro_f1 must be one of dba, loss$"):
+        patience.look({"loss": 1.0, "dba": 0.5})
+
+
+def test_patience_refuses() -> None:
+    with pytest.raises(UserError, match=r"^optim.plateau.factor = 1.0 must lie between 0 and 1$"):
+        Plateau("loss", "min", factor=1.0)
+    with pytest.raises(UserError, match=r"^optim.plateau.floor_ratio = 1 must lie in"):
+        Plateau("loss", "min", floor_ratio=1)
+    with pytest.raises(UserError, match=r"^optim.early_stop.patience = 0 must be at least 1$"):
+        EarlyStop("loss", "min", patience=0)
 
 
 def test_restarts_refuse() -> None:

@@ -20,7 +20,9 @@ from trainables.beam import fusion, rebuild
 from trainables.beam.config import Data, Pretrain, Simulated
 from trainables.contract import Trial
 from trainables.loop import Task, fit
-from trainables.optim import Optim
+from trainables.mabe import config as mabe
+from trainables.mabe import tagging
+from trainables.optim import Optim, Plateau
 from trainables.resume import seed_everything
 from trainables.samples import Ranks
 
@@ -50,7 +52,26 @@ def rebuild_case(cache: Path) -> Case:
     return Case(rebuild.task_for(config, fusion.build(config.fusion).state_dict()), config)
 
 
-CASES: dict[str, Callable[[Path], Case]] = {"fusion": fusion_case, "rebuild": rebuild_case}
+def tagging_case(cache: Path) -> Case:
+    data = mabe.Data(
+        prepared=str(cache),
+        features=("presence", "geometry", "pca"),
+        window=16,
+        stride=16,
+        simulated=mabe.Simulated(videos=4, seconds=3),
+    )
+    config = tagging.Config(
+        data=data,
+        model=mabe.Model(channels=(4, 8), hidden=4, layers=1, pool=1, norm="group"),
+        loss=mabe.FrameLoss(class_weights=(1.0, 5.0, 8.0, 8.0)),
+        optim=replace(OPTIM, plateau=Plateau("accuracy", "max", patience=0)),
+        epochs=3,
+    )
+    tagging.prepare(config)
+    return Case(tagging.TASK, config)
+
+
+CASES: dict[str, Callable[[Path], Case]] = {"fusion": fusion_case, "rebuild": rebuild_case, "tagging": tagging_case}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +95,9 @@ def one_of_two(rank: int, name: str, cache: Path, folder: Path) -> None:
 
 def without_chance(case: Case) -> Case:
     """Without dropout and drawn windows: two ranks draw other numbers than one."""
-    config = replace(case.config, model=replace(SMALL, dropout=0.0), epochs=2)
+    config = replace(case.config, model=replace(case.config.model, dropout=0.0), epochs=2)
+    if isinstance(config, tagging.Config):
+        return Case(case.task, replace(config, augment=mabe.Augment(noise=0.0, jitter=0)))
     if isinstance(config, fusion.Config):
         return Case(case.task, replace(config, missing_prob=0.0))
     config = replace(config, rebuild=replace(config.rebuild, dropout=0.0, share=1.0))

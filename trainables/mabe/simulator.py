@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from trainables.mabe.config import CLASSES, Simulated
 
-VERSION = 2  # part of the cache's key: raise it whenever what is written changes
+VERSION = 3  # part of the cache's key: raise it whenever what is written changes
 
 Floats = NDArray[np.float64]
 OTHER, INVESTIGATION, MOUNT, ATTACK = range(len(CLASSES))
@@ -30,10 +30,11 @@ ARENA_CM, PIXELS_PER_CM, MARGIN_PX = 40.0, 12.0, 16
 BODY_CM = 7.0  # nose to tail base
 MEAN_S = (3.0, 2.0, 2.0, 1.0)  # how long a behaviour lasts; of roaming, how long until the next one
 NEXT = (0.0, 0.55, 0.2, 0.25)  # what follows roaming
+GAIN_PER_S = 4.0  # how soon a mouse slows down on its way to a goal
 DASHES_PER_S = 0.08  # a roaming mouse dashes off, as fast as in a fight
 NOISE_CM = 0.25  # of a tracked point
 SHORT = 8  # every so many videos one is shorter than a window
-GAP_S = 0.6  # how long a point is out of sight, on average
+GAP_S, UNSEEN = 0.6, 0.06  # how long a point is out of sight on average, and its share of all frames
 RANDOM_SHARES = (0.70, 0.15, 0.10, 0.05)  # of labels that mean nothing
 
 # Where a point is on the mouse: along the body from its centre towards the nose, and to the left, centimetres.
@@ -104,7 +105,7 @@ class Mouse:
         off = goal - self.along(BODY_CM / 2)
         self.turn(float(np.arctan2(*(goal - self.place)[::-1])), rate, dt)
         distance = float(np.hypot(*off))
-        self.speed = min(speed, distance / dt / 3)
+        self.speed = min(speed, GAIN_PER_S * distance)
         self.advance(dt)
         return distance
 
@@ -161,7 +162,7 @@ def tracked(poses_T23: Floats, lab: Lab, rng: Generator) -> Floats:
     y = poses_T23[..., 1:2] + sin * along + cos * left
     points = np.stack([x, y], axis=-1) + NOISE_CM * rng.standard_normal((*x.shape, 2))
     for mouse, part in np.ndindex(2, len(along)):
-        for start in np.flatnonzero(rng.random(frames) < 0.03 / lab.fps / GAP_S):
+        for start in np.flatnonzero(rng.random(frames) < UNSEEN / lab.fps / GAP_S):
             points[start : start + 1 + int(rng.exponential(GAP_S * lab.fps)), mouse, part] = np.nan
     if rng.random() < 0.15:
         points[int(0.9 * frames) :, 1] = np.nan

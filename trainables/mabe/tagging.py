@@ -107,7 +107,7 @@ def weighted_entropy(
 
 
 def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
-    """The loss, and what `metrics` has of frames and events. Scores that are not finite are guesses of no class."""
+    """The loss, and what `metrics` has of frames and events."""
     assert isinstance(model, Tagger)
     logits_BTK, label_BT = forward(model, batch)
     guess_BT = logits_BTK.argmax(-1)
