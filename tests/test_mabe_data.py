@@ -13,7 +13,7 @@ import torch
 from trainables.contract import UserError
 from trainables.mabe import challenge
 from trainables.mabe.config import CLASSES, Augment, Data, Simulated
-from trainables.mabe.data import UNLABELLED, samples, training_frames, videos_of
+from trainables.mabe.data import UNLABELLED, describe, samples, training_frames, videos_of
 from trainables.mabe.prepare import Prepared, prepare_data
 from trainables.mabe.simulator import ATTACK, INVESTIGATION, LABS, MOUNT, OTHER, play, simulate
 from trainables.mabe.tagging import Config
@@ -72,6 +72,13 @@ def test_windows_of_a_split_stay_within_its_videos(config: Config) -> None:
     for split, videos in sides.items():
         index = samples(config, split).first_N
         assert set((np.searchsorted(prepared.start, index, side="right") - 1).tolist()) == videos
+
+
+def test_one_line_says_what_is_used(config: Config) -> None:
+    line = describe(config)
+    assert line.startswith("simulated mabe data in ")
+    assert f"{len(samples(config, 'train'))} windows of 6 videos to train" in line
+    assert "of 2 to validate, 2 x 9 points, other" in line
 
 
 def test_a_split_is_the_same_until_its_seed_changes(config: Config) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainables.contract import UserError
-from trainables.mabe.config import Augment, Data
+from trainables.mabe.config import CLASSES, Augment, Data
 from trainables.mabe.prepare import Prepared, groups_of, prepare_data
 from trainables.samples import Batch
 
@@ -110,3 +110,17 @@ def training_frames(config: HasData) -> tuple[Batch, Tensor]:
     chosen = frames[:: -(-len(frames) // SAMPLED)]
     groups: Batch = {name: torch.from_numpy(prepared.group(name)[chosen]) for name in groups_of(config.data)}
     return groups, torch.from_numpy(prepared.labels()[chosen].astype(np.int64))
+
+
+def describe(config: HasData) -> str:
+    """One line on the data: real or simulated, how many windows of how many videos, and what they show."""
+    data, prepared = config.data, prepare_data(config.data)
+    kind = "simulated" if data.root is None else "real"
+    videos = {split: len(videos_of(prepared, data, split)) for split in ("train", "val")}
+    windows = {split: len(samples(config, split)) for split in ("train", "val")}
+    shares = np.bincount(prepared.labels(), minlength=len(CLASSES)) / prepared.start[-1]
+    shown = ", ".join(f"{name} {share:.1%}" for name, share in zip(CLASSES, shares, strict=True))
+    return (
+        f"{kind} mabe data in {prepared.root}: {windows['train']} windows of {videos['train']} videos to train and "
+        f"{windows['val']} of {videos['val']} to validate, {prepared.mice} x {len(prepared.parts)} points, {shown}"
+    )

@@ -78,8 +78,9 @@ def prepare_data(data: Data) -> Prepared:
     files, read = _reader(root, data)
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     folder = _cache(data) / "prepared" / hashlib.sha256(repr((VERSION, stats)).encode()).hexdigest()[:16]
-    if make_once(folder, lambda unfinished: _write_points(unfinished, read())):
-        print(f"mabe data: prepared {'simulated' if data.root is None else 'real'} data of {root}", flush=True)
+    if not folder.exists():
+        print(f"mabe data: reading {root}", flush=True)
+    make_once(folder, lambda unfinished: _write_points(unfinished, read()))
     prepared = Prepared(root, folder, **json.loads((folder / "index.json").read_text()))
     for name in groups_of(data):
         make_once(folder / f"{name}.npy", _write_group(prepared, name))

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from trainables.contract import Report, Trial
 from trainables.loop import Task, fit
 from trainables.mabe.config import CLASSES, Augment, Data, FrameLoss, Model
-from trainables.mabe.data import UNLABELLED, samples, training_frames
+from trainables.mabe.data import UNLABELLED, describe, samples, training_frames
 from trainables.mabe.metrics import event_scores, frame_scores, summary
 from trainables.mabe.network import FrameTagger, Inputs, Tagger
-from trainables.mabe.prepare import prepare_data
 from trainables.optim import Optim, require
 from trainables.samples import Batch
 from trainables.step import Pairs
@@ -123,8 +122,7 @@ TASK = Task(config=Config, model=build, data=samples, loss=loss, score=score, de
 
 def prepare(config: Config) -> None:
     """Check and read the data before any worker starts."""
-    prepare_data(config.data)
-    samples(config, "val")
+    print(describe(config), flush=True)
 
 
 def train(trial: Trial) -> Iterator[Report]:
