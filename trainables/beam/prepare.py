@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from trainables.beam import multistep, simulator
 from trainables.beam.augment import changed_points
 from trainables.beam.background import FRAMES, background, without
-from trainables.beam.cache import cache_folder, make_once, unfinished_of
 from trainables.beam.config import Data
 from trainables.beam.decode import Decoder, decode
 from trainables.beam.files import (
@@ -36,6 +35,7 @@ from trainables.beam.files import (
     read_power,
 )
 from trainables.beam.table import BEAM, GROUPS, POWER, Table, read_table
+from trainables.cache import cache_folder, make_once, unfinished_of
 from trainables.contract import UserError
 
 VERSION = 2  # raise it whenever decoding changes

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainables.beam import fusion
-from trainables.beam.cache import cache_folder
+from trainables.cache import cache_folder
 from trainables.contract import Diverged, Trial, UserError
 from trainables.loop import fit
 

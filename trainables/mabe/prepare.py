@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainables.beam.cache import cache_folder, make_once
+from trainables.cache import cache_folder, make_once
 from trainables.contract import UserError
 from trainables.mabe import calms21, challenge, simulator
 from trainables.mabe.config import Data, Feature

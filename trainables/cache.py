@@ -15,7 +15,7 @@ def cache_folder(chosen: str | None) -> Path:
     if chosen is not None:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "beam"
+    return Path(base) / "hyperparameter-search"
 
 
 @contextlib.contextmanager
