@@ -73,6 +73,6 @@ def test_encoders_are_whole_resnets(sensor: Modality, count: int) -> None:
 @pytest.mark.parametrize(("history", "tokens"), [(5, 962), (10, 1922), (20, 3842)])
 def test_tokens_of_a_fusion_stage(history: int, tokens: int) -> None:
     with torch.device("meta"):
-        built = FusionNetwork(Model(), Data(history=history), gps_width=2)
+        built = FusionNetwork(Model(), Data(root="published", history=history), gps_width=2)
     tables = [table for name, table in built.named_parameters() if name.endswith("position_TC")]
     assert [len(table) for table in tables] == [tokens] * 4

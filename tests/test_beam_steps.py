@@ -23,7 +23,7 @@ NAMED = {"5to1": (5, 1), "10to5": (10, 5), "20to5": (20, 5)}
 
 
 def data_of(history: int, steps: int) -> Data:
-    return Data(history=history, steps=steps, image_size=32)
+    return Data(root="nowhere", history=history, steps=steps, image_size=32)
 
 
 def network(model: Model, data: Data) -> FusionNetwork:
