@@ -388,6 +388,7 @@ def decoding(data: Data, log: Path, how: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", DECODE, data.root, data.prepared, log, how], cwd=repository)
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_gone_on_with_by_one_process_only(own: Data, tmp_path: Path) -> None:
     pictures = replace(own, modalities=("image",))
     assert decoding(pictures, tmp_path / "killed", "dies").wait() == -9
@@ -460,6 +461,7 @@ def test_published_forms_of_a_position() -> None:
     assert np.abs(by["angle2"]).max() <= np.pi / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", [1, 3, 5, 6])
 def test_real_measurements_are_read_and_their_direction_names_the_beam(
     scenario: int, shared_data: Callable[[str], Path], tmp_path: Path
