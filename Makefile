@@ -29,7 +29,7 @@ check: $(STAMP) $(REFERENCE)
 	$(BIN)/pytest -q -m "not ray and not slow"
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/overhead.py $(ARGS)
+	PYTHONPATH=. $(BIN)/python benchmarks/overhead.py $(ARGS)
 
 # The environment, made again when the dependencies change.
 $(STAMP): pyproject.toml constraints.txt
