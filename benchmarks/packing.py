@@ -1,0 +1,110 @@
+"""Several trials on one GPU against one at a time: `mabe` on its laptop profile, on a simulated GPU.
+
+    PYTHONPATH=. python benchmarks/packing.py [--slots 4] [--trials 16] [--epochs 2] [--limit-mb 400]
+
+The same settings are trained three times, for so many epochs and without a scheduler: by one slot that has the whole
+memory; by as many slots as the plan finds room for; and by these once more, with every tensor of the running trials
+counted (`packing_tagging.py`), which takes time and is therefore not timed. Ray is told of a CPU for each slot, whether
+they exist or not. Trials per minute are counted over the later half of the trials, so that the start is not in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ray
+from measured import cost_per_further_trial
+
+from search import run as engine
+from search.command import write_space
+from search.folder import STUDY
+from search.packing import measure
+from search.plan import Measured, Plan, Unmeasured, make_plan, told
+from search.record import Record
+from search.space import Space
+from search.space_file import load_space
+from search.study import open_study
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a search took."""
+
+    records: tuple[Record, ...]
+    wall_s: float
+    per_minute: float
+
+
+def search(space: Space, plan: Plan) -> Arm:
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "packing"
+        results.mkdir()
+        write_space(results, space)
+        study = open_study(results / STUDY, space, create=True)
+        began = time.monotonic()
+        outcome = engine.run(space, plan, results)
+        wall_s = time.monotonic() - began
+        ends = [trial.datetime_complete.timestamp() for trial in study.trials if trial.datetime_complete is not None]
+    assert all(record.status == "finished" for record in outcome.records), outcome.records
+    return Arm(outcome.records, wall_s, 60 * plan.slots / cost_per_further_trial(ends, plan.slots))
+
+
+def peaks(records: tuple[Record, ...]) -> list[float]:
+    """The most that a trial of each slot took, in MiB."""
+    by_slot: dict[float, float] = {}
+    for record in records:
+        slot, peak_mb = (record.metrics[name] or 0.0 for name in ("slot", "peak_mb"))
+        by_slot[slot] = max(by_slot.get(slot, 0.0), peak_mb)
+    return sorted(by_slot.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slots", type=int, default=4, metavar="N", help="at most, by CPUs")
+    parser.add_argument("--trials", type=int, default=16, metavar="N")
+    parser.add_argument("--epochs", type=int, default=2, metavar="N")
+    parser.add_argument("--limit-mb", type=float, default=400, metavar="MB", help="memory of the simulated GPU")
+    arguments = parser.parse_args()
+    overrides = [
+        f"config.epochs={arguments.epochs}",
+        f"search={{sampler: random, trials: {arguments.trials}, survival: false}}",
+        "scheduler={name: none}",
+        f"resources={{gpus_per_worker: auto, memory_limit_mb: {arguments.limit_mb}}}",
+    ]
+    space, trainable = load_space(ROOT / "search_spaces/mabe.yaml", overrides, has_gpu=False)
+    assert trainable.prepare is not None
+    trainable.prepare(trainable.config(space.config(space.draw(random.Random(0)))))
+    counted = replace(space, trainable="packing_tagging:train", paths=(str(ROOT / "benchmarks"), *space.paths))
+    ray.init(num_cpus=arguments.slots, include_dashboard=False, log_to_driver=False)
+    nodes = engine.start_ray(None)
+
+    began = time.monotonic()
+    memory = measure(space, nodes)
+    measuring_s = time.monotonic() - began
+    assert isinstance(memory, Measured), memory
+    one, several = make_plan(space, nodes, Unmeasured("to compare with")), make_plan(space, nodes, memory)
+    print(f"{told(memory)} ({measuring_s:.1f} s, a process's start included)\nplan: {several}", flush=True)
+    alone, together, watched = search(space, one), search(space, several), search(counted, several)
+    assert [record.values for record in alone.records] == [record.values for record in together.records]
+
+    print("| slots | trials | wall s | trials per minute |")
+    print("|---|---|---|---|")
+    for plan, arm in ((one, alone), (several, together)):
+        print(f"| {plan.slots} | {len(arm.records)} | {arm.wall_s:.1f} | {arm.per_minute:.1f} |")
+    by_slot = peaks(watched.records)
+    print(f"ratio: {together.per_minute / alone.per_minute:.2f} x")
+    print(f"limit of each slot {several.memory_limit_mb:.1f} MiB, of all {arguments.limit_mb:g} MiB")
+    print(
+        f"highest in each slot {', '.join(f'{peak_mb:.1f}' for peak_mb in by_slot)}, their sum {sum(by_slot):.1f} MiB"
+    )
+
+
+if __name__ == "__main__":
+    main()
