@@ -66,6 +66,11 @@ def peaks(records: tuple[Record, ...]) -> list[float]:
     return sorted(by_slot.values())
 
 
+def cut(records: tuple[Record, ...]) -> int:
+    """How many trials passed their batch through in parts, because the whole would have gone over the limit."""
+    return sum((record.metrics["micro_batch"] or 0) < record.values["optim.batch_size"] for record in records)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", type=int, default=4, metavar="N", help="at most, by CPUs")
@@ -98,15 +103,15 @@ def main() -> None:
     alone, together = search(space, one), search(space, several)
     assert [record.values for record in alone.records] == [record.values for record in together.records]
 
-    print("| slots | trials | wall s | trials per minute | limit of a slot MiB | highest in each slot MiB | sum MiB |")
-    print("|---|---|---|---|---|---|---|")
+    print("| slots | trials | cut | wall s | trials/min | limit of a slot MiB | highest in each slot MiB | sum MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for plan, arm in ((one, alone), (several, together)):
         by_slot = peaks(arm.records)
         highest = ", ".join(f"{peak_mb:.1f}" for peak_mb in by_slot)
         figures = (
             f"{arm.wall_s:.1f} | {arm.per_minute:.1f} | {plan.memory_limit_mb:.1f} | {highest} | {sum(by_slot):.1f}"
         )
-        print(f"| {plan.slots} | {len(arm.records)} | {figures} |")
+        print(f"| {plan.slots} | {len(arm.records)} | {cut(arm.records)} | {figures} |")
     print(f"ratio: {together.per_minute / alone.per_minute:.2f} x")
 
 
