@@ -22,7 +22,8 @@ from search import yaml_file
 from search.decode import did_you_mean
 from search.folder import SPACE, STUDY
 from search.mirror import Mirror, fetch, is_uri
-from search.plan import Node, estimate, make_plan
+from search.packing import cannot_share, measure
+from search.plan import AT_THE_START, Node, estimate, make_plan
 from search.results import read_results, summary, why, write_results
 from search.sampler import grid_size, sampler_maker
 from search.scheduler import make_scheduler
@@ -143,7 +144,8 @@ def search(options: Options) -> engine.Outcome | None:
     space = cap_to_grid(space)
     sampler_maker(space)
     make_scheduler(space)
-    plan = make_plan(space, nodes)
+    alone = cannot_share(space, trainable, nodes)
+    plan = make_plan(space, nodes, alone or AT_THE_START)
     print("\n".join([f"{space.name}: {describe(space)}", *space.left_out, f"plan: {plan}"]), flush=True)
     if options.dry_run:
         print(f"estimate: {estimate(space, plan, seconds_per_epoch(options.results, space))}\n")
@@ -154,6 +156,9 @@ def search(options: Options) -> engine.Outcome | None:
     results = open_results(options, space)
     if not options.address:
         engine.start_ray(None)
+    if space.resources.gpus_per_worker == "auto" and alone is None:
+        plan = make_plan(space, nodes, measure(space, nodes))
+        print(f"plan: {plan}", flush=True)
     mirror = None if options.uri is None else Mirror(results, f"{options.uri}/{results.name}")
     outcome = engine.run(space, plan, results, options.cold, mirror)
     print(summary(results, space, outcome.records))

@@ -154,7 +154,7 @@ def _tuner(
         workers=plan.workers,
         cpus_per_worker=plan.cpus_per_worker,
         gpus_per_worker=plan.gpus_per_worker,
-        memory_limit_mb=space.resources.memory_limit_mb,
+        memory_limit_mb=plan.memory_limit_mb,
         scratch=str(scratch),
     )
     slot = tune.with_parameters(Slot, job=Job(space, spec, str(results), cold))

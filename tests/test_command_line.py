@@ -174,6 +174,19 @@ def test_a_dry_run_prints_the_resolved_space_the_plan_and_the_estimate(run: Run,
     assert not (tmp_path / "results").exists()
 
 
+def test_a_dry_run_says_what_will_be_measured_and_what_holds_until_then(run: Run, tmp_path: Path) -> None:
+    auto = "resources={gpus_per_worker: auto, memory_limit_mb: 64}"
+    name = write_family(
+        tmp_path, FAMILY + "def memory_need(trial):\n    raise AssertionError('something was started')\n"
+    )
+    _, told, _ = run(*TOY, "--set", auto, "--set", f"trainable={name}:train", "--dry-run")
+    assert "plan: 1 slot x 1 worker x 1 CPU (a whole simulated GPU for each worker: what a training step takes" in told
+    assert "is measured at the start" in told
+    name = write_family(tmp_path, FAMILY)
+    _, told, _ = run(*TOY, "--set", auto, "--set", f"trainable={name}:train", "--dry-run")
+    assert f"a whole simulated GPU for each worker: the module of {name}:train has no function memory_need" in told
+
+
 def test_a_dry_run_estimates_from_the_newest_search_of_the_same_trainable(run: Run, tmp_path: Path) -> None:
     finished_search(tmp_path)
     assert "s an epoch measured before)" in run(*TOY, "--dry-run")[1]

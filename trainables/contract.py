@@ -13,6 +13,11 @@ holds a trainable may also define
     Config     a frozen dataclass; `trial.config` is then an instance of it, and the plain dict otherwise
     prepare    a function of the config, called once on the driver before any worker starts: look at the data, build
                what all trials share, and raise `UserError` for what a person must mend
+    memory_need
+               a function of a trial: the bytes of its device's memory that training takes at its peak, with weights,
+               gradients and the optimizer's state, and with no batch cut up to save memory. Called for some settings
+               before a search whose slots share GPUs (`resources.gpus_per_worker: auto`), on a GPU of its own. `train`
+               then has to keep within `Trial.memory_limit_mb`, its slot's share
 """
 
 from __future__ import annotations
