@@ -169,6 +169,8 @@ def search(options: Options) -> engine.Outcome | None:
         engine.start_ray(None)
     outcome = engine.run(space, plan, results, options.cold, mirror)
     print(summary(results, space, outcome.records))
+    if mirror is not None:
+        print(f"kept at: {mirror.uri}")
     if outcome.interrupted:
         kept = str(results) if mirror is None else mirror.uri
         print(f"interrupted; go on with: python launch.py --resume {shlex.quote(kept)}")
