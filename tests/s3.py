@@ -1,12 +1,14 @@
 """A small S3 server on a folder, for what pyarrow's client asks of one: buckets, objects, lists, uploads in parts.
 
-It checks no signature. `python s3.py FOLDER PORT` serves; every folder in FOLDER is a bucket.
+It checks no signature. Every folder in its own folder is a bucket.
 """
 
 from __future__ import annotations
 
 import re
-import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
@@ -28,8 +30,7 @@ def _unchunked(stream: IO[bytes] | BufferedIOBase) -> bytes:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    folder: Path  # of the buckets; set on a subclass
-    parts: dict[str, dict[int, bytes]]  # of the uploads under way, by their id
+    server: Store
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: the test's output is the search's."""
@@ -38,7 +39,7 @@ class Handler(BaseHTTPRequestHandler):
         """The file of the object, or the folder of the bucket, and the query."""
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
-        return self.folder / unquote(url.path).lstrip("/"), query
+        return self.server.folder / unquote(url.path).lstrip("/"), query
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "") == "chunked":
@@ -69,18 +70,19 @@ class Handler(BaseHTTPRequestHandler):
         path, _ = self._ask()
         if path.is_file():
             self._answer(200, length=str(path.stat().st_size), Last_Modified="Sat, 01 Jan 2000 00:00:00 GMT")
-        elif path.parent == self.folder and path.is_dir():
+        elif path.parent == self.server.folder and path.is_dir():
             self._answer(200)
         else:
             self._answer(404)
 
     def do_GET(self) -> None:
         path, query = self._ask()
-        if "list-type" in query or path.parent == self.folder:
+        if "list-type" in query or path.parent == self.server.folder:
             self._list(path, query.get("prefix", ""), query.get("delimiter", ""))
         elif not path.is_file():
             self._missing(_NO_KEY)
         else:
+            self.server.sent.append(str(path.relative_to(self.server.folder)))
             body, asked = path.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             if asked:
                 first, last = int(asked[1]), int(asked[2])
@@ -111,12 +113,12 @@ class Handler(BaseHTTPRequestHandler):
         path, query = self._ask()
         body = self._body()
         if "partNumber" in query:
-            self.parts[query["uploadId"]][int(query["partNumber"])] = body
+            self.server.parts[query["uploadId"]][int(query["partNumber"])] = body
             return self._answer(200)
         return self._keep(path, body)
 
     def _keep(self, path: Path, body: bytes) -> None:
-        bucket = self.folder / path.relative_to(self.folder).parts[0]
+        bucket = self.server.folder / path.relative_to(self.server.folder).parts[0]
         if not bucket.is_dir():
             return self._missing("NoSuchBucket")
         if not unquote(urlsplit(self.path).path).endswith("/"):  # such a key stands for a folder, which needs none here
@@ -128,11 +130,11 @@ class Handler(BaseHTTPRequestHandler):
         path, query = self._ask()
         self._body()
         if "uploads" in query:
-            upload = str(len(self.parts))
-            self.parts[upload] = {}
+            upload = str(len(self.server.parts))
+            self.server.parts[upload] = {}
             return self._xml(200, "InitiateMultipartUploadResult", f"<UploadId>{upload}</UploadId>")
-        parts = self.parts.pop(query["uploadId"])
-        bucket = self.folder / path.relative_to(self.folder).parts[0]
+        parts = self.server.parts.pop(query["uploadId"])
+        bucket = self.server.folder / path.relative_to(self.server.folder).parts[0]
         if not bucket.is_dir():
             return self._missing("NoSuchBucket")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,11 +147,27 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(204)
 
 
-def server(folder: Path, port: int = 0) -> ThreadingHTTPServer:
-    """A server of the buckets in `folder`; 0 takes a free port."""
-    handler = type("Served", (Handler,), {"folder": folder, "parts": {}})
-    return ThreadingHTTPServer(("127.0.0.1", port), handler)
+class Store(ThreadingHTTPServer):
+    """A server of the buckets in `folder` on a free port. sent: the objects that were read, by their names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sent: list[str] = []
+        self.parts: dict[str, dict[int, bytes]] = {}  # of the uploads under way, by their id
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What tells a client the way here."""
+        address = f"http://127.0.0.1:{self.server_port}"
+        return {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "something"}
 
 
-if __name__ == "__main__":
-    server(Path(sys.argv[1]), int(sys.argv[2])).serve_forever()
+@contextmanager
+def serving(folder: Path) -> Iterator[Store]:
+    with Store(folder) as store:
+        thread = threading.Thread(target=store.serve_forever, args=(0.05,))
+        thread.start()
+        yield store
+        store.shutdown()
+        thread.join()
