@@ -1,11 +1,13 @@
 """A copy of a results folder at a URI, for a machine that may be taken away.
 
 The search always works on a local folder (the study is a file that is locked and appended to). Where `--results` is a
-URI, what is new goes there after every trial, by pyarrow's filesystems: s3://, gs://, hdfs://, file://.
+URI, what is new goes there after every trial, and every few minutes of a long one, by pyarrow's filesystems: s3://,
+gs://, hdfs://, file://.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +30,16 @@ def is_uri(text: str) -> bool:
 
 @dataclass
 class Mirror:
-    """The folder at `uri` that follows the local folder `results`."""
+    """The folder at `uri` that follows the local folder `results`; `every_s`: while trials run."""
 
     results: Path
     uri: str
+    every_s: float = 300.0
 
     def __post_init__(self) -> None:
         self._filesystem, self._root = _open(self.uri)
         self._sent: dict[str, float] = {}  # by relative path: when the file was changed that was sent last
+        self._tried = time.monotonic()
 
     def begin(self) -> None:
         """The first push; raises UserError where nothing can be kept, before anything has been computed for nothing."""
@@ -52,7 +56,13 @@ class Mirror:
         except OSError as error:
             print(f"{self.uri}: not up to date, {error}; tried again after the next trial", flush=True)
 
+    def push_if_due(self) -> None:
+        """Push, unless that was tried less than `every_s` ago."""
+        if time.monotonic() - self._tried >= self.every_s:
+            self.push()
+
     def _push(self) -> None:
+        self._tried = time.monotonic()
         # The study comes last: what it calls finished is there already, should the machine go in between.
         for path in sorted(self.results.rglob("*"), key=lambda path: (path.name == STUDY, path)):
             relative = path.relative_to(self.results)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ledgers import ask, open_journal
 from s3 import Store
+from spaces import space_of
 
 from search.folder import SCRATCH, TrialFolder
 from search.mirror import Mirror, fetch
+from search.recorder import Recorder
+from search.trial import EPOCH, METRICS
 from trainables.contract import UserError
 
 
@@ -102,6 +108,31 @@ def test_a_checkpoint_goes_when_a_newer_one_has_come(results: Path, disk: Path) 
     (folder.path / "checkpoint-0002.pt").unlink()  # lost here, and not replaced
     mirror.push()
     assert tree(disk / "run/trials") == {"0000/checkpoint-0002.pt": b"newer"}
+
+
+def test_a_long_trial_is_sent_now_and_then(results: Path, disk: Path) -> None:
+    patient, eager = (Mirror(results, f"file://{disk}/{every_s}", every_s) for every_s in (300.0, 0.0))
+    for mirror in (patient, eager):
+        mirror.begin()
+    TrialFolder(results, 0).write_checkpoint(2, b"newer")
+    for mirror in (patient, eager):
+        mirror.push_if_due()
+    assert (disk / "0.0/trials/0000/checkpoint-0002.pt").exists()
+    assert not (disk / "300.0/trials/0000/checkpoint-0002.pt").exists()
+
+
+def test_each_epoch_gives_the_mirror_its_turn(tmp_path: Path) -> None:
+    space = space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}})
+    ledger = open_journal(space, tmp_path / "run")
+    opened = ask(ledger)
+    trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": opened.values})
+    kept: list[list[dict[str, Any]]] = []
+    folder = TrialFolder(tmp_path / "run", opened.number)
+    recorder = Recorder(ledger, tmp_path / "run", lambda record: None, lambda: kept.append(folder.read_metrics()))
+    for epoch in (1, 2):
+        recorder.on_trial_result(0, [], trial, {EPOCH: epoch, METRICS: {"loss": 0.5}})
+    recorder.close("time")
+    assert [len(rows) for rows in kept] == [1, 2], "the epoch is on the disk when its turn comes"
 
 
 def test_a_bucket_is_a_mirror_too(results: Path, tmp_path: Path, store: Store) -> None:
