@@ -34,7 +34,7 @@ PAGE = (ROOT / "docs/detached.md").read_text()
 SLOW_SPACE = """
 trainable: toys:descend
 objective: {metric: loss, mode: min}
-config: {epochs: 3, pause_s: 0.4, lr: {log: [1.0e-2, 0.4]}}
+config: {epochs: 3, pause_s: 0.2, lr: {log: [1.0e-2, 0.4]}}
 search: {trials: 500, sampler: random}
 """
 
@@ -225,7 +225,7 @@ def follow(home: Path, environment: dict[str, str]) -> Story:
         terminal.export()
         terminal.run(".venv/bin/ray job submit")
         with terminal.start(".venv/bin/ray job logs --follow") as following:
-            followed = read_until(following, r"trial +1 +finished")
+            followed = read_until(following, r"trial +0 +finished")
             terminal.run(".venv/bin/ray job status")
             machine.go()
         lost = shutil.copytree(kept, home / "lost")
