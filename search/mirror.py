@@ -45,9 +45,17 @@ class Mirror:
         """The first push; raises UserError where nothing can be kept, before anything has been computed for nothing."""
         try:
             self._filesystem.create_dir(self._root, recursive=True)
+            self._recognise()
             self._push()
         except OSError as error:
             raise UserError(f"{self.uri}: cannot be written to: {error}") from None
+
+    def _recognise(self) -> None:
+        """Checkpoints that are there from before an interruption are not sent again: they are what is large."""
+        for found in self._filesystem.get_file_info(fs.FileSelector(self._root, allow_not_found=True, recursive=True)):
+            path = self.results / found.path.removeprefix(f"{self._root}/")
+            if path.match(CHECKPOINT_PATTERN) and path.exists() and path.stat().st_size == found.size:
+                self._sent[path.relative_to(self.results).as_posix()] = path.stat().st_mtime
 
     def push(self) -> None:
         """Send every file that has changed since it was sent. A store that cannot be reached does not end a search."""

@@ -110,6 +110,21 @@ def test_a_checkpoint_goes_when_a_newer_one_has_come(results: Path, disk: Path) 
     assert tree(disk / "run/trials") == {"0000/checkpoint-0002.pt": b"newer"}
 
 
+def test_a_resumed_search_does_not_send_its_checkpoints_again(results: Path, disk: Path) -> None:
+    uri, sent = f"file://{disk}/run", disk / "run/trials/0000/checkpoint-0001.pt"
+    Mirror(results, uri).begin()
+    sent.write_bytes(bytes(256))  # as long as the one here: it would be replaced if it were sent
+    mirror = Mirror(results, uri)
+    mirror.begin()
+    assert sent.read_bytes() == bytes(256)
+    sent.write_bytes(b"cut off in the middle")
+    Mirror(results, uri).begin()
+    assert sent.read_bytes() == bytes(range(256))
+    TrialFolder(results, 0).write_checkpoint(2, b"newer")
+    mirror.push()
+    assert not sent.exists()
+
+
 def test_a_long_trial_is_sent_now_and_then(results: Path, disk: Path) -> None:
     patient, eager = (Mirror(results, f"file://{disk}/{every_s}", every_s) for every_s in (300.0, 0.0))
     for mirror in (patient, eager):
@@ -142,6 +157,7 @@ def test_a_bucket_is_a_mirror_too(results: Path, tmp_path: Path, store: Store) -
     mirror.begin()
     TrialFolder(results, 0).write_checkpoint(2, bytes(range(256)) * 50_000)
     mirror.push()
+    Mirror(results, "s3://bucket/searches/run").begin()
     assert tree(tmp_path / "store/bucket/searches/run") == tree(results)
     assert tree(fetch("s3://bucket/searches/run", tmp_path / "elsewhere")) == tree(results)
 
