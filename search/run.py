@@ -123,9 +123,13 @@ def run(space: Space, plan: Plan, results: Path, cold: bool = False, mirror: Mir
         if mirror is not None:
             mirror.push()
 
+    def keep() -> None:
+        if mirror is not None:
+            mirror.push_if_due()
+
     study = open_study(results / STUDY, space, create=False)
     ledger = Ledger(space, study, sampler_maker(space), results)
-    recorder = Recorder(ledger, results, tell)
+    recorder = Recorder(ledger, results, tell, keep)
     stop = _Stop(space.search.time_budget_s)
     try:
         if ledger.left:

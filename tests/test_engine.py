@@ -38,6 +38,7 @@ def options(folder: Path, resume: Path | None = None) -> Options:
         warm_start=None,
         address=None,
         cold=False,
+        export=None,
         dry_run=False,
     )
 
