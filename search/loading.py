@@ -21,12 +21,12 @@ class Trainable:
     """A trainable and what its module says about it.
 
     config_class: the module's `Config` dataclass, or None for plain dicts.
-    prepare: the module's `prepare(config)`, or None.
+    prepare: the module's `prepare(config)`, or None; what it returns says what the data are, unless it is None.
     """
 
     train: Callable[[Any], Any]
     config_class: type | None
-    prepare: Callable[[Any], Any] | None
+    prepare: Callable[[Any], str | None] | None
 
     def config(self, tree: dict[str, Any]) -> Any:
         """`tree` in the form in which `train` takes it; raises UserError for what does not fit."""

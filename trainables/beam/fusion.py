@@ -149,13 +149,13 @@ def task_for(config: Config) -> Task:
     return replace(TASK, score=functools.partial(score, scenarios=scenarios))
 
 
-def prepare(config: Config) -> None:
-    """Check and decode the data, and look at the pre-trained encoders, before any worker starts."""
+def prepare(config: Config) -> str:
+    """Check and decode the data, and look at the pre-trained encoders, before any worker starts; a line on the data."""
     if config.model.pretrained_encoders is not None:
         for sensor in SENSORS:
             if sensor in config.data.modalities:
                 pretrained_weights(sensor, config.model)
-    print(describe(config), flush=True)
+    return describe(config)
 
 
 def train(trial: Trial) -> Iterator[Report]:

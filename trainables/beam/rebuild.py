@@ -225,15 +225,16 @@ def lr_scale(name: str, ratio: float) -> float:
     return ratio if name.startswith("fusion.") and not first else 1.0
 
 
-def prepare(config: Config) -> None:
-    """Check and decode the data before any worker starts, and that a pre-trained network is where it should be."""
-    fusion.prepare(config.fusion)
+def prepare(config: Config) -> str:
+    """Check and decode the data, and that a pre-trained network is where it should be; returns a line on the data."""
+    told = fusion.prepare(config.fusion)
     given = config.rebuild.pretrained
     if given is not None:
         try:
             build(config, load_weights(Path(given)))
         except UserError as error:
             raise UserError(f"rebuild.pretrained = {given}: {error}") from None
+    return told
 
 
 def initial_weights(config: Config, trial: Trial) -> Weights:
