@@ -83,7 +83,7 @@ def test_a_missing_sensor_tells_nothing(missing: Literal["token", "zerolike", "r
 
     def without_image(batch: dict[str, Tensor]) -> Tensor:
         torch.manual_seed(0)  # of the noise in place of the image
-        maps = built.withhold(built.first_maps(batch), batch, everywhere(["image"], batch["beam"]))
+        maps = built.withhold(built.first_maps(batch), everywhere(["image"], batch["beam"]))
         return built.fuse(maps, batch["gps"])
 
     torch.testing.assert_close(without_image(batch), without_image({**batch, "image": other["image"]}))
@@ -94,7 +94,7 @@ def test_a_missing_sensor_tells_nothing(missing: Literal["token", "zerolike", "r
 def test_only_the_windows_that_lack_a_sensor_change() -> None:
     built, batch = network().eval(), windows(3)
     maps = built.first_maps(batch)
-    lacking = built.withhold(maps, batch, {"radar": torch.tensor([False, True, False])})
+    lacking = built.withhold(maps, {"radar": torch.tensor([False, True, False])})
     logits, full = built.fuse(lacking, batch["gps"]), built.fuse(maps, batch["gps"])
     torch.testing.assert_close(logits[[0, 2]], full[[0, 2]])
     assert not torch.allclose(logits[1], full[1])
