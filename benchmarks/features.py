@@ -1,8 +1,8 @@
-"""What a rebuild's training step costs from decoded frames, and from the kept first maps of its frozen encoders.
+"""What a rebuild's training step costs as it is, from kept first maps of its frozen encoders, and channels last.
 
     PYTHONPATH=. .venv/bin/python benchmarks/features.py
 
-Both in one process, on one thread, in turns; processor time, the batch gathered from disk included. Full size is 256
+All in one process, on one thread, in turns; processor time, the batch gathered from disk included. Full size is 256
 pixels, five instants and the published widths, with files of the public data's shapes.
 """
 
@@ -26,6 +26,7 @@ from trainables.beam.config import Data, Simulated
 from trainables.contract import Trial
 from trainables.step import Loss
 
+WAYS = ("from frames", "from kept maps", "from frames, channels last")
 SPACE = Path(__file__).resolve().parents[1] / "search_spaces" / "rebuild.yaml"
 
 
@@ -48,46 +49,49 @@ def step_s(loss: Loss, samples: Any, windows: int) -> float:
     return time.process_time() - began_s
 
 
-def compare(config: rebuild.Config, windows: int, pairs: int) -> tuple[list[float], list[float]]:
-    """Seconds of steps from frames, and from maps."""
+def compare(config: rebuild.Config, windows: int, rounds: int) -> list[list[float]]:
+    """Seconds of steps, of each of WAYS."""
     torch.manual_seed(0)
     network = fusion.build(config.fusion).eval()
     maps = features.first_maps(config.data, network, config.optim, Trial(config))
-    loss = Loss(rebuild.loss, rebuild.build(config, network.state_dict()), config)
-    sides = [features.samples(config, "train", maps=kept) for kept in ({}, maps)]
-    for samples in sides:
+    last = replace(config, model=replace(config.model, channels_last=True))
+    as_it_is, channels_last = (Loss(rebuild.loss, rebuild.build(x, network.state_dict()), x) for x in (config, last))
+    frames, kept = (features.samples(config, "train", maps=x) for x in ({}, maps))
+    ways = [(as_it_is, frames), (as_it_is, kept), (channels_last, frames)]
+    for loss, samples in ways:
         step_s(loss, samples, windows)
-    taken = [[step_s(loss, samples, windows) for samples in sides] for _ in range(pairs)]
-    from_frames, from_maps = zip(*taken, strict=True)
-    return list(from_frames), list(from_maps)
+    return [[step_s(loss, samples, windows) for loss, samples in ways] for _ in range(rounds)]
 
 
-def row(name: str, losses: str, windows: int, from_frames: Sequence[float], from_maps: Sequence[float]) -> str:
-    ratios = [kept / whole for whole, kept in zip(from_frames, from_maps, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    ms = [f"{1000 * statistics.median(taken):.1f}" for taken in (from_frames, from_maps)]
-    return f"| {name} | {losses} | {windows} | {ms[0]} | {ms[1]} | {middle:.3f} | {low:.3f} to {high:.3f} |"
+def rows(name: str, rounds: Sequence[Sequence[float]]) -> str:
+    lines = []
+    for number, way in enumerate(WAYS):
+        median_ms = 1000 * statistics.median(taken[number] for taken in rounds)
+        ratios = [taken[number] / taken[0] for taken in rounds]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        told = f"{middle:.3f} | {low:.3f} to {high:.3f}" if number else " | "
+        lines.append(f"| {name if number == 0 else ''} | {way} | {median_ms:.1f} | {told} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     command = argparse.ArgumentParser(description=__doc__)
-    command.add_argument("--pairs", type=int, default=40, help="steps each way on the laptop's network")
-    command.add_argument("--full-pairs", type=int, default=3, help="at full size")
+    command.add_argument("--rounds", type=int, default=40, help="steps each way on the laptop's network")
+    command.add_argument("--full-rounds", type=int, default=3, help="at full size")
     given = command.parse_args()
     torch.set_num_threads(1)
-    print("| network | losses | windows | ms from frames | ms from maps | ratio | middle half |")
-    print("|---|---|---|---|---|---|---|")
+    print("| network | a step | ms | times | middle half |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for name, config, windows, pairs in (
-            ("laptop", laptop(folder), 16, given.pairs),
-            ("full size", full_size(folder), 2, given.full_pairs),
+        for name, config, windows, rounds in (
+            ("laptop", laptop(folder), 16, given.rounds),
+            ("full size", full_size(folder), 2, given.full_rounds),
         ):
             for losses, weights in (
-                ("all four", config.loss),
-                ("without fusion", replace(config.loss, alpha_fusion=0.0)),
+                ("four losses", config.loss),
+                ("no fusion loss", replace(config.loss, alpha_fusion=0.0)),
             ):
-                taken = compare(replace(config, loss=weights), windows, pairs)
-                print(row(name, losses, windows, *taken), flush=True)
+                taken = compare(replace(config, loss=weights), windows, rounds)
+                print(rows(f"{name}, {losses}, {windows} windows", taken), flush=True)
 
 
 if __name__ == "__main__":

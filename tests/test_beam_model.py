@@ -223,6 +223,25 @@ def test_a_transformer_starts_as_published_and_ignores_the_switches_of_mamba(ini
     assert torch.equal(fusion(x), same(x))
 
 
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_channels_last_is_another_layout_of_the_same_network(norm: Literal["batch", "group"]) -> None:
+    """And its gradients lie as its weights do, which DDP's buckets want; at 64 pixels no map is a single value."""
+    data = replace(small_data(), image_size=64)
+    torch.manual_seed(0)
+    plain, other = (
+        FusionNetwork(replace(SMALL, norm=norm, channels_last=last), data, GPS_WIDTH) for last in (False, True)
+    )
+    other.load_state_dict(plain.state_dict())
+    batch = small_beam.noise(3, data)
+    logits, same = plain(batch), other(batch)
+    torch.testing.assert_close(same, logits, rtol=1e-3, atol=1e-4)
+    names, trained = zip(*other.encoders.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(same.sum(), trained)
+    strides = {name: (x.stride(), dx.stride()) for name, x, dx in zip(names, trained, gradients, strict=True)}
+    assert all(mine == theirs for mine, theirs in strides.values()), strides
+    assert strides["image.resnet.encoder.stages.1.layers.0.layer.0.convolution.weight"][0] == (36, 1, 12, 4)
+
+
 @pytest.mark.parametrize("block", ["bi", "transformer"])
 def test_half_precision_gives_nearly_the_same_logits(block: Literal["bi", "transformer"]) -> None:
     data = replace(small_data(), steps=3)

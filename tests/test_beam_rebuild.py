@@ -284,6 +284,7 @@ def test_the_key_of_a_network_is_what_it_was_trained_by(config: rebuild.Config) 
     base = config.fusion
     assert pretrained.key(base, 0) == pretrained.key(replace(base, score_without=()), 0)
     assert pretrained.key(base, 0) == pretrained.key(replace(base, data=replace(base.data, prepared="/else")), 0)
+    assert pretrained.key(base, 0) == pretrained.key(replace(base, model=replace(base.model, channels_last=True)), 0)
     assert pretrained.key(base, 0) != pretrained.key(base, 1)
     assert pretrained.key(base, 0) != pretrained.key(replace(base, loss=BeamLoss(kind="ce")), 0)
     assert base == replace(config, loss=RebuildLoss(alpha_trans=7.0), optim=Optim(lr=1.0)).fusion

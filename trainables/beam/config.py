@@ -109,6 +109,7 @@ class Model:
     # What the encoders start from: imagenet (microsoft/resnet-34 and -18 of the Hugging Face hub), or a folder that
     # holds resnet-34/ and resnet-18/ as `save_pretrained` writes them. None: random weights.
     pretrained_encoders: str | None = None
+    channels_last: bool = False  # how the encoders' maps lie in memory; the numbers are the same but for rounding
     block: Literal["uni", "bi", "cs_bi", "transformer"] = "cs_bi"
     n_layer: int = 8
     d_state: int = 16  # this, d_conv and expand are of Mamba layers

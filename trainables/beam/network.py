@@ -60,6 +60,9 @@ class FusionNetwork(nn.Module):
         self.over_time = OverTime(data.history, len(self.sensors) > 0, gps, model)
         self.head = _head(model.channels[-1])
         self.ahead = Ahead(data.steps) if data.steps > 1 else None
+        if model.channels_last:
+            # Convolutions take the layout of their weights; DDP wants that of 1x1 kernels, too, to be their gradients'.
+            self.encoders.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits, (B, 64), or (B, P, 64) of P > 1 steps."""
