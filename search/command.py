@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -162,7 +162,10 @@ def search(options: Options) -> engine.Outcome | None:
         print(yaml_file.dump(space.document()), end="")
         return None
     if trainable.prepare is not None:
-        trainable.prepare(trainable.config(space.config(space.draw(random.Random(0)))))
+        told = trainable.prepare(trainable.config(space.config(space.draw(random.Random(0)))))
+        if told is not None:
+            space = replace(space, data=str(told))
+            print(space.data, flush=True)
     results = open_results(options, space)
     mirror = None if options.uri is None else Mirror(results, f"{options.uri}/{results.name}")
     if mirror is not None:
@@ -243,6 +246,7 @@ def write_space(results: Path, space: Space) -> None:
         "command": shlex.join(["python", *sys.argv]),
         "profile": space.profile,
         "paths": list(space.paths),
+        "data": space.data,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

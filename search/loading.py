@@ -21,13 +21,13 @@ class Trainable:
     """A trainable and what its module says about it.
 
     config_class: the module's `Config` dataclass, or None for plain dicts.
-    prepare: the module's `prepare(config)`, or None.
+    prepare: the module's `prepare(config)`, or None; what it returns says what the data are, unless it is None.
     memory_need: the module's `memory_need(trial)`, or None.
     """
 
     train: Callable[[Any], Any]
     config_class: type | None
-    prepare: Callable[[Any], Any] | None
+    prepare: Callable[[Any], str | None] | None
     memory_need: Callable[[Any], int] | None
 
     def config(self, tree: dict[str, Any]) -> Any:

@@ -72,6 +72,7 @@ def _one_best(results: Path, space: Space, record: Record) -> dict[str, Any]:
         "name": record.name,
         "objective": {item.metric: record.metrics[item.metric] for item in space.objectives},
         "metrics": dict(record.metrics),
+        "data": space.data,
         "config": space.config(record.values),
         "searched": dict(record.values),
         "epochs": record.epochs,
@@ -83,7 +84,8 @@ def summary(results: Path, space: Space, found: Sequence[Record]) -> str:
     """What a person reads when a search ends."""
     counts = Counter(record.status for record in found)
     told = ", ".join(f"{counts[status]} {status}" for status in (*STATUSES, INTERRUPTED) if counts[status])
-    lines = [f"{len(found)} trials: {told}" if found else "no trial was run"]
+    lines = [f"data: {space.data}"] if space.data else []
+    lines.append(f"{len(found)} trials: {told}" if found else "no trial was run")
     lines += patterns(space, found)
     best = best_of(found, space)
     if not best:

@@ -31,6 +31,7 @@ class Space:
 
     tree: the config with its domains as written. parameters: the searched ones, each after those its `when` names.
     left_out: a line on each known setting that an override ruled out. paths: where the trainable is looked for.
+    data: what the trainable's `prepare` says of its data, such as how they are split; None where it says nothing.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Space:
     left_out: tuple[str, ...]
     profile: str | None
     paths: tuple[str, ...]
+    data: str | None = None
 
     @property
     def epochs(self) -> int | None:

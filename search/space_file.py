@@ -172,6 +172,7 @@ def _build(document: dict[str, Any], file: Path, profile: str | None, left_out: 
         left_out=left_out,
         profile=profile or ran.get("profile"),
         paths=tuple(dict.fromkeys([*search_paths(file), *ran.get("paths", [])])),
+        data=ran.get("data"),
     )
 
 

@@ -100,8 +100,9 @@ def write_tables(results: Path, title: str, tables: Mapping[str, Table], cells: 
     """Write tables.md and report.html from what the searches of the cells have found so far; returns the Markdown."""
     texts = []
     for name, table in tables.items():
-        best = {(cell.row, cell.column): _best_metrics(results / cell.folder) for cell in cells if cell.table == name}
-        texts.append(markdown(table, best))
+        best = {(cell.row, cell.column): _best(results / cell.folder) for cell in cells if cell.table == name}
+        texts.append(markdown(table, {place: document.get("metrics", {}) for place, document in best.items()}))
+        texts += [f"Data: {line}" for line in dict.fromkeys(document.get("data") for document in best.values()) if line]
     text = "\n\n".join(texts) + "\n"
     replace_text(results / MARKDOWN, text)
     links = [f'<li><a href="{html.escape(cell.folder)}/{REPORT}">{html.escape(cell.folder)}</a></li>' for cell in cells]
@@ -110,15 +111,15 @@ def write_tables(results: Path, title: str, tables: Mapping[str, Table], cells: 
     return text
 
 
-def _best_metrics(folder: Path) -> Mapping[str, Any] | None:
-    """Of a search's best trial, with the number of trials it was chosen from; None where there is none yet."""
+def _best(folder: Path) -> Mapping[str, Any]:
+    """What best.yaml says of a search's best trial; nothing where there is none yet."""
     if not (folder / BEST).exists():
-        return None
-    metrics: dict[str, Any] = yaml_file.read(folder / BEST)["metrics"]
-    return metrics
+        return {}
+    document: dict[str, Any] = yaml_file.read(folder / BEST)
+    return document
 
 
-def markdown(table: Table, best: Mapping[tuple[str, str], Mapping[str, Any] | None]) -> str:
+def markdown(table: Table, best: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     """The table; a cell is `measured (reference)`, a dash where no trial finished within the constraints.
 
     best: metrics of the best trial by row and column.
@@ -128,7 +129,7 @@ def markdown(table: Table, best: Mapping[tuple[str, str], Mapping[str, Any] | No
     lines = [f"| {' | '.join([table.title, *headings])} |", "|---" * (len(headings) + 1) + "|"]
     for row in table.rows:
         told = [
-            _cell((best.get((row, column)) or {}).get(metric), _reference(table, row, column, heading))
+            _cell(best.get((row, column), {}).get(metric), _reference(table, row, column, heading))
             for column in table.columns
             for heading, metric in table.metrics.items()
         ]

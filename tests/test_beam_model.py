@@ -83,7 +83,7 @@ def test_a_missing_sensor_tells_nothing(missing: Literal["token", "zerolike", "r
 
     def without_image(batch: dict[str, Tensor]) -> Tensor:
         torch.manual_seed(0)  # of the noise in place of the image
-        maps = built.withhold(built.first_maps(batch), batch, everywhere(["image"], batch["beam"]))
+        maps = built.withhold(built.first_maps(batch), everywhere(["image"], batch["beam"]))
         return built.fuse(maps, batch["gps"])
 
     torch.testing.assert_close(without_image(batch), without_image({**batch, "image": other["image"]}))
@@ -94,7 +94,7 @@ def test_a_missing_sensor_tells_nothing(missing: Literal["token", "zerolike", "r
 def test_only_the_windows_that_lack_a_sensor_change() -> None:
     built, batch = network().eval(), windows(3)
     maps = built.first_maps(batch)
-    lacking = built.withhold(maps, batch, {"radar": torch.tensor([False, True, False])})
+    lacking = built.withhold(maps, {"radar": torch.tensor([False, True, False])})
     logits, full = built.fuse(lacking, batch["gps"]), built.fuse(maps, batch["gps"])
     torch.testing.assert_close(logits[[0, 2]], full[[0, 2]])
     assert not torch.allclose(logits[1], full[1])
@@ -221,6 +221,25 @@ def test_a_transformer_starts_as_published_and_ignores_the_switches_of_mamba(ini
     assert fusion.position_TC.any() == (init == "mamba")
     x = torch.randn(2, 10, 64)
     assert torch.equal(fusion(x), same(x))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_channels_last_is_another_layout_of_the_same_network(norm: Literal["batch", "group"]) -> None:
+    """And its gradients lie as its weights do, which DDP's buckets want; at 64 pixels no map is a single value."""
+    data = replace(small_data(), image_size=64)
+    torch.manual_seed(0)
+    plain, other = (
+        FusionNetwork(replace(SMALL, norm=norm, channels_last=last), data, GPS_WIDTH) for last in (False, True)
+    )
+    other.load_state_dict(plain.state_dict())
+    batch = small_beam.noise(3, data)
+    logits, same = plain(batch), other(batch)
+    torch.testing.assert_close(same, logits, rtol=1e-3, atol=1e-4)
+    names, trained = zip(*other.encoders.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(same.sum(), trained)
+    strides = {name: (x.stride(), dx.stride()) for name, x, dx in zip(names, trained, gradients, strict=True)}
+    assert all(mine == theirs for mine, theirs in strides.values()), strides
+    assert strides["image.resnet.encoder.stages.1.layers.0.layer.0.convolution.weight"][0] == (36, 1, 12, 4)
 
 
 @pytest.mark.parametrize("block", ["bi", "transformer"])

@@ -161,7 +161,7 @@ def test_windows_whose_target_is_not_rebuilt_hold_it_or_its_stand_in(config: reb
     with torch.no_grad():
         model.fusion.absent["image"].fill_(3.0)
         maps, gps = model.fusion.first_maps(batch), batch["gps"]
-        less = model.fusion.withhold(maps, batch, fusion.everywhere(("image",), batch["beam"]))
+        less = model.fusion.withhold(maps, fusion.everywhere(("image",), batch["beam"]))
         expected = {name: model.fusion.fuse(x, gps) for name, x in (("complete", maps), ("stand_in", less))}
         for mix, logits in expected.items():
             settings = replace(config, rebuild=Rebuild(share=1e-9, mix=mix))  # type: ignore[arg-type]
@@ -190,7 +190,7 @@ def test_first_stages_stay_in_eval_mode_while_the_rest_trains(config: rebuild.Co
 
 
 def test_learning_rates_of_fusion_and_rebuild(config: rebuild.Config) -> None:
-    task = rebuild.task_for(replace(config, rebuild=Rebuild(fusion_lr_ratio=0.2)), {})
+    task = rebuild.task_for(replace(config, rebuild=Rebuild(fusion_lr_ratio=0.2)), {}, {})
     assert task.lr_scale("fusion.head.0.weight") == 0.2
     assert task.lr_scale("translators.image.layers.0.weight") == 1.0
     assert task.lr_scale("fusion.encoders.image.resnet.encoder.stages.1.layers.0.weight") == 0.2
@@ -284,6 +284,7 @@ def test_the_key_of_a_network_is_what_it_was_trained_by(config: rebuild.Config) 
     base = config.fusion
     assert pretrained.key(base, 0) == pretrained.key(replace(base, score_without=()), 0)
     assert pretrained.key(base, 0) == pretrained.key(replace(base, data=replace(base.data, prepared="/else")), 0)
+    assert pretrained.key(base, 0) == pretrained.key(replace(base, model=replace(base.model, channels_last=True)), 0)
     assert pretrained.key(base, 0) != pretrained.key(base, 1)
     assert pretrained.key(base, 0) != pretrained.key(replace(base, loss=BeamLoss(kind="ce")), 0)
     assert base == replace(config, loss=RebuildLoss(alpha_trans=7.0), optim=Optim(lr=1.0)).fusion

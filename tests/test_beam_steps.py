@@ -111,7 +111,7 @@ def test_a_score_counts_every_step_and_batches_of_any_size_add_up() -> None:
             sums[name] = [before[0] + float(summed), before[1] + float(count)]
 
     logits, beam = built(batch), batch["beam"]
-    less = built.fuse(built.withhold(built.first_maps(batch), batch, everywhere(["image"], beam)), batch["gps"])
+    less = built.fuse(built.withhold(built.first_maps(batch), everywhere(["image"], beam)), batch["gps"])
     expected = {
         "dba": (flat_dba(logits, beam), 21),
         "dba_missing": (flat_dba(less, beam), 21),

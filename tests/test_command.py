@@ -27,6 +27,10 @@ def train(trial):
     for epoch in range(4):
         w -= trial.config["lr"] * 2 * w
         yield {"loss": w * w}
+
+
+def prepare(config):
+    return "one parabola, honest split"
 """
 OWN_SPACE = """
 trainable: my_loop:train
@@ -93,6 +97,17 @@ def test_bring_your_own_loop_from_another_folder(brought: tuple[Path, int, str])
     assert "6 trials: 6 finished" in output
     assert "best: trial" in output
     assert len(rows(folder / "results/mine")) == 6
+
+
+def test_what_the_data_are_stands_in_every_result(brought: tuple[Path, int, str]) -> None:
+    folder, _, output = brought
+    results = folder / "results/mine"
+    assert "\none parabola, honest split\n" in output
+    assert "\ndata: one parabola, honest split\n" in output
+    assert "data: one parabola, honest split" in (results / "report.html").read_text()
+    assert yaml.safe_load((results / "best.yaml").read_text())["data"] == "one parabola, honest split"
+    status, output = finish(launch(folder, "--report", str(results)))
+    assert (status, output.startswith("data: one parabola, honest split\n")) == (0, True)
 
 
 def test_exit_status_1_when_nothing_keeps_the_constraints(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_an_unknown_table_and_a_space_without_any(file: Path) -> None:
 
 def test_what_a_table_says(file: Path) -> None:
     table = read_tables(file, None, True, "starts")["starts"]
-    best = {("near", "few"): {"loss": 0.5, "epochs": 3}, ("far, known", "few"): None}
+    best = {("near", "few"): {"loss": 0.5, "epochs": 3}, ("far, known", "few"): {}}
     assert markdown(table, best).splitlines() == [
         "| Where it starts | loss, few | epochs run, few | loss, more | epochs run, more |",
         "|---|---|---|---|---|",
@@ -115,11 +115,16 @@ def test_what_a_table_says(file: Path) -> None:
 def test_the_page_links_to_every_search(file: Path, tmp_path: Path) -> None:
     tables = read_tables(file, None, True, "all")
     cells = cells_of(tables)
-    yaml_file.write(tmp_path / "starts-near-few" / "best.yaml", {"trial": 1, "metrics": {"loss": 0.125, "epochs": 3}})
+    found = {"trial": 1, "metrics": {"loss": 0.125, "epochs": 3}}
+    yaml_file.write(tmp_path / "starts-near-few" / "best.yaml", {**found, "data": "real, honest split"})
+    yaml_file.write(tmp_path / "starts-near-more" / "best.yaml", {**found, "data": "real, honest split"})
+    yaml_file.write(tmp_path / "alone-one" / "best.yaml", {**found, "data": None})
     text = write_tables(tmp_path, "starts", tables, cells)
     page = (tmp_path / "report.html").read_text()
     assert "0.1250 (0.2500)" in text
     assert "<td>0.1250 (0.2500)</td>" in page
+    assert text.count("Data: ") == text.count("Data: real, honest split") == 1
+    assert "<p>Data: real, honest split</p>" in page
     assert all(f'href="{cell.folder}/report.html"' in page for cell in cells)
     assert (tmp_path / "tables.md").read_text() == text
 

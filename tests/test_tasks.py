@@ -49,7 +49,7 @@ def rebuild_case(cache: Path) -> Case:
     config = rebuild.Config(data=base.data, model=SMALL, optim=OPTIM, pretrain=Pretrain(1, OPTIM), epochs=3)
     config = replace(config, rebuild=replace(config.rebuild, fusion_lr_ratio=0.5))
     torch.manual_seed(0)
-    return Case(rebuild.task_for(config, fusion.build(config.fusion).state_dict()), config)
+    return Case(rebuild.task_for(config, fusion.build(config.fusion).state_dict(), {}), config)
 
 
 def tagging_case(cache: Path) -> Case:

@@ -109,6 +109,7 @@ class Model:
     # What the encoders start from: imagenet (microsoft/resnet-34 and -18 of the Hugging Face hub), or a folder that
     # holds resnet-34/ and resnet-18/ as `save_pretrained` writes them. None: random weights.
     pretrained_encoders: str | None = None
+    channels_last: bool = False  # how the encoders' maps lie in memory; the numbers are the same but for rounding
     block: Literal["uni", "bi", "cs_bi", "transformer"] = "cs_bi"
     n_layer: int = 8
     d_state: int = 16  # this, d_conv and expand are of Mamba layers
@@ -179,8 +180,14 @@ class Rebuild:
     encoders: Literal["frozen", "trained"] = "frozen"  # first stages of sources and targets; trained: at optim.lr
     fusion_lr_ratio: float = 0.01  # the fusion network's learning rate over optim.lr; 0: it stays as it is
     pretrained: str | None = None  # checkpoint of a fusion network; None: one is trained once and kept
+    cache_features: bool = False  # what the frozen first stages make of each frame is kept on disk, for all trials
 
     def __post_init__(self) -> None:
+        if self.cache_features and self.encoders != "frozen":
+            raise UserError(
+                f"rebuild.cache_features = true needs rebuild.encoders = frozen and not {self.encoders}: "
+                "the features of trained encoders change with every step"
+            )
         for name, sensors in (("source", self.source), ("target", self.target)):
             if not sensors:
                 raise UserError(f"rebuild.{name} is empty; name at least one of {', '.join(SENSORS)}")

@@ -129,9 +129,12 @@ def map_sides(image_size: int) -> list[int]:
     return [math.ceil(image_size / 2**halvings) for halvings in (2, 3, 4, 5)]
 
 
-def stand_in_input(kind: Literal["zerolike", "randlike"], like_FISS: Tensor) -> Tensor:
+def stand_in_input(
+    kind: Literal["zerolike", "randlike"], sensor: Modality, frames: int, size: int, device: torch.device
+) -> Tensor:
     """What the published evaluation feeds to the encoder of a missing sensor, in place of its normalised input."""
-    return torch.zeros_like(like_FISS) if kind == "zerolike" else torch.rand_like(like_FISS)
+    shape = (frames, len(OFFSET_AND_SCALE[sensor][0]), size, size)
+    return torch.zeros(shape, device=device) if kind == "zerolike" else torch.rand(shape, device=device)
 
 
 def _group_norms(module: nn.Module) -> None:

@@ -61,7 +61,7 @@ def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     windows = len(batch["beam"])
     maps = model.first_maps(batch)
     gone = draw_missing(model.sensors, windows, config.missing_prob, batch["beam"].device)
-    logits = model.fuse(model.withhold(maps, batch, gone), batch.get("gps"))
+    logits = model.fuse(model.withhold(maps, gone), batch.get("gps"))
     return {config.loss.kind: (beam_loss(logits, batch["beam"], config.loss).sum(), windows)}
 
 
@@ -105,7 +105,7 @@ def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[st
     pairs |= by_step(full["dba"])
     pairs |= by_scenario(full["dba"], batch["scenario"], scenarios)
     if config.score_without:
-        less = model.withhold(maps, batch, everywhere(config.score_without, batch["beam"]))
+        less = model.withhold(maps, everywhere(config.score_without, batch["beam"]))
         pairs["dba_missing"] = total(beam_scores(model.fuse(less, batch.get("gps")), batch["beam"])["dba"])
     return pairs
 
@@ -149,13 +149,13 @@ def task_for(config: Config) -> Task:
     return replace(TASK, score=functools.partial(score, scenarios=scenarios))
 
 
-def prepare(config: Config) -> None:
-    """Check and decode the data, and look at the pre-trained encoders, before any worker starts."""
+def prepare(config: Config) -> str:
+    """Check and decode the data, and look at the pre-trained encoders, before any worker starts; a line on the data."""
     if config.model.pretrained_encoders is not None:
         for sensor in SENSORS:
             if sensor in config.data.modalities:
                 pretrained_weights(sensor, config.model)
-    print(describe(config), flush=True)
+    return describe(config)
 
 
 def memory_need(trial: Trial) -> int:

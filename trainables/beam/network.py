@@ -25,6 +25,11 @@ BEAMS = 64
 Maps = dict[Modality, Tensor]  # (F, C, Y, X) of each sensor at the same stage
 
 
+def map_key(sensor: Modality) -> str:
+    """Under what a batch holds a sensor's first maps, (B, H, C, Y, X), where they were made beforehand."""
+    return f"{sensor}_map"
+
+
 class FusionNetwork(nn.Module):
     """The beam logits of a batch of windows, from any subset of the modalities.
 
@@ -34,7 +39,7 @@ class FusionNetwork(nn.Module):
     def __init__(self, model: Model, data: Data, gps_width: int) -> None:
         super().__init__()
         self.sensors = [sensor for sensor in SENSORS if sensor in data.modalities]
-        self.history = data.history
+        self.history, self.image_size = data.history, data.image_size
         self.missing, self.swap = model.missing, model.block == "cs_bi"
         self.encoders = nn.ModuleDict({sensor: Encoder(sensor, model) for sensor in self.sensors})
         self.absent = nn.ParameterDict(
@@ -55,6 +60,9 @@ class FusionNetwork(nn.Module):
         self.over_time = OverTime(data.history, len(self.sensors) > 0, gps, model)
         self.head = _head(model.channels[-1])
         self.ahead = Ahead(data.steps) if data.steps > 1 else None
+        if model.channels_last:
+            # Convolutions take the layout of their weights; DDP wants that of 1x1 kernels, too, to be their gradients'.
+            self.encoders.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits, (B, 64), or (B, P, 64) of P > 1 steps."""
@@ -78,10 +86,14 @@ class FusionNetwork(nn.Module):
                 )
 
     def first_maps(self, batch: Mapping[str, Tensor]) -> Maps:
-        """The sensors' maps after their first stages."""
-        return {sensor: self._first_map(sensor, batch) for sensor in self.sensors}
+        """The sensors' maps after their first stages; those that the batch holds already are taken as they are."""
+        return {
+            sensor: batch[map_key(sensor)].flatten(0, 1) if map_key(sensor) in batch else self.first_map(sensor, batch)
+            for sensor in self.sensors
+        }
 
-    def _first_map(self, sensor: Modality, batch: Mapping[str, Tensor]) -> Tensor:
+    def first_map(self, sensor: Modality, batch: Mapping[str, Tensor]) -> Tensor:
+        """One sensor's map after its first stage, of its frames in the batch."""
         encoder = self.encoder(sensor)
         return encoder.first(encoder.normalise(batch[sensor].flatten(0, 1)))
 
@@ -90,25 +102,19 @@ class FusionNetwork(nn.Module):
         assert isinstance(encoder, Encoder)
         return encoder
 
-    def stand_in(self, sensor: Modality, batch: Mapping[str, Tensor]) -> Tensor:
-        """What is put in the place of a missing sensor's first map: its token, or its encoder's view of nothing.
+    def stand_in(self, sensor: Modality, like_FCYX: Tensor) -> Tensor:
+        """What is put in the place of a missing sensor's first map: its token, or its encoder's view of nothing."""
+        if self.missing == "token":
+            return self.absent[sensor].view(1, -1, 1, 1).expand(like_FCYX.shape)
+        nothing = stand_in_input(self.missing, sensor, len(like_FCYX), self.image_size, like_FCYX.device)
+        return self.encoder(sensor).first(nothing)
 
-        Of the batch only the shape is used.
-        """
-        if self.missing != "token":
-            encoder = self.encoder(sensor)
-            nothing = stand_in_input(self.missing, encoder.normalise(batch[sensor].flatten(0, 1)))
-            return encoder.first(nothing)
-        frames = batch[sensor].shape[0] * batch[sensor].shape[1]
-        side = map_sides(batch[sensor].shape[-1])[0]
-        return self.absent[sensor].view(1, -1, 1, 1).expand(frames, -1, side, side)
-
-    def withhold(self, maps: Maps, batch: Mapping[str, Tensor], gone: Mapping[Modality, Tensor]) -> Maps:
+    def withhold(self, maps: Maps, gone: Mapping[Modality, Tensor]) -> Maps:
         """`maps` with a stand-in wherever a window lacks a sensor: `gone[sensor]` is (B,), True where it is missing."""
         out = dict(maps)
         for sensor, gone_B in gone.items():
             gone_F111 = gone_B.repeat_interleave(self.history).view(-1, 1, 1, 1)
-            out[sensor] = torch.where(gone_F111, self.stand_in(sensor, batch), maps[sensor])
+            out[sensor] = torch.where(gone_F111, self.stand_in(sensor, maps[sensor]), maps[sensor])
         return out
 
     def fuse(self, maps: Maps, gps_B2G: Tensor | None) -> Tensor:

@@ -91,7 +91,7 @@ def prepare_data(data: Data) -> Table:
     size = sum(_size(data, table, name) for name in missing)
     names = ", ".join(name.strip("_") for name in missing)
     print(f"beam data: preparing {kind} data of {table.root}: {names}, {size / 2**20:.0f} MiB", flush=True)
-    _check_room(cache_folder(data.prepared), size, [unfinished_of(path) for path in missing.values()])
+    check_room(cache_folder(data.prepared), size, [unfinished_of(path) for path in missing.values()])
     for name, path in missing.items():
         if data.lidar == "filtered" and _group(name) in GROUPS["lidar"]:
             _make_backgrounds(data, table)
@@ -114,7 +114,7 @@ def _group(array: str) -> str:
     return GROUPS["lidar"][0] if array == CHANGED_LIDAR else array
 
 
-def _check_room(folder: Path, size: int, unfinished: list[Path]) -> None:
+def check_room(folder: Path, size: int, unfinished: list[Path]) -> None:
     """Whether the disk has room for `size` bytes, less what unfinished arrays have already taken."""
     folder.mkdir(parents=True, exist_ok=True)
     needed = size - sum(path.stat().st_blocks * 512 for path in unfinished if path.exists())

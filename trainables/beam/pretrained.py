@@ -61,6 +61,7 @@ def key(config: fusion.Config, seed: int) -> str:
     settings = dataclasses.asdict(config)
     del settings["data"]["prepared"]  # a place, which says nothing about the data
     del settings["score_without"]  # asked of the network, not taught to it
+    del settings["model"]["channels_last"]  # a layout, which changes no weight's meaning
     if config.missing_prob == 0 and config.model.missing == "randlike":
         settings["model"]["missing"] = (
             "zerolike"  # both have no tokens to learn, and differ only where a sensor is missing

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trainables.beam import fusion
+from trainables.beam import features, fusion
 from trainables.beam.config import Data, Modality, Model, Pretrain, Rebuild, RebuildLoss
-from trainables.beam.data import samples
 from trainables.beam.health import dba_of_guessing, fusion_signs
 from trainables.beam.metrics import beam_scores
 from trainables.beam.network import FusionNetwork, Maps
@@ -56,6 +55,11 @@ class Config:
                     raise UserError(
                         f"rebuild.{name} names {sensor}, which data.modalities {list(self.data.modalities)} lacks"
                     )
+        if self.rebuild.cache_features and (self.data.augment or self.data.flip):
+            raise UserError(
+                f"rebuild.cache_features = true needs data.augment = 0 and data.flip = false, not {self.data.augment} "
+                f"and {str(self.data.flip).lower()}: only frames as they were measured have features that are kept"
+            )
 
     @property
     def fusion(self) -> fusion.Config:
@@ -154,7 +158,7 @@ def mixed_logits(
     beam_B, rebuild = batch["beam"], config.rebuild
     replaced_B = torch.rand(len(beam_B), device=beam_B.device) < rebuild.share
     if rebuild.mix == "stand_in":
-        maps = model.fusion.withhold(maps, batch, fusion.everywhere(model.target, beam_B))
+        maps = model.fusion.withhold(maps, fusion.everywhere(model.target, beam_B))
     return model.fusion.fuse(insert(maps, rebuilt, replaced_B), batch.get("gps"))
 
 
@@ -184,7 +188,7 @@ def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     variants = {
         "full": maps,
         "rebuilt": insert(maps, rebuilt, torch.ones(len(beam_B), dtype=torch.bool, device=beam_B.device)),
-        "unrebuilt": model.fusion.withhold(maps, batch, fusion.everywhere(model.target, beam_B)),
+        "unrebuilt": model.fusion.withhold(maps, fusion.everywhere(model.target, beam_B)),
     }
     with fusion_signs(model.fusion) as signs:  # of the last variant
         scores = {f"dba_{name}": beam_scores(model.fusion.fuse(x, gps), beam_B)["dba"] for name, x in variants.items()}
@@ -192,14 +196,12 @@ def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     return {**{name: fusion.total(values_B) for name, values_B in scores.items()}, **signs}
 
 
-def scores_before(config: Config, weights: Weights, trial: Trial) -> dict[str, float]:
+def scores_before(config: Config, network: FusionNetwork, maps: features.Maps, trial: Trial) -> dict[str, float]:
     """DBA with everything present (`dba_upper`) and without the targets (`dba_missing`), of the network as it came."""
-    network = fusion.build(config.fusion).to(trial.device).eval()
-    network.load_state_dict(weights)
     ranks = ranks_of(trial)
     with torch.no_grad():
         before = replace(trial, config=config.fusion)
-        scores = evaluate(fusion.TASK, network, samples(config, "val", ranks), before, ranks)
+        scores = evaluate(fusion.TASK, network, features.samples(config, "val", maps=maps), before, ranks)
     return {"dba_upper": scores["dba"], "dba_missing": scores["dba_missing"]}
 
 
@@ -208,11 +210,11 @@ def recovered(full: float, missing: float, rebuilt: float) -> dict[str, float]:
     return {"recovered": (rebuilt - missing) / (full - missing)} if full - missing > NO_LOSS else {}
 
 
-def task_for(config: Config, weights: Weights) -> Task:
+def task_for(config: Config, weights: Weights, maps: features.Maps) -> Task:
     return Task(
         config=Config,
         model=functools.partial(build, weights=weights),
-        data=samples,
+        data=functools.partial(features.samples, maps=maps),
         loss=loss,
         score=score,
         lr_scale=functools.partial(lr_scale, ratio=config.rebuild.fusion_lr_ratio),
@@ -225,15 +227,18 @@ def lr_scale(name: str, ratio: float) -> float:
     return ratio if name.startswith("fusion.") and not first else 1.0
 
 
-def prepare(config: Config) -> None:
-    """Check and decode the data before any worker starts, and that a pre-trained network is where it should be."""
-    fusion.prepare(config.fusion)
+def prepare(config: Config) -> str:
+    """Check and decode the data, and that a pre-trained network is where it should be; returns a line on the data."""
+    told = fusion.prepare(config.fusion)
+    if config.rebuild.cache_features:
+        features.announce(config.data, config.model, config.optim)
     given = config.rebuild.pretrained
     if given is not None:
         try:
             build(config, load_weights(Path(given)))
         except UserError as error:
             raise UserError(f"rebuild.pretrained = {given}: {error}") from None
+    return told
 
 
 def initial_weights(config: Config, trial: Trial) -> Weights:
@@ -260,8 +265,12 @@ def memory_need(trial: Trial) -> int:
 def train(trial: Trial) -> Iterator[Report]:
     config: Config = trial.config
     weights = initial_weights(config, trial)
-    before, guessing = scores_before(config, weights, trial), dba_of_guessing(config)
-    for report in fit(task_for(config, weights), trial):
+    network = fusion.build(config.fusion).to(trial.device).eval()
+    network.load_state_dict(weights)
+    maps = features.first_maps(config.data, network, config.optim, trial) if config.rebuild.cache_features else {}
+    before, guessing = scores_before(config, network, maps, trial), dba_of_guessing(config)
+    del network
+    for report in fit(task_for(config, weights, maps), trial):
         full, rebuilt = report.metrics["dba_full"], report.metrics["dba_rebuilt"]
         more = {**before, **recovered(full, before["dba_missing"], rebuilt), "dba_rebuilt_chance": guessing}
         weighted = config.loss

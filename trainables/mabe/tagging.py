@@ -120,9 +120,9 @@ def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
 TASK = Task(config=Config, model=build, data=samples, loss=loss, score=score, derived=summary)
 
 
-def prepare(config: Config) -> None:
-    """Check and read the data before any worker starts."""
-    print(describe(config), flush=True)
+def prepare(config: Config) -> str:
+    """Check and read the data before any worker starts; a line on them."""
+    return describe(config)
 
 
 def memory_need(trial: Trial) -> int:
