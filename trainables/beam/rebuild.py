@@ -258,8 +258,8 @@ def untrained_weights(config: Config) -> Weights:
 
 
 def memory_need(trial: Trial) -> int:
-    """Of the rebuild; the fusion network is trained before it, on what this leaves."""
-    return step_memory(task_for(trial.config, untrained_weights(trial.config)), trial)
+    """Of the rebuild, from frames: kept first maps take less. The fusion network is trained before it, on that."""
+    return step_memory(task_for(trial.config, untrained_weights(trial.config), maps={}), trial)
 
 
 def train(trial: Trial) -> Iterator[Report]:
