@@ -116,10 +116,12 @@ def test_an_epoch_at_a_time_is_lightnings_one_go(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["steps", "epochs", "plateau", "norm"])
 def test_a_resumed_trial_is_the_uninterrupted_one(kind: str) -> None:
     metrics, states = run(net(kind, dropout=0.2), loaders(shuffle=True))
-    again, last = run(net(kind, dropout=0.2), loaders(shuffle=True), resume=states[1])
-    assert again == metrics[2:]
+    for _ in range(2):  # the state it is resumed from stays as it was
+        again, last = run(net(kind, dropout=0.2), loaders(shuffle=True), resume=states[1])
+        assert again == metrics[2:]
     torch.testing.assert_close(last[-1]["state_dict"], states[-1]["state_dict"], rtol=0, atol=0)
     assert len({row["val_loss"] for row in metrics}) == EPOCHS, "the trial learns something"
+    assert run(net(kind), loaders(), resume=states[-1]) == ([], []), "nothing is left to do"
 
 
 def test_a_trial_is_reported_where_lightning_validates_and_ends_where_it_stops() -> None:
@@ -137,6 +139,14 @@ def test_divergence_ends_in_its_step_before_a_weight_has_changed() -> None:
     with pytest.raises(Diverged, match=r"the loss is not finite at lr 0.0\d+ \(step 7\)"):
         run(module, loaders())
     torch.testing.assert_close(module.net.state_dict(), module.before, rtol=0, atol=0)
+
+
+def test_a_checkpoint_is_one_of_lightnings(tmp_path: Path) -> None:
+    module = net("norm")
+    _, states = run(module, loaders())
+    torch.save(states[-1], tmp_path / "state.pt")
+    loaded = Net.load_from_checkpoint(tmp_path / "state.pt", kind="norm")
+    torch.testing.assert_close(loaded.state_dict(), module.state_dict(), rtol=0, atol=0)
 
 
 def test_a_trial_that_is_stopped_leaves_nothing_behind() -> None:

@@ -13,6 +13,7 @@ the one is taken that the module was written for.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 from collections.abc import Iterator, Mapping
@@ -36,24 +37,25 @@ def fit(trial: Trial, module: Any, *data: Any, **settings: Any) -> Iterator[Repo
     settings: as `Trainer` takes them. Which devices it uses is settled by the trial; `strategy` counts for several
         ranks only, "ddp" unless given.
 
-    Lightning's hooks run as ever, but those around a whole training (`setup`, `on_fit_start`, `on_train_start`, their
-    counterparts) in every epoch. Raises Diverged on all ranks for the step whose loss is not finite on one of them,
-    before it changes a weight, and UserError for settings that cannot be.
+    A report's state is a Lightning checkpoint. Lightning's hooks run as ever, but those around a whole training
+    (`setup`, `on_fit_start`, `on_train_start`, their counterparts) in every epoch. Raises Diverged on all ranks for the
+    step whose loss is not finite on one of them, before it changes a weight, and UserError for settings that cannot be.
     """
     library = library_of(module)
     epoch_end = _epoch_end(library)
     trainer = library.Trainer(**trainer_settings(trial, library, epoch_end, settings))
     connector = trainer._checkpoint_connector  # what `save_checkpoint` and `ckpt_path` go through, without the file
-    state = trial.resume
+    state = copy.deepcopy(trial.resume)  # an optimizer would go on to write into its tensors
     while True:
-        # Anew for every epoch: a Lightning checkpoint holds no state of the generators.
-        seed_everything(trial.seed, state["epoch"] if state else 0, trial.rank)
+        began = state["epoch"] if state else 0
+        seed_everything(trial.seed, began, trial.rank)  # a Lightning checkpoint holds no state of the generators
         connector._loaded_checkpoint = state or {}
         trainer.fit(module, *data)
         epoch_end.restore(trainer)
+        if trainer.current_epoch == began or trainer.current_epoch % _epochs_per_report(trainer):
+            return  # there was nothing left to do, or the last epochs end without a validation
         state = connector.dump_checkpoint(weights_only=False)
-        if trainer.current_epoch % _epochs_per_report(trainer) == 0:
-            yield Report({name: float(value) for name, value in trainer.callback_metrics.items()}, lambda: state)
+        yield Report({name: float(value) for name, value in trainer.callback_metrics.items()}, lambda: state)
         if trainer.fit_loop.done:
             return
 
