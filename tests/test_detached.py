@@ -72,7 +72,7 @@ class Machine:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        until = time.monotonic() + 90
+        until = time.monotonic() + 200
         while not answers(self.dashboard):
             assert time.monotonic() < until, (self.home / "head.log").read_text()
             time.sleep(0.2)
@@ -146,13 +146,13 @@ def answers(port: int) -> bool:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    told, _ = process.communicate(timeout=180)
+    told, _ = process.communicate(timeout=400)
     assert process.returncode == 0, told
     return told
 
 
 def wait_for(file: Path, words: str) -> None:
-    until = time.monotonic() + 180
+    until = time.monotonic() + 400
     while not (file.exists() and words in file.read_text()):
         assert time.monotonic() < until, file.read_text()
         time.sleep(0.2)
