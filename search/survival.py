@@ -31,6 +31,7 @@ Array = NDArray[np.float64]
 # gp has such a model of its own, which takes long to fit, and the others follow a sequence or a generation.
 CANDIDATES = {"tpe": 16, "nsga2": 16, "random": 16}
 LIKELY = 0.5  # survival from which a candidate is taken: more likely than not. A stricter one keeps away from the edge
+MAPPED = 10  # ended trials before the model speaks: the first settings map the space, its edge included
 LATEST = 200  # ended trials that the model learns from: its cost grows with their cube
 BIAS, SLOPE, BEND, BEND_LENGTH = 1.0, 4.0, 1.0, 0.7  # of the kernel; a parameter's range is 2 wide
 SCALES = (1.0, 10.0, 100.0, 1000.0)  # prior variances of the log-odds
@@ -96,7 +97,7 @@ def learn(space: Space, trials: Sequence[FrozenTrial]) -> Survival | None:
     """
     ended = [item.user_attrs for item in trials if item.user_attrs.get("status") in SURVIVED][-LATEST:]
     survived = [SURVIVED[item["status"]] for item in ended]
-    if len(set(survived)) < 2:
+    if len(ended) < MAPPED or len(set(survived)) < 2:
         return None
     longest = space.epochs or max(item["epochs"] for item in ended)
     weights = [min(1.0, max(1, item["epochs"]) / longest) if item["status"] == "stopped" else 1.0 for item in ended]
