@@ -47,6 +47,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--list", action="store_true", help="the spaces at hand")
     command.add_argument("--report", metavar="RESULTS_DIR", help="rebuild the report and the tables of a search")
     command.add_argument("--why", metavar="TRIAL", help="with --report: why that trial ended as it did")
+    command.add_argument(
+        "--export",
+        nargs=2,
+        metavar=("WHAT", "DIR"),
+        help="copy checkpoint, config and metrics of a trial (best, or with --report a number) to a new folder",
+    )
     return command
 
 
@@ -57,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(list_spaces(HERE / "search_spaces"))
             return EXIT_FOUND
         if given.report:
-            print(report(given.report, given.why))
+            print(report(given.report, given.why, given.export))
             return EXIT_FOUND
         options = Options.read(given, HERE / "search_spaces")
         outcomes = fill(options, given.table) if given.table else [search(options)]

@@ -62,7 +62,7 @@ def _run(budget: Budget, ledger: Ledger, scheduler: TrialScheduler, trial: Trial
             scheduler.on_trial_complete(None, trial, {EPOCH: epoch - 1})
             return "diverged"
         ledger.report("slot", epoch, {"loss": loss})
-        result = {EPOCH: epoch, OBJECTIVE: loss}
+        result = {EPOCH: epoch, OBJECTIVE: budget.compared(loss)}
         if scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP:
             scheduler.on_trial_complete(None, trial, result)
             return "stopped"

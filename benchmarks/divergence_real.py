@@ -13,8 +13,9 @@ epochs that it would have trained on NaN; they are not trained.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,8 @@ import optuna
 import torch
 from divergence_edge import EPOCHS, RANGES, Budget, Setting, Trial
 
+from search.health import compared
+from search.sections import Objective
 from search.space_file import load_space
 from trainables import contract
 from trainables.beam import fusion
@@ -59,26 +62,31 @@ def config_of(setting: Setting) -> fusion.Config:
 class RealBudget(Budget):
     """The epochs of one search, spent on training."""
 
+    metrics: Mapping[str, float]  # after the last epoch
+
     def train(self, setting: Setting) -> Iterator[tuple[int, float]]:
         trial = Trial({name: setting[name] for name in RANGES})
         self.trials.append(trial)
-        losses = losses_of(config_of(setting), self.seed)
+        reports = reports_of(config_of(setting), self.seed)
         for epoch in range(1, EPOCHS + 1):
             if self.left == 0:
                 return
             self.left -= 1
-            trial.losses.append(next(losses))
+            self.metrics = next(reports, {"dba": math.nan})
+            trial.losses.append(1 - self.metrics["dba"])
             yield epoch, trial.losses[-1]
 
+    def compared(self, loss: float) -> float:
+        dba = compared(self.metrics, Objective(metric="dba", mode="max"))
+        assert dba is not None
+        return 1 - dba
 
-def losses_of(config: fusion.Config, seed: int) -> Iterator[float]:
-    """1 - DBA after each epoch; NaN from the epoch on in which training diverges."""
-    try:
+
+def reports_of(config: fusion.Config, seed: int) -> Iterator[Mapping[str, float]]:
+    """The metrics after each epoch; none from the epoch on in which training diverges."""
+    with contextlib.suppress(contract.Diverged):
         for report in fusion.train(contract.Trial(config, seed=seed)):
-            yield 1 - report.metrics["dba"]
-    except contract.Diverged:
-        while True:
-            yield math.nan
+            yield report.metrics
 
 
 def row(name: str, trials: list[Trial]) -> str:

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +21,11 @@ import torch
 from search import run as engine
 from search import yaml_file
 from search.decode import did_you_mean
+from search.export import BEST_TRIAL, empty_folder, export, export_trial
 from search.folder import SPACE, STUDY
-from search.mirror import Mirror, fetch, is_uri
-from search.plan import Node, estimate, make_plan
+from search.mirror import Mirror, fetch, is_uri, local
+from search.packing import cannot_share, measure
+from search.plan import AT_THE_START, Node, estimate, make_plan
 from search.results import read_results, summary, why, write_results
 from search.sampler import grid_size, sampler_maker
 from search.scheduler import make_scheduler
@@ -49,6 +52,7 @@ class Options:
     warm_start: Path | None
     address: str | None
     cold: bool
+    export: Path | None  # where the best trial is exported to
     dry_run: bool
 
     @staticmethod
@@ -56,6 +60,10 @@ class Options:
         """From parsed arguments; raises UserError for what cannot go together."""
         if given.why:
             raise UserError("--why needs --report RESULTS_DIR")
+        if given.export and given.table:
+            raise UserError("--export does not go with --table; export from the folder of a cell, with --report")
+        if given.export and given.export[0] != BEST_TRIAL:
+            raise UserError(f"--export {given.export[0]}: a search exports its best; write best, or add --report")
         if bool(given.space) == bool(given.resume):
             raise UserError("name a space with --space, or a results folder to go on with with --resume")
         for option in ("profile", "name", "warm_start", "results"):
@@ -68,7 +76,7 @@ class Options:
             "config.epochs": given.epochs,
         }
         overrides = [*given.set, *(f"{key}={value}" for key, value in shorthand.items() if value is not None)]
-        local, uri = results_root(given.results or DEFAULT_RESULTS)
+        root, uri = results_root(given.results or DEFAULT_RESULTS)
         resume = results_folder(given.resume) if given.resume else None
         if given.resume and is_uri(given.resume):
             uri = given.resume.rstrip("/").rpartition("/")[0]
@@ -79,31 +87,27 @@ class Options:
             file=find_space(given.space, spaces) if resume is None else resume / SPACE,
             overrides=tuple(overrides),
             profile=given.profile,
-            results=local,
+            results=root,
             uri=uri,
             name=given.name,
             resume=resume,
             warm_start=results_folder(given.warm_start) if given.warm_start else None,
             address=given.address or os.environ.get("RAY_ADDRESS"),
             cold=given.cold,
+            export=empty_folder(given.export[1]) if given.export else None,
             dry_run=given.dry_run,
         )
 
 
 def results_root(text: str) -> tuple[Path, str | None]:
     """The local folder for results folders, and the URI they are mirrored to, if `text` is one."""
-    if not is_uri(text):
-        return Path(text), None
-    if text.startswith("file://"):
-        return Path(text.removeprefix("file://")), None
-    return Path(DEFAULT_RESULTS), text.rstrip("/")
+    folder = local(text)
+    return (Path(DEFAULT_RESULTS), text.rstrip("/")) if folder is None else (folder, None)
 
 
 def results_folder(text: str) -> Path:
     """An earlier results folder, fetched first where `text` is a URI."""
-    if text.startswith("file://"):
-        return Path(text.removeprefix("file://"))
-    return fetch(text, Path(DEFAULT_RESULTS)) if is_uri(text) else Path(text)
+    return local(text) or fetch(text, Path(DEFAULT_RESULTS))
 
 
 def find_space(name: str, spaces: Path) -> Path:
@@ -124,8 +128,15 @@ def list_spaces(spaces: Path) -> str:
     return "\n".join(lines)
 
 
-def report(folder: str, trial: str | None) -> str:
-    """Rebuild the tables of a results folder, or say why a trial ended as it did."""
+def report(folder: str, trial: str | None, exported: Sequence[str] | None = None) -> str:
+    """Rebuild the tables of a results folder, or say why a trial ended as it did, or export one.
+
+    exported: which trial, and to which folder.
+    """
+    if exported is not None:
+        if trial is not None:
+            raise UserError("--why does not go with --export; ask one thing at a time")
+        return export(folder, *exported)
     results = results_folder(folder)
     if trial is not None:
         return why(results, trial)
@@ -143,7 +154,8 @@ def search(options: Options) -> engine.Outcome | None:
     space = cap_to_grid(space)
     sampler_maker(space)
     make_scheduler(space)
-    plan = make_plan(space, nodes)
+    alone = cannot_share(space, trainable, nodes)
+    plan = make_plan(space, nodes, alone or AT_THE_START)
     print("\n".join([f"{space.name}: {describe(space)}", *space.left_out, f"plan: {plan}"]), flush=True)
     if options.dry_run:
         print(f"estimate: {estimate(space, plan, seconds_per_epoch(options.results, space))}\n")
@@ -155,13 +167,23 @@ def search(options: Options) -> engine.Outcome | None:
             space = replace(space, data=str(told))
             print(space.data, flush=True)
     results = open_results(options, space)
+    mirror = None if options.uri is None else Mirror(results, f"{options.uri}/{results.name}")
+    if mirror is not None:
+        mirror.begin()
     if not options.address:
         engine.start_ray(None)
-    mirror = None if options.uri is None else Mirror(results, f"{options.uri}/{results.name}")
+    if space.resources.gpus_per_worker == "auto" and alone is None:
+        plan = make_plan(space, nodes, measure(space, nodes))
+        print(f"plan: {plan}", flush=True)
     outcome = engine.run(space, plan, results, options.cold, mirror)
     print(summary(results, space, outcome.records))
+    if mirror is not None:
+        print(f"kept at: {mirror.uri}")
     if outcome.interrupted:
-        print(f"interrupted; go on with: python launch.py --resume {shlex.quote(str(results))}")
+        kept = str(results) if mirror is None else mirror.uri
+        print(f"interrupted; go on with: python launch.py --resume {shlex.quote(kept)}")
+    elif options.export is not None and outcome.best:
+        print(export_trial(results, BEST_TRIAL, options.export))
     return outcome
 
 

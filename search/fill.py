@@ -36,6 +36,8 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
     for cell in cells:
         load_space(options.file, (*options.overrides, *cell.overrides), options.profile, has_gpu)
     mirror = None if options.uri is None or options.dry_run else Mirror(results, f"{options.uri}/{results.name}")
+    if mirror is not None:
+        mirror.begin()
     outcomes: list[engine.Outcome] = []
     for number, cell in enumerate(cells, start=1):
         print(f"\ntable {cell.table}, cell {number} of {len(cells)}: {cell.row} {cell.column}".rstrip(), flush=True)

@@ -12,7 +12,7 @@ from typing import Any
 SPACE, STUDY, TRIALS_CSV, BEST, REPORT = "space.yaml", "study.journal", "trials.csv", "best.yaml", "report.html"
 SCRATCH = ".ray"  # Ray's own files; removed when the search ends
 _CHECKPOINT = "checkpoint-{:04d}.pt"  # the epochs it has behind it; torch.load gives the trainable's own state
-_CHECKPOINT_PATTERN = "checkpoint-*.pt"
+CHECKPOINT_PATTERN = "checkpoint-*.pt"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class TrialFolder:
         """Keep this checkpoint and no other: the old one goes when the new one is whole."""
         path = self.path / _CHECKPOINT.format(epoch)
         replace_bytes(path, state)
-        for other in self.path.glob(_CHECKPOINT_PATTERN):
+        for other in self.path.glob(CHECKPOINT_PATTERN):
             if other != path:
                 other.unlink(missing_ok=True)
 
@@ -90,7 +90,7 @@ class TrialFolder:
 
 def last_checkpoint(folder: Path) -> Saved | None:
     """The newest checkpoint in a folder, or None."""
-    saved = [Saved(int(path.stem.rpartition("-")[2]), path) for path in folder.glob(_CHECKPOINT_PATTERN)]
+    saved = [Saved(int(path.stem.rpartition("-")[2]), path) for path in folder.glob(CHECKPOINT_PATTERN)]
     return max(saved, key=lambda item: item.epoch, default=None)
 
 

@@ -38,10 +38,24 @@ def _stuck(epochs: Sequence[Metrics], objective: Objective) -> str:
         return ""
     better = max if objective.mode == "max" else min
     best = better(values)
-    gained = best - chance if objective.mode == "max" else chance - best
-    if gained > NEAR * abs(chance):
+    if _learnt(best, chance, objective):
         return ""
     return f"{objective.metric} stayed at chance, {best:.4g} at best where guessing gives {chance:.4g}"
+
+
+def compared(metrics: Metrics, objective: Objective) -> float | None:
+    """The objective of an epoch as schedulers see it: what is no better than guessing is told as guessing.
+
+    A network that will learn often scores below chance first, and one that learns nothing stays at it: halving by the
+    scores themselves would keep the latter.
+    """
+    value, chance = metrics.get(objective.metric), metrics.get(objective.metric + CHANCE)
+    return value if value is None or chance is None or _learnt(value, chance, objective) else chance
+
+
+def _learnt(value: float, chance: float, objective: Objective) -> bool:
+    gained = value - chance if objective.mode == "max" else chance - value
+    return gained > NEAR * abs(chance)
 
 
 def _fall(losses: Sequence[float | None]) -> str:

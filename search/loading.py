@@ -22,11 +22,13 @@ class Trainable:
 
     config_class: the module's `Config` dataclass, or None for plain dicts.
     prepare: the module's `prepare(config)`, or None; what it returns says what the data are, unless it is None.
+    memory_need: the module's `memory_need(trial)`, or None.
     """
 
     train: Callable[[Any], Any]
     config_class: type | None
     prepare: Callable[[Any], str | None] | None
+    memory_need: Callable[[Any], int] | None
 
     def config(self, tree: dict[str, Any]) -> Any:
         """`tree` in the form in which `train` takes it; raises UserError for what does not fit."""
@@ -58,7 +60,12 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
         raise UserError(f"trainable: {module_name} has no function {function!r}; {did_you_mean(function, functions)}")
     config_class = getattr(module, "Config", None)
     is_dataclass = isinstance(config_class, type) and dataclasses.is_dataclass(config_class)
-    return Trainable(train, config_class if is_dataclass else None, getattr(module, "prepare", None))
+    return Trainable(
+        train,
+        config_class if is_dataclass else None,
+        getattr(module, "prepare", None),
+        getattr(module, "memory_need", None),
+    )
 
 
 def search_paths(space_file: Path) -> tuple[str, ...]:

@@ -1,34 +1,61 @@
 """A copy of a results folder at a URI, for a machine that may be taken away.
 
 The search always works on a local folder (the study is a file that is locked and appended to). Where `--results` is a
-URI, what is new goes there after every trial, by pyarrow's filesystems: s3://, gs://, hdfs://, file://.
+URI, what is new goes there after every trial, and every few minutes of a long one, by pyarrow's filesystems: s3://,
+gs://, hdfs://, file://.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyarrow import fs
 
-from search.folder import SCRATCH, SPACE
+from search.folder import CHECKPOINT_PATTERN, SCRATCH, SPACE, STUDY
 from trainables.contract import UserError
 
 
+def local(text: str) -> Path | None:
+    """The folder on this machine that `text` names; None for a URI elsewhere."""
+    return None if is_uri(text) else Path(text.removeprefix("file://"))
+
+
 def is_uri(text: str) -> bool:
-    return "://" in text
+    """Whether `text` names a place that has to be mirrored."""
+    return "://" in text and not text.startswith("file://")
 
 
 @dataclass
 class Mirror:
-    """The folder at `uri` that follows the local folder `results`."""
+    """The folder at `uri` that follows the local folder `results`; `every_s`: while trials run."""
 
     results: Path
     uri: str
+    every_s: float = 300.0
 
     def __post_init__(self) -> None:
         self._filesystem, self._root = _open(self.uri)
         self._sent: dict[str, float] = {}  # by relative path: when the file was changed that was sent last
+        self._tried = time.monotonic()
+
+    def begin(self) -> None:
+        """The first push; raises UserError where nothing can be kept, before anything has been computed for nothing."""
+        try:
+            self._filesystem.create_dir(self._root, recursive=True)
+            self._recognise()
+            self._push()
+        except OSError as error:
+            raise UserError(f"{self.uri}: cannot be written to: {error}") from None
+
+    def _recognise(self) -> None:
+        """Checkpoints that are there from before an interruption are not sent again: they are what is large."""
+        for found in self._filesystem.get_file_info(fs.FileSelector(self._root, allow_not_found=True, recursive=True)):
+            path = self.results / found.path.removeprefix(f"{self._root}/")
+            if path.match(CHECKPOINT_PATTERN) and path.exists() and path.stat().st_size == found.size:
+                self._sent[path.relative_to(self.results).as_posix()] = path.stat().st_mtime
 
     def push(self) -> None:
         """Send every file that has changed since it was sent. A store that cannot be reached does not end a search."""
@@ -37,30 +64,77 @@ class Mirror:
         except OSError as error:
             print(f"{self.uri}: not up to date, {error}; tried again after the next trial", flush=True)
 
+    def push_if_due(self) -> None:
+        """Push, unless that was tried less than `every_s` ago."""
+        if time.monotonic() - self._tried >= self.every_s:
+            self.push()
+
     def _push(self) -> None:
-        for path in sorted(self.results.rglob("*")):
+        self._tried = time.monotonic()
+        # The study comes last: what it calls finished is there already, should the machine go in between.
+        for path in sorted(self.results.rglob("*"), key=lambda path: (path.name == STUDY, path)):
             relative = path.relative_to(self.results)
             if path.is_dir() or relative.parts[0] == SCRATCH or path.name.startswith("."):
                 continue
-            changed = path.stat().st_mtime
-            if self._sent.get(str(relative)) == changed:
-                continue
-            target = f"{self._root}/{relative.as_posix()}"
-            self._filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-            fs.copy_files(str(path), target, destination_filesystem=self._filesystem)
-            self._sent[str(relative)] = changed
+            try:
+                self._send(path, relative.as_posix())
+            except FileNotFoundError:
+                if path.exists():
+                    raise
+                continue  # a slot has put a newer checkpoint in its place
+        self._drop_superseded()
+
+    def _send(self, path: Path, name: str) -> None:
+        changed = path.stat().st_mtime
+        if self._sent.get(name) == changed:
+            return
+        target = f"{self._root}/{name}"
+        self._filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        fs.copy_files(str(path), target, destination_filesystem=self._filesystem)
+        self._sent[name] = changed
+
+    def _drop_superseded(self) -> None:
+        """Checkpoints that were sent and have gone here, because there is a newer one, go there too."""
+        for name in list(self._sent):
+            path = self.results / name
+            if path.match(CHECKPOINT_PATTERN) and not path.exists() and any(path.parent.glob(CHECKPOINT_PATTERN)):
+                self._filesystem.delete_file(f"{self._root}/{name}")
+                del self._sent[name]
 
 
-def fetch(uri: str, into: Path) -> Path:
-    """A local copy of a results folder that was mirrored to `uri`; raises UserError when there is none."""
+def fetch(uri: str, into: Path, parts: Sequence[str] = ()) -> Path:
+    """A local copy of a results folder that was mirrored to `uri`, or of these parts of it: files, or folders.
+
+    A copy of the whole that is there already stays as it is, unless the store has heard more of the search since.
+    Raises UserError when there is none, or the store cannot be reached.
+    """
     filesystem, root = _open(uri)
-    if filesystem.get_file_info(f"{root}/{SPACE}").type == fs.FileType.NotFound:
-        raise UserError(f"{uri}: there is no {SPACE} here; name the folder of an earlier search")
-    results = into / root.rstrip("/").rpartition("/")[2]
-    if not (results / SPACE).exists():  # a local copy that is there already is the newer one
-        results.mkdir(parents=True, exist_ok=True)
-        fs.copy_files(root, str(results), source_filesystem=filesystem)
+    results = into / root.rpartition("/")[2]
+    try:
+        if filesystem.get_file_info(f"{root}/{SPACE}").type == fs.FileType.NotFound:
+            raise UserError(f"{uri}: there is no {SPACE} here; name the folder of an earlier search")
+        if parts:
+            for part in parts:
+                _copy(filesystem, f"{root}/{part}", results / part)
+        elif _length(filesystem, f"{root}/{STUDY}") > _length(fs.LocalFileSystem(), str(results / STUDY)):
+            _copy(filesystem, root, results)
+    except OSError as error:
+        raise UserError(f"{uri}: cannot be read: {error}") from None
     return results
+
+
+def _copy(filesystem: fs.FileSystem, source: str, target: Path) -> None:
+    """A file or a folder; nothing where there is none."""
+    kind = filesystem.get_file_info(source).type
+    if kind != fs.FileType.NotFound:
+        (target if kind == fs.FileType.Directory else target.parent).mkdir(parents=True, exist_ok=True)
+        fs.copy_files(source, str(target), source_filesystem=filesystem)
+
+
+def _length(filesystem: fs.FileSystem, path: str) -> int:
+    """Of a study, which only ever grows: the longer is the newer. -1 where there is none."""
+    found = filesystem.get_file_info(path)
+    return found.size if found.type == fs.FileType.File else -1
 
 
 def _open(uri: str) -> tuple[fs.FileSystem, str]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from search.ranks import ALLOCATOR_ROOM
 from search.space import Space
 from trainables.contract import UserError
+
+MIB = 2**20
+MOST_ON_ONE_GPU = 64  # Ray counts a GPU in ten-thousandths, and rounds: 64 shares are exactly 64, 101 would be more
 
 
 @dataclass(frozen=True)
@@ -18,14 +22,46 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What was found of memory before a search, on a worker that had a GPU to itself.
+
+    need_bytes: the peak of a training step of the largest of so many `settings`.
+    besides_bytes: what a process takes of a GPU beside PyTorch's allocator, such as CUDA's context. What others hold
+        of that GPU is in it too: then it is more than the truth, and never less.
+    device_bytes: the smallest GPU's memory, or `resources.memory_limit_mb` where that is less.
+    """
+
+    settings: int
+    need_bytes: int
+    besides_bytes: int
+    device_bytes: int
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """Why nothing is known of memory."""
+
+    reason: str
+
+
+NO_GPU = Unmeasured("there is no GPU to share")
+AT_THE_START = Unmeasured("what a training step takes is measured at the start")
+
+
+@dataclass(frozen=True)
 class Plan:
-    """`slots` trials at a time, each on a group of `workers` ranks."""
+    """`slots` trials at a time, each on a group of `workers` ranks.
+
+    gpus_per_worker: of GPUs that Ray knows; a simulated one is none.
+    memory_limit_mb: of a training step of each rank, in MiB; None: what its GPU has.
+    """
 
     slots: int
     workers: int
     cpus_per_worker: int
     gpus_per_worker: float
     limit: str  # what keeps it from being more slots
+    memory_limit_mb: float | None = None
 
     @property
     def gpus(self) -> float:
@@ -39,32 +75,104 @@ class Plan:
         return f"{slots} x {workers} x {each} ({self.limit})"
 
 
-def make_plan(space: Space, nodes: Sequence[Node]) -> Plan:
+def make_plan(space: Space, nodes: Sequence[Node], memory: Measured | Unmeasured = AT_THE_START) -> Plan:
     """As many groups as the nodes hold, at most one for each trial.
 
+    memory: decides how many slots share a GPU where `resources.gpus_per_worker` is `auto`.
     A group may spread over nodes; a worker may not. Raises UserError when not even one group fits.
     """
     wanted = space.resources
+    if wanted.gpus_per_worker == "auto":
+        return _shared(space, nodes, memory)
     gpus = wanted.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
     if gpus > 1 and gpus != int(gpus):
         raise UserError(f"resources.gpus_per_worker: {gpus:g} must be a whole number or below 1")
-    places = sum(_workers_on(node, wanted.cpus_per_worker, gpus) for node in nodes)
-    fits = places // wanted.workers
+    return _whole(space, nodes, gpus)
+
+
+def _whole(space: Space, nodes: Sequence[Node], gpus: float, kind: str = "GPU") -> Plan:
+    """The plan whose workers have so many GPUs each, or such a part of one."""
+    wanted = space.resources
+    fits = _groups(space, nodes, gpus)
     if fits == 0:
         cpus_there = "+".join(f"{node.cpus:g}" for node in nodes)
         gpus_there = "+".join(f"{node.gpus:g}" for node in nodes)
         raise UserError(
-            f"resources: a group of {wanted.workers} x ({wanted.cpus_per_worker} CPU, {gpus:g} GPU) does not fit on "
-            f"the {len(nodes)} node(s) with {cpus_there} CPU and {gpus_there} GPU; "
+            f"resources: a group of {wanted.workers} x ({wanted.cpus_per_worker} CPU, {gpus:g} {kind}) does not fit on "
+            f"the {len(nodes)} node(s) with {cpus_there} CPU and {gpus_there} {kind}; "
             f"lower resources.workers, resources.cpus_per_worker or resources.gpus_per_worker"
         )
     trials = space.search.trials
+    limit = f"all that fits on {sum(n.cpus for n in nodes):g} CPU and {sum(n.gpus for n in nodes):g} {kind}"
     if trials < fits:
-        return Plan(trials, wanted.workers, wanted.cpus_per_worker, gpus, f"{trials} trials; {fits} groups would fit")
-    total = f"{sum(node.cpus for node in nodes):g} CPU and {sum(node.gpus for node in nodes):g} GPU"
-    return Plan(fits, wanted.workers, wanted.cpus_per_worker, gpus, f"all that fits on {total}")
+        limit = f"{trials} trials; {fits} groups would fit"
+    slots = min(trials, fits)
+    return Plan(slots, wanted.workers, wanted.cpus_per_worker, gpus, limit, wanted.memory_limit_mb)
+
+
+def _shared(space: Space, nodes: Sequence[Node], memory: Measured | Unmeasured) -> Plan:
+    """`auto`: as many slots on each GPU as have room there, or whole GPUs where that is not known."""
+    simulated = is_simulated(space, nodes)
+    if not simulated and not any(node.gpus >= 1 for node in nodes):
+        plan = _whole(space, nodes, 0.0)
+        return replace(plan, limit=f"{NO_GPU.reason}; {plan.limit}")
+    kind = "simulated GPU" if simulated else "GPU"
+    if simulated:
+        nodes = [replace(node, gpus=1) for node in nodes]
+    whole = _whole(space, nodes, 1.0, kind)
+    memory = obstacle(space, nodes) or memory
+    if isinstance(memory, Unmeasured):
+        plan, why = whole, f"a whole {kind} for each worker: {memory.reason}"
+    else:
+        room = room_on_one(memory)
+        most = _whole(space, nodes, 1 / room, kind)
+        # No more slots on one GPU than it takes: Ray would fill the first GPUs, and leave the others idle.
+        sharing = next(k for k in range(1, room + 1) if min(_groups(space, nodes, 1 / k), most.slots) == most.slots)
+        limit_mb = share_mb(memory, sharing) if sharing > 1 else whole.memory_limit_mb
+        plan = replace(most, gpus_per_worker=1 / sharing, memory_limit_mb=limit_mb)
+        why = f"{sharing} slot{'s' if sharing > 1 else ''} on one {kind}"
+        why += (f", where {room} have room" if room > sharing else "") + f": {told(memory)}"
+    return replace(plan, gpus_per_worker=0.0 if simulated else plan.gpus_per_worker, limit=f"{why}; {plan.limit}")
+
+
+def obstacle(space: Space, nodes: Sequence[Node]) -> Unmeasured | None:
+    """What keeps slots from sharing a GPU, whatever they take of its memory."""
+    if space.resources.workers > 1:
+        return Unmeasured("NCCL refuses two ranks of a group on one GPU")
+    return None if is_simulated(space, nodes) or any(node.gpus >= 1 for node in nodes) else NO_GPU
+
+
+def is_simulated(space: Space, nodes: Sequence[Node]) -> bool:
+    """Whether `auto` shares a GPU that is not there: one on each machine, of `resources.memory_limit_mb`."""
+    wanted = space.resources
+    is_limited = wanted.gpus_per_worker == "auto" and wanted.memory_limit_mb is not None
+    return is_limited and not any(node.gpus for node in nodes)
+
+
+def room_on_one(memory: Measured) -> int:
+    """How many slots a GPU holds, each with what the largest setting takes; 1 where it does not even hold one."""
+    each = ALLOCATOR_ROOM * memory.need_bytes + memory.besides_bytes
+    return max(1, min(MOST_ON_ONE_GPU, int(memory.device_bytes // max(each, 1))))
+
+
+def share_mb(memory: Measured, slots: int) -> float:
+    """What a training step may take, in MiB, in each of so many slots on one GPU."""
+    return (memory.device_bytes / slots - memory.besides_bytes) / ALLOCATOR_ROOM / MIB
+
+
+def told(memory: Measured) -> str:
+    """The measurement in words."""
+    unit, name = (1024 * MIB, "GiB") if memory.device_bytes >= 1024 * MIB else (MIB, "MiB")
+    besides = f" and its process {memory.besides_bytes / unit:.1f} besides" if memory.besides_bytes else ""
+    count = f"the largest of {memory.settings} settings" if memory.settings > 1 else "the only setting"
+    return f"{count} took {memory.need_bytes / unit:.1f}{besides} of {memory.device_bytes / unit:.1f} {name}"
+
+
+def _groups(space: Space, nodes: Sequence[Node], gpus: float) -> int:
+    """How many groups the nodes hold when each worker takes so many GPUs."""
+    return sum(_workers_on(node, space.resources.cpus_per_worker, gpus) for node in nodes) // space.resources.workers
 
 
 def _workers_on(node: Node, cpus: int, gpus: float) -> int:

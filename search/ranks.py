@@ -20,6 +20,9 @@ from search.loading import Trainable, load
 from search.messages import Answer, Begin, Blew, Broke, Command, Ended, RanOut, Reported
 from trainables.contract import Diverged, Report, State, Trial, UserError, default_device
 
+# What PyTorch's allocator may keep of a GPU, as a ratio of `memory_limit_mb`: it rounds up, and holds on to blocks
+# that lie between others. Beyond that a process runs out of memory itself, and not its neighbour on the same GPU.
+ALLOCATOR_ROOM = 1.1
 LEAK_BYTES = 64 * 2**20  # GPU memory a finished trial may leave behind: allocator rounding, cuBLAS workspaces
 
 
@@ -50,6 +53,8 @@ class RankLoop:
         self._trainable: Trainable | None = None
         self._reports: Generator[Any, None, None] | None = None
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
+        if self._device.type == "cuda" and spec.memory_limit_mb is not None:
+            bound(self._device, spec.memory_limit_mb)
 
     def handle(self, command: Command) -> Answer:
         """Carry out a command; whatever a trainable raises becomes an answer."""
@@ -84,7 +89,7 @@ class RankLoop:
         if self._trainable is None:
             self._trainable = load(self._spec.trainable, self._spec.paths)
             gc.freeze()  # what was imported stays; looking through it after every trial would take a fifth of a second
-        _settle(begin.seed, self._spec.cpus_per_worker)
+        settle(begin.seed, self._spec.cpus_per_worker)
         reports = self._trainable.train(
             Trial(
                 config=self._trainable.config(begin.config),
@@ -147,6 +152,12 @@ class RankLoop:
         return held <= _cached_bytes(self._cache) + LEAK_BYTES
 
 
+def bound(device: torch.device, limit_mb: float) -> None:
+    """Let this process's allocator take no more of a GPU than the limit and its room."""
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, ALLOCATOR_ROOM * limit_mb * 2**20 / total_bytes), device)
+
+
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Metrics as floats; raises UserError for what is none."""
     if not isinstance(metrics, Mapping):
@@ -172,7 +183,7 @@ def load_state(saved: bytes) -> State:
     return state
 
 
-def _settle(seed: int, threads: int) -> None:
+def settle(seed: int, threads: int) -> None:
     """The process as a fresh one would be, so that a trial cannot tell what ran here before."""
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -20,12 +20,16 @@ from search.trial import EPOCH, METRICS, REASON, STATUS
 
 
 class Recorder(tune.Callback):
-    """Follows every trial from its start to its end. `tell` is given each ended trial's record."""
+    """Follows every trial from its start to its end.
 
-    def __init__(self, ledger: Ledger, results: Path, tell: Callable[[Record], None]) -> None:
+    `tell` is given the record of each trial that ends; `keep` is called after each epoch.
+    """
+
+    def __init__(self, ledger: Ledger, results: Path, tell: Callable[[Record], None], keep: Callable[[], None]) -> None:
         self._ledger = ledger
         self._results = results
         self._tell = tell
+        self._keep = keep
         self._writers: dict[str, SummaryWriter] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -50,6 +54,7 @@ class Recorder(tune.Callback):
             if value is not None:
                 writer.add_scalar(name, value, epoch)
         writer.flush()
+        self._keep()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if trial.trial_id not in self._ledger.open:

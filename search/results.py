@@ -115,14 +115,19 @@ def trial_line(record: Record, space: Space) -> str:
     return f"{head}  {values}{name}{ending}"
 
 
+def by_number(found: Sequence[Record], number: str, source: str) -> Record:
+    """The trial with that number, as a person writes it; raises UserError where there is none in `source`."""
+    known = {str(record.number): record for record in found}
+    key = number.lstrip("0") or "0"
+    if key not in known:
+        raise UserError(f"trial {number}: there is none in {source}; {did_you_mean(number, known)}")
+    return known[key]
+
+
 def why(results: Path, number: str) -> str:
     """Why a trial ended as it did, in words; raises UserError for an unknown one."""
     space, found = read_results(results)
-    by_number = {str(record.number): record for record in found}
-    key = number.lstrip("0") or "0"
-    if key not in by_number:
-        raise UserError(f"trial {number}: there is none in {results}; {did_you_mean(number, by_number)}")
-    record = by_number[key]
+    record = by_number(found, number, str(results))
     lines = [
         f"trial {record.number}" + (f" ({record.name})" if record.name else "") + f": {record.status}",
         f"reason: {record.reason or 'the search was interrupted; --resume goes on with it'}",

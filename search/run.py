@@ -123,9 +123,13 @@ def run(space: Space, plan: Plan, results: Path, cold: bool = False, mirror: Mir
         if mirror is not None:
             mirror.push()
 
+    def keep() -> None:
+        if mirror is not None:
+            mirror.push_if_due()
+
     study = open_study(results / STUDY, space, create=False)
     ledger = Ledger(space, study, sampler_maker(space), results)
-    recorder = Recorder(ledger, results, tell)
+    recorder = Recorder(ledger, results, tell, keep)
     stop = _Stop(space.search.time_budget_s)
     try:
         if ledger.left:
@@ -154,7 +158,7 @@ def _tuner(
         workers=plan.workers,
         cpus_per_worker=plan.cpus_per_worker,
         gpus_per_worker=plan.gpus_per_worker,
-        memory_limit_mb=space.resources.memory_limit_mb,
+        memory_limit_mb=plan.memory_limit_mb,
         scratch=str(scratch),
     )
     slot = tune.with_parameters(Slot, job=Job(space, spec, str(results), cold))

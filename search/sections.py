@@ -77,9 +77,21 @@ class Resources(_Section):
     """What the worker group of one slot takes."""
 
     workers: int = Field(1, ge=1)
-    gpus_per_worker: float | None = Field(None, ge=0)  # None: 1 where there are GPUs, else 0
+    # None: 1 where there are GPUs, else 0. auto: several slots share a GPU, as many as memory has room for. A number
+    # below 1 shares too, at its word: memory is neither measured nor divided.
+    gpus_per_worker: float | Literal["auto"] | None = None
     cpus_per_worker: int = Field(1, ge=1)
-    memory_limit_mb: float | None = Field(None, gt=0)  # of a rank's training step; None: what its GPU has
+    # In MiB, of a rank's training step; None: what its GPU has. With `auto` it is the limit of a GPU, for all slots on
+    # it together; where there is no GPU, each machine is then given a simulated one of this memory.
+    memory_limit_mb: float | None = Field(None, gt=0)
+
+    @field_validator("gpus_per_worker", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: object) -> object:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+        if not (value is None or value == "auto" or is_number):
+            raise ValueError("write a number from 0 upwards, or auto")
+        return value
 
 
 class Table(_Section):

@@ -16,11 +16,12 @@ from ray import tune
 
 from search.folder import TrialFolder, last_checkpoint
 from search.group import Group, GroupDied, GroupSpec
+from search.health import compared
 from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, RanOut, Reported
 from search.record import RAN_TO_END
 from search.space import Space
 
-# Keys of a result. OBJECTIVE is what schedulers compare, so that no name of a metric can clash with one of Tune's.
+# Keys of a result. OBJECTIVE is what schedulers compare (search/health.py), a name that no metric can clash with.
 STATUS, REASON, EPOCH, OBJECTIVE, METRICS = "status", "reason", "epoch", "objective", "metrics"
 
 
@@ -114,7 +115,8 @@ class Slot(tune.Trainable):
         if answer.state is not None:
             self._folder.write_checkpoint(self._epoch, answer.state)
         metrics = {name: value if math.isfinite(value) else None for name, value in (answer.metrics or {}).items()}
-        return {EPOCH: self._epoch, OBJECTIVE: metrics[self._job.space.objectives[0].metric], METRICS: metrics}
+        objective = compared(metrics, self._job.space.objectives[0])
+        return {EPOCH: self._epoch, OBJECTIVE: objective, METRICS: metrics}
 
     def _end(self, answer: Answer) -> dict[str, Any]:
         self._begun = False

@@ -1,4 +1,4 @@
-"""What several test files share: a fixed seed, one Ray, the data sets beside the checkout."""
+"""What several test files share: a fixed seed, one Ray, a bucket, the data sets beside the checkout."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import s3
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -26,15 +27,25 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One Ray for all tests marked `ray`, started by the first of them. Its three CPUs need not exist."""
+    """One Ray for all tests marked `ray`, started by the first of them. Its four CPUs need not exist."""
     import ray
 
     from search.run import RAY_ENVIRONMENT
 
     os.environ.update(RAY_ENVIRONMENT)
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Store]:
+    """An S3 server with the bucket `bucket`, which s3:// means for this test."""
+    (tmp_path / "store/bucket").mkdir(parents=True)
+    with s3.serving(tmp_path / "store") as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        yield store
 
 
 @pytest.fixture(scope="session")

@@ -123,12 +123,13 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path, how: signal.
     """Nothing finished is run again or lost, and what was running goes on from its last checkpoint."""
     shutil.copy(Path(__file__).parent / "toys.py", tmp_path)
     (tmp_path / "slow.yaml").write_text(SLOW_SPACE)
-    process = launch(tmp_path, "--space", "slow.yaml", "--name", "cut")
+    process = launch(tmp_path, "--space", "slow.yaml", "--name", "cut", "--export", "best", "model")
     wait_for(process, r"trial +\d+ +finished")
     time.sleep(1.5)  # into the middle of the next trials
     process.send_signal(how)
     status, output = finish(process)
     results = tmp_path / "results/cut"
+    assert not (tmp_path / "model").exists(), "the search is not at its end"
     if how == signal.SIGINT:
         assert status == 130, output
         assert "--resume" in output
@@ -140,9 +141,11 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path, how: signal.
     done = {path.parent.name for path in results.glob("trials/*/metrics.jsonl")}
     written = {name: (results / "trials" / name / "metrics.jsonl").read_text() for name in done}
 
-    status, output = finish(launch(tmp_path, "--resume", str(results)))
+    status, output = finish(launch(tmp_path, "--resume", str(results), "--export", "best", "model"))
     assert status == 0, output
     after = rows(results)
+    best = min(after, key=lambda row: float(row["loss"]))
+    assert yaml.safe_load((tmp_path / "model/origin.yaml").read_text())["trial"] == int(best["trial"])
     assert [row["trial"] for row in after] == ["0", "1", "2", "3", "4"]
     assert {row["status"] for row in after} == {"finished"}
     for row in before:

@@ -16,6 +16,8 @@ from spaces import write_family
 
 import launch
 from search import yaml_file
+from search.folder import TrialFolder
+from search.ranks import save_state
 from search.space_file import load_space
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +80,17 @@ TOY = ("--space", "toy")
         (["--resume", "results/x", "--name", "y"], "--name does not go with --resume: the folder has settled it"),
         (["--why", "3"], "--why needs --report RESULTS_DIR"),
         (["--report", "results/x"], "results/x: there is no space.yaml here"),
+        (["--export", "best", "model"], "name a space with --space, or a results folder"),
+        (["--report", "results/x", "--export", "best", "model"], "results/x: there is no space.yaml here"),
+        (
+            ["--report", "results/x", "--export", "best", "search_spaces"],
+            "search_spaces exists and is not an empty fol",
+        ),
+        (["--report", "results/x", "--why", "3", "--export", "3", "model"], "--why does not go with --export"),
+        ([*TOY, "--export", "best", "search_spaces"], "--export: search_spaces exists and is not an empty folder"),
+        ([*TOY, "--export", "3", "model"], "--export 3: a search exports its best; write best, or add --report"),
+        ([*TOY, "--table", "--export", "best", "model"], "--export does not go with --table"),
+        ([*TOY, "--export", "best"], "argument --export: expected 2 arguments"),
         ([*TOY, "--warm-start", "results/x"], "--warm-start results/x: there is no space.yaml here"),
         ([*TOY, "--profile", "night"], "search_spaces/toy.yaml: profile 'night' is unknown; nothing may stand here"),
         ([*TOY, "--trials", "ten"], "argument --trials: invalid int value: 'ten'"),
@@ -136,6 +149,24 @@ def test_a_results_folder_is_not_used_twice(run: Run, tmp_path: Path) -> None:
     assert "results/done holds a search already; go on with it by --resume, or choose another --name" in told
 
 
+@pytest.mark.parametrize("what", ["best", "0"])
+def test_a_trial_without_a_checkpoint_is_not_exported(what: str, run: Run, tmp_path: Path) -> None:
+    results = finished_search(tmp_path)
+    status, _, told = run("--report", str(results), "--export", what, "model")
+    assert status == 2
+    assert told == f"error: --export {what}: trial 0 (finished) has no checkpoint: its reports have no state\n"
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_export_prints_where_it_went_and_changes_no_results(run: Run, tmp_path: Path) -> None:
+    results = finished_search(tmp_path)
+    TrialFolder(results, 0).write_checkpoint(2, save_state({"w": 0.5}))
+    before = sorted(results.rglob("*"))
+    status, told, _ = run("--report", str(results), "--export", "best", "model")
+    assert (status, told) == (0, "trial 0, its checkpoint after epoch 2: model\n")
+    assert sorted(results.rglob("*")) == before
+
+
 def test_why_of_an_unknown_trial_is_a_mistake(run: Run, tmp_path: Path) -> None:
     results = finished_search(tmp_path)
     status, _, told = run("--report", str(results), "--why", "7")
@@ -172,6 +203,19 @@ def test_a_dry_run_prints_the_resolved_space_the_plan_and_the_estimate(run: Run,
     (tmp_path / "again.yaml").write_text(told[told.index("trainable:") :])
     assert load_space(tmp_path / "again.yaml")[0].search.trials == 7
     assert not (tmp_path / "results").exists()
+
+
+def test_a_dry_run_says_what_will_be_measured_and_what_holds_until_then(run: Run, tmp_path: Path) -> None:
+    auto = "resources={gpus_per_worker: auto, memory_limit_mb: 64}"
+    name = write_family(
+        tmp_path, FAMILY + "def memory_need(trial):\n    raise AssertionError('something was started')\n"
+    )
+    _, told, _ = run(*TOY, "--set", auto, "--set", f"trainable={name}:train", "--dry-run")
+    assert "plan: 1 slot x 1 worker x 1 CPU (a whole simulated GPU for each worker: what a training step takes" in told
+    assert "is measured at the start" in told
+    name = write_family(tmp_path, FAMILY)
+    _, told, _ = run(*TOY, "--set", auto, "--set", f"trainable={name}:train", "--dry-run")
+    assert f"a whole simulated GPU for each worker: the module of {name}:train has no function memory_need" in told
 
 
 def test_a_dry_run_estimates_from_the_newest_search_of_the_same_trainable(run: Run, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def options(folder: Path, resume: Path | None = None) -> Options:
         warm_start=None,
         address=None,
         cold=False,
+        export=None,
         dry_run=False,
     )
 
@@ -199,6 +200,19 @@ def test_every_scheduler_ends_every_trial(tmp_path: Path, scheduler: str) -> Non
     assert statuses <= {"finished", "stopped", "diverged"}, [(r.status, r.reason) for r in outcome.records]
     if scheduler in ("asha", "hyperband"):
         assert "stopped" in statuses
+
+
+def test_asha_keeps_what_falls_below_chance_before_it_learns(tmp_path: Path) -> None:
+    """Beside four trials that sit at chance, which is better than where a network that learns begins."""
+    space = toy("late", scheduler={"name": "asha", "grace_epochs": 1, "reduction": 2}, resources={"cpus_per_worker": 2})
+    space |= {
+        "objective": {"metric": "score", "mode": "max"},
+        "config": {"epochs": 4, "learns": {"choice": [False, True]}},
+        "try_first": [{"learns": False}] * 4 + [{"learns": True}],
+        "search": {"trials": 5},
+    }
+    outcome, _ = search(tmp_path, space)
+    assert [(record.values["learns"], record.metrics["score"]) for record in outcome.best] == [(True, 0.8)]
 
 
 def test_two_ranks_train_to_one_result(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from search.health import remarks
+from search.health import compared, remarks
 from search.sections import Objective
 
 DBA = Objective(metric="dba", mode="max")
@@ -39,3 +39,13 @@ def test_a_loss_term_at_its_chance_level_is_named() -> None:
     epochs = [{"dba": 0.5, "loss_contrast": value, "loss_contrast_chance": 1.0986} for value in (8.8, 1.3, 1.1)]
     assert remarks(epochs, DBA) == ["loss_contrast is at its chance level of 1.099"]
     assert remarks([{**row, "loss_contrast": 0.9} for row in epochs], DBA) == []
+
+
+def test_what_is_no_better_than_guessing_is_compared_as_guessing() -> None:
+    assert compared({"dba": 0.115, "dba_chance": 0.2}, DBA) == 0.2  # learning begins below chance
+    assert compared({"dba": 0.21, "dba_chance": 0.2}, DBA) == 0.2
+    assert compared({"dba": 0.4, "dba_chance": 0.2}, DBA) == 0.4
+    assert compared({"error": 1.3, "error_chance": 1.0}, ERROR) == 1.0
+    assert compared({"error": 0.5, "error_chance": 1.0}, ERROR) == 0.5
+    assert compared({"dba": 0.1}, DBA) == 0.1  # nobody knows what chance is
+    assert compared({"dba": None, "dba_chance": 0.2}, DBA) is None

@@ -11,7 +11,7 @@ from torch import nn
 from toy_task import CPU, SEED, TOY, Config, toy_loss
 
 from trainables.contract import Trial
-from trainables.loop import fit
+from trainables.loop import fit, step_memory
 from trainables.memory import MIB
 from trainables.optim import Optim
 from trainables.samples import Batch
@@ -113,3 +113,26 @@ def test_a_shape_is_probed_once_in_a_search(limit_mb: float) -> None:
 def test_a_single_sample_that_does_not_fit_ends_the_trial(limit_mb: float) -> None:
     with pytest.raises(torch.OutOfMemoryError, match=r"a single sample does not fit .* the limit is 0\.00 MiB"):
         Family().run(config_of(8), 1024 / MIB)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 24])
+def test_what_a_step_is_said_to_take_is_the_least_limit_that_leaves_it_whole(batch_size: int) -> None:
+    trial = Trial(config_of(batch_size), seed=SEED, device=CPU)
+    said_bytes = step_memory(TOY, trial)
+    for limit_bytes, whole in ((said_bytes, True), (said_bytes - 1, False)):
+        (report,) = fit(TOY, replace(trial, cache={}, memory_limit_mb=limit_bytes / MIB))
+        assert (report.metrics["micro_batch"] == batch_size) == whole
+
+
+def test_what_a_step_takes_is_tried_once_for_each_shape() -> None:
+    passes: list[int] = []
+
+    def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+        passes.append(len(batch["index"]))
+        return toy_loss(network, batch, config)
+
+    cache: dict[Any, Any] = {}
+    watched = replace(TOY, loss=loss)
+    needs = [step_memory(watched, Trial(config_of(size), device=CPU, cache=cache)) for size in (8, 8, 48, 8)]
+    assert passes == [8, 48]
+    assert needs[0] == needs[1] == needs[3] < needs[2]

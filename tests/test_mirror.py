@@ -1,14 +1,21 @@
-"""The copy of a results folder at a URI, on pyarrow's local filesystem."""
+"""The copy of a results folder at a URI: on pyarrow's local filesystem, and in a bucket."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ledgers import ask, open_journal
+from s3 import Store
+from spaces import space_of
 
-from search.folder import SCRATCH
+from search.folder import SCRATCH, TrialFolder
 from search.mirror import Mirror, fetch
+from search.recorder import Recorder
+from search.trial import EPOCH, METRICS
 from trainables.contract import UserError
 
 
@@ -27,45 +34,139 @@ def results(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return tmp_path / "store"
+def disk(tmp_path: Path) -> Path:
+    return tmp_path / "disk"
 
 
-def test_what_is_pushed_comes_back_whole(results: Path, store: Path, tmp_path: Path) -> None:
-    Mirror(results, f"file://{store}/run").push()
-    assert tree(store / "run") == tree(results)
-    assert tree(fetch(f"file://{store}/run", tmp_path / "elsewhere")) == tree(results)
+def test_what_is_pushed_comes_back_whole(results: Path, disk: Path, tmp_path: Path) -> None:
+    Mirror(results, f"file://{disk}/run").push()
+    assert tree(disk / "run") == tree(results)
+    assert tree(fetch(f"file://{disk}/run", tmp_path / "elsewhere")) == tree(results)
 
 
-def test_only_what_changed_is_sent_again_and_no_scratch(results: Path, store: Path) -> None:
-    mirror = Mirror(results, f"file://{store}/run")
+def test_only_what_changed_is_sent_again_and_no_scratch(results: Path, disk: Path) -> None:
+    mirror = Mirror(results, f"file://{disk}/run")
     (results / SCRATCH).mkdir()
     (results / SCRATCH / "large").write_bytes(b"working files")
     mirror.push()
-    assert not (store / "run" / SCRATCH).exists()
-    (store / "run/trials/0000/checkpoint-0001.pt").unlink()  # it would come back if everything were sent
+    assert not (disk / "run" / SCRATCH).exists()
+    (disk / "run/trials/0000/checkpoint-0001.pt").unlink()  # it would come back if everything were sent
     (results / "study.journal").write_bytes(b"one two")
     os.utime(results / "study.journal", (1, 1))
     mirror.push()
-    assert (store / "run/study.journal").read_bytes() == b"one two"
-    assert not (store / "run/trials/0000/checkpoint-0001.pt").exists()
+    assert (disk / "run/study.journal").read_bytes() == b"one two"
+    assert not (disk / "run/trials/0000/checkpoint-0001.pt").exists()
 
 
-def test_a_local_copy_is_newer_than_its_mirror(results: Path, store: Path) -> None:
-    Mirror(results, f"file://{store}/run").push()
+def test_a_local_copy_is_newer_than_its_mirror(results: Path, disk: Path) -> None:
+    Mirror(results, f"file://{disk}/run").push()
     (results / "study.journal").write_bytes(b"more since")
-    assert fetch(f"file://{store}/run", results.parent) == results
+    assert fetch(f"file://{disk}/run", results.parent) == results
     assert (results / "study.journal").read_bytes() == b"more since"
 
 
-def test_a_store_that_fails_is_tried_again(results: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mirror = Mirror(results, f"file://{store}/run")
-    store.write_text("a file where the folder should be")
+def test_a_store_that_fails_is_tried_again(results: Path, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mirror = Mirror(results, f"file://{disk}/run")
+    disk.write_text("a file where the folder should be")
     mirror.push()
     assert "tried again after the next trial" in capsys.readouterr().out
-    store.unlink()
+    disk.unlink()
     mirror.push()
-    assert tree(store / "run") == tree(results)
+    assert tree(disk / "run") == tree(results)
+
+
+def test_a_mirror_that_has_heard_more_is_newer(results: Path, disk: Path) -> None:
+    """As where the search goes on elsewhere, and somebody looks at it twice."""
+    Mirror(results, f"file://{disk}/run").push()
+    (disk / "run/study.journal").write_bytes(b"one two")
+    (disk / "run/trials/0000/checkpoint-0001.pt").write_bytes(b"later")
+    fetch(f"file://{disk}/run", results.parent)
+    assert tree(results) == tree(disk / "run")
+
+
+def test_parts_come_without_the_rest(results: Path, disk: Path, tmp_path: Path) -> None:
+    Mirror(results, f"file://{disk}/run").push()
+    fetched = fetch(f"file://{disk}/run", tmp_path / "elsewhere", ["study.journal", "trials/0000", "trials/0007"])
+    assert set(tree(fetched)) == {"study.journal", "trials/0000/checkpoint-0001.pt"}
+
+
+def test_what_the_study_calls_finished_is_there_before_the_study(results: Path, disk: Path) -> None:
+    (disk / "run").mkdir(parents=True)
+    (disk / "run/trials").write_text("where no checkpoint can be kept")
+    Mirror(results, f"file://{disk}/run").push()
+    assert (disk / "run/space.yaml").exists()
+    assert not (disk / "run/study.journal").exists()
+
+
+def test_a_checkpoint_goes_when_a_newer_one_has_come(results: Path, disk: Path) -> None:
+    mirror = Mirror(results, f"file://{disk}/run")
+    mirror.push()
+    folder = TrialFolder(results, 0)
+    folder.write_checkpoint(2, b"newer")
+    mirror.push()
+    assert tree(disk / "run/trials") == {"0000/checkpoint-0002.pt": b"newer"}
+    (folder.path / "checkpoint-0002.pt").unlink()  # lost here, and not replaced
+    mirror.push()
+    assert tree(disk / "run/trials") == {"0000/checkpoint-0002.pt": b"newer"}
+
+
+def test_a_resumed_search_does_not_send_its_checkpoints_again(results: Path, disk: Path) -> None:
+    uri, sent = f"file://{disk}/run", disk / "run/trials/0000/checkpoint-0001.pt"
+    Mirror(results, uri).begin()
+    sent.write_bytes(bytes(256))  # as long as the one here: it would be replaced if it were sent
+    mirror = Mirror(results, uri)
+    mirror.begin()
+    assert sent.read_bytes() == bytes(256)
+    sent.write_bytes(b"cut off in the middle")
+    Mirror(results, uri).begin()
+    assert sent.read_bytes() == bytes(range(256))
+    TrialFolder(results, 0).write_checkpoint(2, b"newer")
+    mirror.push()
+    assert not sent.exists()
+
+
+def test_a_long_trial_is_sent_now_and_then(results: Path, disk: Path) -> None:
+    patient, eager = (Mirror(results, f"file://{disk}/{every_s}", every_s) for every_s in (300.0, 0.0))
+    for mirror in (patient, eager):
+        mirror.begin()
+    TrialFolder(results, 0).write_checkpoint(2, b"newer")
+    for mirror in (patient, eager):
+        mirror.push_if_due()
+    assert (disk / "0.0/trials/0000/checkpoint-0002.pt").exists()
+    assert not (disk / "300.0/trials/0000/checkpoint-0002.pt").exists()
+
+
+def test_each_epoch_gives_the_mirror_its_turn(tmp_path: Path) -> None:
+    space = space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}})
+    ledger = open_journal(space, tmp_path / "run")
+    opened = ask(ledger)
+    trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": opened.values})
+    kept: list[list[dict[str, Any]]] = []
+    folder = TrialFolder(tmp_path / "run", opened.number)
+    recorder = Recorder(ledger, tmp_path / "run", lambda record: None, lambda: kept.append(folder.read_metrics()))
+    for epoch in (1, 2):
+        recorder.on_trial_result(0, [], trial, {EPOCH: epoch, METRICS: {"loss": 0.5}})
+    recorder.close("time")
+    assert [len(rows) for rows in kept] == [1, 2], "the epoch is on the disk when its turn comes"
+
+
+def test_a_bucket_is_a_mirror_too(results: Path, tmp_path: Path, store: Store) -> None:
+    """The checkpoint is larger than what pyarrow sends in one piece."""
+    (results / "trials/0000/checkpoint-0001.pt").write_bytes(bytes(range(256)) * 50_000)
+    mirror = Mirror(results, "s3://bucket/searches/run")
+    mirror.begin()
+    TrialFolder(results, 0).write_checkpoint(2, bytes(range(256)) * 50_000)
+    mirror.push()
+    Mirror(results, "s3://bucket/searches/run").begin()
+    assert tree(tmp_path / "store/bucket/searches/run") == tree(results)
+    assert tree(fetch("s3://bucket/searches/run", tmp_path / "elsewhere")) == tree(results)
+
+
+def test_a_bucket_that_cannot_be_used_is_a_mistake_at_once(results: Path, tmp_path: Path, store: Store) -> None:
+    with pytest.raises(UserError, match=r"s3://nowhere/run: cannot be written to: .*nowhere"):
+        Mirror(results, "s3://nowhere/run").begin()
+    with pytest.raises(UserError, match=r"s3://nowhere/run: there is no space.yaml here"):
+        fetch("s3://nowhere/run", tmp_path)
 
 
 def test_nothing_there_and_no_such_kind_of_store_are_named(tmp_path: Path) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 from spaces import space_of
 
-from search.plan import Node, Plan, estimate, expected_epochs, make_plan
+from search.plan import AT_THE_START, MIB, Measured, Node, Plan, Unmeasured, estimate, expected_epochs, make_plan
+from search.ranks import ALLOCATOR_ROOM
 from search.space import Space
 from trainables.contract import UserError
 
 
-def a_space(folder: Path, workers: int = 1, cpus: int = 1, gpus: float | None = None, **sections: Any) -> Space:
+def a_space(folder: Path, workers: int = 1, cpus: int = 1, gpus: Any = None, **sections: Any) -> Space:
     resources = {"workers": workers, "cpus_per_worker": cpus, "gpus_per_worker": gpus}
     return space_of(folder, {"epochs": 9}, **{"search": {"trials": 100}, "resources": resources, **sections})
 
@@ -82,6 +84,114 @@ def test_a_plan_says_what_limits_it(tmp_path: Path) -> None:
     assert str(make_plan(a_space(tmp_path, 2, 4), [Node(9, 0)])) == (
         "1 slot x 2 workers x 4 CPU (all that fits on 9 CPU and 0 GPU)"
     )
+
+
+GIB = 1024 * MIB
+
+
+def auto(folder: Path, limit_mb: float | None = None, workers: int = 1, **sections: Any) -> Space:
+    resources = {"gpus_per_worker": "auto", "memory_limit_mb": limit_mb, "workers": workers}
+    return a_space(folder, **{"resources": resources, **sections})
+
+
+def took(need_gib: float, besides_gib: float = 0.0, device_gib: float = 24.0) -> Measured:
+    return Measured(9, *(int(part * GIB) for part in (need_gib, besides_gib, device_gib)))
+
+
+class TestSlotsThatShareAGpu:
+    @pytest.mark.parametrize(
+        ("memory", "nodes", "slots", "on_one", "limit_gib"),
+        [
+            (took(5), [Node(32, 1)], 4, 4, 24 / 4 / 1.1),  # 4 x 5.5 fit into 24
+            (took(5), [Node(32, 3)], 12, 4, 24 / 4 / 1.1),
+            (took(5, 0.6), [Node(32, 1)], 3, 3, (24 / 3 - 0.6) / 1.1),  # 4 x 6.1 do not
+            (took(13), [Node(32, 1)], 1, 1, None),
+            (took(30), [Node(32, 2)], 2, 1, None),  # each trial is cut to a whole GPU, as without `auto`
+            (took(5), [Node(2, 1)], 2, 2, 24 / 2 / 1.1),  # CPUs are the limit, and each slot gets more memory
+            (took(5), [Node(8, 4)], 8, 2, 24 / 2 / 1.1),  # two on each of four GPUs, not four on each of two
+            (took(5), [Node(1, 1), Node(8, 1)], 5, 4, 24 / 4 / 1.1),
+            (took(0), [Node(100, 1)], 64, 64, 24 / 64 / 1.1),
+        ],
+    )
+    def test_are_as_many_as_have_room(
+        self,
+        memory: Measured,
+        nodes: list[Node],
+        slots: int,
+        on_one: int,
+        limit_gib: float | None,
+        tmp_path: Path,
+    ) -> None:
+        plan = make_plan(auto(tmp_path), nodes, memory)
+        assert (plan.slots, plan.gpus_per_worker) == (slots, 1 / on_one)
+        assert plan.memory_limit_mb == (None if limit_gib is None else pytest.approx(limit_gib * 1024))
+
+    def test_never_take_more_than_there_is_and_leave_no_room_for_one_more(self, tmp_path: Path) -> None:
+        rng, space = random.Random(0), auto(tmp_path)
+        for _ in range(500):
+            memory = took(rng.uniform(0.1, 30), rng.choice([0.0, rng.uniform(0, 2)]), rng.choice([8, 24, 80]))
+            nodes = [Node(rng.randint(1, 40), rng.randint(1, 8)) for _ in range(rng.randint(1, 3))]
+            space = space.with_trials(rng.randint(1, 60))
+            plan = make_plan(space, nodes, memory)
+            on_one = round(1 / plan.gpus_per_worker)
+            each = ALLOCATOR_ROOM * memory.need_bytes + memory.besides_bytes
+            if plan.memory_limit_mb is not None:
+                share = ALLOCATOR_ROOM * plan.memory_limit_mb * MIB + memory.besides_bytes
+                assert on_one * share <= memory.device_bytes * (1 + 1e-9)
+                assert memory.need_bytes <= plan.memory_limit_mb * MIB
+            places = sum(min(node.cpus, node.gpus * on_one) for node in nodes)
+            assert plan.slots == min(places, space.search.trials)
+            cpus = sum(node.cpus for node in nodes)
+            assert plan.slots in (space.search.trials, cpus) or (
+                (on_one + 1) * each > memory.device_bytes or any(node.cpus < node.gpus * on_one for node in nodes)
+            )
+
+    def test_the_plan_says_why_there_are_so_many(self, tmp_path: Path) -> None:
+        assert str(make_plan(auto(tmp_path), [Node(8, 1)], took(5.1))) == (
+            "4 slots x 1 worker x 1 CPU and 0.25 GPU (4 slots on one GPU: the largest of 9 settings took 5.1 of "
+            "24.0 GiB; all that fits on 8 CPU and 1 GPU)"
+        )
+        few = auto(tmp_path, search={"trials": 3})
+        assert make_plan(few, [Node(8, 1)], took(5.1, 0.3)).limit == (
+            "3 slots on one GPU, where 4 have room: the largest of 9 settings took 5.1 and its process 0.3 besides of "
+            "24.0 GiB; 3 trials; 4 groups would fit"
+        )
+        assert make_plan(auto(tmp_path), [Node(8, 1)], Measured(1, 15 * GIB, 0, 24 * GIB)).limit == (
+            "1 slot on one GPU: the only setting took 15.0 of 24.0 GiB; all that fits on 8 CPU and 1 GPU"
+        )
+
+    def test_are_one_on_each_gpu_while_nothing_is_known(self, tmp_path: Path) -> None:
+        assert str(make_plan(auto(tmp_path, limit_mb=9000), [Node(8, 2)], Unmeasured("memory_need broke"))) == (
+            "2 slots x 1 worker x 1 CPU and 1 GPU (a whole GPU for each worker: memory_need broke; "
+            "all that fits on 8 CPU and 2 GPU)"
+        )
+        plan = make_plan(auto(tmp_path, limit_mb=9000), [Node(8, 2)])
+        assert (plan.slots, plan.memory_limit_mb, AT_THE_START.reason in plan.limit) == (2, 9000, True)
+
+    def test_are_not_several_where_a_group_has_several_workers(self, tmp_path: Path) -> None:
+        plan = make_plan(auto(tmp_path, workers=2), [Node(8, 4)], took(1))
+        assert (plan.slots, plan.gpus_per_worker) == (2, 1)
+        assert "a whole GPU for each worker: NCCL refuses two ranks of a group on one GPU" in plan.limit
+
+    def test_share_no_gpu_where_there_is_none(self, tmp_path: Path) -> None:
+        assert str(make_plan(auto(tmp_path), [Node(4, 0)])) == (
+            "4 slots x 1 worker x 1 CPU (there is no GPU to share; all that fits on 4 CPU and 0 GPU)"
+        )
+
+    def test_share_a_simulated_gpu_of_the_limit_on_each_machine(self, tmp_path: Path) -> None:
+        space = auto(tmp_path, limit_mb=400)
+        memory = Measured(7, 78 * MIB, 0, 400 * MIB)
+        plan = make_plan(space, [Node(8, 0), Node(2, 0)], memory)
+        assert (plan.slots, plan.gpus_per_worker) == (6, 0)
+        assert plan.memory_limit_mb == pytest.approx(400 / 4 / 1.1)
+        assert plan.limit == (
+            "4 slots on one simulated GPU: the largest of 7 settings took 78.0 of 400.0 MiB; "
+            "all that fits on 10 CPU and 2 simulated GPU"
+        )
+        whole = make_plan(space, [Node(8, 0)])
+        assert (whole.slots, whole.gpus_per_worker, whole.memory_limit_mb) == (1, 0, 400)
+        with pytest.raises(UserError, match=r"2 x \(1 CPU, 1 simulated GPU\) does not fit on the 1 node"):
+            make_plan(auto(tmp_path, limit_mb=400, workers=2), [Node(8, 0)], memory)
 
 
 @pytest.mark.parametrize(

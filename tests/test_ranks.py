@@ -321,3 +321,14 @@ def test_metrics_are_numbers_by_name() -> None:
     assert numbers({"a": 1, 2: torch.tensor(0.5)}) == {"a": 1.0, "2": 0.5}  # type: ignore[dict-item]
     with pytest.raises(UserError, match=r"the metric `a` is \[1\]; a metric is a number"):
         numbers({"a": [1]})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_process_runs_out_at_its_own_limit(tmp_path: Path) -> None:
+    try:
+        rank_of(tmp_path, "train", memory_limit_mb=64)
+        assert torch.empty(60 * 2**20, dtype=torch.uint8, device="cuda").is_cuda
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(80 * 2**20, dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -80,6 +80,13 @@ def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu:
         ({"scheduler": {"name": "ahsa"}}, "scheduler.name: 'ahsa' is unknown; did you mean `asha`?"),
         ({"scheduler": {"reduction": 1}}, "scheduler.reduction: 1 is refused: input should be greater than"),
         ({"resources": {"workers": 1.5}}, "resources.workers: 1.5 is refused"),
+        *(
+            (
+                {"resources": {"gpus_per_worker": wrong}},
+                f"resources.gpus_per_worker: {wrong!r} is refused: write a number from 0 upwards, or auto",
+            )
+            for wrong in ("all", "Auto", "0.5", -1, True, [1])
+        ),
         ({"objective": {"metric": "loss"}}, "objective.mode: a value is needed"),
         ({"objective": {"metric": "loss", "mode": "mim"}}, "objective.mode: 'mim' is unknown; did you mean `min`?"),
         ({"objective": []}, "objective: a value is needed"),
@@ -361,6 +368,7 @@ class TestDocument:
             {"try_first": [{"name": "notes", "optim.lr": 1e-5, "model.widths": [8, 16]}, {"optim.batch_size": 2}]},
             {"search": {"sampler": "gp", "trials": 3, "time_budget": "1.5h"}, "scheduler": {"name": "asha"}},
             {"resources": {"workers": 2, "gpus_per_worker": 0.5}},
+            {"resources": {"gpus_per_worker": "auto", "memory_limit_mb": 100.0}},
         ],
         ids=str,
     )

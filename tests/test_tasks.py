@@ -72,6 +72,7 @@ def tagging_case(cache: Path) -> Case:
 
 
 CASES: dict[str, Callable[[Path], Case]] = {"fusion": fusion_case, "rebuild": rebuild_case, "tagging": tagging_case}
+MODULES = {"fusion": fusion, "rebuild": rebuild, "tagging": tagging}
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,11 @@ class TestEveryTask:
         for key, (summed, count) in whole.items():
             assert sum(float(part[key][0]) for part in parts) == pytest.approx(float(summed), rel=1e-4)
             assert sum(int(part[key][1]) for part in parts) == int(count)
+
+    def test_its_module_says_what_a_step_takes(self, case: Case, name: str) -> None:
+        need = MODULES[name].memory_need
+        smaller = replace(case.config, optim=replace(case.config.optim, batch_size=4))
+        assert need(Trial(smaller)) < need(Trial(case.config))
 
     def test_resumed_equals_uninterrupted_after_every_epoch(self, case: Case) -> None:
         whole = [(report.metrics, report.state()) for report in fit(case.task, Trial(case.config)) if report.state]

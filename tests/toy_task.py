@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.contract import Diverged, Report, State, Trial
-from trainables.loop import Task, fit
+from trainables.loop import Task, fit, step_memory
 from trainables.optim import Optim
 from trainables.resume import seed_from
 from trainables.samples import Batch, Ranks, Samples, epoch_shares
@@ -150,6 +150,10 @@ def run(config: Config, task: Task = TOY, resume: State | None = None, rank: int
 def train(trial: Trial) -> Iterator[Report]:
     """The toy family as a space names it."""
     yield from fit(TOY, trial)
+
+
+def memory_need(trial: Trial) -> int:
+    return step_memory(TOY, trial)
 
 
 def order(config: Config, epoch: int = 0) -> list[Tensor]:

@@ -72,6 +72,12 @@ def network(trial: Trial) -> Iterator[Report]:
         yield Report({"loss": loss.item(), "weight": first.weight.sum().item()}, state=lambda: {"epoch": epoch})
 
 
+def late(trial: Trial) -> Iterator[dict[str, Any]]:
+    """Scores 0.2 throughout, as guessing does, or learns: below chance first, then above it."""
+    for score in [0.1, 0.1, 0.5, 0.8] if trial.config["learns"] else [0.2] * 4:
+        yield {"score": score, "score_chance": 0.2}
+
+
 def one_rank_blows(trial: Trial) -> Iterator[dict[str, Any]]:
     """Rank 1 diverges alone while the others wait for it in a collective."""
     yield {"loss": 1.0}

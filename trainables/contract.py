@@ -14,6 +14,11 @@ holds a trainable may also define
     prepare    a function of the config, called once on the driver before any worker starts: look at the data, build
                what all trials share, and raise `UserError` for what a person must mend. A line that it returns, on
                what the data are and how they are split, stands in every result
+    memory_need
+               a function of a trial: the bytes of its device's memory that training takes at its peak, with weights,
+               gradients and the optimizer's state, and with no batch cut up to save memory. Called for some settings
+               before a search whose slots share GPUs (`resources.gpus_per_worker: auto`), on a GPU of its own. `train`
+               then has to keep within `Trial.memory_limit_mb`, its slot's share
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch.nn.utils import get_total_norm
 
 from trainables.contract import Diverged, Report, Trial, UserError
 from trainables.guard import Guard, Replay, Step, generators
-from trainables.memory import MIB, Memory, fitting_micro_batch, shape_key
+from trainables.memory import MIB, Memory, Tried, fitting_micro_batch, shape_key, try_step
 from trainables.optim import Ema, Patience, adamw, clip_divisor, fused_step, lr_factor, set_lr
 from trainables.resume import restore, seed_everything, seed_from, state_of
 from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, on_device, ranks_of, share_of
@@ -136,15 +137,42 @@ def micro_batch_that_fits(loss: Loss, samples: Samples, trial: Trial, ranks: Ran
     Asked once for each shape of model and batch in the life of a process. Raises torch.OutOfMemoryError where not even
     one sample fits.
     """
+    limit_bytes = None if trial.memory_limit_mb is None else int(trial.memory_limit_mb * MIB)
+    if limit_bytes is None and trial.device.type != "cuda":
+        return wanted_share(samples, trial, ranks)
+    probe = probe_of(loss, samples, trial, ranks, limit_bytes)
+    return fitting_micro_batch(loss, probe.step, probe.share, probe.memory, ranks, probe.tried)
+
+
+def step_memory(task: Task, trial: Trial) -> int:
+    """The bytes that training takes at its peak, a rank's whole share of a batch at once.
+
+    On a GPU that runs out of memory, what it has. One rank is asked for all.
+    """
+    ranks = ranks_of(trial)
+    plain = Loss(task.loss, task.model(trial.config), trial.config).to(trial.device)
+    samples = samples_of(task, trial.config, "train", ranks)
+    probe = probe_of(plain, samples, trial, ranks, None if trial.device.type == "cuda" else sys.maxsize)
+    if probe.share not in probe.tried:
+        probe.tried[probe.share] = try_step(plain, probe.step, probe.share, probe.memory)
+    found = probe.tried[probe.share]
+    return found.need_bytes if found.fits else max(found.need_bytes, found.limit_bytes)
+
+
+class Probe(NamedTuple):
+    """A training step to be tried for its memory."""
+
+    step: Callable[[int], object]  # on so many samples
+    share: int  # what a rank would pass through the model at once, were there room
+    memory: Memory
+    tried: dict[int, Tried]  # by samples, what is known of models and batches of this shape
+
+
+def probe_of(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks, limit_bytes: int | None) -> Probe:
     optim = trial.config.optim
-    share = -(-min(optim.batch_size, len(samples)) // ranks.size)
-    share = min(share, optim.micro_batch or share)
-    if trial.memory_limit_mb is None and trial.device.type != "cuda":
-        return share
     trained_bytes = sum(parameter.nbytes for parameter in loss.parameters() if parameter.requires_grad)
     copies = 3 + (optim.ema is not None)  # the optimizer's two, one to measure the update by, the shadow
-    limit = None if trial.memory_limit_mb is None else int(trial.memory_limit_mb * MIB)
-    memory = Memory(trial.device, limit, copies * trained_bytes)
+    memory = Memory(trial.device, limit_bytes, copies * trained_bytes)
     key = shape_key(loss, samples[torch.arange(1)], optim.precision, memory, ranks)
 
     def step(size: int) -> None:
@@ -153,7 +181,13 @@ def micro_batch_that_fits(loss: Loss, samples: Samples, trial: Trial, ranks: Ran
         unscaled = torch.amp.GradScaler(trial.device.type, enabled=False)
         backward(loss, batches, Share((indices,), size, 1.0), unscaled, autocast(trial.device, optim))
 
-    return fitting_micro_batch(loss, step, share, memory, ranks, trial.cache.setdefault(("micro_batch", key), {}))
+    return Probe(step, wanted_share(samples, trial, ranks), memory, trial.cache.setdefault(("micro_batch", key), {}))
+
+
+def wanted_share(samples: Samples, trial: Trial, ranks: Ranks) -> int:
+    optim = trial.config.optim
+    share = -(-min(optim.batch_size, len(samples)) // ranks.size)
+    return min(share, optim.micro_batch or share)
 
 
 class Taken(NamedTuple):

@@ -16,7 +16,7 @@ from trainables.beam.health import dba_of_guessing, fusion_signs
 from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss
 from trainables.beam.network import FusionNetwork
 from trainables.contract import Report, Trial, UserError
-from trainables.loop import Task, fit
+from trainables.loop import Task, fit, step_memory
 from trainables.optim import Optim
 from trainables.samples import Batch
 from trainables.step import Pairs
@@ -156,6 +156,10 @@ def prepare(config: Config) -> str:
             if sensor in config.data.modalities:
                 pretrained_weights(sensor, config.model)
     return describe(config)
+
+
+def memory_need(trial: Trial) -> int:
+    return step_memory(TASK, trial)
 
 
 def train(trial: Trial) -> Iterator[Report]:

@@ -26,7 +26,7 @@ from trainables.beam.reconstruct import (
     trans_loss,
 )
 from trainables.contract import Report, Trial, UserError
-from trainables.loop import Task, evaluate, fit
+from trainables.loop import Task, evaluate, fit, step_memory
 from trainables.optim import Optim
 from trainables.samples import Batch, ranks_of
 from trainables.step import Pairs
@@ -248,9 +248,18 @@ def initial_weights(config: Config, trial: Trial) -> Weights:
         return load_weights(Path(given))
     if pretrain.epochs > 0:
         return trained_once(config.fusion, pretrain.seed, trial)
+    return untrained_weights(config)
+
+
+def untrained_weights(config: Config) -> Weights:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(pretrain.seed)
+        torch.manual_seed(config.pretrain.seed)
         return fusion.build(config.fusion).state_dict()
+
+
+def memory_need(trial: Trial) -> int:
+    """Of the rebuild, from frames: kept first maps take less. The fusion network is trained before it, on that."""
+    return step_memory(task_for(trial.config, untrained_weights(trial.config), maps={}), trial)
 
 
 def train(trial: Trial) -> Iterator[Report]:

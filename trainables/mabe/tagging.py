@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from trainables.contract import Report, Trial
-from trainables.loop import Task, fit
+from trainables.loop import Task, fit, step_memory
 from trainables.mabe.config import CLASSES, Augment, Data, FrameLoss, Model
 from trainables.mabe.data import UNLABELLED, describe, samples, training_frames
 from trainables.mabe.metrics import event_scores, frame_scores, summary
@@ -123,6 +123,10 @@ TASK = Task(config=Config, model=build, data=samples, loss=loss, score=score, de
 def prepare(config: Config) -> str:
     """Check and read the data before any worker starts; a line on them."""
     return describe(config)
+
+
+def memory_need(trial: Trial) -> int:
+    return step_memory(TASK, trial)
 
 
 def train(trial: Trial) -> Iterator[Report]:

@@ -1,0 +1,139 @@
+"""A trial as somebody takes it elsewhere: `--export best DIR` writes a folder that needs nothing of the search.
+
+DIR/checkpoint.pt   the state that the trainable gave with its last report, as torch.save wrote it
+DIR/config.yaml     the trial's whole config
+DIR/metrics.jsonl   a row per epoch
+DIR/origin.yaml     which search and trial it is, its last metrics, and the commit and versions it ran on
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from search import yaml_file
+from search.folder import SPACE, STUDY, Saved, TrialFolder
+from search.mirror import fetch, local
+from search.record import Record, best_of
+from search.results import by_number, read_results
+from search.space import Space
+from trainables.contract import UserError
+
+BEST_TRIAL = "best"
+
+
+def export(source: str, what: str, folder: str) -> str:
+    """Export from a results folder or its mirror: the best trial, or the one with the number `what`.
+
+    Of a mirror only the space, the study and that trial are fetched, to a place that is removed again. Returns what
+    was done, in words. Raises UserError where there is no such trial or nothing to export, or `folder` is in use.
+    """
+    target = empty_folder(folder)
+    here = local(source)
+    if here is not None:
+        return export_trial(here, what, target)
+    with tempfile.TemporaryDirectory() as scratch:
+        results = fetch(source, Path(scratch), [SPACE, STUDY])
+        space, found = read_results(results)
+        chosen = choose(found, space, what, source)
+        fetch(source, Path(scratch), [str(TrialFolder(results, chosen.number).path.relative_to(results))])
+        return export_trial(results, what, target, source)
+
+
+def export_trial(results: Path, what: str, target: Path, source: str | None = None) -> str:
+    """Export a trial of a results folder on this machine. source: what to call the folder, if not by its path."""
+    source = source or str(results)
+    space, found = read_results(results)
+    chosen = choose(found, space, what, source)
+    trial = TrialFolder(results, chosen.number)
+    saved = trial.checkpoint()
+    if saved is None:
+        kept = "its reports have no state" if chosen.epochs else "it gave no report"
+        raise UserError(f"--export {what}: trial {chosen.number} ({chosen.status}) has no checkpoint: {kept}")
+    plain = is_plain(saved.path)
+    origin = {"search": source, **_origin(yaml_file.read(results / SPACE), space, chosen, saved, plain)}
+    try:
+        _write(target, saved, space.config(chosen.values), trial.path / "metrics.jsonl", origin)
+    except OSError as error:
+        raise UserError(f"--export {what} {target}: cannot be written: {error}") from None
+    lines = [f"trial {chosen.number}, its checkpoint after epoch {saved.epoch}: {target}"]
+    rivals = [record.number for record in best_of(found, space)] if what == BEST_TRIAL else []
+    if len(rivals) > 1:
+        metric = space.objectives[0].metric
+        others = ", ".join(str(number) for number in rivals[1:])
+        lines.append(f"it is the best in {metric}; no other beats these either: trials {others}")
+    if not plain:
+        lines.append("checkpoint.pt holds more than tensors and plain values: torch.load needs weights_only=False")
+    return "\n".join(lines)
+
+
+def choose(found: Sequence[Record], space: Space, what: str, source: str) -> Record:
+    """The best trial, of several that no other beats the best in the first objective; or the one with that number."""
+    if what == BEST_TRIAL:
+        best = best_of(found, space)
+        if not best:
+            wanted = " within the constraints" if space.constraints else ""
+            raise UserError(f"--export best: no trial of {source} finished{wanted}; a trial's number would export it")
+        return best[0]
+    if not what.isdigit():
+        raise UserError(f"--export {what}: write best, or the number of a trial")
+    return by_number(found, what, source)
+
+
+def empty_folder(text: str) -> Path:
+    """The folder to export to; raises UserError when something is in it."""
+    folder = Path(text)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"--export: {folder} exists and is not an empty folder; name a new one")
+    return folder
+
+
+def is_plain(checkpoint: Path) -> bool:
+    """Whether `torch.load(weights_only=True)` reads it."""
+    try:
+        torch.load(checkpoint, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True
+
+
+def _origin(document: Mapping[str, Any], space: Space, chosen: Record, saved: Saved, plain: bool) -> dict[str, Any]:
+    return {
+        "trial": chosen.number,
+        "name": chosen.name,
+        "status": chosen.status,
+        "reason": chosen.reason,
+        "objective": {item.metric: item.mode for item in space.objectives},
+        "metrics": dict(chosen.metrics),
+        "searched": dict(chosen.values),
+        "checkpoint": {"epoch": saved.epoch, "weights_only": plain},
+        "trainable": space.trainable,
+        "seed": space.search.seed,
+        "ran": document.get("ran"),
+        "exported": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _write(target: Path, saved: Saved, config: Mapping[str, Any], metrics: Path, origin: Mapping[str, Any]) -> None:
+    """All of it or nothing: beside it first, then moved."""
+    beside = target.resolve().with_name(f".{target.name}.{os.getpid()}")
+    beside.mkdir(parents=True)
+    try:
+        shutil.copyfile(saved.path, beside / "checkpoint.pt")
+        yaml_file.write(beside / "config.yaml", config)
+        yaml_file.write(beside / "origin.yaml", origin)
+        if metrics.exists():
+            shutil.copyfile(metrics, beside / "metrics.jsonl")
+        target.mkdir(exist_ok=True)
+        for file in beside.iterdir():
+            os.replace(file, target / file.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,158 @@
+"""How much memory the trials of a search take: measured once before it, so that several slots can share a GPU."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from search.domain import Choice, Integer
+from search.loading import Trainable, load
+from search.plan import MIB, Measured, Node, Unmeasured, is_simulated, obstacle
+from search.ranks import settle
+from search.space import Space, Values
+from trainables.contract import Trial, default_device
+
+DRAWS = 200  # of the space, among which the largest are looked for
+LARGEST = 5  # of them that are measured, beside the known settings
+WAIT_S = 600.0  # for a measurement, reading of the data included; then every worker gets a whole GPU
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a machine is to measure: `configs` as trees, and the search's own limit of a GPU, if it has one."""
+
+    trainable: str
+    paths: tuple[str, ...]
+    configs: Sequence[dict[str, Any]]
+    seed: int
+    threads: int
+    limit_mb: float | None
+
+
+def cannot_share(space: Space, trainable: Trainable, nodes: Sequence[Node]) -> Unmeasured | None:
+    """Why there is nothing to measure; None where slots can share GPUs."""
+    if trainable.memory_need is None:
+        return obstacle(space, nodes) or Unmeasured(f"the module of {space.trainable} has no function memory_need")
+    return obstacle(space, nodes)
+
+
+def measure(space: Space, nodes: Sequence[Node]) -> Measured | Unmeasured:
+    """Try the largest settings on a GPU of each machine, all machines at once; Ray is started.
+
+    The GPUs of one machine are taken to be alike. Whatever goes wrong is the reason why nothing was measured.
+    """
+    job = Job(
+        trainable=space.trainable,
+        paths=space.paths,
+        configs=[space.config(values) for values in large_settings(space)],
+        seed=space.search.seed,
+        threads=space.resources.cpus_per_worker,
+        limit_mb=space.resources.memory_limit_mb,
+    )
+    print(f"measuring the memory of a training step, for {len(job.configs)} setting(s)", flush=True)
+    task = ray.remote(num_cpus=job.threads, max_calls=1, max_retries=0)(needs)  # max_calls: it frees the GPU
+    if is_simulated(space, nodes):
+        tasks = [task.remote(job)]
+    else:
+        machines = [
+            entry["NodeID"] for entry in ray.nodes() if entry["Alive"] and entry["Resources"].get("GPU", 0) >= 1
+        ]
+        there = [NodeAffinitySchedulingStrategy(machine, soft=False) for machine in machines]
+        tasks = [task.options(num_gpus=1, scheduling_strategy=strategy).remote(job) for strategy in there]
+    done, late = ray.wait(tasks, num_returns=len(tasks), timeout=WAIT_S)
+    for reference in late:
+        ray.cancel(reference, force=True)
+    if late:
+        return Unmeasured(f"{len(late)} machine(s) had not measured a training step within {WAIT_S:g} s")
+    try:
+        return on_every_machine(ray.get(done))
+    except ray.exceptions.RayError as error:  # the process died
+        return Unmeasured(f"the measuring process died: {type(error).__name__}")
+
+
+def on_every_machine(found: Sequence[Measured | Unmeasured]) -> Measured | Unmeasured:
+    """What holds on every machine."""
+    measured = [item for item in found if isinstance(item, Measured)]
+    for item in found:
+        if isinstance(item, Unmeasured):
+            return item
+    return Measured(
+        settings=measured[0].settings,
+        need_bytes=max(item.need_bytes for item in measured),
+        besides_bytes=max(item.besides_bytes for item in measured),
+        device_bytes=min(item.device_bytes for item in measured),
+    )
+
+
+def needs(job: Job) -> Measured | Unmeasured:
+    """The largest need of the settings, measured in this process on this process's GPU, or on a simulated one."""
+    device = default_device()
+    cache: dict[Any, Any] = {}
+    largest = 0
+    try:
+        trainable = load(job.trainable, job.paths)
+        assert trainable.memory_need is not None
+        for config in job.configs:
+            settle(job.seed, job.threads)
+            trial = Trial(trainable.config(config), job.seed, rank=0, world_size=1, device=device, cache=cache)
+            largest = max(largest, trainable.memory_need(trial))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        return Unmeasured(f"memory could not be measured: {type(error).__name__}: {reason}")
+    limit_bytes = math.inf if job.limit_mb is None else job.limit_mb * MIB
+    if device.type != "cuda":
+        if job.limit_mb is None:
+            return Unmeasured("PyTorch finds no GPU on a machine where Ray counts one")
+        return Measured(len(job.configs), largest, 0, int(limit_bytes))
+    gc.collect()
+    torch.cuda.empty_cache()
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    besides_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved(device)
+    return Measured(len(job.configs), largest, besides_bytes, int(min(total_bytes, limit_bytes)))
+
+
+def large_settings(space: Space) -> list[Values]:
+    """The known settings, and those draws of the space that look as if they took most memory; each shape once.
+
+    A model's size and a batch's lie in whole numbers and choices, and memory is about their product. Where a larger
+    number makes a smaller model this picks others than the very largest: then a trial that needs more than its share
+    passes its batch through in parts.
+    """
+    rng = random.Random(space.search.seed)
+    known = [space.draw(rng, setting.values) for setting in space.try_first]
+    drawn = sorted((space.draw(rng) for _ in range(DRAWS)), key=lambda values: -_log_size(space, values))
+    shapes: dict[str, Values] = {}
+    for setting in known:
+        shapes.setdefault(_shape(space, setting), setting)
+    most = len(shapes) + LARGEST
+    for setting in drawn:
+        if len(shapes) < most:
+            shapes.setdefault(_shape(space, setting), setting)
+    return list(shapes.values())
+
+
+def _shape(space: Space, values: Mapping[str, Any]) -> str:
+    """Equal for settings that differ in real numbers only: rates and weights, which change no tensor's size."""
+    whole = [item.name for item in space.parameters if isinstance(item.domain, (Choice, Integer))]
+    return repr([(name, values[name]) for name in whole if name in values])
+
+
+def _log_size(space: Space, values: Mapping[str, Any]) -> float:
+    sized = [item.name for item in space.parameters if isinstance(item.domain, (Choice, Integer))]
+    return sum(math.log1p(_magnitude(values[name])) for name in sized if name in values)
+
+
+def _magnitude(value: Any) -> float:
+    """Of a number itself, of a list the sum of its numbers and how many words it has; 0 of what has no order."""
+    if isinstance(value, list):
+        return sum(1.0 if isinstance(item, str) else _magnitude(item) for item in value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return abs(value) if is_number else 0.0

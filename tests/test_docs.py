@@ -1,0 +1,130 @@
+"""The pages that say how to bring one's own code, followed word for word; and every link leads somewhere.
+
+A page holds files (a block of code after a line that ends in the file's name and a colon), commands (a block `sh`), and
+what they print (a block `text`), in which a line `...` stands for any lines and every number for any number.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("bring-*.md"))
+PROSE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?:`(?P<name>[^`\n]+)`:\n\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!!)\[[^\]]+\]\((?P<file>[^)#\s]*)(?:#(?P<heading>[^)\s]+))?\)")
+NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
+
+
+class Block(NamedTuple):
+    name: str | None
+    kind: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    return [Block(match["name"], match["kind"], match["text"]) for match in BLOCK.finditer(page.read_text())]
+
+
+def normal(line: str) -> str:
+    """A line in which numbers and the width of columns no longer tell."""
+    return " ".join(NUMBER.sub("#", line).split())
+
+
+def is_what_was_printed(said: str, printed: str) -> bool:
+    lines = [r"(.*\n)*" if line == "..." else re.escape(normal(line)) + r"\n" for line in said.splitlines()]
+    return re.fullmatch("".join(lines), "".join(f"{normal(line)}\n" for line in printed.splitlines())) is not None
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder in which `python launch.py` can be typed, as in a checkout."""
+    (tmp_path / "launch.py").symlink_to(ROOT / "launch.py")
+    return tmp_path
+
+
+@pytest.fixture
+def environment(ray_cluster: None) -> dict[str, str]:
+    """One in which `python` is this one, and in which a Ray runs already, since each start of it takes long."""
+    import ray
+
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_whoever_follows_a_page_sees_what_it_says(page: Path, checkout: Path, environment: dict[str, str]) -> None:
+    printed: str | None = None
+    for block in blocks(page):
+        if block.kind == "sh":
+            ran = subprocess.run(
+                ["bash", "-e"],
+                input=block.text,
+                cwd=checkout,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=240,
+            )
+            assert ran.returncode == 0, f"{block.text}{ran.stdout}{ran.stderr}"
+            printed = ran.stdout
+        elif block.kind == "text":
+            assert printed is not None, "the page tells of output before it tells of a command"
+            assert is_what_was_printed(block.text, printed), f"the page says\n{block.text}\nand there was\n{printed}"
+        else:
+            assert block.name, f"this block is no file, no command and no output:\n{block.text}"
+            (checkout / block.name).parent.mkdir(exist_ok=True)
+            (checkout / block.name).write_text(block.text)
+
+
+def test_there_are_pages_to_follow() -> None:
+    for page in PAGES:
+        assert {"python", "yaml", "sh", "text"} <= {block.kind for block in blocks(page)}, page
+    assert len(PAGES) == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "printed", "same"),
+    [
+        ("best: trial 3\n", "best: trial 12\n", True),
+        ("loss 0.25  3 epochs\n", "loss -1e-05   4 epochs\n", True),
+        ("best: trial 3\n", "worst: trial 3\n", False),
+        ("one\n", "one\ntwo\n", False),
+        ("one\n...\n", "one\n", True),
+        ("...\ntwo\n", "one\nzero\ntwo\n", True),
+        ("...\ntwo\n", "two\none\n", False),
+        ("loss is nan\n", "loss is 3\n", False),
+    ],
+)
+def test_words_are_compared_and_numbers_are_not(said: str, printed: str, same: bool) -> None:
+    assert is_what_was_printed(said, printed) is same
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as its viewers make them from its headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links() -> Iterator[tuple[Path, str, str]]:
+    for page in PROSE:
+        for match in LINK.finditer(page.read_text()):
+            if "://" not in match["file"]:
+                yield page, match["file"], match["heading"] or ""
+
+
+@pytest.mark.parametrize(("page", "file", "heading"), list(links()), ids=lambda value: getattr(value, "name", value))
+def test_every_link_leads_somewhere(page: Path, file: str, heading: str) -> None:
+    target = page.parent / file if file else page
+    assert target.exists(), f"{page.name} links to {file}, which does not exist"
+    if heading:
+        assert heading in headings(target), f"{page.name} links to {file}#{heading}, a heading that does not exist"
