@@ -29,7 +29,7 @@ from trainables.memory import MIB, Memory, Tried, fitting_micro_batch, shape_key
 from trainables.optim import Ema, Patience, adamw, clip_divisor, fused_step, lr_factor, set_lr
 from trainables.resume import restore, seed_everything, seed_from, state_of
 from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, on_device, ranks_of, share_of
-from trainables.step import Loss, Pairs, autocast, backward, everyones_count, over_ranks
+from trainables.step import Loss, Pairs, autocast, backward, compiled, everyones_count, over_ranks
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     patience = Patience(optim)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": ema, "guard": guard, "patience": patience}
     start = restore(parts, trial.resume)
-    loss = over_ranks(plain, ranks, device)
+    loss = over_ranks(compiled(plain) if optim.compile else plain, ranks, device)
 
     for epoch in range(start, config.epochs):
         if patience.over:

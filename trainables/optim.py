@@ -98,6 +98,7 @@ class Optim:
     micro_batch: most samples that one rank passes through the model at once; None: its whole share of the batch.
     schedule: "constant"; "cosine" to zero at the last epoch; "notes", the lab notes' cosine with `restarts`, one rate
         for a whole epoch. All of them start with a warm-up: linear, or half a cosine in "notes".
+    compile: the training step goes through torch.compile, anew for every trial: it pays where trials are long.
     ema: decay per step of a shadow of the parameters. Scores are then those of the shadow; a checkpoint holds both.
     spike: ends a trial as diverged while its loss is still finite; None: only what is not finite does.
     plateau: lowers the rate when a metric stalls; None: the schedule alone decides.
@@ -113,6 +114,7 @@ class Optim:
     warmup_epochs: float = 0.0
     restarts: Restarts = field(default_factory=Restarts)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
     ema: float | None = None
     spike: Spike | None = None
     plateau: Plateau | None = None

@@ -49,7 +49,18 @@ class Loss(nn.Module):
         return self.carried.grad
 
 
-def over_ranks(loss: Loss, ranks: Ranks, device: torch.device) -> nn.Module:
+def compiled(loss: Loss) -> nn.Module:
+    """`loss` as torch.compile makes it, of the same weights and with the same random numbers.
+
+    What must see into the model, or runs a step or two, keeps to the plain one: post-mortem, memory probe and scores.
+    """
+    torch._dynamo.reset()  # what earlier trials compiled counts against a limit, beyond which nothing more is
+    module = torch.compile(loss, options={"fallback_random": True})
+    assert isinstance(module, nn.Module), "of a module it makes a module"
+    return module
+
+
+def over_ranks(loss: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
     """`loss`, with its gradients averaged over the ranks."""
     if ranks.size == 1:
         return loss

@@ -29,6 +29,7 @@ except ImportError:
 CHUNK_NUMBERS = 2**18
 
 
+@torch.compiler.disable  # a step of Python for every token: compiling them takes longer than training
 def selective_scan(
     u_BDL: Tensor, delta_BDL: Tensor, a_DN: Tensor, b_BNL: Tensor, c_BNL: Tensor, skip_D: Tensor
 ) -> Tensor:
