@@ -17,7 +17,7 @@ from spaces import space_of
 from search.sampler import sampler_maker
 from search.space import Space
 from search.study import proposal_seed
-from search.survival import CANDIDATES, Survival, features, learn
+from search.survival import CANDIDATES, MAPPED, Survival, features, learn
 
 CONFIG: dict[str, Any] = {"epochs": 4, "lr": {"log": [1e-4, 1.0]}, "clip": {"float": [0.0, 2.0]}}
 CONDITIONAL: dict[str, Any] = {
@@ -95,10 +95,18 @@ class TestModel:
 
     def test_there_is_none_before_both_endings_were_seen(self, tmp_path: Path) -> None:
         ledger = open_ledger(space_of(tmp_path, CONFIG), InMemoryStorage())
-        for status in ("finished", "failed", "stopped"):
+        for status in ("finished", "failed", "stopped") * 6:
             end_toy(ledger, ask(ledger), status)
             assert learn(ledger.space, told(ledger)) is None
         end_toy(ledger, ask(ledger), "out_of_memory")
+        assert learn(ledger.space, told(ledger)) is not None
+
+    def test_there_is_none_before_the_space_is_mapped(self, tmp_path: Path) -> None:
+        ledger = open_ledger(space_of(tmp_path, CONFIG), InMemoryStorage())
+        for status in ["diverged", "failed", *["finished"] * (MAPPED - 2)]:  # a failed one says nothing
+            end_toy(ledger, ask(ledger), status)
+            assert learn(ledger.space, told(ledger)) is None
+        end_toy(ledger, ask(ledger), "stopped")
         assert learn(ledger.space, told(ledger)) is not None
 
 
@@ -116,10 +124,10 @@ class TestProposals:
         space = search_of(sampler, tmp_path, CONDITIONAL)
         whole = play(open_ledger(space, InMemoryStorage()), TRIALS)
         storage = InMemoryStorage()
-        parts = play(open_ledger(space, storage), 7)
+        parts = play(open_ledger(space, storage), MAPPED + 2)
         lost = ask(open_ledger(space, storage))  # the driver dies while this one runs
-        parts += play(open_ledger(space, storage), TRIALS - 7)
-        assert lost.values == whole[7]
+        parts += play(open_ledger(space, storage), TRIALS - MAPPED - 2)
+        assert lost.values == whole[MAPPED + 2]
         assert parts == whole
         assert all(space.holds(values) for values in whole)
 
@@ -152,8 +160,9 @@ def test_fewer_settings_diverge_and_the_edge_is_still_explored(sampler: str, tmp
     assert any(0.1 < lr < 0.4 for lr in rates(True)), "it keeps away from the edge"
 
 
-def test_known_settings_are_not_judged(tmp_path: Path) -> None:
+def test_known_settings_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole or in part, and whatever was seen before them."""
+    monkeypatch.setattr("search.survival.MAPPED", 2)
     known = [
         {"lr": 1e-4, "block": "uni", "fixed": 3},
         {"lr": 1.0, "block": "uni", "fixed": 3},
