@@ -27,13 +27,13 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One Ray for all tests marked `ray`, started by the first of them. Its four CPUs need not exist."""
+    """One Ray for all tests marked `ray`, started by the first of them. Its three CPUs need not exist."""
     import ray
 
     from search.run import RAY_ENVIRONMENT
 
     os.environ.update(RAY_ENVIRONMENT)
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
     yield
     ray.shutdown()
 
