@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,14 @@ class TrialFolder:
 
     def checkpoint(self) -> Saved | None:
         return last_checkpoint(self.path)
+
+    def drop_checkpoint(self) -> None:
+        for path in self.path.glob(CHECKPOINT_PATTERN):
+            path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove what lies here of a trial that the study never heard of."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def last_checkpoint(folder: Path) -> Saved | None:

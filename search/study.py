@@ -132,11 +132,21 @@ class Ledger:
             attrs = trial.user_attrs
             values = attrs.get("values") or self.space.suggest(trial)
         opened = OpenTrial(trial, values, attrs.get("name"), seconds_before=attrs.get("seconds", 0.0))
-        rows = TrialFolder(self._results, opened.number).read_metrics()
-        if rows:  # of an earlier attempt, which may have given its last report already
-            opened.epochs, opened.metrics = rows[-1]["epoch"], rows[-1]["metrics"]
+        if unfinished is None:  # a machine that went, or a mirror of it, may have kept more than the study
+            TrialFolder(self._results, opened.number).clear()
+        else:
+            self._take_up(opened)
         self.open[key] = opened
         return opened
+
+    def _take_up(self, opened: OpenTrial) -> None:
+        """What is on record of an earlier attempt, which may have given its last report already."""
+        folder = TrialFolder(self._results, opened.number)
+        rows = folder.read_metrics()
+        if rows:
+            opened.epochs, opened.metrics = rows[-1]["epoch"], rows[-1]["metrics"]
+        else:  # a slot is ahead of the record: from its last checkpoint the trial could end without any report
+            folder.drop_checkpoint()
 
     def _sampler(self, place: int, given: bool) -> BaseSampler:
         """What proposes at a place. given: values are known already, some or all; these are not judged."""

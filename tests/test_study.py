@@ -65,6 +65,27 @@ class TestJournal:
         record = ledger.end("slot", "finished", "ran to its end")
         assert (record.epochs, record.metrics) == (4, row["metrics"])
 
+    def test_a_checkpoint_without_a_report_on_record_is_run_again(self, space: Space, tmp_path: Path) -> None:
+        opened = ask(open_journal(space, tmp_path))
+        folder = TrialFolder(tmp_path, opened.number)
+        folder.write_checkpoint(4, b"the last one")  # the driver died before it heard of the report
+        ask(open_journal(space, tmp_path))
+        assert folder.checkpoint() is None
+        folder.append_metrics({"epoch": 3, "metrics": {"loss": 0.25}})
+        folder.write_checkpoint(4, b"the last one")
+        assert ask(open_journal(space, tmp_path)).epochs == 3
+        assert folder.checkpoint() is not None
+
+    def test_a_new_trial_takes_nothing_from_one_that_the_study_never_heard_of(
+        self, space: Space, tmp_path: Path
+    ) -> None:
+        folder = TrialFolder(tmp_path, 0)
+        folder.append_metrics({"epoch": 4, "metrics": {"loss": 0.25}})
+        folder.write_checkpoint(4, b"another setting's")
+        opened = ask(open_journal(space, tmp_path))
+        assert (opened.number, opened.epochs, opened.metrics) == (0, 0, {})
+        assert (folder.checkpoint(), folder.read_metrics()) == (None, [])
+
     def test_values_that_changed_on_the_way_are_the_ones_recorded(self, space: Space, tmp_path: Path) -> None:
         ledger = open_journal(space, tmp_path)
         opened = ask(ledger)
