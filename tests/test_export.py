@@ -136,6 +136,7 @@ def test_of_several_objectives_the_first_decides_and_the_others_are_named(tmp_pa
     assert told.splitlines()[1] == "it is the best in loss; no other beats these either: trials 1, 0"
 
 
+@pytest.mark.slow
 def test_of_a_mirror_only_that_trial_is_fetched(results: Path, tmp_path: Path, store: Store) -> None:
     Mirror(results, "s3://bucket/searches/run").push()
     store.sent.clear()
