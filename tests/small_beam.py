@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from trainables.beam.config import Data, Model
+from trainables.beam.config import Data, Model, Simulated
 
 SMALL = Model(
     channels=(4, 8, 12, 16),
@@ -25,6 +27,11 @@ PUBLISHED = Model(
     gps_embedding="linear",
 )
 GPS_WIDTH = 3
+
+
+def simulated(folder: Path) -> Data:
+    """Simulated passes that are prepared in a moment, in `folder`."""
+    return Data(prepared=str(folder), history=2, image_size=32, simulated=Simulated(passes=8, frames=8))
 
 
 def noise(count: int, data: Data) -> dict[str, Tensor]:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from small_beam import SMALL
+from small_beam import SMALL, simulated
 
 from trainables.beam import features, fusion, rebuild
-from trainables.beam.config import Data, Pretrain, Rebuild, Simulated
+from trainables.beam.config import Pretrain, Rebuild
 from trainables.beam.data import samples
 from trainables.beam.network import FusionNetwork
 from trainables.contract import Report, Trial, UserError
@@ -22,12 +22,7 @@ OPTIM = Optim(lr=1e-3, batch_size=8)
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> rebuild.Config:
-    data = Data(
-        prepared=str(tmp_path_factory.mktemp("cache")),
-        history=2,
-        image_size=32,
-        simulated=Simulated(passes=8, frames=8),
-    )
+    data = simulated(tmp_path_factory.mktemp("cache"))
     made = rebuild.Config(data=data, model=SMALL, optim=OPTIM, pretrain=Pretrain(epochs=0), epochs=1)
     rebuild.prepare(made)
     return made

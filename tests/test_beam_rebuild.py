@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_beam import SMALL
+from small_beam import SMALL, simulated
 from torch import Tensor
 
 from trainables.beam import fusion, pretrained, rebuild
@@ -26,12 +26,7 @@ OPTIM = Optim(lr=1e-3, batch_size=8)
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> rebuild.Config:
-    data = Data(
-        prepared=str(tmp_path_factory.mktemp("cache")),
-        history=2,
-        image_size=32,
-        simulated=Simulated(passes=8, frames=8),
-    )
+    data = simulated(tmp_path_factory.mktemp("cache"))
     made = rebuild.Config(data=data, model=SMALL, optim=OPTIM, pretrain=Pretrain(epochs=1, optim=OPTIM), epochs=2)
     rebuild.prepare(made)
     return made

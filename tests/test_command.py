@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from printed import read_until
 
 from search.space_file import load_space
 from search.study import open_study
@@ -66,17 +66,6 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-def wait_for(process: subprocess.Popen[str], pattern: str) -> str:
-    """Read the output up to a line that matches."""
-    assert process.stdout is not None
-    told = ""
-    for line in process.stdout:
-        told += line
-        if re.search(pattern, line):
-            return told
-    raise AssertionError(f"{pattern!r} was never printed:\n{told}")
-
-
 def rows(results: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((results / "trials.csv").read_text().splitlines()))
 
@@ -124,7 +113,7 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path, how: signal.
     shutil.copy(Path(__file__).parent / "toys.py", tmp_path)
     (tmp_path / "slow.yaml").write_text(SLOW_SPACE)
     process = launch(tmp_path, "--space", "slow.yaml", "--name", "cut", "--export", "best", "model")
-    wait_for(process, r"trial +\d+ +finished")
+    read_until(process, r"trial +\d+ +finished")
     time.sleep(1.5)  # into the middle of the next trials
     process.send_signal(how)
     status, output = finish(process)

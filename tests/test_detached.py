@@ -23,6 +23,7 @@ import pytest
 import s3
 import torch
 import yaml
+from printed import read_until
 
 from search.record import Record
 from search.space_file import read_space
@@ -156,16 +157,6 @@ def wait_for(file: Path, words: str) -> None:
     while not (file.exists() and words in file.read_text()):
         assert time.monotonic() < until, file.read_text()
         time.sleep(0.2)
-
-
-def read_until(process: subprocess.Popen[str], pattern: str) -> str:
-    assert process.stdout is not None
-    told = ""
-    for line in process.stdout:
-        told += line
-        if re.search(pattern, line):
-            return told
-    raise AssertionError(f"{pattern!r} was never printed:\n{told}")
 
 
 def check_out(folder: Path) -> None:
