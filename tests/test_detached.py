@@ -154,8 +154,8 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 def wait_for(file: Path, words: str) -> None:
     until = time.monotonic() + 400
-    while not (file.exists() and words in file.read_text()):
-        assert time.monotonic() < until, file.read_text()
+    while words not in (told := file.read_text() if file.exists() else f"no {file.name}"):
+        assert time.monotonic() < until, told
         time.sleep(0.2)
 
 
