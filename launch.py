@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,13 +57,33 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
+def check_alone(given: argparse.Namespace, *names: str) -> None:
+    """Raise UserError where there are other options than these, which would be ignored beside the first of them."""
+    defaults = vars(parser().parse_args([]))
+    for name, value in vars(given).items():
+        if name not in names and value != defaults[name]:
+            raise UserError(f"--{name.replace('_', '-')} does not go with --{names[0]}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        status = run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read along has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_NOTHING
+    return status
+
+
+def run(arguments: Sequence[str] | None) -> int:
     try:
         given = parser().parse_args(arguments)
         if given.list:
+            check_alone(given, "list")
             print(list_spaces(HERE / "search_spaces"))
             return EXIT_FOUND
         if given.report:
+            check_alone(given, "report", "why", "export")
             print(report(given.report, given.why, given.export))
             return EXIT_FOUND
         options = Options.read(given, HERE / "search_spaces")

@@ -2,7 +2,8 @@
 
     python benchmarks/versus_guide.py SPACE SEED SECONDS
 
-Prints a line of JSON for each report that reached the driver: its time and metrics. For ray 2.60.
+Prints a line of JSON for each report that reached the driver: its time and metrics. Conditions (`when`) are not kept, each
+trial draws every parameter. For ray 2.60.
 https://docs.ray.io/en/latest/train/user-guides/hyperparameter-optimization.html
 """
 
@@ -45,9 +46,12 @@ def tune_domain(domain: Domain) -> Any:
     if isinstance(domain, Choice):
         return ray.tune.choice(list(domain.values))
     assert isinstance(domain, (Real, Integer))
-    assert domain.step is None
+    if isinstance(domain, Integer) and not domain.log:
+        return ray.tune.qrandint(domain.low, domain.high, domain.step)  # `high` included, unlike in randint
     if isinstance(domain, Integer):
-        return (ray.tune.lograndint if domain.log else ray.tune.randint)(domain.low, domain.high + 1)
+        return ray.tune.lograndint(domain.low, domain.high + 1)
+    if domain.step is not None:
+        return ray.tune.quniform(domain.low, domain.high, domain.step)
     return (ray.tune.loguniform if domain.log else ray.tune.uniform)(domain.low, domain.high)
 
 

@@ -80,6 +80,9 @@ TOY = ("--space", "toy")
         (["--resume", "results/x", "--name", "y"], "--name does not go with --resume: the folder has settled it"),
         (["--why", "3"], "--why needs --report RESULTS_DIR"),
         (["--report", "results/x"], "results/x: there is no space.yaml here"),
+        (["--report", "results/x", "--seed", "0"], "--seed does not go with --report"),
+        (["--report", "results/x", "--set", "a=1"], "--set does not go with --report"),
+        (["--list", "--why", "3"], "--why does not go with --list"),
         (["--export", "best", "model"], "name a space with --space, or a results folder"),
         (["--report", "results/x", "--export", "best", "model"], "results/x: there is no space.yaml here"),
         (
@@ -261,3 +264,11 @@ def test_looking_starts_no_ray(tmp_path: Path) -> None:
     assert told.stderr.splitlines() == [
         "error: toy.yaml: search.trials: 0 is refused: input should be greater than or equal to 1"
     ]
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} {ROOT / 'launch.py'} --space rebuild --dry-run 2>{tmp_path / 'errors'} | head -n 1"
+    told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert told.startswith("rebuild: max dba_rebuilt over ")
+    assert (tmp_path / "errors").read_text() == ""
