@@ -93,12 +93,13 @@ class _Stop(tune.Stopper):
 def start_ray(address: str | None) -> tuple[Node, ...]:
     """Join the cluster at `address`, or start a local one, unless that has been done; returns its nodes."""
     os.environ.update(RAY_ENVIRONMENT)
-    if address is None:
-        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a machine of one's own is not taken away
     # Tune complains of log files that we do not let it write, and of trials that the tables explain better.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     arguments: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
-    if address is not None:
+    if address is None:
+        arguments |= {"address": "local"}  # and not one that somebody else has started here
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a machine of one's own is not taken away
+    else:
         arguments |= {"address": address, "runtime_env": {"env_vars": RAY_ENVIRONMENT}}
     if not ray.is_initialized():
         context = ray.init(**arguments)

@@ -32,8 +32,8 @@ def ray_cluster() -> Iterator[None]:
 
     from search.run import RAY_ENVIRONMENT
 
-    os.environ.update(RAY_ENVIRONMENT)
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
+    os.environ.update({**RAY_ENVIRONMENT, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"})
+    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
     yield
     ray.shutdown()
 

@@ -38,6 +38,7 @@ objective: {metric: loss, mode: min}
 config:
   lr: {log: [1.0e-2, 0.4]}
 search: {trials: 6}
+resources: {cpus_per_worker: 2}
 """
 SLOW_SPACE = """
 trainable: toys:descend
@@ -47,6 +48,7 @@ config:
   pause_s: 0.5
   lr: {log: [1.0e-2, 0.4]}
 search: {trials: 5, sampler: random}
+resources: {cpus_per_worker: 2}
 """
 
 

@@ -23,7 +23,7 @@ from search.study import open_study
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 HERE = Path(__file__).parent
-MACHINE = (Node(cpus=2, gpus=0),)
+ONE_CPU, TWO_CPUS = (Node(cpus=1, gpus=0),), (Node(cpus=2, gpus=0),)  # each slot of one worker takes one
 
 
 def options(folder: Path, resume: Path | None = None) -> Options:
@@ -43,13 +43,15 @@ def options(folder: Path, resume: Path | None = None) -> Options:
     )
 
 
-def search(folder: Path, space: dict[str, Any], cold: bool = False) -> tuple[engine.Outcome, Path]:
+def search(
+    folder: Path, space: dict[str, Any], machine: tuple[Node, ...] = ONE_CPU, cold: bool = False
+) -> tuple[engine.Outcome, Path]:
     """Run a space to its end; returns the outcome and its results folder."""
     shutil.copy(HERE / "toys.py", folder)
     (folder / "toy.yaml").write_text(yaml.safe_dump(space))
     loaded, _ = load_space(folder / "toy.yaml")
     results = open_results(options(folder), loaded)
-    return engine.run(loaded, make_plan(loaded, MACHINE), results, cold), results
+    return engine.run(loaded, make_plan(loaded, machine), results, cold), results
 
 
 def toy(function: str, **more: Any) -> dict[str, Any]:
@@ -70,7 +72,9 @@ def study_of(results: Path) -> optuna.Study:
 @pytest.fixture(scope="module")
 def descended(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[engine.Outcome, Path]:
     """A finished search of ten trials on two slots. Whoever changes its folder works on a copy."""
-    return search(tmp_path_factory.mktemp("descended"), toy("descend", search={"trials": 10, "sampler": "random"}))
+    return search(
+        tmp_path_factory.mktemp("descended"), toy("descend", search={"trials": 10, "sampler": "random"}), TWO_CPUS
+    )
 
 
 def test_a_search_leaves_what_the_design_says(descended: tuple[engine.Outcome, Path]) -> None:
@@ -102,7 +106,7 @@ def test_more_trials_extend_a_finished_search(descended: tuple[engine.Outcome, P
     before = trials_table(load_space(results / "space.yaml")[0], first.records).splitlines()
     longer, _ = load_space(results / "space.yaml", ["search.trials=12"])
     open_results(options(tmp_path, resume=results), longer)
-    second = engine.run(longer, make_plan(longer, MACHINE), results)
+    second = engine.run(longer, make_plan(longer, ONE_CPU), results)
     after = (results / "trials.csv").read_text().splitlines()
     assert after[: len(before)] == before
     assert [record.number for record in second.records] == list(range(12))
@@ -172,7 +176,6 @@ def test_the_same_seed_proposes_the_same_settings_one_trial_at_a_time(tmp_path: 
     space = toy(
         "descend",
         search={"trials": 14, "sampler": "tpe", "seed": 5},
-        resources={"cpus_per_worker": 2},
         config={"epochs": 1, "lr": {"log": [0.01, 0.4]}, "pause_s": {"choice": [0.0, 0.001]}},
     )
     first, _ = search(tmp_path, space)
@@ -193,7 +196,7 @@ def test_every_scheduler_ends_every_trial(tmp_path: Path, scheduler: str) -> Non
         scheduler={"name": scheduler, "grace_epochs": 1, "reduction": 3},
         search={"trials": 12, "sampler": "random", "seed": 1},
     )
-    outcome, _ = search(tmp_path, space)
+    outcome, _ = search(tmp_path, space, TWO_CPUS)
     assert len(outcome.records) == 12
     statuses = {record.status for record in outcome.records}
     assert "finished" in statuses
@@ -204,7 +207,7 @@ def test_every_scheduler_ends_every_trial(tmp_path: Path, scheduler: str) -> Non
 
 def test_asha_keeps_what_falls_below_chance_before_it_learns(tmp_path: Path) -> None:
     """Beside four trials that sit at chance, which is better than where a network that learns begins."""
-    space = toy("late", scheduler={"name": "asha", "grace_epochs": 1, "reduction": 2}, resources={"cpus_per_worker": 2})
+    space = toy("late", scheduler={"name": "asha", "grace_epochs": 1, "reduction": 2})
     space |= {
         "objective": {"metric": "score", "mode": "max"},
         "config": {"epochs": 4, "learns": {"choice": [False, True]}},
@@ -217,7 +220,7 @@ def test_asha_keeps_what_falls_below_chance_before_it_learns(tmp_path: Path) -> 
 
 def test_two_ranks_train_to_one_result(tmp_path: Path) -> None:
     space = toy("network", resources={"workers": 2}, search={"trials": 2, "sampler": "random"})
-    outcome, _ = search(tmp_path, space)
+    outcome, _ = search(tmp_path, space, TWO_CPUS)
     assert [record.status for record in outcome.records] == ["finished", "finished"]
 
 
@@ -229,7 +232,7 @@ def test_a_rank_that_diverges_alone_does_not_hang_the_others(tmp_path: Path, mon
         try_first=[{"lr": 0.9}, {"lr": 0.1}],
         search={"trials": 2},
     )
-    outcome, _ = search(tmp_path, space)
+    outcome, _ = search(tmp_path, space, TWO_CPUS)
     assert [(record.status, record.reason) for record in outcome.records] == [
         ("diverged", "rank 1 alone"),
         ("finished", "ran to its end"),

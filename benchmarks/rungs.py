@@ -1,0 +1,61 @@
+"""After which epoch a scheduler may judge: how soon the trials of a search stand in the order of their last epoch.
+
+    python launch.py --space rebuild --set search.sampler=random --set scheduler.name=none --set 'try_first=[]' \\
+        --trials 24 --name whole
+    PYTHONPATH=. python benchmarks/rungs.py results/whole
+
+For each epoch of the trials that ran to the end: the rank correlation (Spearman's) of their objective with that of the
+last epoch, and how many of the best third a cut in the middle would have kept. Below zero, or near it, halving after
+that epoch does harm: set `scheduler.grace_epochs` later.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from search.folder import TrialFolder
+from search.health import compared
+from search.results import read_results
+
+
+def curves(results: Path) -> list[list[float]]:
+    """What schedulers compare, by trial and epoch, the larger the better; of the finished trials of a results folder."""
+    space, records = read_results(results)
+    objective = space.objectives[0]
+    sign = 1.0 if objective.mode == "max" else -1.0
+    found = []
+    for record in records:
+        if record.status == "finished":
+            rows = TrialFolder(results, record.number).read_metrics()
+            found.append([sign * value for row in rows if (value := compared(row["metrics"], objective)) is not None])
+    longest = max(map(len, found), default=0)
+    return [curve for curve in found if len(curve) == longest]
+
+
+def table(found: Sequence[Sequence[float]]) -> str:
+    value_TE = np.array(found)
+    last_T, third = value_TE[:, -1], len(found) // 3
+    best = set(np.argsort(-last_T)[:third])
+    lines = ["| epoch | rank correlation with the last | of the best third in the better half |", "|---|---|---|"]
+    for epoch, value_T in enumerate(value_TE.T, 1):
+        kept = best & set(np.argsort(-value_T)[: len(found) // 2])
+        lines.append(f"| {epoch} | {spearmanr(value_T, last_T).statistic:.2f} | {len(kept)} of {third} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="a results folder whose trials ran to the end")
+    found = curves(parser.parse_args().results)
+    if len(found) < 3:
+        parser.error("fewer than three trials ran to the end; the order of those says nothing")
+    print(f"{len(found)} trials of {len(found[0])} epochs\n\n{table(found)}")
+
+
+if __name__ == "__main__":
+    main()
