@@ -24,7 +24,7 @@ from search.results import read_results
 
 
 def curves(results: Path) -> list[list[float]]:
-    """What schedulers compare, by trial and epoch, the larger the better; of the finished trials of a results folder."""
+    """What schedulers compare, by trial and epoch, the larger the better; of the trials that ran to the end."""
     space, records = read_results(results)
     objective = space.objectives[0]
     sign = 1.0 if objective.mode == "max" else -1.0

@@ -2,8 +2,8 @@
 
     python benchmarks/versus_guide.py SPACE SEED SECONDS
 
-Prints a line of JSON for each report that reached the driver: its time and metrics. Conditions (`when`) are not kept, each
-trial draws every parameter. For ray 2.60.
+Prints a line of JSON for each report that reached the driver: its time and metrics. Conditions (`when`) are not kept,
+each trial draws every parameter. For ray 2.60.
 https://docs.ray.io/en/latest/train/user-guides/hyperparameter-optimization.html
 """
 
