@@ -164,7 +164,7 @@ def test_what_blows_up_is_explained_and_what_is_too_large_is_cut(tmp_path: Path)
 
 
 def test_a_warm_trial_equals_a_cold_one_bit_for_bit(tmp_path: Path) -> None:
-    space = toy("network", search={"trials": 3, "sampler": "random", "seed": 3})
+    space = toy("network", search={"trials": 2, "sampler": "random", "seed": 3})
     warm, _ = search(tmp_path, space)
     cold, _ = search(tmp_path, space, cold=True)
     assert [(item.values, item.metrics) for item in warm.records] == [
