@@ -20,7 +20,7 @@ search: $(STAMP)
 	$(BIN)/python launch.py --space $(SPACE) $(ARGS)
 
 test: $(STAMP) $(REFERENCE)
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(STAMP) $(REFERENCE)
 	$(BIN)/ruff check

@@ -183,8 +183,10 @@ def test_the_same_seed_proposes_the_same_settings_one_trial_at_a_time(tmp_path: 
     assert [item.values for item in first.records] == [item.values for item in again.records]
 
 
-@pytest.mark.parametrize("scheduler", ["asha", "hyperband", "median", "pbt"])
-def test_every_scheduler_ends_every_trial(tmp_path: Path, scheduler: str) -> None:
+@pytest.mark.parametrize(
+    ("scheduler", "machine"), [("asha", ONE_CPU), ("hyperband", TWO_CPUS), ("median", ONE_CPU), ("pbt", TWO_CPUS)]
+)
+def test_every_scheduler_ends_every_trial(tmp_path: Path, scheduler: str, machine: tuple[Node, ...]) -> None:
     space = toy(
         "misbehave",
         config={
@@ -196,7 +198,7 @@ def test_every_scheduler_ends_every_trial(tmp_path: Path, scheduler: str) -> Non
         scheduler={"name": scheduler, "grace_epochs": 1, "reduction": 3},
         search={"trials": 12, "sampler": "random", "seed": 1},
     )
-    outcome, _ = search(tmp_path, space, TWO_CPUS)
+    outcome, _ = search(tmp_path, space, machine)
     assert len(outcome.records) == 12
     statuses = {record.status for record in outcome.records}
     assert "finished" in statuses
