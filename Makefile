@@ -26,7 +26,7 @@ check: $(STAMP) $(REFERENCE)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m "not ray and not slow"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not ray and not slow"
 
 bench: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/overhead.py $(ARGS)
