@@ -66,12 +66,11 @@ def check_alone(given: argparse.Namespace, *names: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    status = run(arguments)
     try:
-        status = run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read along has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_NOTHING
     return status
 
 
