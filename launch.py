@@ -66,30 +66,32 @@ def check_alone(given: argparse.Namespace, *names: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    status = run(arguments)
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read along has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return status
-
-
-def run(arguments: Sequence[str] | None) -> int:
     try:
         given = parser().parse_args(arguments)
-        if given.list:
-            check_alone(given, "list")
-            print(list_spaces(HERE / "search_spaces"))
-            return EXIT_FOUND
-        if given.report:
-            check_alone(given, "report", "why", "export")
-            print(report(given.report, given.why, given.export))
-            return EXIT_FOUND
-        options = Options.read(given, HERE / "search_spaces")
-        outcomes = fill(options, given.table) if given.table else [search(options)]
+        status = run(given)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISTAKE
+    except BrokenPipeError:
+        if not (given.list or given.report or given.dry_run):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read along has left, as `head` does
+        return EXIT_FOUND
+    return status
+
+
+def run(given: argparse.Namespace) -> int:
+    if given.list:
+        check_alone(given, "list")
+        print(list_spaces(HERE / "search_spaces"))
+        return EXIT_FOUND
+    if given.report:
+        check_alone(given, "report", "why", "export")
+        print(report(given.report, given.why, given.export))
+        return EXIT_FOUND
+    options = Options.read(given, HERE / "search_spaces")
+    outcomes = fill(options, given.table) if given.table else [search(options)]
     ran = [outcome for outcome in outcomes if outcome is not None]
     if any(outcome.interrupted for outcome in ran):
         return EXIT_INTERRUPTED
