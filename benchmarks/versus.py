@@ -1,6 +1,7 @@
 """The best score over time of four ways to search one space, each given the same time on the clock.
 
-    python benchmarks/versus.py [--space rebuild] [--seconds 240] [--seeds 3] [--plot benchmarks/versus.svg]
+    python benchmarks/versus.py [--space rebuild] [--seconds 240] [--seeds 3] [--against random guide chain]
+                                [--plot benchmarks/versus.svg]
 
 * this platform: the space as it is
 * random: settings at random, all trained to the end, on this platform's warm groups
@@ -30,8 +31,8 @@ from search.space import Space
 from search.space_file import load_space
 
 ROOT = Path(__file__).parents[1]
-GUIDE = "the guide's pattern"
 PLAIN = ("search.sampler=random", "search.survival=false", "scheduler.name=none", "try_first=[]")
+RIVALS = {"random": "random", "guide": "the guide's pattern", "chain": "the chain"}
 MANY = 10_000  # trials; the time ends the search
 Reports = list[tuple[float, Mapping[str, Any]]]  # seconds since the start, and metrics
 
@@ -105,17 +106,19 @@ def main() -> None:
     parser.add_argument("--space", default="rebuild", metavar="NAME")
     parser.add_argument("--seconds", type=float, default=240, help="that each search is given")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--against", nargs="+", choices=RIVALS, default=RIVALS, metavar="RIVAL", help=", ".join(RIVALS))
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the curves as SVG")
     arguments = parser.parse_args()
     file = ROOT / "search_spaces" / f"{arguments.space}.yaml"
     space, _ = load_space(file, has_gpu=False)
     known = len(space.try_first)
-    methods: dict[str, Callable[[int], Reports]] = {
-        "this platform": lambda seed: ours(file, seed, arguments.seconds),
+    rivals: dict[str, Callable[[int], Reports]] = {
         "random": lambda seed: ours(file, seed, arguments.seconds, PLAIN),
-        GUIDE: lambda seed: guide(file, seed, arguments.seconds),
-        "the chain": lambda seed: ours(file, seed, arguments.seconds, ["scheduler.name=none"], known),
+        "guide": lambda seed: guide(file, seed, arguments.seconds),
+        "chain": lambda seed: ours(file, seed, arguments.seconds, ["scheduler.name=none"], known),
     }
+    methods: dict[str, Callable[[int], Reports]] = {"this platform": lambda seed: ours(file, seed, arguments.seconds)}
+    methods |= {RIVALS[name]: rivals[name] for name in RIVALS if name in arguments.against}
     ours(file, 0, 600, ["try_first=[]", "config.epochs=1"], trials=1)  # prepares data and networks
     curves: dict[str, list[Curve]] = {name: [] for name in methods}
     for seed in range(arguments.seeds):

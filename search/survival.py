@@ -30,10 +30,10 @@ Array = NDArray[np.float64]
 # How many settings a sampler may be asked for in one trial's place. Those that are not named here are asked once:
 # gp has such a model of its own, which takes long to fit, and the others follow a sequence or a generation.
 CANDIDATES = {"tpe": 16, "nsga2": 16, "random": 16}
-LIKELY = 0.5  # survival from which a candidate is taken: more likely than not. A stricter one keeps away from the edge
 MAPPED = 10  # ended trials before the model speaks: the first settings map the space, its edge included
+KNOWN = 20  # ended trials for each parameter, after which the odds of survival must be two to one
 LATEST = 200  # ended trials that the model learns from: its cost grows with their cube
-BIAS, SLOPE, BEND, BEND_LENGTH = 1.0, 4.0, 1.0, 0.7  # of the kernel; a parameter's range is 2 wide
+BIAS, SLOPE, BEND, BEND_LENGTH = 1.0, 4.0, 1.0, 2.0  # of the kernel; a parameter's range is 2 wide
 SCALES = (1.0, 10.0, 100.0, 1000.0)  # prior variances of the log-odds
 SURVIVED = {"finished": 1.0, "stopped": 1.0, "diverged": 0.0, "out_of_memory": 0.0}  # a failed trial says nothing
 
@@ -47,6 +47,7 @@ class Survival:
     def __init__(
         self, space: Space, tried: Sequence[Mapping[str, Any]], survived: Sequence[float], weights: Sequence[float]
     ) -> None:
+        self.tried = len(tried)  # settings
         self._space = space
         self._x_ND = np.array([features(space, values) for values in tried])
         k_NN = _kernel(self._x_ND, self._x_ND)
@@ -135,10 +136,19 @@ def _kernel(a_ND: Array, b_MD: Array) -> Array:
     return kernel
 
 
-class SurvivingSampler(BaseSampler):
-    """The first proposal that is likely to survive, of those that one sampler makes with different seeds.
+def demanded(tried: int, parameters: int) -> float:
+    """The probability of survival from which a candidate is taken, after so many tried settings.
 
-    Where none of the candidates is likely to, it is the likeliest. They leave no trace among the trials of the study.
+    At first it need only be more likely than not: a strict limit keeps a model that knows little away from the edge,
+    and the best settings often lie close to it. Once the edge is known, one more diverged trial teaches nothing.
+    """
+    return 1 - 1 / (2 + tried / (KNOWN * parameters))
+
+
+class SurvivingSampler(BaseSampler):
+    """The first proposal that is likely enough to survive, of those that one sampler makes with different seeds.
+
+    Where none of the candidates is, it is the likeliest. They leave no trace among the trials of the study.
     """
 
     def __init__(self, space: Space, model: Survival, candidates: Callable[[int], BaseSampler]) -> None:
@@ -146,13 +156,13 @@ class SurvivingSampler(BaseSampler):
         self._chosen: Values = {}
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        best = -1.0
+        best, limit = -1.0, demanded(self._model.tried, len(self._space.parameters))
         for i in range(CANDIDATES[self._space.search.sampler]):
             values = propose(self._space, self._candidates(i), study, trial)
             survival = self._model.probability(values)
             if survival > best:
                 best, self._chosen = survival, values
-            if survival >= LIKELY:
+            if survival >= limit:
                 return
 
     # The setting is a whole; Optuna asks for it value by value.

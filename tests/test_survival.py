@@ -17,7 +17,7 @@ from spaces import space_of
 from search.sampler import sampler_maker
 from search.space import Space
 from search.study import proposal_seed
-from search.survival import CANDIDATES, MAPPED, Survival, features, learn
+from search.survival import CANDIDATES, KNOWN, MAPPED, Survival, demanded, features, learn
 
 CONFIG: dict[str, Any] = {"epochs": 4, "lr": {"log": [1e-4, 1.0]}, "clip": {"float": [0.0, 2.0]}}
 CONDITIONAL: dict[str, Any] = {
@@ -158,6 +158,29 @@ def test_fewer_settings_diverge_and_the_edge_is_still_explored(sampler: str, tmp
 
     assert sum(lr > 0.2 for lr in rates(True)) < sum(lr > 0.2 for lr in rates(False))
     assert any(0.1 < lr < 0.4 for lr in rates(True)), "it keeps away from the edge"
+
+
+def test_the_more_has_been_tried_the_likelier_a_proposal_must_be_to_survive() -> None:
+    limits = [demanded(tried, parameters=3) for tried in (0, 10, 40, 200)]
+    assert limits == sorted(limits)
+    assert limits[0] == 0.5 < limits[1]
+    assert limits[-1] < 1
+    assert demanded(KNOWN * 6, parameters=6) == pytest.approx(2 / 3)
+    assert demanded(40, parameters=6) < demanded(40, parameters=3), "more parameters take longer to know"
+
+
+def test_the_likeliest_is_taken_where_none_is_likely_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.survival.demanded", lambda tried, parameters: 1.0)
+    space = search_of("random", tmp_path, CONFIG)
+    ledger = open_ledger(space, InMemoryStorage())
+    rng = random.Random(5)
+    for _ in range(MAPPED):
+        opened = ask(ledger)
+        end_toy(ledger, opened, "diverged" if opened.values["lr"] > 0.01 else "finished")
+    model = learn(space, told(ledger))
+    assert model is not None
+    typical = sorted(model.probability(space.draw(rng)) for _ in range(200))[100]
+    assert model.probability(ask(ledger).values) > typical
 
 
 def test_known_settings_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
