@@ -73,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISTAKE
+    except KeyboardInterrupt:  # before there was anything to go on with, or for the second time
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         if not (given.list or given.report or given.dry_run):
             raise

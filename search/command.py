@@ -19,10 +19,12 @@ import optuna
 import torch
 
 from search import run as engine
+from search import tree as trees
 from search import yaml_file
 from search.decode import did_you_mean
 from search.export import BEST_TRIAL, empty_folder, export, export_trial
 from search.folder import SPACE, STUDY
+from search.loading import where
 from search.mirror import Mirror, fetch, is_uri, local
 from search.packing import cannot_share, measure
 from search.plan import AT_THE_START, Node, estimate, make_plan
@@ -162,26 +164,35 @@ def search(options: Options) -> engine.Outcome | None:
         print(yaml_file.dump(space.document()), end="")
         return None
     if trainable.prepare is not None:
-        told = trainable.prepare(trainable.config(space.config(space.draw(random.Random(0)))))
+        try:
+            told = trainable.prepare(trainable.config(space.config(space.draw(random.Random(0)))))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{space.trainable}: its module's `prepare` failed: {where(error)}") from error
         if told is not None:
             space = replace(space, data=str(told))
             print(space.data, flush=True)
-    results = open_results(options, space)
-    mirror = None if options.uri is None else Mirror(results, f"{options.uri}/{results.name}")
-    if mirror is not None:
-        mirror.begin()
-    if not options.address:
-        engine.start_ray(None)
-    if space.resources.gpus_per_worker == "auto" and alone is None:
-        plan = make_plan(space, nodes, measure(space, nodes))
-        print(f"plan: {plan}", flush=True)
-    outcome = engine.run(space, plan, results, options.cold, mirror)
-    print(summary(results, space, outcome.records))
+    interruption = engine.Interruption()
+    with interruption.heeded():  # from here on there is a folder to go on from
+        results = open_results(options, space)
+        mirror = None if options.uri is None else Mirror(results, f"{options.uri}/{results.name}")
+        if mirror is not None:
+            mirror.begin()
+        if not options.address:
+            engine.start_ray(None)
+        if space.resources.gpus_per_worker == "auto" and alone is None and not interruption.pressed:
+            plan = make_plan(space, nodes, measure(space, nodes))
+            print(f"plan: {plan}", flush=True)
+        outcome = engine.run(space, plan, results, options.cold, mirror, interruption)
+        print(summary(results, space, outcome.records))
     if mirror is not None:
         print(f"kept at: {mirror.uri}")
     if outcome.interrupted:
         kept = str(results) if mirror is None else mirror.uri
-        print(f"interrupted; go on with: python launch.py --resume {shlex.quote(kept)}")
+        again = ["--resume", kept, *(["--cold"] if options.cold else [])]
+        again += ["--address", options.address] if options.address else []
+        print(f"interrupted; go on with: python launch.py {shlex.join(again)}")
     elif options.export is not None and outcome.best:
         print(export_trial(results, BEST_TRIAL, options.export))
     return outcome
@@ -212,6 +223,7 @@ def cap_to_grid(space: Space) -> Space:
 def open_results(options: Options, space: Space) -> Path:
     """The results folder, with the resolved space and the study in it."""
     if options.resume is not None:
+        check_same(read_space(options.resume / SPACE), space, options.resume)
         write_space(options.resume, space)
         return options.resume
     results = options.results / (options.name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -230,6 +242,21 @@ def open_results(options: Options, space: Space) -> Path:
         taken = take_over(study, space, earlier, str(options.warm_start))
         print(f"warm start: {taken} trials of {options.warm_start} lie within this space")
     return results
+
+
+def check_same(earlier: Space, space: Space, folder: Path) -> None:
+    """Raise UserError where a search would go on as another: its tables pair every trial with the config of `space`."""
+    before, now = (
+        {key: item.document()[key] for key in ("trainable", "objective", "constraints", "config")}
+        for item in (earlier, space)
+    )
+    names = dict.fromkeys([*trees.leaves(before), *trees.leaves(now)])
+    changed = [name for name in names if trees.get(before, name) != trees.get(now, name)]
+    if changed:
+        raise UserError(
+            f"--resume {folder}: {', '.join(changed)} cannot change, its trials ran as it was; leave it, or begin a "
+            f"search that learns from them, with --warm-start {folder}"
+        )
 
 
 def read_earlier(folder: Path) -> optuna.Study:
@@ -274,7 +301,10 @@ def seconds_per_epoch(results: Path, space: Space) -> float | None:
     """Measured by the newest search of the same trainable and profile under `results`; None where there is none."""
     folders = sorted(results.glob(f"*/{SPACE}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for file in folders:
-        document = yaml_file.read(file)
+        try:
+            document = yaml_file.read(file)
+        except UserError:
+            continue  # a folder of something else
         if document.get("trainable") != space.trainable or document.get("ran", {}).get("profile") != space.profile:
             continue
         try:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from trainables.contract import UserError
 
@@ -46,6 +46,9 @@ def decode(cls: type, tree: Mapping[str, Any], path: str = "config") -> Any:
         return cls(**values)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # an `assert`, or a slip in the class's own checks: this setting cannot be built
+        told = " ".join([type(error).__name__, *str(error).split()])
+        raise UserError(f"{path}: {cls.__name__} refuses it: {told}") from None
 
 
 def _value(kind: Any, value: Any, path: str) -> Any:
@@ -65,6 +68,8 @@ def _value(kind: Any, value: Any, path: str) -> Any:
         raise UserError(f"{path}: {value!r} is refused: {first['msg'][:1].lower()}{first['msg'][1:]}{hint}") from None
     except TypeError:
         raise UserError(f"{path}: {value!r} is not a plain value") from None
+    except PydanticSchemaGenerationError:
+        raise UserError(f"{path}: nothing in a space file can be a {kind!r}; give the field a plain type") from None
 
 
 def _dataclass_in(kind: Any) -> type | None:
@@ -79,7 +84,10 @@ _UNIONS = (typing.Union, type(int | str))
 
 @cache
 def _types(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    try:
+        return typing.get_type_hints(cls)
+    except NameError as error:
+        raise UserError(f"{cls.__name__}: {error}; its fields' types must be there when it is used") from None
 
 
 @cache

@@ -6,6 +6,7 @@ or `{choice: [...]}`, each with an optional `when: {other.parameter: [values]}`.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import random
@@ -197,6 +198,23 @@ class Parameter:
             )
         assert isinstance(distribution, CategoricalDistribution)
         return self.domain.decode(trial.suggest_categorical(self.name, distribution.choices))
+
+
+def nearly_domain(node: Any) -> str | None:
+    """The kind of domain that a mapping was probably meant to be; None where it is none or one.
+
+    One key that is nearly a kind, or another library's word for one, with a list behind it.
+    """
+    if not isinstance(node, dict) or is_domain(node):
+        return None
+    lists = [str(key) for key, value in node.items() if isinstance(value, list)]
+    if len(lists) != 1 or not set(node) - set(lists) <= {"when", "step", "log"}:
+        return None
+    near = difflib.get_close_matches(lists[0], KINDS, n=1, cutoff=0.6)
+    return _ELSEWHERE.get(lists[0]) or (near[0] if near else None)
+
+
+_ELSEWHERE = {"uniform": "float", "loguniform": "log", "log_uniform": "log", "randint": "int", "values": "choice"}
 
 
 def is_domain(node: Any) -> bool:

@@ -31,7 +31,7 @@ class TrialFolder:
         self.path = results / "trials" / f"{number:04d}"
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        replace_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        replace_text(self.path / "config.json", json.dumps(config, indent=2, default=str) + "\n")
 
     def write_error(self, reason: str, trace: str = "") -> None:
         """Keep why an attempt at the trial failed: a line, and where it was raised."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import sys
 import traceback
 import types
@@ -51,9 +52,9 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise UserError(f"trainable: no module {error.name!r} in {', '.join(paths)} or on sys.path") from None
-        raise UserError(f"trainable: {module_name} cannot be imported: {_where(error)}") from None
+        raise UserError(f"trainable: {module_name} cannot be imported: {where(error)}") from None
     except (Exception, SystemExit) as error:  # SystemExit: a script that parses its command line when imported
-        raise UserError(f"trainable: {module_name} cannot be imported: {_where(error)}") from None
+        raise UserError(f"trainable: {module_name} cannot be imported: {where(error)}") from None
     train = getattr(module, function, None)
     if not callable(train):
         functions = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType)]
@@ -63,9 +64,21 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
     return Trainable(
         train,
         config_class if is_dataclass else None,
-        getattr(module, "prepare", None),
-        getattr(module, "memory_need", None),
+        _of_one_argument(module, "prepare"),
+        _of_one_argument(module, "memory_need"),
     )
+
+
+def _of_one_argument(module: types.ModuleType, name: str) -> Callable[[Any], Any] | None:
+    """The module's function of that name; one that takes other arguments only happens to be called so."""
+    function = getattr(module, name, None)
+    if not callable(function):
+        return None
+    try:
+        inspect.signature(function).bind(None)
+    except (TypeError, ValueError):
+        return None
+    return function
 
 
 def search_paths(space_file: Path) -> tuple[str, ...]:
@@ -73,6 +86,7 @@ def search_paths(space_file: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys([str(Path.cwd()), str(space_file.resolve().parent)]))
 
 
-def _where(error: BaseException) -> str:
+def where(error: BaseException) -> str:
+    """What was raised, and by which line."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {' '.join(str(error).split())} ({frame.filename}:{frame.lineno})"

@@ -25,11 +25,16 @@ class Advance:
 
 
 @dataclass(frozen=True)
+class Leave:
+    """Let go of the last trial, wherever it stands; the answer says whether the process may take another."""
+
+
+@dataclass(frozen=True)
 class Quit:
     """Leave the serve loop."""
 
 
-Command = Begin | Advance | Quit
+Command = Begin | Advance | Leave | Quit
 
 
 @dataclass(frozen=True)

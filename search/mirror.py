@@ -106,7 +106,7 @@ def fetch(uri: str, into: Path, parts: Sequence[str] = ()) -> Path:
     """A local copy of a results folder that was mirrored to `uri`, or of these parts of it: files, or folders.
 
     A copy of the whole that is there already stays as it is, unless the store has heard more of the search since.
-    Raises UserError when there is none, or the store cannot be reached.
+    Raises UserError when there is none, the store cannot be reached, or the local folder is of another search.
     """
     filesystem, root = _open(uri)
     results = into / root.rpartition("/")[2]
@@ -116,8 +116,12 @@ def fetch(uri: str, into: Path, parts: Sequence[str] = ()) -> Path:
         if parts:
             for part in parts:
                 _copy(filesystem, f"{root}/{part}", results / part)
-        elif _length(filesystem, f"{root}/{STUDY}") > _length(fs.LocalFileSystem(), str(results / STUDY)):
-            _copy(filesystem, root, results)
+        else:
+            there, here = _length(filesystem, f"{root}/{STUDY}"), _length(fs.LocalFileSystem(), str(results / STUDY))
+            if here > 0 and not _same_begin(filesystem, f"{root}/{STUDY}", results / STUDY, min(there, here)):
+                raise UserError(f"{results} holds another search than {uri}; move it away, or work in another folder")
+            if there > here:
+                _copy(filesystem, root, results)
     except OSError as error:
         raise UserError(f"{uri}: cannot be read: {error}") from None
     return results
@@ -135,6 +139,14 @@ def _length(filesystem: fs.FileSystem, path: str) -> int:
     """Of a study, which only ever grows: the longer is the newer. -1 where there is none."""
     found = filesystem.get_file_info(path)
     return found.size if found.type == fs.FileType.File else -1
+
+
+def _same_begin(filesystem: fs.FileSystem, study: str, copy: Path, length: int) -> bool:
+    """Whether a study and its copy agree as far as both go."""
+    if length <= 0:
+        return True
+    with filesystem.open_input_stream(study) as there, copy.open("rb") as here:
+        return bool(there.read(length) == here.read(length))
 
 
 def _open(uri: str) -> tuple[fs.FileSystem, str]:

@@ -9,7 +9,7 @@ import os
 import random
 import traceback
 import types
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from search.loading import Trainable, load
-from search.messages import Answer, Begin, Blew, Broke, Command, Ended, RanOut, Reported
+from search.messages import Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
 from trainables.contract import Diverged, Report, State, Trial, UserError, default_device
 
 # What PyTorch's allocator may keep of a GPU, as a ratio of `memory_limit_mb`: it rounds up, and holds on to blocks
@@ -61,6 +61,8 @@ class RankLoop:
         answer = self._attempt(lambda: self._carry_out(command))
         if not answer.ends:
             return answer
+        if self._world_size > 1 and self._is_suspended() and not isinstance(command, Leave):
+            return answer  # its `finally` may wait for the other ranks, which know nothing of this verdict: see Leave
         # Only here is the exception gone, and with it the frames that held the model.
         closed = self._attempt(self._close)
         return replace(answer, clean=answer.clean and closed.clean and self._is_clean())
@@ -75,15 +77,22 @@ class RankLoop:
         except (torch.OutOfMemoryError, MemoryError) as error:
             return RanOut(reason=str(error).splitlines()[0] if str(error) else type(error).__name__)
         except Exception as error:
+            if isinstance(error, RuntimeError) and (told := memory_error(str(error))):
+                return RanOut(reason=told)
             frame = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{type(error).__name__}: {error} ({os.path.basename(frame.filename)}:{frame.lineno})"
             return Broke(clean=False, reason=reason, trace=traceback.format_exc())
 
     def _carry_out(self, command: Command) -> Answer:
+        if isinstance(command, Leave):
+            return Ended()
         if isinstance(command, Begin):
-            self._close()
             self._begin(command)
         return self._advance()
+
+    def _is_suspended(self) -> bool:
+        """Whether the trainable waits at a yield, and did not end by itself."""
+        return getattr(self._reports, "gi_frame", None) is not None
 
     def _begin(self, begin: Begin) -> None:
         if self._trainable is None:
@@ -125,7 +134,12 @@ class RankLoop:
                 raise UserError(f"the report has no metric `{name}`; it has {', '.join(metrics) or 'none'}")
             if not math.isfinite(metrics[name]):
                 raise Diverged(f"{name} is {metrics[name]}")
-        return Reported(metrics=metrics, state=None if report.state is None else save_state(report.state()))
+        if report.state is None:
+            return Reported(metrics=metrics)
+        state = report.state()
+        if (where := nan_in(state)) is not None:
+            raise Diverged(f"{where} of the state is nan")
+        return Reported(metrics=metrics, state=save_state(state))
 
     def _close(self) -> Answer:
         """Let go of the trial: its generator, and through it model, optimizer and gradients."""
@@ -169,6 +183,32 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
         except (TypeError, ValueError):
             raise UserError(f"the metric `{name}` is {value!r}; a metric is a number") from None
     return found
+
+
+def memory_error(text: str) -> str | None:
+    """The line of a RuntimeError that says that memory ran out: PyTorch has a class for CUDA's own allocator alone."""
+    lines = text.splitlines()
+    return next((line for line in lines if any(sign in line for sign in _NO_MEMORY)), None)
+
+
+_NO_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def nan_in(state: Any, path: str = "") -> str | None:
+    """Where in nested mappings and sequences a tensor holds a NaN; None where none does.
+
+    Infinities may belong there: masks are made of them.
+    """
+    if isinstance(state, torch.Tensor):
+        return path if state.is_floating_point() and bool(state.isnan().any()) else None
+    if isinstance(state, Mapping):
+        items: Iterable[tuple[Any, Any]] = state.items()
+    elif isinstance(state, (list, tuple)):
+        items = enumerate(state)
+    else:
+        return None
+    inside = (nan_in(item, f"{path}.{key}" if path else str(key)) for key, item in items)
+    return next((where for where in inside if where is not None), None)
 
 
 def save_state(state: State) -> bytes:

@@ -92,9 +92,14 @@ class Recorder(tune.Callback):
         return "stopped", f"{space.scheduler.name} stopped it after epoch {opened.epochs} with {measured}"
 
     def _end(self, key: str, status: str, reason: str) -> None:
+        space, measured = self._ledger.space, self._ledger.open[key].metrics
+        unknown = [name for name in space.constraints if name not in measured]
+        if status == "finished" and unknown:
+            status = "failed"
+            reason = f"the last report has no metric `{unknown[0]}`, a constraint; it has {', '.join(measured)}"
         if status in ("finished", "stopped"):
             rows = TrialFolder(self._results, self._ledger.open[key].number).read_metrics()
-            objective = self._ledger.space.objectives[0]
+            objective = space.objectives[0]
             reason = "; ".join([reason, *remarks([row["metrics"] for row in rows], objective)])
         record = self._ledger.end(key, status, reason)
         writer = self._writers.pop(key, None)

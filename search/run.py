@@ -28,6 +28,7 @@ from search.scheduler import PAUSING, make_scheduler
 from search.space import Space
 from search.study import Ledger, open_study, records
 from search.trial import Job, Slot
+from trainables.contract import UserError
 
 # What Ray's processes must find in their environment. Ray has no other way to be told.
 RAY_ENVIRONMENT = {
@@ -39,7 +40,7 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the recorder writes our own files
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the end of a trial carries no objective
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see _Stop
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see Interruption
     "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # after Ctrl-C: a slot in the middle of an epoch is not waited for
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -55,29 +56,18 @@ class Outcome:
     interrupted: bool
 
 
-class _Stop(tune.Stopper):
-    """Ends the whole search when Ctrl-C was pressed or the time is over."""
+class Interruption:
+    """Whether Ctrl-C was pressed, or SIGTERM sent. While it is entered, the first of them only sets `pressed`."""
 
-    def __init__(self, budget_s: float | None) -> None:
-        self.interrupted = False
-        self._deadline = None if budget_s is None else time.monotonic() + budget_s
-
-    @property
-    def out_of_time(self) -> bool:
-        return self._deadline is not None and time.monotonic() > self._deadline
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self.interrupted or self.out_of_time
+    def __init__(self) -> None:
+        self.pressed = False
 
     @contextmanager
-    def on_signals(self) -> Iterator[None]:
+    def heeded(self) -> Iterator[None]:
         """The first SIGINT or SIGTERM stops cleanly; a second one acts as it did before."""
 
         def stop(signum: int, frame: Any) -> None:
-            self.interrupted = True
+            self.pressed = True
             for known, handler in before.items():
                 signal.signal(known, handler)
             print("\nstopping; press Ctrl-C again to abandon", flush=True)
@@ -88,6 +78,24 @@ class _Stop(tune.Stopper):
         finally:
             for known, handler in before.items():
                 signal.signal(known, handler)
+
+
+class _Stop(tune.Stopper):
+    """Ends the whole search when Ctrl-C was pressed or the time is over."""
+
+    def __init__(self, interruption: Interruption, budget_s: float | None) -> None:
+        self._interruption = interruption
+        self._deadline = None if budget_s is None else time.monotonic() + budget_s
+
+    @property
+    def out_of_time(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._interruption.pressed or self.out_of_time
 
 
 def start_ray(address: str | None) -> tuple[Node, ...]:
@@ -102,7 +110,12 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
     else:
         arguments |= {"address": address, "runtime_env": {"env_vars": RAY_ENVIRONMENT}}
     if not ray.is_initialized():
-        context = ray.init(**arguments)
+        try:
+            context = ray.init(**arguments)
+        except (ConnectionError, ValueError) as error:
+            if address is None:
+                raise
+            raise UserError(f"--address {address}: no Ray cluster answers there: {error}") from None
         if context.dashboard_url:
             print(f"dashboard: http://{context.dashboard_url}", flush=True)
     return tuple(_node(entry["Resources"]) for entry in ray.nodes() if entry["Alive"])
@@ -112,12 +125,21 @@ def _node(resources: Mapping[str, float]) -> Node:
     return Node(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
 
 
-def run(space: Space, plan: Plan, results: Path, cold: bool = False, mirror: Mirror | None = None) -> Outcome:
+def run(
+    space: Space,
+    plan: Plan,
+    results: Path,
+    cold: bool = False,
+    mirror: Mirror | None = None,
+    interruption: Interruption | None = None,
+) -> Outcome:
     """Run the trials that are left of the search in `results` (its study exists), and write its tables.
 
-    Ray is started. Prints a line for each trial that ends, and brings the mirror up to date.
+    Ray is started. Prints a line for each trial that ends, and brings the mirror up to date. interruption: heeded by
+    the caller; None: nothing interrupts.
     """
     results = results.resolve()
+    interruption = interruption or Interruption()
 
     def tell(record: Record) -> None:
         print(trial_line(record, space), flush=True)
@@ -131,31 +153,29 @@ def run(space: Space, plan: Plan, results: Path, cold: bool = False, mirror: Mir
     study = open_study(results / STUDY, space, create=False)
     ledger = Ledger(space, study, sampler_maker(space), results)
     recorder = Recorder(ledger, results, tell, keep)
-    stop = _Stop(space.search.time_budget_s)
+    stop = _Stop(interruption, space.search.time_budget_s)
     try:
-        if ledger.left:
-            with stop.on_signals():
-                _tuner(space, plan, results, ledger, recorder, stop, cold).fit()
+        if ledger.left and not interruption.pressed:
+            _tuner(space, plan, results, ledger, recorder, stop, cold).fit()
     finally:
-        over = stop.out_of_time and not stop.interrupted
+        over = stop.out_of_time and not interruption.pressed
         recorder.close(f"the time budget of {space.search.time_budget} was over" if over else None)
         shutil.rmtree(results / SCRATCH, ignore_errors=True)
         found = records(study, space)
         write_results(results, space, found)
         if mirror is not None:
             mirror.push()
-    return Outcome(tuple(found), tuple(best_of(found, space)), stop.interrupted)
+    return Outcome(tuple(found), tuple(best_of(found, space)), interruption.pressed)
 
 
 def _tuner(
     space: Space, plan: Plan, results: Path, ledger: Ledger, recorder: Recorder, stop: _Stop, cold: bool
 ) -> tune.Tuner:
     scratch = results / SCRATCH
-    required = dict.fromkeys([*(item.metric for item in space.objectives), *space.constraints])
     spec = GroupSpec(
         trainable=space.trainable,
         paths=space.paths,
-        required=tuple(required),
+        required=tuple(item.metric for item in space.objectives),
         workers=plan.workers,
         cpus_per_worker=plan.cpus_per_worker,
         gpus_per_worker=plan.gpus_per_worker,

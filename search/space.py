@@ -30,7 +30,8 @@ class Space:
     """What is searched, what is fixed, and how trials run.
 
     tree: the config with its domains as written. parameters: the searched ones, each after those its `when` names.
-    left_out: a line on each known setting that an override ruled out. paths: where the trainable is looked for.
+    left_out: a line on each known setting that an override ruled out, and on each parameter that is never searched.
+    paths: where the trainable is looked for.
     data: what the trainable's `prepare` says of its data, such as how they are split; None where it says nothing.
     """
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from search import tree as trees
 from search import yaml_file
 from search.decode import did_you_mean
-from search.domain import Parameter, is_domain, parse_domain
+from search.domain import Parameter, is_domain, nearly_domain, parse_domain
 from search.loading import Trainable, load, search_paths
 from search.sections import Limit, Objective, Resources, Scheduler, Search, section
 from search.space import KnownSetting, Space
@@ -51,7 +52,9 @@ def load_space(
         trainable = load(space.trainable, space.paths)
         if trainable.config_class is None:
             _check_overrides(written, overrides)
+            _check_kinds(space.tree)
         _check_conditions(space)
+        space = replace(space, left_out=(*left_out, *_never_searched(space)))
         _check_draws(space, trainable)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
@@ -146,6 +149,15 @@ def _check_overrides(written: Sequence[str], overrides: Sequence[str]) -> None:
         key = override.partition("=")[0].strip()
         if key.startswith("config.") and not any(leaf == key or leaf.startswith(f"{key}.") for leaf in written):
             raise UserError(f"--set {key}: no such key; {did_you_mean(key, written)}")
+
+
+def _check_kinds(tree: Mapping[str, Any], prefix: str = "config") -> None:
+    """Without a Config class a misspelt domain would be a fixed value, and no trial could do anything with it."""
+    for key, node in tree.items():
+        if kind := nearly_domain(node):
+            raise UserError(f"{prefix}.{key}: {node} is no domain; did you mean `{kind}`?")
+        if isinstance(node, dict) and not is_domain(node):
+            _check_kinds(node, f"{prefix}.{key}")
 
 
 def _build(document: dict[str, Any], file: Path, profile: str | None, left_out: tuple[str, ...]) -> Space:
@@ -262,6 +274,18 @@ def _check_conditions(space: Space) -> None:
                     raise UserError(f"try_first.{i}.{name}: depends on {other}; give {other} a value there too")
             if not space.is_active(searched[name], setting.values):
                 raise UserError(f"try_first.{i}.{name}: is not searched there, its `when` does not hold; leave it out")
+
+
+def _never_searched(space: Space) -> list[str]:
+    """A line on each parameter whose `when` cannot hold: after an override or in a profile that may be so."""
+    searched = {item.name: item.domain for item in space.parameters}
+    lines = []
+    for parameter in space.parameters:
+        for name, allowed in parameter.when.items():
+            fixed = trees.get(space.tree, name)
+            if not (any(map(searched[name].contains, allowed)) if name in searched else fixed in allowed):
+                lines.append(f"never searched: {parameter.name}, as {name} is never {' or '.join(map(str, allowed))}")
+    return lines
 
 
 def _check_draws(space: Space, trainable: Trainable) -> None:

@@ -12,7 +12,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,8 @@ class Ledger:
         self._write(opened, status=status, reason=reason)
         state, values = self._verdict(opened, status)
         if state != TrialState.FAIL:
-            for name, excess in constraints_told(self.space, status, opened.epochs, opened.metrics).items():
+            longest = self.space.epochs or longest_of(self.study.get_trials(deepcopy=False))
+            for name, excess in constraints_told(self.space, status, opened.epochs, longest, opened.metrics).items():
                 opened.trial.set_constraint(name, excess)
         with _quiet_optuna():
             self.study.tell(opened.trial, values, state=state)
@@ -211,10 +212,17 @@ def proposal_seed(seed: int, place: int, candidate: int = 0) -> int:
     return random.Random(text).getrandbits(32)
 
 
-def constraints_told(space: Space, status: str, epochs: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+def longest_of(trials: Iterable[FrozenTrial]) -> int:
+    """How many epochs the longest of these trials took, at least 1: a whole one, where the space does not say."""
+    return max([1, *(trial.user_attrs.get("epochs", 0) for trial in trials)])
+
+
+def constraints_told(
+    space: Space, status: str, epochs: int, longest: int, metrics: Mapping[str, Any]
+) -> dict[str, float]:
     """Every constraint of a trial by name; it is feasible when none is above 0. All trials have the same names."""
     told = {
-        "diverged": severity(epochs, space.epochs or max(1, epochs)) if status == "diverged" else FEASIBLE,
+        "diverged": severity(epochs, longest) if status == "diverged" else FEASIBLE,
         "out_of_memory": 1.0 if status == "out_of_memory" else FEASIBLE,
     }
     for name, limit in space.constraints.items():
@@ -274,6 +282,7 @@ def take_over(study: optuna.Study, space: Space, earlier: optuna.Study, source: 
     """
     check_comparable(earlier, space, source)
     domains = {item.name: item.domain for item in space.parameters}
+    longest = space.epochs or longest_of(earlier.get_trials(deepcopy=False))
     taken = 0
     for trial in earlier.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
         attrs = trial.user_attrs
@@ -287,7 +296,7 @@ def take_over(study: optuna.Study, space: Space, earlier: optuna.Study, source: 
             values=trial.values if trial.state == TrialState.COMPLETE else None,
             intermediate_values=trial.intermediate_values,
             user_attrs={**attrs, "from": source},
-            constraints=constraints_told(space, attrs["status"], attrs["epochs"], attrs["metrics"]),
+            constraints=constraints_told(space, attrs["status"], attrs["epochs"], longest, attrs["metrics"]),
         )
         study.add_trial(copied)
         taken += 1

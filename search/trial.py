@@ -17,7 +17,7 @@ from ray import tune
 from search.folder import TrialFolder, last_checkpoint
 from search.group import Group, GroupDied, GroupSpec
 from search.health import compared
-from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, RanOut, Reported
+from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, Leave, RanOut, Reported
 from search.record import RAN_TO_END
 from search.space import Space
 
@@ -96,7 +96,7 @@ class Slot(tune.Trainable):
 
     def _begin(self) -> Answer:
         """Start the trial, from its own last checkpoint where an earlier attempt left one."""
-        if self._job.cold:
+        if self._job.cold or not self._is_free():
             self._retire_group()
         if self._group is None:
             self._group = Group(self._job.spec)
@@ -105,6 +105,13 @@ class Slot(tune.Trainable):
         self._begun = True
         resume = None if saved is None else saved.path.read_bytes()
         return self._group.ask(Begin(self._tree, self._job.space.search.seed, resume))
+
+    def _is_free(self) -> bool:
+        """Whether the group has let go of its last trial, which the scheduler may have stopped, without a trace."""
+        try:
+            return self._group is None or self._group.ask(Leave()).clean
+        except GroupDied:
+            return False
 
     def _advance(self) -> Answer:
         assert self._group is not None

@@ -18,6 +18,7 @@ from trainables.beam.config import MODALITIES, Data, Simulated
 from trainables.beam.data import samples
 from trainables.beam.files import radar_maps
 from trainables.beam.gps import gps_features, mirrored_m
+from trainables.beam.health import dba_of_guessing
 from trainables.beam.prepare import prepare_data
 from trainables.beam.simulator import simulate
 from trainables.beam.split import split
@@ -73,6 +74,22 @@ def test_the_legacy_split_has_the_published_counts() -> None:
     assert windows[copies > 0].min() == 11_143
     assert len(set(zip(windows.tolist(), copies.tolist(), strict=True))) == 15_943
     assert set(train.window_S[train.copy_S > 0]) & set(val.window_S[val.copy_S > 0])  # the published leak
+
+
+def test_copies_of_an_adaptation_set_that_is_not_there_are_a_mistake() -> None:
+    table, data = published(47)
+    without_it = replace(table, adaptation_N=np.zeros_like(table.adaptation_N))
+    with pytest.raises(
+        UserError, match=r"data\.augment = 47: .* root has none that can be used; set data\.augment to 0"
+    ):
+        split(without_it, data)
+    split(without_it, replace(data, augment=0))
+
+
+def test_an_adaptation_set_is_not_enough_to_validate_on() -> None:
+    table, data = published(0, "honest")
+    with pytest.raises(UserError, match="trains on 11143 windows and validates on 0; it needs two passes"):
+        split(replace(table, frame_NK=0 * table.frame_NK), data)
 
 
 def test_an_honest_split_copies_what_trains_and_nothing_else() -> None:
@@ -272,8 +289,13 @@ def test_the_adaptation_set_is_scored_apart_where_it_only_validates(written: Pat
     (adaptation / ours.csv).rename(adaptation / "ml_challenge_data_adaptation_multi_modal.csv")
     table = prepare_data(ours)
     val = samples(Config(ours), "val")
-    told = [val.scenarios[i] for i in val[torch.arange(len(val))]["scenario"].tolist()]
+    batch = val[torch.arange(len(val))]
+    np.testing.assert_array_equal(batch["apart"], table.adaptation_N[val.windows])
+    told = [val.scenarios[i] for i in batch["scenario"].tolist()]
     expected = ["adaptation_31" if x else "scenario31" for x in table.adaptation_N[val.windows]]
     assert told == expected
     assert set(told) == {"adaptation_31", "scenario31"}
-    assert samples(Config(replace(ours, split="legacy")), "val").scenarios == ("scenario31",)
+    legacy = samples(Config(replace(ours, split="legacy")), "val")
+    assert legacy.scenarios == ("scenario31",)
+    assert not legacy.apart_N.any()
+    assert dba_of_guessing(Config(ours)) == dba_of_guessing(Config(replace(ours, root=str(written))))

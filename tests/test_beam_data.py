@@ -19,6 +19,7 @@ from PIL import Image
 
 from trainables.beam.config import Data, Modality, Simulated
 from trainables.beam.data import describe, gps_width, samples, soft_targets
+from trainables.beam.decode import Decoder, decode
 from trainables.beam.files import radar_maps
 from trainables.beam.gps import gps_features
 from trainables.beam.prepare import array_path, data_root, prepare_data
@@ -169,6 +170,7 @@ def test_a_batch_has_the_promised_shapes_and_types(data: Data) -> None:
         "beam": ((3,), torch.int64),
         "target": ((3, 64), torch.float32),
         "scenario": ((3,), torch.int64),
+        "apart": ((3,), torch.bool),
         "index": ((3,), torch.int64),
     }
 
@@ -176,7 +178,7 @@ def test_a_batch_has_the_promised_shapes_and_types(data: Data) -> None:
 def test_only_the_wanted_sensors_and_the_newest_instants_are_read(data: Data) -> None:
     full = samples(Config(data), "train")[torch.arange(4)]
     few = samples(Config(replace(data, modalities=("lidar",), history=2)), "train")[torch.arange(4)]
-    assert set(few) == {"lidar", "beam", "target", "scenario", "index"}
+    assert set(few) == {"lidar", "beam", "target", "scenario", "apart", "index"}
     torch.testing.assert_close(few["lidar"], full["lidar"][:, -2:])
 
 
@@ -406,6 +408,19 @@ def test_what_a_killed_process_left_is_gone_on_with_by_one_process_only(own: Dat
     fresh = replace(pictures, prepared=str(tmp_path / "fresh"))
     prepare_data(fresh)
     np.testing.assert_array_equal(np.load(path), np.load(array_path(fresh, table, "unit1_rgb_")))
+
+
+def test_a_count_of_rows_that_outlived_its_array_is_not_believed(tmp_path: Path) -> None:
+    unfinished, paths = tmp_path / "x.npy.unfinished", tuple(Path(str(i)) for i in range(9))
+    (tmp_path / "x.npy.unfinished.rows").write_text("7")
+
+    def broken(path: Path) -> NDArray[np.int64]:
+        raise UserError(f"{path} is broken")
+
+    with pytest.raises(UserError, match="is broken"):
+        decode(unfinished, Decoder(broken, (), np.int64, ""), paths, "x", str)
+    decode(unfinished, Decoder(lambda path: np.array(int(path.name)), (), np.int64, ""), paths, "x", str)
+    assert np.load(unfinished).tolist() == list(range(9))
 
 
 def test_a_disk_without_room_is_a_mistake_at_once(own: Data) -> None:

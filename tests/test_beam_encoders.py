@@ -127,6 +127,10 @@ def test_a_file_from_before_batches_were_counted_is_taken(tmp_path: Path) -> Non
     torch.testing.assert_close(taken.sum(1), resnet.state_dict()[STEM].sum(1))
 
 
+def test_no_encoders_may_be_asked_for_by_a_word() -> None:
+    assert Model(norm="group", pretrained_encoders="none") == Model(norm="group", pretrained_encoders=None)
+
+
 def test_group_norm_and_pretrained_encoders_exclude_each_other() -> None:
     with pytest.raises(UserError, match=r"model\.norm = group must be batch with model\.pretrained_encoders"):
         Model(norm="group", pretrained_encoders="imagenet")

@@ -107,6 +107,70 @@ def test_the_share_of_windows_that_lack_a_sensor() -> None:
     torch.testing.assert_close(lacking.float().mean(1), torch.full((3,), 0.1), rtol=0, atol=0.02)
 
 
+STAND_INS: tuple[Literal["token", "zerolike", "randlike"], ...] = ("token", "zerolike", "randlike")
+
+
+def statistics(built: FusionNetwork) -> dict[str, Tensor]:
+    """What batch norm has gathered of its inputs."""
+    return {name: buffer.clone() for name, buffer in built.named_buffers() if "running" in name}
+
+
+def test_without_missing_sensors_batch_norm_sees_the_frames_and_nothing_else() -> None:
+    batch, found = windows(4), []
+    for missing in STAND_INS:
+        torch.manual_seed(0)
+        model = replace(SMALL, norm="batch", missing=missing)
+        built = network(model)
+        loss(built, batch, Config(data=small_data(), model=model, missing_prob=0.0))
+        found.append(statistics(built))
+    assert any(mean.any() for name, mean in found[0].items() if "mean" in name)
+    for other in found[1:]:
+        assert all(torch.equal(other[name], numbers) for name, numbers in found[0].items())
+
+
+def test_batch_norm_sees_each_window_once_with_what_stands_in_for_its_missing_sensor() -> None:
+    model = replace(SMALL, norm="batch", missing="zerolike")
+    torch.manual_seed(0)
+    built, batch = network(model), windows(4)
+    torch.manual_seed(0)
+    other = network(model)
+    torch.manual_seed(1)
+    loss(built, batch, Config(data=small_data(), model=model, missing_prob=1.0))
+    torch.manual_seed(1)
+    gone = draw_missing(SENSORS, 4, 1.0, torch.device("cpu"))
+    assert torch.stack(list(gone.values())).sum(0).tolist() == [1, 1, 1, 1]
+    for sensor, gone_B in gone.items():
+        encoder = other.encoder(sensor)
+        frames = encoder.normalise(batch[sensor])
+        frames[gone_B] = 0
+        encoder.first(frames.flatten(0, 1))
+    first = {name: x for name, x in statistics(built).items() if "embedder" in name or "encoder.stages.0" in name}
+    once = statistics(other)
+    for name, numbers in first.items():
+        torch.testing.assert_close(numbers, once[name])
+    assert first
+
+
+@pytest.mark.parametrize("missing", STAND_INS)
+@torch.no_grad()
+def test_in_eval_mode_it_is_the_same_before_the_first_stage_and_after(
+    missing: Literal["token", "zerolike", "randlike"],
+) -> None:
+    built, batch = network(replace(SMALL, norm="batch", missing=missing)), windows(3)
+    built(batch)  # batch norm's statistics are then no longer those of a fresh network
+    built.eval()
+    gone: dict[Modality, Tensor] = {
+        "image": torch.tensor([False, True, False]),
+        "radar": torch.tensor([True, True, False]),
+    }
+    found = []
+    for maps in (lambda: built.first_maps(batch, gone), lambda: built.withhold(built.first_maps(batch), gone)):
+        torch.manual_seed(0)  # of the noise
+        found.append(maps())
+    for sensor in SENSORS:
+        torch.testing.assert_close(found[0][sensor], found[1][sensor])
+
+
 def test_windows_do_not_see_each_other_under_group_norm() -> None:
     built, batch = network().eval(), windows(4)
     alone = built({name: tensor[:1] for name, tensor in batch.items()})

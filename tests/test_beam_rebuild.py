@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +12,10 @@ import torch
 from small_beam import SMALL, simulated
 from torch import Tensor
 
-from trainables.beam import fusion, pretrained, rebuild
-from trainables.beam.config import BeamLoss, Data, Modality, Pretrain, Rebuild, RebuildLoss, Simulated
+from trainables.beam import fusion, rebuild
+from trainables.beam.config import Data, Modality, Pretrain, Rebuild, RebuildLoss, Simulated
 from trainables.beam.data import samples
-from trainables.contract import Diverged, Report, Trial, UserError
+from trainables.contract import Report, Trial, UserError
 from trainables.optim import Optim
 
 OPTIM = Optim(lr=1e-3, batch_size=8)
@@ -138,7 +135,23 @@ def test_windows_of_several_steps_are_rebuilt_too(config: rebuild.Config) -> Non
     config = replace(config, data=replace(config.data, steps=3, simulated=Simulated(frames=20)))
     model = network(config)
     total(rebuild.loss(model, batch, config)).backward()
-    assert rebuild.score(model.eval(), batch, config)["dba_rebuilt"][1] == 3 * 4
+    scores = rebuild.score(model.eval(), batch, config)
+    assert scores["dba_rebuilt"][1] == 3 * 4
+    assert [scores[f"dba_rebuilt_step{p}"][1] for p in (1, 2, 3)] == [4, 4, 4]
+
+
+@torch.no_grad()
+def test_windows_that_are_kept_apart_count_towards_their_own_scenario_alone(config: rebuild.Config) -> None:
+    model, batch = network(config).eval(), batch_of(config)
+    batch["apart"] = torch.tensor([False, True, False, True])
+    batch["scenario"] = batch["apart"].long()
+    pooled = {name: tensor[~batch["apart"]] for name, tensor in batch.items()}
+    names = ("scenario31", "adaptation_31")
+    both, alone = (rebuild.score(model, part, config, names) for part in (batch, pooled))
+    for name in ("dba_full", "dba_rebuilt", "dba_unrebuilt", "trans", "dba_rebuilt_31"):
+        for with_others, without in zip(both[name], alone[name], strict=True):
+            torch.testing.assert_close(with_others, without)
+    assert [int(found["dba_rebuilt_adaptation_31"][1]) for found in (both, alone)] == [2, 0]
 
 
 def test_a_rebuild_from_scratch_starts_from_the_seed_of_the_pretraining(config: rebuild.Config) -> None:
@@ -273,58 +286,6 @@ def test_a_checkpoint_that_is_not_there_is_a_mistake_of_the_user(config: rebuild
 )
 def test_recovered(full: float, missing: float, now: float, expected: dict[str, float]) -> None:
     assert rebuild.recovered(full, missing, now) == pytest.approx(expected)
-
-
-def test_the_key_of_a_network_is_what_it_was_trained_by(config: rebuild.Config) -> None:
-    base = config.fusion
-    assert pretrained.key(base, 0) == pretrained.key(replace(base, score_without=()), 0)
-    assert pretrained.key(base, 0) == pretrained.key(replace(base, data=replace(base.data, prepared="/else")), 0)
-    assert pretrained.key(base, 0) == pretrained.key(replace(base, model=replace(base.model, channels_last=True)), 0)
-    assert pretrained.key(base, 0) != pretrained.key(base, 1)
-    assert pretrained.key(base, 0) != pretrained.key(replace(base, loss=BeamLoss(kind="ce")), 0)
-    assert base == replace(config, loss=RebuildLoss(alpha_trans=7.0), optim=Optim(lr=1.0)).fusion
-
-
-def test_one_process_trains_while_others_wait(
-    config: rebuild.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained = []
-
-    def slow_training(config: fusion.Config, seed: int, trial: Trial, kept: Path) -> None:
-        trained.append(seed)
-        time.sleep(0.2)
-        torch.save({"model": {"x": torch.ones(1)}}, kept)
-
-    monkeypatch.setattr(pretrained, "_train", slow_training)
-    monkeypatch.setattr(pretrained, "POLL_S", 0.01)
-    wanted = replace(config.fusion, data=replace(config.data, prepared=str(tmp_path)))
-    got: list[pretrained.Weights] = []
-    threads = [
-        threading.Thread(target=lambda: got.append(pretrained.trained_once(wanted, 0, Trial(wanted)))) for _ in range(3)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=20)
-    assert len(trained) == 1
-    assert [weights["x"].item() for weights in got] == [1.0, 1.0, 1.0]
-
-
-def test_training_that_blows_up_lets_go_of_the_lock(
-    config: rebuild.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def diverge(*_: object) -> Iterator[Report]:
-        raise Diverged("loss_focal is not finite", 3)
-        yield
-
-    monkeypatch.setattr(pretrained, "fit", diverge)
-    monkeypatch.setattr(fusion, "task_for", lambda config: None)
-    wanted = replace(config.fusion, data=replace(config.data, prepared=str(tmp_path)))
-    with pytest.raises(Diverged, match="pre-training: loss_focal is not finite"):
-        pretrained.trained_once(wanted, 0, Trial(wanted))
-    (lock,) = tmp_path.glob("*.lock")
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.parametrize(

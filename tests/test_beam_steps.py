@@ -26,6 +26,11 @@ def data_of(history: int, steps: int) -> Data:
     return Data(root="nowhere", history=history, steps=steps, image_size=32)
 
 
+def held_out(count: int, data: Data) -> dict[str, Tensor]:
+    """Windows of noise, none of which is kept apart."""
+    return {**noise(count, data), "apart": torch.zeros(count, dtype=torch.bool)}
+
+
 def network(model: Model, data: Data) -> FusionNetwork:
     return FusionNetwork(model, data, GPS_WIDTH)
 
@@ -102,7 +107,7 @@ def flat_dba(logits: Tensor, beam: Tensor) -> float:
 def test_a_score_counts_every_step_and_batches_of_any_size_add_up() -> None:
     data = data_of(2, 3)
     config = Config(data=data, model=SMALL, score_without=("image",))
-    built, batch = network(SMALL, data).eval(), noise(7, data)
+    built, batch = network(SMALL, data).eval(), held_out(7, data)
     sums: dict[str, list[float]] = {}
     for rows in (slice(0, 2), slice(2, 7)):
         part = {name: tensor[rows] for name, tensor in batch.items()}
@@ -124,9 +129,28 @@ def test_a_score_counts_every_step_and_batches_of_any_size_add_up() -> None:
         assert sums[name][0] / count == pytest.approx(dba, abs=1e-5), name
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@torch.no_grad()
+def test_windows_that_are_kept_apart_count_towards_their_own_scenario_alone(steps: int) -> None:
+    data = data_of(2, steps)
+    config = Config(data=data, model=SMALL, score_without=("image",))
+    built, batch = network(SMALL, data).eval(), noise(6, data)
+    batch["apart"] = torch.tensor([False, True, True, False, False, True])
+    batch["scenario"] = batch["apart"].long()
+    pooled = {name: tensor[~batch["apart"]] for name, tensor in batch.items()}
+    both, alone = (score(built, part, config, ("scenario31", "adaptation_31")) for part in (batch, pooled))
+    of_windows = {name for name in both if not name.startswith(("zeros", "size"))}
+    assert {"dba", "top1", "top2", "top3", "dba_missing", "dba_31"} <= of_windows
+    for name in of_windows - {"dba_adaptation_31"}:
+        for with_others, without in zip(both[name], alone[name], strict=True):
+            torch.testing.assert_close(with_others, without)
+    assert both["dba_adaptation_31"][1] == 3 * steps
+    assert alone["dba_adaptation_31"][1] == 0
+
+
 def test_windows_of_one_step_have_no_score_per_step() -> None:
     data = data_of(2, 1)
-    names = score(network(SMALL, data).eval(), noise(3, data), Config(data=data, model=SMALL)).keys()
+    names = score(network(SMALL, data).eval(), held_out(3, data), Config(data=data, model=SMALL)).keys()
     assert not [name for name in names if "step" in name]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +17,8 @@ from ledgers import ask, end_toy, open_journal
 from spaces import write_family
 
 import launch
-from search import yaml_file
+from search import command, yaml_file
+from search import run as engine
 from search.folder import TrialFolder
 from search.ranks import save_state
 from search.space_file import load_space
@@ -48,12 +51,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     (tmp_path / "search_spaces").mkdir()
     (tmp_path / "search_spaces" / "toy.yaml").write_text("# Descend a parabola.\n" + yaml_file.dump(SPACE))
 
-    def command(*arguments: str) -> tuple[int, str, str]:
+    def launched(*arguments: str) -> tuple[int, str, str]:
         status = launch.main(arguments)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
-    return command
+    return launched
 
 
 def finished_search(folder: Path) -> Path:
@@ -145,6 +148,43 @@ def test_a_mistake_of_the_data_is_told_before_anything_is_written(run: Run, tmp_
     assert not (tmp_path / "results").exists()
 
 
+def test_a_bug_in_prepare_is_a_line_and_names_the_place(run: Run, tmp_path: Path) -> None:
+    name = write_family(
+        tmp_path,
+        """
+        def train(trial):
+            yield {"loss": 1.0}
+
+        def prepare(config):
+            return config["root"]
+        """,
+    )
+    (tmp_path / "mine.yaml").write_text(yaml_file.dump({**SPACE, "trainable": f"{name}:train", "config": {"lr": 0.1}}))
+    status, _, told = run("--space", "mine.yaml")
+    assert status == 2
+    assert told.startswith(f"error: {name}:train: its module's `prepare` failed: KeyError: 'root' (")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("config.lr=0.1", "config.lr"),
+        ("config.epochs=7", "config.epochs"),
+        ("objective.mode=max", "objective.mode"),
+        ("constraints.loss.max=1.0", "constraints.loss.max"),
+    ],
+)
+def test_a_search_goes_on_as_it_was(override: str, changed: str, run: Run, tmp_path: Path) -> None:
+    results = finished_search(tmp_path)
+    before = (results / "space.yaml").read_text()
+    status, _, told = run("--resume", str(results), "--set", override)
+    assert status == 2
+    assert f"--resume {results}: " in told
+    assert f"{changed} cannot change, its trials ran as it was" in told
+    assert (results / "space.yaml").read_text() == before
+
+
 def test_a_results_folder_is_not_used_twice(run: Run, tmp_path: Path) -> None:
     finished_search(tmp_path)
     status, _, told = run(*TOY, "--name", "done")
@@ -193,6 +233,35 @@ def test_a_warm_start_from_another_objective_leaves_nothing_behind(run: Run, tmp
     status, _, told = run(*TOY, "--set", "objective.mode=max", "--warm-start", str(results), "--name", "new")
     assert (status, "searched loss and not, in the same directions" in told) == (2, True)
     assert not (tmp_path / "results" / "new").exists()
+
+
+def test_ctrl_c_before_there_is_anything_to_go_on_with_is_status_130(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "load_space", pressed)
+    status, _, told = run(*TOY)
+    assert (status, told) == (130, "interrupted\n")
+    assert not (tmp_path / "results").exists()
+
+
+def test_ctrl_c_while_ray_starts_leaves_a_search_to_go_on_with(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(engine, "start_ray", lambda address: os.kill(os.getpid(), signal.SIGINT))
+    status, out, told = run(*TOY, "--name", "early", "--cold")
+    assert (status, told) == (130, "")
+    assert "no trial was run" in out
+    assert out.endswith("interrupted; go on with: python launch.py --resume results/early --cold\n")
+    assert (tmp_path / "results/early/trials.csv").exists()
+
+
+def test_a_dry_run_passes_over_a_folder_that_is_torn(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "results/other").mkdir(parents=True)
+    (tmp_path / "results/other/space.yaml").write_text("a: [")
+    assert run(*TOY, "--dry-run")[0] == 0
 
 
 def test_a_dry_run_prints_the_resolved_space_the_plan_and_the_estimate(run: Run, tmp_path: Path) -> None:
@@ -257,8 +326,8 @@ def test_looking_starts_no_ray(tmp_path: Path) -> None:
         "assert launch.main(['--space', 'toy.yaml', '--trials', '0']) == 2\n"
         "assert not ray.is_initialized()\n"
     )
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
-    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    python = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
+    told = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert told.returncode == 0, told.stderr
     assert "plan: " in told.stdout
     assert told.stderr.splitlines() == [
@@ -268,7 +337,7 @@ def test_looking_starts_no_ray(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
-    command = f"{sys.executable} {ROOT / 'launch.py'} --space rebuild --dry-run 2>{tmp_path / 'errors'} | head -n 1"
-    told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    line = f"{sys.executable} {ROOT / 'launch.py'} --space rebuild --dry-run 2>{tmp_path / 'errors'} | head -n 1"
+    told = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
     assert told.startswith("rebuild: max dba_rebuilt over ")
     assert (tmp_path / "errors").read_text() == ""

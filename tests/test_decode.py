@@ -85,3 +85,32 @@ def test_the_nearest_known_word_is_named(word: str, hint: str) -> None:
 
 def test_where_nothing_is_known_nothing_is_meant() -> None:
     assert did_you_mean("x", []) == "nothing may stand here"
+
+
+@dataclass(frozen=True)
+class Strict:
+    lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        assert self.lr < 1, "lr below 1"
+
+
+class Connection:
+    """Nothing that YAML could hold."""
+
+
+@dataclass(frozen=True)
+class Odd:
+    link: Connection | None = None
+
+
+def test_whatever_a_class_has_against_a_setting_is_told_in_a_line() -> None:
+    with pytest.raises(UserError, match=r"^config: Strict refuses it: AssertionError lr below 1") as caught:
+        decode(Strict, {"lr": 2.0})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_field_that_no_space_can_fill_is_named() -> None:
+    assert decode(Odd, {}) == Odd()
+    with pytest.raises(UserError, match=r"config\.link: nothing in a space file can be a .*Connection"):
+        decode(Odd, {"link": 3})

@@ -60,9 +60,21 @@ def test_only_what_changed_is_sent_again_and_no_scratch(results: Path, disk: Pat
 
 def test_a_local_copy_is_newer_than_its_mirror(results: Path, disk: Path) -> None:
     Mirror(results, f"file://{disk}/run").push()
-    (results / "study.journal").write_bytes(b"more since")
+    (results / "study.journal").write_bytes(b"one, and more since")
     assert fetch(f"file://{disk}/run", results.parent) == results
-    assert (results / "study.journal").read_bytes() == b"more since"
+    assert (results / "study.journal").read_bytes() == b"one, and more since"
+
+
+@pytest.mark.parametrize("study", [b"two", b"another", b"x"], ids=["as long", "longer", "shorter"])
+def test_a_local_folder_of_another_search_is_neither_taken_for_it_nor_overwritten(
+    study: bytes, results: Path, disk: Path
+) -> None:
+    Mirror(results, f"file://{disk}/run").push()
+    (results / "study.journal").write_bytes(study)
+    before = tree(results)
+    with pytest.raises(UserError, match=r"results/run holds another search than file://"):
+        fetch(f"file://{disk}/run", results.parent)
+    assert tree(results) == before
 
 
 def test_a_store_that_fails_is_tried_again(results: Path, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:

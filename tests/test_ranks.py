@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 from spaces import write_family
 
-from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, RanOut, Reported
-from search.ranks import RankLoop, load_state, numbers
+from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, Leave, RanOut, Reported
+from search.ranks import RankLoop, load_state, nan_in, numbers
 from trainables.contract import UserError
 
 FAMILY = """
@@ -45,6 +45,10 @@ FAMILY = """
 
     def host_memory(trial):
         raise MemoryError
+        yield
+
+    def allocator(trial):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory\\nand more")
         yield
 
     def bug(trial):
@@ -79,6 +83,9 @@ FAMILY = """
 
     def bad_state(trial):
         yield Report({"loss": 0.5}, state=lambda: 1 / 0)
+
+    def nan_state(trial):
+        yield Report({"loss": 0.5}, state=lambda: {"model": {"w": torch.tensor([1.0, float("nan")])}})
 
     def bad_end(trial):
         try:
@@ -155,11 +162,12 @@ def begin(ending: str, seed: int = 3) -> Begin:
 
 
 def run(loop: RankLoop, command: Begin) -> list[Answer]:
-    """All answers of a trial."""
+    """All answers of a trial, after which the process is free for the next one."""
     answers = [loop.handle(command)]
     while not answers[-1].ends:
         answers.append(loop.handle(Advance()))
-    return answers
+    left = loop.handle(Leave())
+    return [*answers[:-1], replace(answers[-1], clean=answers[-1].clean and left.clean)]
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +194,8 @@ def loop(tmp_path: Path) -> RankLoop:
         ("infinite", Blew(reason="loss is inf")),
         ("memory", RanOut(reason="tried to allocate 2.00 GiB")),
         ("host_memory", RanOut(reason="MemoryError")),
+        ("allocator", RanOut(reason="[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")),
+        ("nan_state", Blew(reason="model.w of the state is nan")),
         ("mistake", Broke(reason="data.root: there is nothing in /data; name the folder", final=True)),
         ("without", Broke(reason="the report has no metric `loss`; it has lost", final=True)),
         ("not_numbers", Broke(reason="the metric `loss` is 'low'; a metric is a number", final=True)),
@@ -246,11 +256,31 @@ def test_another_rank_reports_nothing_and_diverges_as_the_first(tmp_path: Path) 
     assert run(loop, begin("diverge"))[-1] == Blew(reason="loss_trans is not finite", step=812)
 
 
-def test_a_trial_that_is_left_is_closed_before_the_next_one(loop: RankLoop) -> None:
+def test_a_trial_is_closed_when_it_is_left(loop: RankLoop) -> None:
+    assert loop.handle(Leave()).clean, "nothing has been begun"
     loop.handle(begin("more"))
+    assert loop.handle(Leave()) == Ended()
+    assert loop._cache["log"] == ["more"]
+    loop.handle(begin("bad_end"))
+    loop.handle(Advance())
+    assert not loop.handle(Leave()).clean
+
+
+def test_a_verdict_of_one_rank_closes_no_trial_before_all_are_told(loop: RankLoop) -> None:
+    """What a trainable does in its `finally` may wait for the other ranks, which train on as far as they know."""
     loop.handle(begin("nan"))
-    run(loop, begin("diverge"))
-    assert loop._cache["log"] == ["more", "nan", "diverge"]
+    assert loop.handle(Advance()) == Blew(reason="loss is nan")
+    assert loop._cache["log"] == []
+    loop.handle(Leave())
+    assert loop._cache["log"] == ["nan"]
+
+
+def test_a_nan_is_found_wherever_it_is_in_a_state() -> None:
+    nan = torch.tensor(float("nan"))
+    assert nan_in({"epoch": 3, "model": {"w": torch.ones(2)}, "order": torch.arange(3), "name": "x"}) is None
+    assert nan_in({"mask": torch.tensor([0.0, -torch.inf])}) is None, "masks are made of infinities"
+    assert nan_in({"optimizer": {"state": {0: {"exp_avg": nan}}}}) == "optimizer.state.0.exp_avg"
+    assert nan_in({"ema": [torch.ones(1), (nan.half(),)]}) == "ema.1.0"
 
 
 @pytest.mark.parametrize(("function", "kind"), [("plain_function", "dict")])
@@ -314,7 +344,8 @@ def test_a_trial_is_gone_when_its_memory_is_counted(tmp_path: Path) -> None:
 
     loop = Watched(Spec(f"{write_family(tmp_path, FAMILY)}:big", (str(tmp_path),)), 0, 1, 0)
     assert run(loop, Begin({}, 0))[-1] == Blew(reason="it does not matter why")
-    assert alive == [False]
+    assert alive
+    assert not any(alive)
 
 
 def test_metrics_are_numbers_by_name() -> None:

@@ -329,11 +329,47 @@ class TestWhen:
             ({"a": {"bb": [1]}}, "config.a: `when` names bb; did you mean `b`?"),
         ],
     )
-    def test_one_that_cannot_hold_is_refused(
+    def test_a_circle_and_a_stranger_are_refused(
         self, when: dict[str, dict[str, Any]], message: str, tmp_path: Path
     ) -> None:
         config = {name: {"choice": [1, 2], **({"when": when[name]} if name in when else {})} for name in ("a", "b")}
         assert message_of(write_space(tmp_path, config)) == message
+
+    def test_one_that_never_holds_is_told(self, tmp_path: Path) -> None:
+        """It may be meant, in a profile or by an override; or it is misspelt."""
+
+        def file_of(*blocks: str) -> Path:
+            state = {"int": [8, 64], "when": {"block": list(blocks)}}
+            return write_space(tmp_path, {"block": {"choice": ["bi", "uni"]}, "state": state})
+
+        assert load_space(file_of("bii", "b"))[0].left_out == ("never searched: state, as block is never bii or b",)
+        file = file_of("bi")
+        assert load_space(file)[0].left_out == ()
+        assert load_space(file, ["config.block=bi"])[0].left_out == ()
+        told = load_space(file, ["config.block=uni"])[0].left_out
+        assert told == ("never searched: state, as block is never bi",)
+
+
+class TestWithoutAConfigClass:
+    """Nothing but its own words says what a config tree means."""
+
+    @pytest.mark.parametrize(
+        ("node", "kind"),
+        [
+            ({"lgo": [1.0e-5, 1.0e-2]}, "log"),
+            ({"uniform": [0.0, 1.0]}, "float"),
+            ({"loguniform": [1.0e-5, 1.0e-2]}, "log"),
+            ({"choices": ["adam", "sgd"]}, "choice"),
+            ({"integer": [1, 4], "when": {"block": ["bi"]}}, "int"),
+        ],
+    )
+    def test_a_misspelt_domain_is_refused(self, node: dict[str, Any], kind: str, tmp_path: Path) -> None:
+        told = message_of(write_space(tmp_path, {"optim": {"lr": node}, "block": "bi"}))
+        assert told == f"config.optim.lr: {node} is no domain; did you mean `{kind}`?"
+
+    @pytest.mark.parametrize("node", [{"betas": [0.9, 0.99]}, {"layers": [1, 2], "width": 8}, {"log": True}, {}])
+    def test_other_mappings_are_fixed_values(self, node: dict[str, Any], tmp_path: Path) -> None:
+        assert space_of(tmp_path, {"optim": node}).config({}) == {"optim": node}
 
 
 class TestHolds:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_beam_rebuild import NOTES
 
 from search import yaml_file
 from search.plan import Node, make_plan
@@ -13,6 +15,7 @@ from search.sampler import sampler_maker
 from search.scheduler import make_scheduler
 from search.space import Space
 from search.space_file import load_space
+from search.tables import cells_of, read_tables
 
 SPACES = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))
 CASES = [(file, profile) for file in SPACES for profile in [None, *(yaml_file.read(file).get("profiles") or {})]]
@@ -72,3 +75,33 @@ def test_rebuild_searches_what_the_project_promises() -> None:
         "loss.alpha_trans",
         "loss.alpha_distance",
     } <= {item.name for item in space.parameters}
+
+
+def test_every_cell_of_every_table_is_a_search(subtests: pytest.Subtests) -> None:
+    for file, profile in CASES:
+        if not yaml_file.read(file).get("tables"):
+            continue
+        for cell in cells_of(read_tables(file, profile, has_gpu=True, wanted="all")):
+            with subtests.test(f"{file.stem}, {profile}: {cell.table}, {cell.row}, {cell.column}"):
+                load_space(file, cell.overrides, profile, has_gpu=True)
+
+
+@pytest.mark.parametrize("profile", [None, "laptop"])
+def test_the_notes_chain_stands_in_the_table_as_the_notes_had_it(profile: str | None) -> None:
+    """But for the sensors of its first steps, which rebuilt the lidar."""
+    file = next(file for file in SPACES if file.stem == "rebuild")
+    rates = {"R-P1": 1e-4, "R-S1": 1e-3, "R-S2": 1e-4, "R-S3": 1e-3, "R-S4": 1e-4, "R-S5": 1e-4, "R-S6": 1e-4}
+    batches = {"R-S4": 2, "R-S5": 8, "R-S6": 8}
+    chain = {}
+    for cell in cells_of(read_tables(file, profile, has_gpu=True, wanted="chain")):
+        space, trainable = load_space(file, cell.overrides, profile, has_gpu=True)
+        if not space.parameters:
+            chain[cell.row.split()[0]] = trainable.config(space.config({}))
+    assert list(chain) == list(rates)
+    for name, config in chain.items():
+        rebuild, loss, pretrain = NOTES["R-P1" if name == "R-S1" else name]
+        dropout, beam = config.rebuild.dropout, config.loss.beam  # which a profile scales to its small network
+        assert config.rebuild == replace(rebuild, source=("lidar", "radar"), target=("image",), dropout=dropout)
+        assert config.loss == replace(loss, beam=beam)
+        assert (config.pretrain.epochs == 0) == (pretrain.epochs == 0)
+        assert (config.optim.lr, config.optim.batch_size) == (rates[name], batches.get(name, 24))

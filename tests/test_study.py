@@ -136,6 +136,14 @@ class TestConstraints:
         assert told == [severity(epoch, 4) for epoch in range(5)]
         assert min(told) > 0
 
+    def test_where_the_epochs_are_not_known_the_longest_trial_says_what_is_early(self, tmp_path: Path) -> None:
+        ledger = open_ledger(space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}}), InMemoryStorage())
+        for status, epochs in (("finished", 8), ("diverged", 2), ("diverged", 6)):
+            ask(ledger)
+            ledger.report("slot", epochs, {"loss": 1.0})
+            ledger.end("slot", status, "")
+        assert [trial.constraints["diverged"] for trial in told(ledger)[1:]] == [severity(2, 8), severity(6, 8)]
+
 
 class TestPenalty:
     def trial(self, *values: float, status: str = "finished", **reported: float) -> FrozenTrial:

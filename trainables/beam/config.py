@@ -107,7 +107,7 @@ class Model:
     sensor_depths: tuple[int, int, int, int] = (2, 2, 2, 2)  # ResNet-18, lidar and radar
     norm: Literal["batch", "group"] = "batch"  # group: exact under accumulation and over ranks
     # What the encoders start from: imagenet (microsoft/resnet-34 and -18 of the Hugging Face hub), or a folder that
-    # holds resnet-34/ and resnet-18/ as `save_pretrained` writes them. None: random weights.
+    # holds resnet-34/ and resnet-18/ as `save_pretrained` writes them. None, or the word none: random weights.
     pretrained_encoders: str | None = None
     channels_last: bool = False  # how the encoders' maps lie in memory; the numbers are the same but for rounding
     block: Literal["uni", "bi", "cs_bi", "transformer"] = "cs_bi"
@@ -143,6 +143,8 @@ class Model:
             raise UserError(
                 f"model.channels = {list(self.channels)} must be multiples of {HEADS}, the heads of block transformer"
             )
+        if self.pretrained_encoders == "none":  # as a command line or a choice has it, where null is another word
+            object.__setattr__(self, "pretrained_encoders", None)
         if self.pretrained_encoders is not None and self.norm != "batch":
             raise UserError(
                 f"model.norm = {self.norm} must be batch with model.pretrained_encoders = {self.pretrained_encoders}: "

@@ -19,7 +19,7 @@ from trainables.beam.config import SENSORS, Data, Modality
 from trainables.beam.files import BEAMS
 from trainables.beam.gps import AHEAD, WIDTH, gps_features, mirrored_m, offsets_m
 from trainables.beam.prepare import CHANGED_LIDAR, array_path, labels, prepare_data, wanted_arrays
-from trainables.beam.split import Side, split
+from trainables.beam.split import Side, scored_apart, split
 from trainables.beam.table import GROUPS, POWER, Table, frame_numbers
 
 Ints = NDArray[np.int64]
@@ -42,8 +42,9 @@ class Samples:
 
     A batch holds, of data.modalities only: image (B,H,3,P,P) uint8 0..255, lidar (B,H,1,P,P) uint8 counts 0..5, radar
     (B,H,2,P,P) float16 0..1, gps (B,2,G) float32. And always: beam (B,) int64 0..63, target (B,64) float32, scenario
-    (B,) int64, an index into `scenarios`, and index (B,) int64, the window's number in the data set. Where several
-    steps are predicted, beam is (B,K) and target (B,K,64), and so is `beam_N` (N,K).
+    (B,) int64, an index into `scenarios`, apart (B,) bool, whether only that scenario's score counts the window, and
+    index (B,) int64, the window's number in the data set. Where several steps are predicted, beam is (B,K) and target
+    (B,K,64), and so is `beam_N` (N,K).
     Bytes become floats on the device, which moves a quarter of the bytes there.
     """
 
@@ -55,6 +56,7 @@ class Samples:
     gps_2N2G: Floats | None  # as measured, and mirrored
     beam_N: Ints
     scenario_N: Ints
+    apart_N: Bools
     seed: int  # of what is drawn for changed copies
 
     @property
@@ -81,6 +83,7 @@ class Samples:
         batch["beam"] = beam
         batch["target"] = soft_targets()[beam]
         batch["scenario"] = torch.from_numpy(self.scenario_N[window_B])
+        batch["apart"] = torch.from_numpy(self.apart_N[window_B])
         batch["index"] = torch.from_numpy(window_B)
         return batch
 
@@ -123,7 +126,8 @@ def samples(config: HasData, side: str, ranks: object = None) -> Samples:
             at_NH[name] = table.groups[group].at_NK[:, -data.history :]
     train, val = split(table, data)
     train_N = train.holds(len(beam_NK))
-    scenarios, scenario_N = _scored_as(table, data)
+    apart_N = scored_apart(table, data)
+    scenarios, scenario_N = _scored_as(table, apart_N)
     changed = array_path(data, table, CHANGED_LIDAR) if CHANGED_LIDAR in wanted_arrays(data, table) else None
     return Samples(
         scenarios=scenarios,
@@ -134,19 +138,17 @@ def samples(config: HasData, side: str, ranks: object = None) -> Samples:
         gps_2N2G=_gps(data, table, beam_NK[:, 0], train_N) if "gps" in data.modalities else None,
         beam_N=beam_NK[:, 0] if data.steps == 1 else beam_NK,
         scenario_N=scenario_N,
+        apart_N=apart_N,
         seed=data.split_seed,
     )
 
 
-def _scored_as(table: Table, data: Data) -> tuple[tuple[str, ...], Ints]:
-    """Names under which windows are scored, and each window's.
-
-    Where the adaptation set only validates, its score tells how training generalises, and is kept apart.
-    """
-    if data.split == "legacy" or not table.adaptation_N.any():
+def _scored_as(table: Table, apart_N: Bools) -> tuple[tuple[str, ...], Ints]:
+    """Names under which windows are scored, and each window's."""
+    if not apart_N.any():
         return table.scenarios, table.scenario_N
     apart = tuple(f"adaptation_{name.removeprefix('scenario')}" for name in table.scenarios)
-    return table.scenarios + apart, table.scenario_N + len(apart) * table.adaptation_N
+    return table.scenarios + apart, table.scenario_N + len(apart) * apart_N
 
 
 def gps_width(config: HasData) -> int:

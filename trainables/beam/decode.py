@@ -46,6 +46,7 @@ def decode(unfinished: Path, decoder: Decoder, paths: tuple[Path, ...], name: st
         array = np.load(unfinished, mmap_mode="r+")
     else:
         done = 0
+        written.unlink(missing_ok=True)  # of another array, which somebody removed
         array = _reserved(unfinished, decoder.array_shape(len(paths)), np.dtype(decoder.dtype))
 
     def one(i: int) -> None:

@@ -21,7 +21,7 @@ from trainables.optim import Optim
 from trainables.samples import Batch
 from trainables.step import Pairs
 
-REPORTED = ("dba", "top1", "top3")
+REPORTED = ("dba", "top1", "top2", "top3")
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ def build(config: Config) -> FusionNetwork:
 def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     assert isinstance(model, FusionNetwork)
     windows = len(batch["beam"])
-    maps = model.first_maps(batch)
-    gone = draw_missing(model.sensors, windows, config.missing_prob, batch["beam"].device)
-    logits = model.fuse(model.withhold(maps, gone), batch.get("gps"))
+    # Tokens take part in every step, for all ranks must agree on which parameters do.
+    draws = config.missing_prob > 0 or model.missing == "token"
+    gone = draw_missing(model.sensors, windows, config.missing_prob, batch["beam"].device) if draws else {}
+    logits = model.fuse(model.first_maps(batch, gone), batch.get("gps"))
     return {config.loss.kind: (beam_loss(logits, batch["beam"], config.loss).sum(), windows)}
 
 
@@ -83,8 +84,7 @@ def draw_missing(
 ) -> dict[Modality, Tensor]:
     """Which windows lack which sensor, (B,) each: about `share` of them lack one.
 
-    Nothing is left out of the result where the share is 0, so that the tokens of missing sensors take part in every
-    step: all ranks must agree on which parameters do.
+    No sensor is left out of the result, be it missing nowhere.
     """
     lacking_B = torch.rand(windows, device=device) < share
     which_B = torch.randint(max(len(sensors), 1), (windows,), device=device)
@@ -94,19 +94,21 @@ def draw_missing(
 def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[str] = ()) -> Pairs:
     """DBA and top-k accuracy, the DBA of each scenario and without `score_without`, and the fusion stages' health.
 
-    Windows of several steps count once for each step; `dba_step1` and so on are the DBA of one step.
+    Windows of several steps count once for each step; `dba_step1` and so on are the DBA of one step. Windows that are
+    kept apart count towards their scenario alone.
     """
     assert isinstance(model, FusionNetwork)
     maps = model.first_maps(batch)
     with fusion_signs(model) as signs:
         full = beam_scores(model.fuse(maps, batch.get("gps")), batch["beam"])
-    pairs: dict[str, tuple[Tensor, Tensor | int]] = {name: total(full[name]) for name in REPORTED}
+    pooled_B = ~batch["apart"]
+    pairs: dict[str, tuple[Tensor, Tensor | int]] = {name: total(full[name], pooled_B) for name in REPORTED}
     pairs |= signs
-    pairs |= by_step(full["dba"])
+    pairs |= by_step(full["dba"], pooled_B)
     pairs |= by_scenario(full["dba"], batch["scenario"], scenarios)
     if config.score_without:
         less = model.withhold(maps, everywhere(config.score_without, batch["beam"]))
-        pairs["dba_missing"] = total(beam_scores(model.fuse(less, batch.get("gps")), batch["beam"])["dba"])
+        pairs["dba_missing"] = total(beam_scores(model.fuse(less, batch.get("gps")), batch["beam"])["dba"], pooled_B)
     return pairs
 
 
@@ -115,28 +117,30 @@ def everywhere(sensors: Sequence[Modality], like: Tensor) -> dict[Modality, Tens
     return {sensor: torch.ones(len(like), dtype=torch.bool, device=like.device) for sensor in sensors}
 
 
-def total(values: Tensor) -> tuple[Tensor, int]:
-    return values.sum(), values.numel()
+def total(values: Tensor, windows_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and count of the values, (B,) or (B, P), of the windows where `windows_B` is true."""
+    value_B = values.reshape(len(values), -1).sum(1)
+    return torch.where(windows_B, value_B, 0).sum(), values.numel() // len(values) * windows_B.sum()
 
 
-def by_step(dba: Tensor) -> dict[str, tuple[Tensor, int]]:
-    """`dba_step1` and so on from (B, P); nothing from (B,)."""
-    return {f"dba_step{p}": total(dba_B) for p, dba_B in enumerate(dba.unbind(1), start=1)} if dba.ndim > 1 else {}
+def by_step(dba: Tensor, windows_B: Tensor, name: str = "dba") -> dict[str, tuple[Tensor, Tensor]]:
+    """`dba_step1` and so on from (B, P), over the windows where `windows_B` is true; nothing from (B,)."""
+    steps = dba.unbind(1) if dba.ndim > 1 else ()
+    return {f"{name}_step{p}": total(dba_B, windows_B) for p, dba_B in enumerate(steps, start=1)}
 
 
-def by_scenario(dba: Tensor, scenario_B: Tensor, scenarios: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+def by_scenario(
+    dba: Tensor, scenario_B: Tensor, scenarios: Sequence[str], name: str = "dba"
+) -> dict[str, tuple[Tensor, Tensor]]:
     """`dba_31` and so on, from each window's index into `scenarios`; nothing where there is only one scenario.
 
     `dba` is (B,) or (B, P).
     """
     if len(scenarios) < 2:
         return {}
-    steps = dba.numel() // len(dba)
-    dba_B = dba.view(len(dba), steps).sum(1)
-    here = {name: scenario_B == number for number, name in enumerate(scenarios)}
     return {
-        f"dba_{name.removeprefix('scenario')}": ((dba_B * is_B).sum(), steps * is_B.sum())
-        for name, is_B in here.items()
+        f"{name}_{scenario.removeprefix('scenario')}": total(dba, scenario_B == number)
+        for number, scenario in enumerate(scenarios)
     }
 
 

@@ -33,7 +33,8 @@ def map_key(sensor: Modality) -> str:
 class FusionNetwork(nn.Module):
     """The beam logits of a batch of windows, from any subset of the modalities.
 
-    `first_maps` and `fuse` are the two halves of `forward`; what is done about a missing sensor happens between them.
+    `first_maps` and `fuse` are the two halves of `forward`; what is done about a missing sensor happens in the first
+    (as training must) or between them.
     """
 
     def __init__(self, model: Model, data: Data, gps_width: int) -> None:
@@ -85,17 +86,30 @@ class FusionNetwork(nn.Module):
                     "data.image_size and data.gps_repr must be those it was trained with"
                 )
 
-    def first_maps(self, batch: Mapping[str, Tensor]) -> Maps:
-        """The sensors' maps after their first stages; those that the batch holds already are taken as they are."""
-        return {
-            sensor: batch[map_key(sensor)].flatten(0, 1) if map_key(sensor) in batch else self.first_map(sensor, batch)
+    def first_maps(self, batch: Mapping[str, Tensor], gone: Mapping[Modality, Tensor] = {}) -> Maps:
+        """The sensors' maps after their first stages; those that the batch holds already are taken as they are.
+
+        gone: as of `withhold`, which in eval mode makes the same of the whole maps. In training each encoder sees one
+        batch, with an input that stands in for the missing frames among the others: a batch of stand-ins alone would
+        have its say in batch norm's statistics.
+        """
+        tokens = self.missing == "token"
+        maps = {
+            sensor: batch[map_key(sensor)].flatten(0, 1)
+            if map_key(sensor) in batch
+            else self.first_map(sensor, batch, None if tokens else gone.get(sensor))
             for sensor in self.sensors
         }
+        return self.withhold(maps, gone) if tokens else maps
 
-    def first_map(self, sensor: Modality, batch: Mapping[str, Tensor]) -> Tensor:
-        """One sensor's map after its first stage, of its frames in the batch."""
+    def first_map(self, sensor: Modality, batch: Mapping[str, Tensor], unseen_B: Tensor | None = None) -> Tensor:
+        """One sensor's map after its first stage, of its frames in the batch, or of nothing where they are unseen."""
         encoder = self.encoder(sensor)
-        return encoder.first(encoder.normalise(batch[sensor].flatten(0, 1)))
+        frames_FISS = encoder.normalise(batch[sensor].flatten(0, 1))
+        if unseen_B is not None:
+            nothing_FISS = self._nothing(sensor, frames_FISS)
+            frames_FISS = torch.where(self._frames(unseen_B), nothing_FISS, frames_FISS)
+        return encoder.first(frames_FISS)
 
     def encoder(self, sensor: Modality) -> Encoder:
         encoder = self.encoders[sensor]
@@ -106,15 +120,22 @@ class FusionNetwork(nn.Module):
         """What is put in the place of a missing sensor's first map: its token, or its encoder's view of nothing."""
         if self.missing == "token":
             return self.absent[sensor].view(1, -1, 1, 1).expand(like_FCYX.shape)
-        nothing = stand_in_input(self.missing, sensor, len(like_FCYX), self.image_size, like_FCYX.device)
-        return self.encoder(sensor).first(nothing)
+        return self.encoder(sensor).first(self._nothing(sensor, like_FCYX))
+
+    def _nothing(self, sensor: Modality, like_F: Tensor) -> Tensor:
+        """What an encoder is given, normalised, in the place of missing frames."""
+        assert self.missing != "token", "a token takes the place of a map"
+        return stand_in_input(self.missing, sensor, len(like_F), self.image_size, like_F.device)
+
+    def _frames(self, windows_B: Tensor) -> Tensor:
+        """What is true of the windows, (B,), for each of their frames, (F, 1, 1, 1)."""
+        return windows_B.repeat_interleave(self.history).view(-1, 1, 1, 1)
 
     def withhold(self, maps: Maps, gone: Mapping[Modality, Tensor]) -> Maps:
         """`maps` with a stand-in wherever a window lacks a sensor: `gone[sensor]` is (B,), True where it is missing."""
         out = dict(maps)
         for sensor, gone_B in gone.items():
-            gone_F111 = gone_B.repeat_interleave(self.history).view(-1, 1, 1, 1)
-            out[sensor] = torch.where(gone_F111, self.stand_in(sensor, maps[sensor]), maps[sensor])
+            out[sensor] = torch.where(self._frames(gone_B), self.stand_in(sensor, maps[sensor]), maps[sensor])
         return out
 
     def fuse(self, maps: Maps, gps_B2G: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -176,10 +176,11 @@ def insert(maps: Maps, rebuilt: Mapping[Modality, Tensor], replaced_B: Tensor) -
     return out
 
 
-def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[str] = ()) -> Pairs:
     """DBA with nothing missing, with the targets rebuilt, and with their stand-ins; the error of the rebuilt features.
 
     With its stand-ins, the network as it is now tells how much of a gain is only that it got used to a missing sensor.
+    With the targets rebuilt there is a DBA of each scenario and step as well.
     """
     assert isinstance(model, RebuildNetwork)
     maps, gps, beam_B = model.fusion.first_maps(batch), batch.get("gps"), batch["beam"]
@@ -193,7 +194,13 @@ def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     with fusion_signs(model.fusion) as signs:  # of the last variant
         scores = {f"dba_{name}": beam_scores(model.fusion.fuse(x, gps), beam_B)["dba"] for name, x in variants.items()}
     scores["trans"] = mean(trans_loss(rebuilt[s], maps[s].flatten(2), model.history) for s in model.target)
-    return {**{name: fusion.total(values_B) for name, values_B in scores.items()}, **signs}
+    pooled_B, rebuilt_dba = ~batch["apart"], scores["dba_rebuilt"]
+    return {
+        **{name: fusion.total(values, pooled_B) for name, values in scores.items()},
+        **fusion.by_step(rebuilt_dba, pooled_B, "dba_rebuilt"),
+        **fusion.by_scenario(rebuilt_dba, batch["scenario"], scenarios, "dba_rebuilt"),
+        **signs,
+    }
 
 
 def scores_before(config: Config, network: FusionNetwork, maps: features.Maps, trial: Trial) -> dict[str, float]:
@@ -211,12 +218,13 @@ def recovered(full: float, missing: float, rebuilt: float) -> dict[str, float]:
 
 
 def task_for(config: Config, weights: Weights, maps: features.Maps) -> Task:
+    scenarios = features.samples(config, "val").scenarios
     return Task(
         config=Config,
         model=functools.partial(build, weights=weights),
         data=functools.partial(features.samples, maps=maps),
         loss=loss,
-        score=score,
+        score=functools.partial(score, scenarios=scenarios),
         lr_scale=functools.partial(lr_scale, ratio=config.rebuild.fusion_lr_ratio),
     )
 

@@ -47,6 +47,11 @@ def split(table: Table, data: Data) -> tuple[Side, Side]:
     """
     rng = np.random.default_rng(data.split_seed)
     if data.split == "legacy":
+        if data.augment and not table.adaptation_N.any():
+            raise UserError(
+                f"data.augment = {data.augment}: a legacy split copies the adaptation set alone, and {table.root} has "
+                "none that can be used; set data.augment to 0"
+            )
         everything = _with_copies(np.arange(len(table.beam_NP)), table.adaptation_N, data)
         order = rng.permutation(len(everything))
         to_train = np.isin(np.arange(len(everything)), order[: int((1 - data.holdout) * len(everything))])
@@ -55,12 +60,21 @@ def split(table: Table, data: Data) -> tuple[Side, Side]:
         held_NK = _held_out(table, data.holdout, rng)
         train_N, val_N = ~held_NK.any(axis=1) & ~table.adaptation_N, held_NK.all(axis=1) | table.adaptation_N
         train, val = _with_copies(np.flatnonzero(train_N), train_N, data), _as_measured(np.flatnonzero(val_N))
-    if not len(train) or not len(val):
+    scored = int((~scored_apart(table, data)[val.window_S]).sum())
+    if not len(train) or not scored:
         raise UserError(
             f"{table.csvs[0]}: a {data.split} split with data.holdout = {data.holdout} trains on {len(train)} windows "
-            f"and validates on {len(val)}; it needs two passes, or {2 * BLOCK} frames, of one scenario"
+            f"and validates on {scored}; it needs two passes, or {2 * BLOCK} frames, of one scenario"
         )
     return train, val
+
+
+def scored_apart(table: Table, data: Data) -> Bools:
+    """Which windows have scores of their own, and no part in the others: the adaptation set, where it only validates.
+
+    Its scores tell how training generalises.
+    """
+    return table.adaptation_N & (data.split == "honest")
 
 
 def _as_measured(windows: Ints) -> Side:

@@ -1,0 +1,138 @@
+"""The network that a rebuild starts from: what it is keyed by, that it is trained once, and what interrupts that."""
+
+from __future__ import annotations
+
+import fcntl
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_beam import SMALL, simulated
+
+from trainables.beam import fusion, pretrained, rebuild
+from trainables.beam.config import BeamLoss, Data, Pretrain, RebuildLoss, Simulated
+from trainables.beam.simulator import simulate
+from trainables.contract import Diverged, Report, Trial, UserError
+from trainables.loop import Task, fit
+from trainables.optim import Optim
+
+OPTIM = Optim(lr=1e-3, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> rebuild.Config:
+    data = simulated(tmp_path_factory.mktemp("cache"))
+    made = rebuild.Config(data=data, model=SMALL, optim=OPTIM, pretrain=Pretrain(epochs=1, optim=OPTIM))
+    rebuild.prepare(made)
+    return made
+
+
+def test_the_key_of_a_network_is_what_it_was_trained_by(config: rebuild.Config) -> None:
+    base, arrays = config.fusion, ["image-1.npy"]
+    key = pretrained.key(base, 0, arrays)
+    assert key == pretrained.key(replace(base, score_without=()), 0, arrays)
+    assert key == pretrained.key(replace(base, data=replace(base.data, prepared="/else")), 0, arrays)
+    assert key == pretrained.key(replace(base, model=replace(base.model, channels_last=True)), 0, arrays)
+    assert key != pretrained.key(base, 1, arrays)
+    assert key != pretrained.key(base, 0, ["image-2.npy"])
+    assert key != pretrained.key(replace(base, loss=BeamLoss(kind="ce")), 0, arrays)
+    assert base == replace(config, loss=RebuildLoss(alpha_trans=7.0), optim=Optim(lr=1.0)).fusion
+
+
+def test_a_network_is_not_that_of_a_changed_window_file(tmp_path: Path) -> None:
+    simulate(tmp_path / "root", Simulated(passes=2, frames=6))
+    data = Data(root=str(tmp_path / "root"), prepared=str(tmp_path / "cache"), modalities=("gps",))
+
+    def key() -> str:
+        return pretrained.key(fusion.Config(data=data), 0, pretrained.arrays_of(data))
+
+    whole = key()
+    assert key() == whole
+    windows = tmp_path / "root/Multi_Modal" / data.csv
+    windows.write_text("".join(windows.read_text().splitlines(keepends=True)[:-1]))
+    assert key() != whole
+
+
+def test_one_process_trains_while_others_wait(
+    config: rebuild.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+
+    def slow_training(config: fusion.Config, seed: int, trial: Trial, kept: Path) -> None:
+        trained.append(seed)
+        time.sleep(0.2)
+        pretrained._save({"model": {"x": torch.ones(1)}}, kept)
+
+    monkeypatch.setattr(pretrained, "_train", slow_training)
+    monkeypatch.setattr(pretrained, "POLL_S", 0.01)
+    wanted = replace(config.fusion, data=replace(config.data, prepared=str(tmp_path)))
+    fusion.prepare(wanted)
+    got: list[pretrained.Weights] = []
+    threads = [
+        threading.Thread(target=lambda: got.append(pretrained.trained_once(wanted, 0, Trial(wanted)))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert len(trained) == 1
+    assert [weights["x"].item() for weights in got] == [1.0, 1.0, 1.0]
+
+
+def test_a_pretraining_that_was_interrupted_is_gone_on_with(
+    config: rebuild.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = replace(config.fusion, epochs=2)
+    folder = Path(str(wanted.data.prepared))
+    whole = pretrained.trained_once(wanted, 7, Trial(wanted))
+    (kept,) = folder.glob(f"fusion-{pretrained.key(wanted, 7, pretrained.arrays_of(wanted.data))}.pt")
+    kept.rename(tmp_path / "whole.pt")
+
+    def interrupted(task: Task, trial: Trial) -> Iterator[Report]:
+        yield next(fit(task, trial))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pretrained, "fit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pretrained.trained_once(wanted, 7, Trial(wanted))
+    assert not kept.exists()
+    capsys.readouterr()
+    gone_on = pretrained.trained_once(wanted, 7, Trial(wanted))
+    assert "for 2 epochs, 1 of them done before" in capsys.readouterr().out
+    assert gone_on.keys() == whole.keys()
+    assert all(torch.equal(gone_on[name], tensor) for name, tensor in whole.items())
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_pretraining_that_diverges_is_a_mistake_of_the_user_and_not_tried_again(
+    config: rebuild.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def diverge(*_: object) -> Iterator[Report]:
+        tried.append(1)
+        raise Diverged("loss_focal is not finite", 3)
+        yield
+
+    monkeypatch.setattr(pretrained, "fit", diverge)
+    wanted = replace(config.fusion, data=replace(config.data, prepared=str(tmp_path)))
+    expected = (
+        r"pre-training: loss_focal is not finite \(step 3\); lower pretrain\.optim\.lr or .*, or remove .*diverged to"
+    )
+    for _ in range(2):
+        with pytest.raises(UserError, match=expected):
+            pretrained.trained_once(wanted, 0, Trial(wanted))
+    assert len(tried) == 1
+    (lock,) = tmp_path.glob("fusion-*.lock")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    (marker,) = tmp_path.glob("fusion-*.diverged")
+    marker.unlink()
+    with pytest.raises(UserError, match=expected):
+        pretrained.trained_once(wanted, 0, Trial(wanted))
+    assert len(tried) == 2

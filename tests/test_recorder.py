@@ -1,0 +1,46 @@
+"""What is written down of a trial's end, without Ray: the recorder is called as Tune calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ledgers import ask, open_journal
+from spaces import space_of
+
+from search.record import Record
+from search.recorder import Recorder
+from search.trial import EPOCH, METRICS, REASON, STATUS
+
+
+def ended(folder: Path, reports: list[dict[str, Any]], constraints: dict[str, Any]) -> Record:
+    """The record of a trial that ran to its end with these reports."""
+    space = space_of(folder, {"lr": {"log": [1e-4, 1.0]}}, constraints=constraints)
+    ledger = open_journal(space, folder / "run")
+    opened = ask(ledger)
+    told: list[Record] = []
+    recorder = Recorder(ledger, folder / "run", told.append, lambda: None)
+    end = {STATUS: "finished", REASON: "ran to its end", EPOCH: len(reports)}
+    trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": opened.values}, last_result=end)
+    for epoch, metrics in enumerate(reports, start=1):
+        recorder.on_trial_result(0, [], trial, {EPOCH: epoch, METRICS: metrics})
+    recorder.on_trial_complete(0, [], trial)
+    return told[0]
+
+
+@pytest.mark.parametrize(
+    ("full", "solves"), [(0.9, True), (0.8, False), (None, False)], ids=["kept", "broken", "not finite"]
+)
+def test_a_constraint_holds_for_the_last_report_alone(full: float | None, solves: bool, tmp_path: Path) -> None:
+    limits = {"full": {"min": 0.85}}
+    record = ended(tmp_path, [{"loss": 0.5}, {"loss": 0.4, "full": full}], limits)
+    assert record.status == "finished"
+    assert record.solves(space_of(tmp_path, {}, constraints=limits).constraints) == solves
+
+
+def test_a_constraint_that_is_never_measured_is_a_mistake_and_no_bad_setting(tmp_path: Path) -> None:
+    record = ended(tmp_path, [{"loss": 0.5, "full": 0.9}], {"ful": {"min": 0.85}})
+    assert record.status == "failed"
+    assert record.reason == "the last report has no metric `ful`, a constraint; it has loss, full"
