@@ -6,7 +6,6 @@ or `{choice: [...]}`, each with an optional `when: {other.parameter: [values]}`.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import random
@@ -201,20 +200,25 @@ class Parameter:
 
 
 def nearly_domain(node: Any) -> str | None:
-    """The kind of domain that a mapping was probably meant to be; None where it is none or one.
+    """The kind of domain that a mapping was surely meant to be; None where it is one, or may mean something else.
 
-    One key that is nearly a kind, or another library's word for one, with a list behind it.
+    One key with a list behind it, which has the letters of a kind or is another library's word for one.
     """
     if not isinstance(node, dict) or is_domain(node):
         return None
     lists = [str(key) for key, value in node.items() if isinstance(value, list)]
     if len(lists) != 1 or not set(node) - set(lists) <= {"when", "step", "log"}:
         return None
-    near = difflib.get_close_matches(lists[0], KINDS, n=1, cutoff=0.6)
-    return _ELSEWHERE.get(lists[0]) or (near[0] if near else None)
+    swapped = [kind for kind in KINDS if sorted(kind) == sorted(lists[0].lower())]
+    return swapped[0] if swapped else _ELSEWHERE.get(lists[0].lower())
 
 
-_ELSEWHERE = {"uniform": "float", "loguniform": "log", "log_uniform": "log", "randint": "int", "values": "choice"}
+_ELSEWHERE = {
+    "uniform": "float",
+    **dict.fromkeys(("loguniform", "log_uniform"), "log"),
+    **dict.fromkeys(("randint", "integer"), "int"),
+    **dict.fromkeys(("choices", "categorical"), "choice"),
+}
 
 
 def is_domain(node: Any) -> bool:

@@ -367,7 +367,9 @@ class TestWithoutAConfigClass:
         told = message_of(write_space(tmp_path, {"optim": {"lr": node}, "block": "bi"}))
         assert told == f"config.optim.lr: {node} is no domain; did you mean `{kind}`?"
 
-    @pytest.mark.parametrize("node", [{"betas": [0.9, 0.99]}, {"layers": [1, 2], "width": 8}, {"log": True}, {}])
+    @pytest.mark.parametrize(
+        "node", [{"betas": [0.9, 0.99]}, {"init": [0, 1]}, {"layers": [1, 2], "width": 8}, {"log": True}, {}]
+    )
     def test_other_mappings_are_fixed_values(self, node: dict[str, Any], tmp_path: Path) -> None:
         assert space_of(tmp_path, {"optim": node}).config({}) == {"optim": node}
 
