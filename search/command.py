@@ -191,7 +191,8 @@ def search(options: Options) -> engine.Outcome | None:
     if outcome.interrupted:
         kept = str(results) if mirror is None else mirror.uri
         again = ["--resume", kept, *(["--cold"] if options.cold else [])]
-        again += ["--address", options.address] if options.address else []
+        if options.address and options.address != os.environ.get("RAY_ADDRESS"):
+            again += ["--address", options.address]
         print(f"interrupted; go on with: python launch.py {shlex.join(again)}")
     elif options.export is not None and outcome.best:
         print(export_trial(results, BEST_TRIAL, options.export))
