@@ -156,7 +156,7 @@ def run(
     stop = _Stop(interruption, space.search.time_budget_s)
     try:
         if ledger.left and not interruption.pressed:
-            _tuner(space, plan, results, ledger, recorder, stop, cold).fit()
+            _tuner(_job(space, plan, results, cold), plan.slots, ledger, recorder, stop).fit()
     finally:
         over = stop.out_of_time and not interruption.pressed
         recorder.close(f"the time budget of {space.search.time_budget} was over" if over else None)
@@ -168,10 +168,7 @@ def run(
     return Outcome(tuple(found), tuple(best_of(found, space)), interruption.pressed)
 
 
-def _tuner(
-    space: Space, plan: Plan, results: Path, ledger: Ledger, recorder: Recorder, stop: _Stop, cold: bool
-) -> tune.Tuner:
-    scratch = results / SCRATCH
+def _job(space: Space, plan: Plan, results: Path, cold: bool) -> Job:
     spec = GroupSpec(
         trainable=space.trainable,
         paths=space.paths,
@@ -180,26 +177,31 @@ def _tuner(
         cpus_per_worker=plan.cpus_per_worker,
         gpus_per_worker=plan.gpus_per_worker,
         memory_limit_mb=plan.memory_limit_mb,
-        scratch=str(scratch),
+        scratch=str(results / SCRATCH),
     )
-    slot = tune.with_parameters(Slot, job=Job(space, spec, str(results), cold))
+    return Job(space, spec, str(results), cold)
+
+
+def _tuner(job: Job, slots: int, ledger: Ledger, recorder: Recorder, stop: _Stop) -> tune.Tuner:
+    space = job.space
+    slot = tune.with_parameters(Slot, job=job)
     pausing = space.scheduler.name in PAUSING
     # These compare whole brackets or populations: all their settings are drawn before any of them has run.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(ledger.left) if pausing else "auto"
     return tune.Tuner(
-        tune.with_resources(slot, tune.PlacementGroupFactory([_share_of_this_node(plan.slots)])),
+        tune.with_resources(slot, tune.PlacementGroupFactory([_share_of_this_node(slots)])),
         param_space={},
         tune_config=tune.TuneConfig(
             search_alg=StudySearcher(ledger),
             scheduler=make_scheduler(space),
             num_samples=ledger.left,
-            max_concurrent_trials=None if pausing else plan.slots,
+            max_concurrent_trials=None if pausing else slots,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(scratch),
+            storage_path=job.spec.scratch,
             callbacks=[recorder],
             # The group has written each epoch's checkpoint already; Tune would ask for one more at the end.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
