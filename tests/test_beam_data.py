@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainables.beam.config import Data, Modality, Simulated
-from trainables.beam.data import describe, gps_width, samples, soft_targets
+from trainables.beam.data import describe, gps_width, samples
 from trainables.beam.decode import Decoder, decode
 from trainables.beam.files import radar_maps
 from trainables.beam.gps import gps_features
@@ -168,7 +168,6 @@ def test_a_batch_has_the_promised_shapes_and_types(data: Data) -> None:
         "radar": ((3, 5, 2, SIZE, SIZE), torch.float16),
         "gps": ((3, 2, gps_width(Config(data))), torch.float32),
         "beam": ((3,), torch.int64),
-        "target": ((3, 64), torch.float32),
         "scenario": ((3,), torch.int64),
         "apart": ((3,), torch.bool),
         "index": ((3,), torch.int64),
@@ -178,17 +177,8 @@ def test_a_batch_has_the_promised_shapes_and_types(data: Data) -> None:
 def test_only_the_wanted_sensors_and_the_newest_instants_are_read(data: Data) -> None:
     full = samples(Config(data), "train")[torch.arange(4)]
     few = samples(Config(replace(data, modalities=("lidar",), history=2)), "train")[torch.arange(4)]
-    assert set(few) == {"lidar", "beam", "target", "scenario", "apart", "index"}
+    assert set(few) == {"lidar", "beam", "scenario", "apart", "index"}
     torch.testing.assert_close(few["lidar"], full["lidar"][:, -2:])
-
-
-def test_soft_targets_are_the_published_ones() -> None:
-    target = soft_targets()
-    assert target.shape == (64, 64)
-    torch.testing.assert_close(
-        target[10, 8:13], torch.tensor([3.3e-4, 0.1350, 0.9974, 0.1350, 3.3e-4]), atol=1e-4, rtol=0
-    )
-    assert target[0, 63] == target[10, 4] == target[10, 16] == 0  # beams 0 and 63 are not neighbours
 
 
 @pytest.mark.parametrize("kind", ["honest", "legacy"])

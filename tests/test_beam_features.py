@@ -73,7 +73,6 @@ def test_a_rebuild_from_kept_maps_is_the_rebuild_from_frames(config: rebuild.Con
 
 
 def run(config: rebuild.Config) -> list[Report]:
-    torch.manual_seed(0)  # of the noise in the place of missing sensors, before the trial begins
     return list(rebuild.train(Trial(config, seed=1)))
 
 

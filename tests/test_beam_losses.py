@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from trainables.beam.config import BeamLoss
-from trainables.beam.data import soft_targets
 from trainables.beam.fusion import beam_loss
-from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss
+from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss, soft_targets
 
 
 def brute_force_dba(logits: list[list[float]], beams: list[int]) -> dict[str, float]:
@@ -86,13 +85,22 @@ def test_cross_entropy_takes_a_target_of_any_sum() -> None:
     torch.testing.assert_close(cross_entropy(logits, 3 * one_hot), F.cross_entropy(logits, beam, reduction="none"))
 
 
+def test_soft_targets_are_the_published_ones() -> None:
+    target = soft_targets(0.5)
+    assert target.shape == (64, 64)
+    torch.testing.assert_close(
+        target[10, 8:13], torch.tensor([3.3e-4, 0.1350, 0.9974, 0.1350, 3.3e-4]), atol=1e-4, rtol=0
+    )
+    assert target[0, 63] == target[10, 4] == target[10, 16] == 0  # beams 0 and 63 are not neighbours
+
+
 def test_the_target_is_the_published_one_by_default_and_only_wider_otherwise() -> None:
     logits, beam = torch.zeros(1, 64), torch.tensor([20])
     published = torch.zeros(1, 64)
     published[0, [19, 20, 21]] = torch.tensor([0.13499, 0.99736, 0.13499])
     published[0, [18, 22]] = 3.3462e-4
     torch.testing.assert_close(beam_loss(logits, beam, BeamLoss()), focal_loss(logits, published), rtol=1e-4, atol=0)
-    assert soft_targets(2.0, 2.5 * 2.0)[20, 20].item() == pytest.approx(0.99736, abs=1e-4)
+    assert soft_targets(2.0)[20, 20].item() == pytest.approx(0.99736, abs=1e-4)
 
 
 def test_focal_loss_stays_finite_where_it_is_sure_and_its_power_is_broken() -> None:

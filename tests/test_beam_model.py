@@ -151,6 +151,19 @@ def test_batch_norm_sees_each_window_once_with_what_stands_in_for_its_missing_se
     assert first
 
 
+@pytest.mark.parametrize("missing", ["zerolike", "randlike"])
+def test_batch_norm_does_not_see_what_stands_in_for_a_map(missing: Literal["zerolike", "randlike"]) -> None:
+    built, batch = network(replace(SMALL, norm="batch", missing=missing)), windows(3)
+    maps = built.first_maps(batch)
+    before = statistics(built)
+    lacking = built.withhold(maps, everywhere(["image"], batch["beam"]))
+    assert all(torch.equal(numbers, before[name]) for name, numbers in statistics(built).items())
+    assert all(module.training for module in built.modules())
+    lacking["image"].square().sum().backward()
+    stem = built.encoder("image").resnet.embedder
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in stem.parameters())
+
+
 @pytest.mark.parametrize("missing", STAND_INS)
 @torch.no_grad()
 def test_in_eval_mode_it_is_the_same_before_the_first_stage_and_after(

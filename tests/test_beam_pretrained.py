@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import pickle
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,3 +138,68 @@ def test_a_pretraining_that_diverges_is_a_mistake_of_the_user_and_not_tried_agai
     with pytest.raises(UserError, match=expected):
         pretrained.trained_once(wanted, 0, Trial(wanted))
     assert len(tried) == 2
+
+
+def on_two_machines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each of two ranks, threads with a cache folder of their own, gets of `trained_once`, or is told by it."""
+    meet, told = threading.Barrier(2, timeout=20), list[bytes]()
+
+    def broadcast(objects: list[Any], src: int, device: torch.device) -> None:
+        if threading.current_thread().name == str(src):
+            told[:] = [pickle.dumps(objects)]
+        meet.wait()
+        objects[:] = pickle.loads(told[0])
+        meet.wait()
+
+    outcomes: list[Any] = [None, None]
+
+    def rank(number: int) -> None:
+        data = Data(prepared=str(folder / str(number)), modalities=("gps",), simulated=Simulated(passes=2, frames=6))
+        config = fusion.Config(data=data, model=SMALL, epochs=2)
+        fusion.prepare(config)
+        try:
+            outcomes[number] = pretrained.trained_once(config, 0, Trial(config, rank=number, world_size=2))
+        except Exception as error:
+            outcomes[number] = f"{type(error).__name__}: {error}"
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    ranks = [threading.Thread(target=rank, args=(number,), name=str(number)) for number in range(2)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join(timeout=30)
+    return outcomes
+
+
+def test_ranks_on_two_machines_start_from_the_network_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed: list[Any] = []
+
+    def one_epoch(task: Task, trial: Trial) -> Iterator[Report]:
+        resumed.append(trial.resume)
+        done = -1 if trial.resume is None else trial.resume["epoch"]
+        state = {"epoch": done + 1, "model": {"x": torch.full((1,), done + 2.0)}, "ema": {}}
+        yield Report({"dba": 0.5}, state=lambda: state)
+
+    monkeypatch.setattr(pretrained, "fit", one_epoch)
+    first, second = on_two_machines(tmp_path, monkeypatch)
+    assert resumed == [None, None]
+    assert first["x"].item() == second["x"].item() == 1.0
+    (kept,) = tmp_path.rglob("fusion-*.pt")
+    torch.save({"epoch": 0, **torch.load(kept)}, kept.with_suffix(".partial"))  # as an interrupted training leaves it
+    kept.unlink()
+    first, second = on_two_machines(tmp_path, monkeypatch)
+    assert [state["epoch"] for state in resumed[2:]] == [0, 0]
+    assert first["x"].item() == second["x"].item() == 2.0
+
+
+def test_ranks_on_two_machines_fail_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: fusion.Config, seed: int, trial: Trial, kept: Path) -> None:
+        if trial.rank == 0:
+            torch.save({"optimizer": {}}, kept)
+
+    monkeypatch.setattr(pretrained, "_train", broken)
+    first, second = on_two_machines(tmp_path, monkeypatch)
+    assert "no checkpoint of fusion training" in first
+    assert second == first

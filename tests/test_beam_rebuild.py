@@ -15,6 +15,7 @@ from torch import Tensor
 from trainables.beam import fusion, rebuild
 from trainables.beam.config import Data, Modality, Pretrain, Rebuild, RebuildLoss, Simulated
 from trainables.beam.data import samples
+from trainables.beam.reconstruct import contrast_chance
 from trainables.contract import Report, Trial, UserError
 from trainables.optim import Optim
 
@@ -281,11 +282,40 @@ def test_a_checkpoint_that_is_not_there_is_a_mistake_of_the_user(config: rebuild
 
 
 @pytest.mark.parametrize(
-    ("full", "missing", "now", "expected"),
+    ("upper", "missing", "now", "expected"),
     [(0.9, 0.5, 0.7, {"recovered": 0.5}), (0.9, 0.5, 0.4, {"recovered": -0.25}), (0.5, 0.5, 0.7, {})],
 )
-def test_recovered(full: float, missing: float, now: float, expected: dict[str, float]) -> None:
-    assert rebuild.recovered(full, missing, now) == pytest.approx(expected)
+def test_recovered(upper: float, missing: float, now: float, expected: dict[str, float]) -> None:
+    assert rebuild.recovered(upper, missing, now) == pytest.approx(expected)
+
+
+def test_the_chance_level_of_the_contrast_is_that_of_the_micro_batches() -> None:
+    loss = RebuildLoss()
+    chance = {size: contrast_chance(size, loss.temperature, loss.contrast_form) for size in range(1, 25)}
+    assert rebuild.contrast_chance_of(24, 24, 1, loss) == pytest.approx(chance[24])
+    assert rebuild.contrast_chance_of(24, 16, 1, loss) == pytest.approx((16 * chance[16] + 8 * chance[8]) / 24)
+    on_two = (8 * chance[8] + 5 * chance[5]) + (8 * chance[8] + 4 * chance[4])
+    assert rebuild.contrast_chance_of(25, 8, 2, loss) == pytest.approx(on_two / 25)
+    assert rebuild.contrast_chance_of(2, 8, 4, loss) == 0.0  # one window each of two ranks, none of the others
+
+
+def test_what_is_reported_is_measured_by_the_network_as_it_came(
+    config: rebuild.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rebuild, "scores_before", lambda *_: {"dba_upper": 0.9, "dba_missing": 0.1})
+    config = replace(config, optim=replace(OPTIM, micro_batch=5), pretrain=Pretrain(epochs=0), epochs=1)
+    (report,) = rebuild.train(Trial(config))
+    assert report.metrics["recovered"] == pytest.approx((report.metrics["dba_rebuilt"] - 0.1) / 0.8)
+    assert report.metrics["loss_contrast_chance"] == rebuild.contrast_chance_of(8, 5, 1, config.loss)
+
+
+def test_noise_in_the_place_of_a_sensor_is_the_same_whatever_was_drawn_before(config: rebuild.Config) -> None:
+    config = replace(config, model=replace(SMALL, missing="randlike"))
+    untrained, found = fusion.build(config.fusion).eval(), []
+    for drawn in (1, 1000, 100_000):
+        torch.rand(drawn)
+        found.append(rebuild.scores_before(config, untrained, {}, Trial(config)))
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,8 @@ class Model:
     ln_shape: Literal["channel", "plane"] = "channel"  # plane: over (tokens, channels), bi and cs_bi only
     align_backward: bool = True  # of bi and cs_bi; False: the backward branch is never flipped back
     residual: bool = True
-    # What stands in for a missing sensor: a learned token, or the published inputs (zeros, uniform noise).
+    # What stands in for a missing sensor: a token, or the published inputs (zeros, uniform noise). Fusion training
+    # with a missing_prob learns the token; in a rebuild, whose own pre-training hides no sensor, it is a map of zeros.
     missing: Literal["token", "zerolike", "randlike"] = "token"
     gps_embedding: Literal["mlp", "linear"] = "mlp"  # linear: as published
 

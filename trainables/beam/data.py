@@ -6,6 +6,7 @@ a side, G numbers of a position.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,13 +21,12 @@ from trainables.beam.files import BEAMS
 from trainables.beam.gps import AHEAD, WIDTH, gps_features, mirrored_m, offsets_m
 from trainables.beam.prepare import CHANGED_LIDAR, array_path, labels, prepare_data, wanted_arrays
 from trainables.beam.split import Side, scored_apart, split
-from trainables.beam.table import GROUPS, POWER, Table, frame_numbers
+from trainables.beam.table import GROUPS, POWER, Table, fixed, frame_numbers
+from trainables.cache import Stamp, stamp_of
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
-
-TARGET_SIGMA, TARGET_SCALE, TARGET_REACH = 0.5, 1.25, 5
 
 
 class HasData(Protocol):
@@ -41,10 +41,9 @@ class Samples:
     """The windows of one side of the split, in batches.
 
     A batch holds, of data.modalities only: image (B,H,3,P,P) uint8 0..255, lidar (B,H,1,P,P) uint8 counts 0..5, radar
-    (B,H,2,P,P) float16 0..1, gps (B,2,G) float32. And always: beam (B,) int64 0..63, target (B,64) float32, scenario
-    (B,) int64, an index into `scenarios`, apart (B,) bool, whether only that scenario's score counts the window, and
-    index (B,) int64, the window's number in the data set. Where several steps are predicted, beam is (B,K) and target
-    (B,K,64), and so is `beam_N` (N,K).
+    (B,H,2,P,P) float16 0..1, gps (B,2,G) float32. And always: beam (B,) int64 0..63, scenario (B,) int64, an index
+    into `scenarios`, apart (B,) bool, whether only that scenario's score counts the window, and index (B,) int64, the
+    window's number in the data set. Where several steps are predicted, beam is (B,K), and so is `beam_N` (N,K).
     Bytes become floats on the device, which moves a quarter of the bytes there.
     """
 
@@ -81,7 +80,6 @@ class Samples:
         beam = torch.from_numpy(self.beam_N[window_B])
         beam[mirrored_B] = BEAMS - 1 - beam[mirrored_B]
         batch["beam"] = beam
-        batch["target"] = soft_targets()[beam]
         batch["scenario"] = torch.from_numpy(self.scenario_N[window_B])
         batch["apart"] = torch.from_numpy(self.apart_N[window_B])
         batch["index"] = torch.from_numpy(window_B)
@@ -101,21 +99,20 @@ class Samples:
             batch["radar"][b] = changed_radar(batch["radar"][b], rng)
 
 
-def soft_targets(sigma: float = TARGET_SIGMA, scale: float = TARGET_SCALE) -> Tensor:
-    """Target over all beams for each best beam, (64, 64): a scaled normal density, cut at 5 beams, not renormalised."""
-    beams = torch.arange(BEAMS, dtype=torch.float32)
-    distance = (beams[:, None] - beams[None, :]).abs()
-    density = torch.exp(-0.5 * (distance / sigma) ** 2) / (sigma * (2 * torch.pi) ** 0.5)
-    return scale * density * (distance <= TARGET_REACH)
-
-
 def samples(config: HasData, side: str, ranks: object = None) -> Samples:
-    """Open the side "train" or "val" of the split; cheap once the data are prepared.
+    """Open the side "train" or "val" of the split; cheap once the data are prepared, and next to nothing once opened.
 
     Every rank may call it: `ranks` is not needed, because the first process on a machine prepares while others wait.
     """
     data = config.data
     table = prepare_data(data)
+    stamps = tuple(stamp_of(array_path(data, table, name)) for name in wanted_arrays(data, table))
+    return _sides(data, table, stamps)[side]
+
+
+@functools.lru_cache(maxsize=4)  # a few MB each, beside their tables; a search may draw the form of the positions
+def _sides(data: Data, table: Table, stamps: tuple[Stamp, ...]) -> dict[str, Samples]:
+    """Both sides of the split. `stamps`, of the prepared arrays, make them be opened anew if they are made anew."""
     beam_NK = labels(table, np.load(array_path(data, table, POWER)))[:, : data.steps]
     arrays: dict[Modality, NDArray[np.generic]] = {}
     at_NH: dict[Modality, Ints] = {}
@@ -129,18 +126,21 @@ def samples(config: HasData, side: str, ranks: object = None) -> Samples:
     apart_N = scored_apart(table, data)
     scenarios, scenario_N = _scored_as(table, apart_N)
     changed = array_path(data, table, CHANGED_LIDAR) if CHANGED_LIDAR in wanted_arrays(data, table) else None
-    return Samples(
+    for array in (part for own in (train, val) for part in (own.window_S, own.copy_S, own.mirrored_S)):
+        fixed(array)
+    opened = functools.partial(
+        Samples,
         scenarios=scenarios,
-        side={"train": train, "val": val}[side],
         arrays=arrays,
         at_NH=at_NH,
         changed_lidar=np.load(changed, mmap_mode="r") if changed else None,
-        gps_2N2G=_gps(data, table, beam_NK[:, 0], train_N) if "gps" in data.modalities else None,
-        beam_N=beam_NK[:, 0] if data.steps == 1 else beam_NK,
-        scenario_N=scenario_N,
-        apart_N=apart_N,
+        gps_2N2G=fixed(_gps(data, table, beam_NK[:, 0], train_N)) if "gps" in data.modalities else None,
+        beam_N=fixed(beam_NK[:, 0] if data.steps == 1 else beam_NK),
+        scenario_N=fixed(scenario_N),
+        apart_N=fixed(apart_N),
         seed=data.split_seed,
     )
+    return {"train": opened(side=train), "val": opened(side=val)}
 
 
 def _scored_as(table: Table, apart_N: Bools) -> tuple[tuple[str, ...], Ints]:
@@ -186,11 +186,12 @@ def _ahead(table: Table) -> float:
 
 
 def describe(config: HasData) -> str:
-    """One line on the data: real or simulated, how many windows of which scenarios, how they are split."""
+    """One line on the data: real or simulated, how many windows of which scenarios, their split, what is left out."""
     data = config.data
     table = prepare_data(data)
     train, val = split(table, data)
     kind = "simulated" if data.root is None else "real"
     numbers = ", ".join(name.removeprefix("scenario") for name in table.scenarios)
     counts = f"{len(train)} windows to train and {len(val)} to validate"
-    return f"{kind} beam data in {table.root}: {counts} ({data.split} split), scenarios {numbers}"
+    left_out = f"; {table.left_out}" if table.left_out else ""
+    return f"{kind} beam data in {table.root}: {counts} ({data.split} split), scenarios {numbers}{left_out}"

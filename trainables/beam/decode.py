@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from tqdm import tqdm
 
+from trainables.cache import reserved_array
 from trainables.contract import UserError
 
 CHUNK = 256  # files; what an interruption loses at most
@@ -47,7 +48,7 @@ def decode(unfinished: Path, decoder: Decoder, paths: tuple[Path, ...], name: st
     else:
         done = 0
         written.unlink(missing_ok=True)  # of another array, which somebody removed
-        array = _reserved(unfinished, decoder.array_shape(len(paths)), np.dtype(decoder.dtype))
+        array = reserved_array(unfinished, decoder.array_shape(len(paths)), np.dtype(decoder.dtype))
 
     def one(i: int) -> None:
         try:
@@ -69,18 +70,6 @@ def decode(unfinished: Path, decoder: Decoder, paths: tuple[Path, ...], name: st
             array.flush()
             _replace_text(written, str(chunk.stop))
     written.unlink(missing_ok=True)
-
-
-def _reserved(path: Path, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
-    """A new array on disk with all its room taken at once: where it ran out later, the kernel would end the process."""
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    try:
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        path.unlink()
-        raise UserError(f"{path}: {error.strerror}; make room, or set data.prepared to a folder elsewhere") from None
-    return array
 
 
 def _replace_text(path: Path, text: str) -> None:

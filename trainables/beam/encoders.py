@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel
 
 from trainables.beam.config import Modality, Model
+from trainables.beam.files import MAX_COUNT
 from trainables.contract import UserError
 
 # What is subtracted from each channel's raw values, and what they are then divided by. The camera's are ImageNet's.
 CAMERA_MEAN, CAMERA_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LIDAR_MAX_COUNT = 5
 OFFSET_AND_SCALE: dict[Modality, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "image": (tuple(255 * m for m in CAMERA_MEAN), tuple(255 * s for s in CAMERA_STD)),
-    "lidar": ((0.0,), (LIDAR_MAX_COUNT,)),
+    "lidar": ((0.0,), (MAX_COUNT,)),
     "radar": ((0.0, 0.0), (1.0, 1.0)),
 }
 STEM = "embedder.embedder.convolution.weight"

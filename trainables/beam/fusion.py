@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from trainables.beam.config import SENSORS, BeamLoss, Data, Modality, Model
-from trainables.beam.data import describe, gps_width, samples, soft_targets
+from trainables.beam.data import describe, gps_width, samples
 from trainables.beam.encoders import pretrained_weights
 from trainables.beam.health import dba_of_guessing, fusion_signs
-from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss
+from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss, soft_targets
 from trainables.beam.network import FusionNetwork
 from trainables.contract import Report, Trial, UserError
 from trainables.loop import Task, fit, step_memory
@@ -71,7 +71,7 @@ def beam_loss(logits_K: Tensor, beam: Tensor, settings: BeamLoss) -> Tensor:
 
     `logits_K` is (B, 64) or (B, P, 64), `beam` (B,) or (B, P).
     """
-    target_K = soft_targets(settings.sigma, 2.5 * settings.sigma).to(logits_K.device)[beam]
+    target_K = soft_targets(settings.sigma).to(logits_K.device)[beam]
     if settings.kind == "ce":
         losses = cross_entropy(logits_K, target_K)
     else:

@@ -5,11 +5,15 @@ Shape suffixes: K the 64 beams, R ranks of a guess. `...` is B samples, or B sam
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainables.beam.files import BEAMS
+
 DELTA_BEAMS = 5  # a guess this far off scores nothing
 RANKS = 3  # guesses that count
+TARGET_REACH_BEAMS = 5  # a target further off is nothing
 
 
 def beam_scores(logits_K: Tensor, beam: Tensor) -> dict[str, Tensor]:
@@ -29,6 +33,17 @@ def beam_scores(logits_K: Tensor, beam: Tensor) -> dict[str, Tensor]:
         scores[f"y{k + 1}"] = y_R[..., k]
         scores[f"top{k + 1}"] = hit_R[..., k]
     return scores
+
+
+def soft_targets(sigma: float) -> Tensor:
+    """Target over all beams for each best beam, (64, 64): a normal density, cut at 5 beams, not renormalised.
+
+    It is scaled to the height of the published one, of sigma 0.5 and times 1.25, whatever its width.
+    """
+    beams = torch.arange(BEAMS, dtype=torch.float32)
+    distance = (beams[:, None] - beams[None, :]).abs()
+    density = torch.exp(-0.5 * (distance / sigma) ** 2) / (sigma * (2 * torch.pi) ** 0.5)
+    return 2.5 * sigma * density * (distance <= TARGET_REACH_BEAMS)
 
 
 def focal_loss(logits_K: Tensor, target_K: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:

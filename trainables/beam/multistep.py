@@ -8,8 +8,10 @@ beam by comparing powers as text; here they are numbers.
 from __future__ import annotations
 
 import csv
+import functools
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,32 +20,55 @@ from numpy.typing import NDArray
 from trainables.beam.config import POSITIONS_BACK, STRIDE, built_span
 from trainables.beam.files import read_power
 from trainables.beam.table import BEAM, DEVELOPMENT, PASS, POWER, SENSOR_COLUMNS, Table
+from trainables.cache import Stamp, stamp_of
 from trainables.contract import UserError
 
 VERSION = 1  # part of the built file's name: raise it whenever other windows are built
 
 Names = dict[int, str]  # of the files of one folder, by their numbers, relative to the set's folder
+Row = dict[str, str | int]
 
 
 def write_windows(path: Path, table: Table, history: int, steps: int) -> None:
     """Write the CSV of all windows of the development set, given the table of its own window file.
 
-    The folders are those that the table's files lie in, and so are the passes, which no window may straddle.
+    The folders are those that the table's files lie in, and so are the passes, which no window may straddle. Says how
+    many windows cannot be built because a sensor lacks a file of an instant that another has one of.
     """
-    rows: list[dict[str, str | int]] = []
-    for number, scenario in enumerate(table.scenarios):
-        here = (table.scenario_N == number) & ~table.adaptation_N
-        if here.any():
-            rows += _scenario_rows(table, here, scenario, history, steps)
+    rows: list[Row] = []
+    lacking = 0
+    for here, scenario in _scenarios(table):
+        built, without = _scenario_rows(table, here, scenario, history, steps)
+        rows, lacking = rows + built, lacking + without
     if not rows:
         raise UserError(
             f"data.history = {history} and data.steps = {steps}: nowhere in {table.root / DEVELOPMENT} are there "
             f"{built_span(history, steps)} files in a row of one pass; take fewer instants or steps"
         )
+    if lacking:
+        print(f"beam data: {lacking} of {lacking + len(rows)} windows are left out: they lack files", flush=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["index", *rows[0]])
         writer.writeheader()
         writer.writerows({"index": i, **row} for i, row in enumerate(rows, start=1))
+
+
+def listing(table: Table) -> str:
+    """Digest of the names in the folders that windows are built from: another one once a download goes on."""
+    known = [_known(table, group, here) for here, _ in _scenarios(table) for group in _listed_groups(table)]
+    return hashlib.sha256(repr([_names(x.parent, x.suffix, stamp_of(x.parent)) for x in known]).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=64)  # tens of thousands of names each, asked for several times in every trial
+def _names(folder: Path, suffix: str, stamp: Stamp) -> str:
+    """Digest of the names in one folder; `stamp`, the folder's, makes a changed one be listed anew."""
+    return hashlib.sha256("/".join(sorted(path.name for path in folder.glob(f"*{suffix}"))).encode()).hexdigest()
+
+
+def _scenarios(table: Table) -> list[tuple[NDArray[np.bool_], str]]:
+    """The windows and the name of each scenario in the development set."""
+    every = [((table.scenario_N == number) & ~table.adaptation_N, name) for number, name in enumerate(table.scenarios)]
+    return [(here, name) for here, name in every if here.any()]
 
 
 def newest_ids(ids: Sequence[int], history: int, steps: int) -> list[int]:
@@ -57,12 +82,14 @@ def newest_ids(ids: Sequence[int], history: int, steps: int) -> list[int]:
 
 def _scenario_rows(
     table: Table, here: NDArray[np.bool_], scenario: str, history: int, steps: int
-) -> list[dict[str, str | int]]:
-    names = {group: _listed(table, group, here, scenario) for group in table.groups if group != "unit1_loc"}
-    pass_of = _passes(table, here)
+) -> tuple[list[Row], int]:
+    """The windows of one scenario, and how many more there would be if no sensor lacked a file."""
+    names = {group: _listed(table, group, here, scenario) for group in _listed_groups(table)}
+    recorded, pass_of = {i for listed in names.values() for i in listed}, _passes(table, here)
     ids = sorted(names[POWER])
     beams: dict[int, int] = {}
-    rows = []
+    rows: list[Row] = []
+    lacking = 0
     for k in newest_ids(ids, history, steps):
         seen = [ids[k] - STRIDE * back for back in reversed(range(history))]
         places = [ids[k] - back for back in POSITIONS_BACK]
@@ -70,10 +97,13 @@ def _scenario_rows(
         wanted = {group: seen for group in SENSOR_COLUMNS if group in names}
         if "unit2_loc_" in names:
             wanted["unit2_loc_"] = places
-        whole = all(i in names[group] for group, instants in wanted.items() for i in instants)
-        if not whole or len({pass_of.get(i) for i in [*seen, *places, *labelled] if pass_of}) > 1:
+        measured = all(i in recorded for instants in wanted.values() for i in instants)
+        if not measured or not _in_one_pass(pass_of, [*seen, *places, *labelled]):
             continue
-        row: dict[str, str | int] = {PASS: pass_of[ids[k]]} if pass_of else {}
+        if not all(i in names[group] for group, instants in wanted.items() for i in instants):
+            lacking += 1
+            continue
+        row: Row = {PASS: pass_of[ids[k]]} if pass_of else {}
         for group, instants in wanted.items():
             row |= {f"{group}{at}": names[group][i] for at, i in enumerate(instants, start=1)}
         if "unit1_loc" in table.groups:
@@ -85,12 +115,27 @@ def _scenario_rows(
                 beams[i] = int(np.nanargmax(read_power(table.root / DEVELOPMENT / names[POWER][i]))) + 1
         row[BEAM] = "_".join(str(beams[i]) for i in labelled)
         rows.append(row)
-    return rows
+    return rows, lacking
+
+
+def _in_one_pass(pass_of: Mapping[int, str], frames: Sequence[int]) -> bool:
+    """Whether the window file has these frames in the same pass; true of any where it does not tell passes."""
+    passes = {pass_of.get(i) for i in frames}
+    return not pass_of or (len(passes) == 1 and None not in passes)
+
+
+def _listed_groups(table: Table) -> list[str]:
+    return [group for group in table.groups if group != "unit1_loc"]
+
+
+def _known(table: Table, group: str, here: NDArray[np.bool_]) -> Path:
+    """The first file that the table names for these windows."""
+    return table.groups[group].paths[int(table.groups[group].at_NK[here][0, 0])]
 
 
 def _listed(table: Table, group: str, here: NDArray[np.bool_], scenario: str) -> Names:
     """The files beside those that the table names for this scenario, of the same kind."""
-    known = table.groups[group].paths[int(table.groups[group].at_NK[here][0, 0])]
+    known = _known(table, group, here)
     names: Names = {}
     for path in sorted(known.parent.glob(f"*{known.suffix}")):
         found = re.search(r"_(\d+)$", path.stem)

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from trainables.beam.blocks import Fusion, swap_channels
 from trainables.beam.config import SENSORS, Data, Modality, Model
 from trainables.beam.encoders import Encoder, map_sides, stand_in_input
+from trainables.beam.files import BEAMS
 from trainables.beam.mamba import Mamba
 from trainables.beam.positions import POSITIONS, PositionTokens
 from trainables.contract import UserError
-
-BEAMS = 64
 
 Maps = dict[Modality, Tensor]  # (F, C, Y, X) of each sensor at the same stage
 
@@ -117,10 +116,21 @@ class FusionNetwork(nn.Module):
         return encoder
 
     def stand_in(self, sensor: Modality, like_FCYX: Tensor) -> Tensor:
-        """What is put in the place of a missing sensor's first map: its token, or its encoder's view of nothing."""
+        """What is put in the place of a missing sensor's first map: its token, or its encoder's view of nothing.
+
+        The encoder looks in eval mode, as when the network is scored: a batch of nothing must have no say in batch
+        norm's statistics. Gradients reach the encoder all the same.
+        """
         if self.missing == "token":
             return self.absent[sensor].view(1, -1, 1, 1).expand(like_FCYX.shape)
-        return self.encoder(sensor).first(self._nothing(sensor, like_FCYX))
+        encoder = self.encoder(sensor)
+        training = [module for module in encoder.modules() if module.training]
+        encoder.eval()
+        try:
+            return encoder.first(self._nothing(sensor, like_FCYX))
+        finally:
+            for module in training:
+                module.training = True
 
     def _nothing(self, sensor: Modality, like_F: Tensor) -> Tensor:
         """What an encoder is given, normalised, in the place of missing frames."""

@@ -57,13 +57,16 @@ def data_root(data: Data) -> Path:
 
 
 def find_table(data: Data) -> Table:
-    """All windows. Where the data set's own file is too short, they are built from the raw files at the first call."""
+    """All windows. Where the data set's own file is too short, they are built from the raw files at the first call.
+
+    And built again once other files lie in its folders, as when a download was not complete.
+    """
     root = data_root(data)
     table = read_table(root, data)
     if table.reaches(data):
         return table
     shape = f"{data.history}to{data.steps}"
-    key = (multistep.VERSION, str(root.resolve()), table.digest, sorted(table.groups))
+    key = (multistep.VERSION, str(root.resolve()), table.digest, sorted(table.groups), multistep.listing(table))
     path = cache_folder(data.prepared) / "windows" / f"{shape}-{_digest(key)}.csv"
     make_once(path, lambda unfinished: multistep.write_windows(unfinished, table, data.history, data.steps))
     return read_table(root, data, built=path)
@@ -83,8 +86,6 @@ def prepare_data(data: Data) -> Table:
     missing = {name: path for name, path in wanted.items() if not path.exists()}
     if not missing:
         return table
-    if table.left_out:
-        print(f"beam data: {table.left_out}", flush=True)
     for name in missing:
         _check_files(table, _group(name))
     kind = "simulated" if data.root is None else "real"

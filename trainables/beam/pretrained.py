@@ -8,9 +8,9 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -45,8 +45,9 @@ def load_weights(path: Path) -> Weights:
 def trained_once(config: fusion.Config, seed: int, trial: Trial) -> Weights:
     """The weights of a network trained as `config` says, by whichever process gets there first.
 
-    All processes that share the cache folder share the result, and each of them keeps it in `trial.cache`. Where that
-    training diverged, all of them raise `UserError`: no setting that a trial draws can mend it.
+    All processes that share the cache folder share the result, and each of them keeps it in `trial.cache`. Ranks on
+    several machines have a folder each, and that of rank 0 counts. Where that training diverged, all of them raise
+    `UserError`: no setting that a trial draws can mend it.
     """
     kept = cache_folder(config.data.prepared) / f"fusion-{key(config, seed, arrays_of(config.data))}.pt"
     if kept not in trial.cache:
@@ -62,7 +63,7 @@ def trained_once(config: fusion.Config, seed: int, trial: Trial) -> Weights:
                 f"pre-training: {reason}; lower pretrain.optim.lr or pretrain.optim.clip_norm, give "
                 f"rebuild.pretrained, or remove {marker} to try again"
             )
-        trial.cache[kept] = load_weights(kept)
+        trial.cache[kept] = _by_rank_0(lambda: load_weights(kept), trial)
     weights: Weights = trial.cache[kept]
     return weights
 
@@ -121,11 +122,28 @@ def _agreed(mine: T, trial: Trial) -> T:
     return told[0]
 
 
+def _by_rank_0(load: Callable[[], T], trial: Trial) -> T:
+    """What `load` returns, or raises, on rank 0, on every rank: the others would wait for a rank that failed alone."""
+    mine: T | Exception | None = None
+    if trial.rank == 0:
+        try:
+            mine = load()
+        except Exception as error:
+            mine = error
+    told = _agreed(mine, trial)
+    if isinstance(told, Exception):
+        raise told
+    return cast(T, told)
+
+
 def _train(config: fusion.Config, seed: int, trial: Trial, kept: Path) -> None:
     """Leave the network in `kept`, or why there is none in its marker; an interrupted training is gone on with."""
-    partial, state, outcome = kept.with_suffix(".partial"), None, ""
-    if _agreed(partial.exists(), trial):
-        state = torch.load(partial, map_location="cpu", weights_only=True)
+    partial, outcome = kept.with_suffix(".partial"), ""
+
+    def load() -> State | None:
+        return torch.load(partial, map_location="cpu", weights_only=True) if partial.exists() else None
+
+    state = _by_rank_0(load, trial)
     if trial.rank == 0:
         before = f", {state['epoch'] + 1} of them done before" if state is not None else ""
         print(

@@ -28,7 +28,8 @@ from trainables.beam.reconstruct import (
 from trainables.contract import Report, Trial, UserError
 from trainables.loop import Task, evaluate, fit, step_memory
 from trainables.optim import Optim
-from trainables.samples import Batch, ranks_of
+from trainables.resume import seed_everything
+from trainables.samples import Batch, Ranks, ranks_of, share_of
 from trainables.step import Pairs
 
 NO_LOSS = 0.01  # a missing sensor that costs less DBA than this leaves nothing to recover
@@ -206,15 +207,26 @@ def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[st
 def scores_before(config: Config, network: FusionNetwork, maps: features.Maps, trial: Trial) -> dict[str, float]:
     """DBA with everything present (`dba_upper`) and without the targets (`dba_missing`), of the network as it came."""
     ranks = ranks_of(trial)
+    seed_everything(trial.seed, "before", ranks.rank)  # noise may stand in, and be another after the pre-training
     with torch.no_grad():
         before = replace(trial, config=config.fusion)
         scores = evaluate(fusion.TASK, network, features.samples(config, "val", maps=maps), before, ranks)
     return {"dba_upper": scores["dba"], "dba_missing": scores["dba_missing"]}
 
 
-def recovered(full: float, missing: float, rebuilt: float) -> dict[str, float]:
-    """What share of the cost of the missing sensors the rebuild wins back; nothing where they cost nothing."""
-    return {"recovered": (rebuilt - missing) / (full - missing)} if full - missing > NO_LOSS else {}
+def recovered(upper: float, missing: float, rebuilt: float) -> dict[str, float]:
+    """What share of the cost of the missing sensors the rebuild wins back; nothing where they cost nothing.
+
+    upper, missing: of the network as it came. A tuned one may be better, or ruined, with everything present.
+    """
+    return {"recovered": (rebuilt - missing) / (upper - missing)} if upper - missing > NO_LOSS else {}
+
+
+def contrast_chance_of(batch: int, micro_batch: int, ranks: int, loss: RebuildLoss) -> float:
+    """The contrastive loss at chance, the mean over an effective batch: each micro-batch is compared within itself."""
+    shares = [share_of(torch.arange(batch), Ranks(rank, ranks), micro_batch) for rank in range(ranks)]
+    sizes = [len(micro) for share in shares if share.weight for micro in share.micros]
+    return sum(size * contrast_chance(size, loss.temperature, loss.contrast_form) for size in sizes) / batch
 
 
 def task_for(config: Config, weights: Weights, maps: features.Maps) -> Task:
@@ -278,10 +290,10 @@ def train(trial: Trial) -> Iterator[Report]:
     maps = features.first_maps(config.data, network, config.optim, trial) if config.rebuild.cache_features else {}
     before, guessing = scores_before(config, network, maps, trial), dba_of_guessing(config)
     del network
+    batch = min(config.optim.batch_size, len(features.samples(config, "train")))
     for report in fit(task_for(config, weights, maps), trial):
-        full, rebuilt = report.metrics["dba_full"], report.metrics["dba_rebuilt"]
-        more = {**before, **recovered(full, before["dba_missing"], rebuilt), "dba_rebuilt_chance": guessing}
-        weighted = config.loss
-        chance = contrast_chance(int(report.metrics["micro_batch"]), weighted.temperature, weighted.contrast_form)
-        more["loss_contrast_chance"] = weighted.alpha_contrast * chance
+        share = recovered(before["dba_upper"], before["dba_missing"], report.metrics["dba_rebuilt"])
+        more = {**before, **share, "dba_rebuilt_chance": guessing}
+        chance = contrast_chance_of(batch, int(report.metrics["micro_batch"]), trial.world_size, config.loss)
+        more["loss_contrast_chance"] = config.loss.alpha_contrast * chance
         yield replace(report, metrics={**report.metrics, **more})

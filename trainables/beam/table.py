@@ -7,20 +7,24 @@ beams are predicted (1 as published).
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainables.beam.config import Data, Modality
 from trainables.beam.files import BEAMS
+from trainables.cache import Stamp, stamp_of
 from trainables.contract import UserError
 
 Ints = NDArray[np.int64]
+Array = TypeVar("Array", bound=NDArray[np.generic])
 Row = dict[str, str]
 
 # Folder of the development set, and folder and CSV of the adaptation set, which was recorded at another rate and is
@@ -48,9 +52,9 @@ class Files:
     at_NK: Ints
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal to itself alone: what is computed from a table is kept by it
 class Table:
-    """All labelled windows of a data set, in the order of its CSV files."""
+    """All labelled windows of a data set, in the order of its CSV files. Nobody can write into its arrays."""
 
     root: Path
     csvs: tuple[Path, ...]
@@ -75,12 +79,20 @@ def read_table(root: Path, data: Data, built: Path | None = None) -> Table:
     """Read the CSV files below `root`; for the development set's the file `built`, if any, which names files of it.
 
     The adaptation set is left out where its windows are too short for `data`. Raises `UserError` for what is missing.
+    A process that asks again gets the same table, unless a file has been written since.
     """
     if not root.is_dir():
         raise UserError(f"data.root = {root}: no such folder; give the one that holds {DEVELOPMENT}/, or null")
-    sets = [(DEVELOPMENT, built or root / DEVELOPMENT / data.csv)]
-    left_out = ""
-    if root.joinpath(*ADAPTATION).exists():
+    asked = Data(root=str(root), csv=data.csv, modalities=data.modalities, history=data.history, steps=data.steps)
+    development, adaptation = built or root / DEVELOPMENT / data.csv, root.joinpath(*ADAPTATION)
+    return _read(root, asked, development, (stamp_of(development), stamp_of(adaptation)))
+
+
+@functools.lru_cache(maxsize=4)  # two of a trial whose windows are built, 35 MB each at the published size
+def _read(root: Path, data: Data, development: Path, stamps: tuple[Stamp, Stamp]) -> Table:
+    """`stamps`, of the two files, make a changed one be read anew."""
+    sets, left_out = [(DEVELOPMENT, development)], ""
+    if stamps[1] is not None:
         short = _short(root.joinpath(*ADAPTATION), data)
         left_out = f"{'/'.join(ADAPTATION)} is left out: {short}" if short else ""
         sets += [] if short else [(ADAPTATION[0], root.joinpath(*ADAPTATION))]
@@ -107,14 +119,20 @@ def read_table(root: Path, data: Data, built: Path | None = None) -> Table:
         digest=digest.hexdigest(),
         lines=tuple(lines),
         scenarios=tuple(scenarios),
-        scenario_N=np.array([scenarios.index(name) for name in scenario_of]),
-        beam_NP=np.array(labels),
+        scenario_N=fixed(np.array([scenarios.index(name) for name in scenario_of])),
+        beam_NP=fixed(np.array(labels)),
         groups=groups,
-        frame_NK=_frames(groups),
+        frame_NK=fixed(_frames(groups)),
         passes_N=tuple(row[PASS] for row in every) if all(PASS in row for row in every) else None,
-        adaptation_N=np.arange(len(every)) >= len(found[0]),
+        adaptation_N=fixed(np.arange(len(every)) >= len(found[0])),
         left_out=left_out,
     )
+
+
+def fixed(array: Array) -> Array:
+    """The array itself, which nobody can write from now on."""
+    array.flags.writeable = False
+    return array
 
 
 def _short(path: Path, data: Data) -> str:
@@ -201,7 +219,7 @@ def _files(root: Path, sets: list[list[Row]], group: str, lines: list[str]) -> F
                 place[file] = len(place)
                 first.append(i)
             at[i, k] = place[file]
-    return Files(tuple(root / name for name in place), tuple(first), at)
+    return Files(tuple(root / name for name in place), tuple(first), fixed(at))
 
 
 def _frames(groups: dict[str, Files]) -> Ints:

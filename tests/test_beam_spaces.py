@@ -1,0 +1,24 @@
+"""The beam family's spaces at their full size: the last report, which decides, comes when the rate has come down."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from search.space_file import load_space
+from trainables.optim import Optim, lr_factor
+
+SPACES = Path(__file__).parents[1] / "search_spaces"
+
+
+@pytest.mark.parametrize("name", ["blocks", "fusion", "rebuild"])
+def test_the_last_epoch_is_the_end_of_a_cycle(name: str) -> None:
+    space, trainable = load_space(SPACES / f"{name}.yaml", has_gpu=True)
+    config = trainable.config(space.config(space.draw(random.Random(0))))
+    trained: list[tuple[Optim, int]] = [(config.optim, config.epochs)]
+    if name == "rebuild":
+        trained.append((config.pretrain.optim, config.pretrain.epochs))
+    for optim, epochs in trained:
+        assert lr_factor(optim, epochs - 0.5, epochs) < 0.1
