@@ -290,9 +290,25 @@ PATIENT = Config(
 
 def test_what_is_derived_is_reported_and_can_end_a_trial_and_lower_its_rate() -> None:
     done = run(PATIENT, STALLING)
-    assert [metrics["lr"] for metrics in done.metrics] == [0.02, 0.02, 0.01, 0.005]  # the first is the best
+    rates = [state["optimizer"]["param_groups"][0]["lr"] for state in done.states]
+    assert rates == [0.02, 0.02, 0.01, 0.005]  # the first is the best
     assert all(metrics["twice"] == 2 * metrics["error"] for metrics in done.metrics)
     assert done.diverged is None
+
+
+@pytest.mark.parametrize("epochs", [9, 3, 1])
+def test_a_trial_that_may_stop_early_ends_with_its_best_epoch(epochs: int) -> None:
+    done = run(replace(PATIENT, epochs=epochs), STALLING)
+    assert len(done.metrics) == min(epochs, 4)
+    assert done.metrics[-1] == {**done.metrics[0], "best_epoch": 1}
+    assert_same(done.states[-1]["model"], done.states[0]["model"])
+    assert done.states[-1]["epoch"] == len(done.metrics) - 1
+
+
+def test_a_metric_that_is_never_a_number_has_no_best_epoch() -> None:
+    done = run(PATIENT, replace(TOY, derived=lambda scores: {"stalled": math.nan}))
+    assert len(done.metrics) == 3
+    assert "best_epoch" not in done.metrics[-1]
 
 
 def test_a_trial_that_waits_resumes_bit_for_bit_and_stays_ended() -> None:

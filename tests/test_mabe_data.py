@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +32,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 def config(cache: str) -> Config:
     data = Data(prepared=cache, features=("coords", "motion"), window=64, stride=16, simulated=SIMULATED)
     return Config(data=data, augment=Augment(jitter=3))
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"points\.npy: No space left on device; make room, or set data\.prepared to"):
+        prepare_data(replace(config.data, prepared=str(tmp_path)))
+    assert not list(tmp_path.rglob("points.npy"))
 
 
 def test_validation_windows_hold_every_frame_once(config: Config) -> None:

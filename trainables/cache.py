@@ -8,6 +8,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from trainables.contract import UserError
+
+Stamp = tuple[Path, int, int] | None
 
 
 def cache_folder(chosen: str | None) -> Path:
@@ -24,6 +32,15 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Another value once the file has been written anew, or a folder's names have changed; None where nothing is."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return path, status.st_size, status.st_mtime_ns
 
 
 def unfinished_of(target: Path) -> Path:
@@ -52,3 +69,18 @@ def make_once(target: Path, make: Callable[[Path], None], resumes: bool = False)
         make(unfinished)
         unfinished.replace(target)
     return True
+
+
+def reserved_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> np.memmap[Any, np.dtype[Any]]:
+    """A new array on disk with all its room taken at once: where it ran out later, the kernel would end the process.
+
+    Raises `UserError` where there is too little.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink()
+        raise UserError(f"{path}: {error.strerror}; make room, or set data.prepared to a folder elsewhere") from None
+    return array

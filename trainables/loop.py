@@ -27,7 +27,7 @@ from trainables.contract import Diverged, Report, Trial, UserError
 from trainables.guard import Guard, Replay, Step, generators
 from trainables.memory import MIB, Memory, Tried, fitting_micro_batch, shape_key, try_step
 from trainables.optim import Ema, Patience, adamw, clip_divisor, fused_step, lr_factor, set_lr
-from trainables.resume import restore, seed_everything, seed_from, state_of
+from trainables.resume import Best, restore, seed_everything, seed_from, state_of
 from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, on_device, ranks_of, share_of
 from trainables.step import Loss, Pairs, autocast, backward, compiled, everyones_count, over_ranks
 
@@ -80,8 +80,9 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
     ema = Ema(trained, optim.ema)
     guard = Guard(optim, Replay(plain, train, scaler, optim, device), ranks)
-    patience = Patience(optim)
+    patience, best = Patience(optim), Best({"model": model, "ema": ema})
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": ema, "guard": guard, "patience": patience}
+    parts |= {"best": best} if optim.early_stop is not None else {}
     start = restore(parts, trial.resume)
     loss = over_ranks(compiled(plain) if optim.compile else plain, ranks, device)
 
@@ -128,7 +129,11 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             scores = evaluate(task, model, val, trial, ranks, micro_batch)
         metrics = joined(metrics, scores)
         patience.look(metrics)
-        yield Report(metrics, state=functools.partial(state_of, parts, epoch))
+        if patience.improved:
+            best.keep(metrics, epoch)
+        report = Report(metrics, state=functools.partial(state_of, parts, epoch))
+        ends = patience.over or epoch + 1 == config.epochs
+        yield best.in_place_of(report) if ends and optim.early_stop is not None else report
 
 
 def micro_batch_that_fits(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks) -> int:

@@ -78,7 +78,10 @@ class Plateau:
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """Ends a trial, as finished, after `patience` epochs in a row without a new best of a reported metric."""
+    """Ends a trial, as finished, after `patience` epochs in a row without a new best of a reported metric.
+
+    Its last report and its last state are then those of the best epoch, also where its epochs come to their end first.
+    """
 
     metric: str
     mode: Literal["min", "max"]
@@ -102,7 +105,7 @@ class Optim:
     ema: decay per step of a shadow of the parameters. Scores are then those of the shadow; a checkpoint holds both.
     spike: ends a trial as diverged while its loss is still finite; None: only what is not finite does.
     plateau: lowers the rate when a metric stalls; None: the schedule alone decides.
-    early_stop: ends a trial when a metric stalls; None: it runs all its epochs.
+    early_stop: ends a trial when a metric stalls, with its best epoch; None: it runs all its epochs.
     """
 
     lr: float = 1.0e-4
@@ -247,6 +250,11 @@ class Patience:
     def over(self) -> bool:
         """Whether the trial has waited long enough for a better score."""
         return self._early_stop is not None and self._waited["early_stop"] >= self._early_stop.patience
+
+    @property
+    def improved(self) -> bool:
+        """Whether the last report is the best that early stopping has seen."""
+        return self._early_stop is not None and self._waited["early_stop"] == 0
 
     def look(self, metrics: Mapping[str, float]) -> None:
         """Take note of an epoch's report; raises `UserError` where it lacks the metric that is waited for."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainables.contract import State
+from trainables.contract import Report, State
 
 
 def seed_from(*parts: int | str) -> int:
@@ -41,6 +41,35 @@ def restore(parts: Mapping[str, Any], state: State | None) -> int:
     for name, part in parts.items():
         part.load_state_dict(on_cpu(state[name]))  # a copy: an optimizer would go on to write into the state's tensors
     return int(state["epoch"]) + 1
+
+
+class Best:
+    """The metrics and the weights of the best epoch, with which a trial ends that stops when no better one comes.
+
+    weights: the parts of a state that score.
+    """
+
+    def __init__(self, weights: Mapping[str, Any]) -> None:
+        self._weights = weights
+        self._kept: dict[str, Any] = {}
+
+    def keep(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """Take the epoch that has just been scored for the best so far."""
+        weights = {name: on_cpu(part.state_dict()) for name, part in self._weights.items()}
+        self._kept = {"metrics": {**metrics, "best_epoch": epoch + 1}, "weights": weights}
+
+    def in_place_of(self, last: Report) -> Report:
+        """The last report, as that of the best epoch; all else in its state stays, so that nothing follows it."""
+        state, kept = last.state, self._kept
+        if not kept or state is None:  # the metric that is waited for was never a number
+            return last
+        return Report(kept["metrics"], state=lambda: {**state(), **kept["weights"]})
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._kept
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._kept = dict(state)
 
 
 def on_cpu(tree: Any) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainables.cache import cache_folder, make_once
+from trainables.cache import cache_folder, make_once, reserved_array
 from trainables.contract import UserError
 from trainables.mabe import calms21, challenge, simulator
 from trainables.mabe.config import Data, Feature
@@ -114,7 +114,7 @@ def _write_points(folder: Path, videos: list[Video]) -> None:
     start = np.cumsum([0, *(video.frames for video in videos)]).tolist()
     folder.mkdir()
     shape = (start[-1], mice, len(parts), 2)
-    points = np.lib.format.open_memmap(folder / "points.npy", mode="w+", dtype=np.float32, shape=shape)
+    points = reserved_array(folder / "points.npy", shape, np.float32)
     labels = np.zeros(start[-1], dtype=np.int8)
     for video, first in zip(videos, start, strict=False):
         here = slice(first, first + video.frames)
@@ -140,7 +140,7 @@ def _write_group(prepared: Prepared, name: Feature) -> Callable[[Path], None]:
     def make(unfinished: Path) -> None:
         points = prepared.points()
         shape = (len(points), width(name, prepared.mice, len(prepared.parts)))
-        array = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape)
+        array = reserved_array(unfinished, shape, np.float32)
         for v, fps in enumerate(prepared.fps):
             here = slice(prepared.start[v], prepared.start[v + 1])
             array[here] = group(name, np.asarray(points[here], dtype=np.float64), fps)
