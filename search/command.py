@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import quote
 
 import optuna
-import torch
 
 from search import run as engine
 from search import tree as trees
@@ -27,7 +27,7 @@ from search.folder import SPACE, STUDY
 from search.loading import where
 from search.mirror import Mirror, fetch, is_uri, local
 from search.packing import cannot_share, measure
-from search.plan import AT_THE_START, Node, estimate, make_plan
+from search.plan import AT_THE_START, estimate, make_plan
 from search.results import read_results, summary, why, write_results
 from search.sampler import grid_size, sampler_maker
 from search.scheduler import make_scheduler
@@ -149,7 +149,7 @@ def report(folder: str, trial: str | None, exported: Sequence[str] | None = None
 
 def search(options: Options) -> engine.Outcome | None:
     """Run a search to its end; None after a dry run. Raises UserError for every mistake, before Ray starts."""
-    nodes = engine.start_ray(options.address) if options.address else this_machine()
+    nodes = engine.start_ray(options.address) if options.address else engine.this_machine()
     space, trainable = load_space(
         options.file, options.overrides, options.profile, has_gpu=any(node.gpus for node in nodes)
     )
@@ -176,7 +176,7 @@ def search(options: Options) -> engine.Outcome | None:
     interruption = engine.Interruption()
     with interruption.heeded():  # from here on there is a folder to go on from
         results = open_results(options, space)
-        mirror = None if options.uri is None else Mirror(results, f"{options.uri}/{results.name}")
+        mirror = None if options.uri is None else Mirror(results, f"{options.uri}/{quote(results.name)}")
         if mirror is not None:
             mirror.begin()
         if not options.address:
@@ -197,10 +197,6 @@ def search(options: Options) -> engine.Outcome | None:
     elif options.export is not None and outcome.best:
         print(export_trial(results, BEST_TRIAL, options.export))
     return outcome
-
-
-def this_machine() -> tuple[Node, ...]:
-    return (Node(cpus=len(os.sched_getaffinity(0)), gpus=torch.cuda.device_count()),)
 
 
 def describe(space: Space) -> str:
@@ -225,6 +221,7 @@ def open_results(options: Options, space: Space) -> Path:
     """The results folder, with the resolved space and the study in it."""
     if options.resume is not None:
         check_same(read_space(options.resume / SPACE), space, options.resume)
+        open_study(options.resume / STUDY, space, create=False)  # one that cannot be read is told before Ray starts
         write_space(options.resume, space)
         return options.resume
     results = options.results / (options.name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")

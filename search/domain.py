@@ -146,6 +146,9 @@ class Choice:
     def __post_init__(self) -> None:
         if not self.values:
             raise UserError("a choice needs at least one value")
+        for value in self.values:
+            if not _is_plain(value):
+                raise UserError(f"a choice cannot hold {value!r}, a {type(value).__name__}; for the text, quote it")
         stored = [self.encode(value) for value in self.values]
         if any(a == b for i, a in enumerate(stored) for b in stored[:i]):  # Optuna tells 1 from 1.0 and True no more
             raise UserError(f"a choice names a value twice: {list(self.values)}")
@@ -268,7 +271,16 @@ def _build(kind: str, node: Mapping[str, Any]) -> Domain:
 def _conditions(when: Any) -> dict[str, tuple[Any, ...]]:
     if not isinstance(when, dict):
         raise UserError(f"`when` maps another parameter to the values under which this one is searched, not {when!r}")
-    return {name: tuple(values) if isinstance(values, list) else (values,) for name, values in when.items()}
+    return {str(name): tuple(values) if isinstance(values, list) else (values,) for name, values in when.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON, and so Optuna's journal, can hold it."""
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_number(value: Any) -> bool:

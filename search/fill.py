@@ -8,9 +8,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 from search import run as engine
-from search.command import Options, search, this_machine
+from search.command import Options, search
 from search.folder import SPACE, STUDY
 from search.mirror import Mirror
 from search.space_file import load_space
@@ -26,7 +27,7 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
     """
     if options.resume is not None or options.warm_start is not None:
         raise UserError("--table goes on where it was by --name; it does not go with --resume or --warm-start")
-    nodes = engine.start_ray(options.address) if options.address else this_machine()
+    nodes = engine.start_ray(options.address) if options.address else engine.this_machine()
     has_gpu = any(node.gpus for node in nodes)
     tables = read_tables(options.file, options.profile, has_gpu, wanted)
     results = options.results / (options.name or f"{options.file.stem}-tables-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -35,7 +36,7 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
         raise UserError(f"{options.file}: tables: two cells differ in signs only; name rows and columns by words")
     for cell in cells:
         load_space(options.file, (*options.overrides, *cell.overrides), options.profile, has_gpu)
-    mirror = None if options.uri is None or options.dry_run else Mirror(results, f"{options.uri}/{results.name}")
+    mirror = None if options.uri is None or options.dry_run else Mirror(results, f"{options.uri}/{quote(results.name)}")
     if mirror is not None:
         mirror.begin()
     outcomes: list[engine.Outcome] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 SPACE, STUDY, TRIALS_CSV, BEST, REPORT = "space.yaml", "study.journal", "trials.csv", "best.yaml", "report.html"
+ERROR = "error.txt"  # in a trial's folder
 SCRATCH = ".ray"  # Ray's own files; removed when the search ends
 _CHECKPOINT = "checkpoint-{:04d}.pt"  # the epochs it has behind it; torch.load gives the trainable's own state
 CHECKPOINT_PATTERN = "checkpoint-*.pt"
@@ -35,17 +37,17 @@ class TrialFolder:
 
     def write_error(self, reason: str, trace: str = "") -> None:
         """Keep why an attempt at the trial failed: a line, and where it was raised."""
-        replace_text(self.path / "error.txt", f"{reason}\n\n{trace}")
+        replace_text(self.path / ERROR, f"{reason}\n\n{trace}")
 
     def read_error(self) -> str | None:
-        """The reason of the last attempt that failed; None where none did."""
+        """The reason of the last attempt that failed, and below it where it was raised; None where none did."""
         try:
-            return (self.path / "error.txt").read_text().split("\n", 1)[0]
+            return (self.path / ERROR).read_text()
         except FileNotFoundError:
             return None
 
     def write_divergence(self, found: Mapping[str, Any]) -> None:
-        replace_text(self.path / "divergence.json", json.dumps(found, indent=2, default=str) + "\n")
+        replace_text(self.path / "divergence.json", json.dumps(_readable(found), indent=2, default=str) + "\n")
 
     def read_divergence(self) -> dict[str, Any] | None:
         """The post-mortem of a trial that diverged; None for any other."""
@@ -78,19 +80,19 @@ class TrialFolder:
         return [rows[epoch] for epoch in sorted(rows)]
 
     def write_checkpoint(self, epoch: int, state: bytes) -> None:
-        """Keep this checkpoint and no other: the old one goes when the new one is whole."""
-        path = self.path / _CHECKPOINT.format(epoch)
-        replace_bytes(path, state)
-        for other in self.path.glob(CHECKPOINT_PATTERN):
-            if other != path:
-                other.unlink(missing_ok=True)
+        """Beside the one before it, which is needed until the report that came with this one is on record."""
+        replace_bytes(self.path / _CHECKPOINT.format(epoch), state)
+
+    def keep_checkpoint(self, epochs: int) -> None:
+        """Keep the newest checkpoint that has at most so many epochs behind it, and no other."""
+        saved = _checkpoints(self.path)
+        kept = max((item.epoch for item in saved if item.epoch <= epochs), default=None)
+        for item in saved:
+            if item.epoch != kept:
+                item.path.unlink(missing_ok=True)
 
     def checkpoint(self) -> Saved | None:
         return last_checkpoint(self.path)
-
-    def drop_checkpoint(self) -> None:
-        for path in self.path.glob(CHECKPOINT_PATTERN):
-            path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove what lies here of a trial that the study never heard of."""
@@ -99,8 +101,20 @@ class TrialFolder:
 
 def last_checkpoint(folder: Path) -> Saved | None:
     """The newest checkpoint in a folder, or None."""
-    saved = [Saved(int(path.stem.rpartition("-")[2]), path) for path in folder.glob(CHECKPOINT_PATTERN)]
-    return max(saved, key=lambda item: item.epoch, default=None)
+    return max(_checkpoints(folder), key=lambda item: item.epoch, default=None)
+
+
+def _checkpoints(folder: Path) -> list[Saved]:
+    return [Saved(int(path.stem.rpartition("-")[2]), path) for path in folder.glob(CHECKPOINT_PATTERN)]
+
+
+def _readable(value: Any) -> Any:
+    """JSON knows no number that is not finite: such a one becomes a word."""
+    if isinstance(value, Mapping):
+        return {key: _readable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_readable(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -27,7 +27,9 @@ from search.messages import Answer, Begin, Blew, Broke, Command, Quit, RanOut, R
 from search.ranks import RankLoop
 
 POLL_S = 1.0  # how often a wait looks whether the group still lives
-GRACE_S = 20.0  # for the other ranks to answer, once one of them has
+GRACE_S = 20.0  # for the other ranks to answer, once one of them has failed
+LAST_WORK_S = 600.0  # the same, once one has come to its end: another may still be saving or scoring
+FAILURES = (Broke, RanOut, Blew)  # the worst first
 QUIT_S = 10.0  # for a group to leave by itself
 
 
@@ -54,17 +56,21 @@ class GroupSpec:
 
 def worst_of(answers: Mapping[int, Answer]) -> Answer:
     """The answer that decides for the group: a rank that broke, ran out of memory or blew up goes before rank 0's."""
-    for kind in (Broke, RanOut, Blew):
+    for kind in FAILURES:
         for _, answer in sorted(answers.items()):
             if isinstance(answer, kind):
                 return answer
+    ended = sorted(rank for rank, answer in answers.items() if answer.ends)
+    if 0 < len(ended) < len(answers):
+        told = f"rank {ended[0]} has come to its end, and others have not; every rank yields equally often"
+        return Broke(clean=False, reason=told, final=True)
     return min(answers.items())[1]
 
 
 def _serve(job: Mapping[str, Any]) -> None:
     """The `train_loop_per_worker`: answer commands until told to quit."""
     context = ray.train.get_context()
-    loop = RankLoop(job["spec"], context.get_world_rank(), context.get_world_size(), context.get_local_rank())
+    loop = RankLoop(job["spec"], context.get_world_rank(), context.get_world_size())
     mailbox = job["mailbox"]
     ray.get(mailbox.enlist.remote(ray.get_runtime_context().current_actor))
     while not isinstance(command := ray.get(mailbox.take.remote(loop.rank)), Quit):
@@ -104,8 +110,8 @@ class Group:
     def ask(self, command: Command) -> Answer:
         """Hand `command` to every rank and return what came of it: the worst answer, or else rank 0's.
 
-        When one rank ends its trial and another has not answered `GRACE_S` later, the answer says that the group is
-        not clean: the silent rank sits in a collective that nobody joins. Raises GroupDied when the group ends.
+        When one rank fails and another has not answered `GRACE_S` later, the answer says that the group is not clean:
+        the silent rank sits in a collective that nobody joins. Raises GroupDied when the group ends.
         """
         ray.get(self._mailbox.post.remote(_packed(command)))
         answers: dict[int, Answer] = {}
@@ -118,7 +124,8 @@ class Group:
                 rank, answer = received
                 answers[rank] = _unpacked(answer)
                 if answer.ends:
-                    give_up = min(give_up, time.monotonic() + GRACE_S)
+                    grace_s = GRACE_S if isinstance(answer, FAILURES) else LAST_WORK_S
+                    give_up = min(give_up, time.monotonic() + grace_s)
         worst = worst_of(answers)
         return worst if len(answers) == self._workers else replace(worst, clean=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Any, BinaryIO
 
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
@@ -26,13 +26,26 @@ class StudyJournal(JournalFileBackend):
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
         self._journal_lock.acquire()
         try:
-            with open(self._journal_path, "ab") as file:
+            with open(self._journal_path, "ab+") as file:
+                _cut_torn_line(file)
                 file.write(lines.encode())
                 if any(_ends_a_trial(log) for log in logs):
                     file.flush()
                     os.fsync(file.fileno())
         finally:
             self._journal_lock.release()
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
+    """Take away what is left of an entry that was being written when its machine died, or its disk was full.
+
+    Whoever holds the lock is the only one that writes. What is appended to half a line could never be read again.
+    """
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 1))
+    if end and file.read() != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _ends_a_trial(log: dict[str, Any]) -> bool:

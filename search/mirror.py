@@ -7,10 +7,12 @@ gs://, hdfs://, file://.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
 
@@ -20,7 +22,14 @@ from trainables.contract import UserError
 
 def local(text: str) -> Path | None:
     """The folder on this machine that `text` names; None for a URI elsewhere."""
-    return None if is_uri(text) else Path(text.removeprefix("file://"))
+    if is_uri(text):
+        return None
+    if not text.startswith("file://"):
+        return Path(text)
+    parts = urlsplit(text)
+    if parts.netloc not in ("", "localhost"):
+        raise UserError(f"{text} names no folder: {parts.netloc!r} stands for a machine; write file:///ABSOLUTE/PATH")
+    return Path(unquote(parts.path))
 
 
 def is_uri(text: str) -> bool:
@@ -72,17 +81,20 @@ class Mirror:
     def _push(self) -> None:
         self._tried = time.monotonic()
         # The study comes last: what it calls finished is there already, should the machine go in between.
-        for path in sorted(self.results.rglob("*"), key=lambda path: (path.name == STUDY, path)):
-            relative = path.relative_to(self.results)
-            if path.is_dir() or relative.parts[0] == SCRATCH or path.name.startswith("."):
-                continue
+        for path in sorted(self._files(), key=lambda path: (path.name == STUDY, path)):
             try:
-                self._send(path, relative.as_posix())
+                self._send(path, path.relative_to(self.results).as_posix())
             except FileNotFoundError:
                 if path.exists():
                     raise
                 continue  # a slot has put a newer checkpoint in its place
         self._drop_superseded()
+
+    def _files(self) -> Iterator[Path]:
+        """All but Ray's, whose folders come and go, and what is being written."""
+        for folder, inside, names in os.walk(self.results):
+            inside[:] = [name for name in inside if name != SCRATCH]
+            yield from (Path(folder, name) for name in names if not name.startswith("."))
 
     def _send(self, path: Path, name: str) -> None:
         changed = path.stat().st_mtime

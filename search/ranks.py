@@ -7,6 +7,7 @@ import io
 import math
 import os
 import random
+import textwrap
 import traceback
 import types
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -23,6 +24,7 @@ from trainables.contract import Diverged, Report, State, Trial, UserError, defau
 # What PyTorch's allocator may keep of a GPU, as a ratio of `memory_limit_mb`: it rounds up, and holds on to blocks
 # that lie between others. Beyond that a process runs out of memory itself, and not its neighbour on the same GPU.
 ALLOCATOR_ROOM = 1.1
+LONGEST_REASON = 400  # characters; the whole stands in the trial's error.txt
 LEAK_BYTES = 64 * 2**20  # GPU memory a finished trial may leave behind: allocator rounding, cuBLAS workspaces
 
 
@@ -38,21 +40,23 @@ class Runs(Protocol):
     @property
     def cpus_per_worker(self) -> int: ...
     @property
+    def gpus_per_worker(self) -> float: ...
+    @property
     def memory_limit_mb(self) -> float | None: ...
 
 
 class RankLoop:
     """One rank: keeps the trainable's module and cache from one trial to the next, and nothing else."""
 
-    def __init__(self, spec: Runs, rank: int, world_size: int, local_rank: int) -> None:
+    def __init__(self, spec: Runs, rank: int, world_size: int) -> None:
         self.rank = rank
         self._spec = spec
         self._world_size = world_size
-        self._device = default_device()
+        # Ray hides no GPU from a worker that was given none.
+        self._device = default_device() if spec.gpus_per_worker else torch.device("cpu")
         self._cache: dict[Any, Any] = {}
         self._trainable: Trainable | None = None
         self._reports: Generator[Any, None, None] | None = None
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
         if self._device.type == "cuda" and spec.memory_limit_mb is not None:
             bound(self._device, spec.memory_limit_mb)
 
@@ -80,7 +84,8 @@ class RankLoop:
             if isinstance(error, RuntimeError) and (told := memory_error(str(error))):
                 return RanOut(reason=told)
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__}: {error} ({os.path.basename(frame.filename)}:{frame.lineno})"
+            told = textwrap.shorten(f"{type(error).__name__}: {error}", LONGEST_REASON, placeholder=" ...")
+            reason = f"{told} ({os.path.basename(frame.filename)}:{frame.lineno})"
             return Broke(clean=False, reason=reason, trace=traceback.format_exc())
 
     def _carry_out(self, command: Command) -> Answer:
@@ -195,12 +200,15 @@ _NO_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS
 
 
 def nan_in(state: Any, path: str = "") -> str | None:
-    """Where in nested mappings and sequences a tensor holds a NaN; None where none does.
+    """Where in nested mappings and sequences a tensor or an array holds a NaN; None where none does.
 
     Infinities may belong there: masks are made of them.
     """
     if isinstance(state, torch.Tensor):
-        return path if state.is_floating_point() and bool(state.isnan().any()) else None
+        numbers = state.is_floating_point() or state.is_complex()
+        return path if numbers and bool(state.isnan().any()) else None
+    if isinstance(state, np.ndarray):
+        return path if state.dtype.kind in "fc" and bool(np.isnan(state).any()) else None
     if isinstance(state, Mapping):
         items: Iterable[tuple[Any, Any]] = state.items()
     elif isinstance(state, (list, tuple)):
@@ -235,6 +243,9 @@ def settle(seed: int, threads: int) -> None:
     if torch.are_deterministic_algorithms_enabled():  # asked first, because to set it imports a compiler
         torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = False
+    torch.autograd.set_detect_anomaly(False)
+    torch.set_default_device(None)
 
 
 # From code one reaches every global there is, and none of it belongs to the cache.

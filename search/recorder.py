@@ -63,14 +63,14 @@ class Recorder(tune.Callback):
         if STATUS in result:
             self._end(trial.trial_id, result[STATUS], result[REASON])
         else:
-            self._end(trial.trial_id, *self._scheduler_verdict(trial.trial_id))
+            self._end(trial.trial_id, *self._stopped(trial.trial_id, self._scheduler_verdict(trial.trial_id)))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if trial.trial_id in self._ledger.open:
             # Tune hands its errors on in a file that is now and then not there yet; the slot has kept the reason too.
             error = trial.get_pickled_error()
-            reason = self._folder(trial).read_error() if error is None else _reason(error)
-            self._end(trial.trial_id, "failed", reason or "failed without a word")
+            told = self._folder(trial).read_error() or "failed without a word"
+            self._end(trial.trial_id, "failed", told.split("\n", 1)[0] if error is None else _reason(error))
 
     def close(self, ending: str | None) -> None:
         """The search stops with trials under way: they are stopped for the reason `ending`, or None: interrupted."""
@@ -78,29 +78,35 @@ class Recorder(tune.Callback):
             if ending is None:
                 self._ledger.interrupt(key)
             else:
-                self._end(key, "stopped", f"{ending} after epoch {self._ledger.open[key].epochs}")
+                self._end(key, *self._stopped(key, f"{ending} after epoch {self._ledger.open[key].epochs}"))
         for writer in self._writers.values():
             writer.close()
 
-    def _scheduler_verdict(self, key: str) -> tuple[str, str]:
-        space, opened = self._ledger.space, self._ledger.open[key]
-        if space.epochs is not None and opened.epochs >= space.epochs:
+    def _stopped(self, key: str, why: str) -> tuple[str, str]:
+        """Status and reason of a trial that was not let go on; there may have been nothing left of it."""
+        epochs = self._ledger.space.epochs
+        if epochs is not None and self._ledger.open[key].epochs >= epochs:
             return "finished", RAN_TO_END
+        return "stopped", why
+
+    def _scheduler_verdict(self, key: str) -> str:
+        space, opened = self._ledger.space, self._ledger.open[key]
         metric = space.objectives[0].metric
         value = opened.metrics.get(metric)
         measured = f"{metric} = {value:.4g}" if value is not None else "nothing measured"
-        return "stopped", f"{space.scheduler.name} stopped it after epoch {opened.epochs} with {measured}"
+        return f"{space.scheduler.name} stopped it after epoch {opened.epochs} with {measured}"
 
     def _end(self, key: str, status: str, reason: str) -> None:
-        space, measured = self._ledger.space, self._ledger.open[key].metrics
+        space, opened = self._ledger.space, self._ledger.open[key]
+        folder, measured = TrialFolder(self._results, opened.number), opened.metrics
+        folder.keep_checkpoint(opened.epochs)
         unknown = [name for name in space.constraints if name not in measured]
         if status == "finished" and unknown:
             status = "failed"
             reason = f"the last report has no metric `{unknown[0]}`, a constraint; it has {', '.join(measured)}"
         if status in ("finished", "stopped"):
-            rows = TrialFolder(self._results, self._ledger.open[key].number).read_metrics()
-            objective = space.objectives[0]
-            reason = "; ".join([reason, *remarks([row["metrics"] for row in rows], objective)])
+            epochs = [row["metrics"] for row in folder.read_metrics()]
+            reason = "; ".join([reason, *remarks(epochs, space.objectives[0])])
         record = self._ledger.end(key, status, reason)
         writer = self._writers.pop(key, None)
         if writer is not None:

@@ -12,13 +12,15 @@ from typing import Any
 
 from search import yaml_file
 from search.decode import did_you_mean
-from search.folder import BEST, REPORT, SPACE, STUDY, TRIALS_CSV, TrialFolder, replace_text
+from search.folder import BEST, ERROR, REPORT, SPACE, STUDY, TRIALS_CSV, TrialFolder, replace_text
 from search.patterns import patterns
 from search.record import INTERRUPTED, RAN_TO_END, STATUSES, Record, best_of
 from search.space import Space
 from search.space_file import read_space
 from search.study import open_study, records
 from trainables.contract import UserError
+
+ERROR_LINES = 8  # of a failed trial's error.txt that are told
 
 
 def read_results(results: Path) -> tuple[Space, list[Record]]:
@@ -138,9 +140,12 @@ def why(results: Path, number: str) -> str:
         if value is not None and limit.excess(value) > 0:
             lines.append(f"constraint broken: {name} = {_short(value)}, limit {limit.model_dump(exclude_none=True)}")
     lines += post_mortem(results, record)
+    folder = TrialFolder(results, record.number)
+    if record.status == "failed" and (error := folder.read_error()):
+        lines += [f"{folder.path / ERROR} ends:", *(f"  {line}" for line in error.rstrip().splitlines()[-ERROR_LINES:])]
     lines += [f"  {name} = {_short(value)}" for name, value in record.values.items()]
     metric = space.objectives[0].metric
-    history = TrialFolder(results, record.number).read_metrics()
+    history = folder.read_metrics()
     lines += [f"  epoch {row['epoch']}: {metric} {_short(row['metrics'].get(metric))}" for row in history]
     return "\n".join(lines)
 

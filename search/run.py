@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray import tune
 
 from search.folder import SCRATCH, STUDY
@@ -37,7 +38,6 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_maximum_startup_concurrency": "16",  # a group is half a dozen processes, most of them asleep
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints nothing of its own
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the recorder writes our own files
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the end of a trial carries no objective
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see Interruption
@@ -45,6 +45,9 @@ RAY_ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of computing in each period, and that
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,21 @@ class _Stop(tune.Stopper):
         return self._interruption.pressed or self.out_of_time
 
 
+def this_machine() -> tuple[Node, ...]:
+    """What a Ray of its own would have here."""
+    return (Node(cpus=cpus_here(), gpus=torch.cuda.device_count()),)
+
+
+def cpus_here() -> int:
+    """The cores that this process may run on, and no more than its container's share of their time is worth."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
 def start_ray(address: str | None) -> tuple[Node, ...]:
     """Join the cluster at `address`, or start a local one, unless that has been done; returns its nodes."""
     os.environ.update(RAY_ENVIRONMENT)
@@ -105,7 +123,8 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     arguments: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
     if address is None:
-        arguments |= {"address": "local"}  # and not one that somebody else has started here
+        # And not one that somebody else has started here; with as many CPUs as the plan counts on.
+        arguments |= {"address": "local", "num_cpus": cpus_here()}
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a machine of one's own is not taken away
     else:
         arguments |= {"address": address, "runtime_env": {"env_vars": RAY_ENVIRONMENT}}

@@ -25,33 +25,15 @@ UNKNOWN_EPOCHS = 10_000  # rungs are laid out up to here when a space does not s
 PAUSING = ("hyperband", "pbt")  # these pause trials, so that more may be begun than there are slots
 
 
-class _OnlyMeasured:
-    """Mixed into a scheduler: a trial that ends without an objective is removed, and not completed.
-
-    The results of a diverged or failed trial carry no objective. Completing them would make the median rule look up
-    a metric that is not there, and would leave a hole in a HyperBand bracket.
-    """
+class _Median(MedianStoppingRule):
+    """Keeps of a trial what was measured; the result that says how it ended holds no objective, and is no report."""
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        if self.metric is None or self.metric in result:  # type: ignore[attr-defined]
-            super().on_trial_complete(tune_controller, trial, result)  # type: ignore[misc]
-        else:
-            self.on_trial_remove(tune_controller, trial)  # type: ignore[attr-defined]
+        if self.metric in result:
+            super().on_trial_complete(tune_controller, trial, result)
 
 
-class _Asha(_OnlyMeasured, AsyncHyperBandScheduler):
-    pass
-
-
-class _HyperBand(_OnlyMeasured, HyperBandScheduler):
-    pass
-
-
-class _Median(_OnlyMeasured, MedianStoppingRule):
-    pass
-
-
-class _Pbt(_OnlyMeasured, PopulationBasedTraining):
+class _Pbt(PopulationBasedTraining):
     """Explores within the domains of the space; Ray's own exploration walks out of them."""
 
     def __init__(self, space: Space, seed: int, **arguments: Any) -> None:
@@ -102,7 +84,7 @@ def make_scheduler(space: Space) -> TrialScheduler:
     common = {"time_attr": EPOCH, "metric": OBJECTIVE, "mode": space.objectives[0].mode}
     longest = space.epochs or UNKNOWN_EPOCHS
     if wanted.name == "asha":
-        return _Asha(
+        return AsyncHyperBandScheduler(
             **common,
             max_t=max(longest, wanted.grace_epochs),
             grace_period=wanted.grace_epochs,
@@ -112,7 +94,7 @@ def make_scheduler(space: Space) -> TrialScheduler:
     if wanted.name == "hyperband":
         if space.epochs is None:
             raise UserError("scheduler.name: hyperband shares out a known number of epochs; fix config.epochs")
-        return _HyperBand(**common, max_t=longest, reduction_factor=wanted.reduction, stop_last_trials=False)
+        return HyperBandScheduler(**common, max_t=longest, reduction_factor=wanted.reduction, stop_last_trials=False)
     if wanted.name == "median":
         # Left alone, Ray's rule pauses a trial while another waits for its start, and not every trainable can resume.
         return _Median(**common, grace_period=wanted.grace_epochs, min_time_slice=math.inf)

@@ -63,8 +63,7 @@ def load_space(
 
 def profiled(document: Any, profile: str | None, has_gpu: bool) -> tuple[dict[str, Any], str | None]:
     """A space file's content with a profile applied, and the profile's name; see `load_space`."""
-    if not isinstance(document, dict):
-        raise UserError("a space file is a mapping with the keys trainable, objective, config, ...")
+    document = _mapping(document)
     _check_keys(document, _KEYS)
     profiles = document.get("profiles") or {}
     chosen = _choose_profile(profiles, profile, has_gpu)
@@ -72,10 +71,17 @@ def profiled(document: Any, profile: str | None, has_gpu: bool) -> tuple[dict[st
     return (left if chosen is None else trees.merge(left, profiles[chosen])), chosen
 
 
+def _mapping(document: Any) -> dict[str, Any]:
+    if not isinstance(document, dict):
+        raise UserError("a space file is a mapping with the keys trainable, objective, config, ...")
+    return document
+
+
 def read_space(file: Path) -> Space:
     """The resolved space of a results folder, which can be read where its trainable cannot be imported."""
+    document = yaml_file.read(file)
     try:
-        return _build(yaml_file.read(file), file, None, ())
+        return _build(_mapping(document), file, None, ())
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -118,9 +124,10 @@ def _leave_out(document: dict[str, Any], overrides: Sequence[str]) -> tuple[str,
     """
     changed = [override.partition("=")[0].strip() for override in overrides]
     kept, lines = [], []
-    for i, entry in enumerate(document.get("try_first") or []):
+    given = document.get("try_first")
+    for i, entry in enumerate(given if isinstance(given, list) else []):
         items = entry.items() if isinstance(entry, dict) else ()
-        settings = [(name, value) for name, value in items if name != "name"]
+        settings = [(str(name), value) for name, value in items if name != "name"]
         named = [(name, value) for name, value in settings if _is_under(f"config.{name}", changed)]
         clashes = [(name, value) for name, value in named if not _allows(document, name, value)]
         if clashes:
@@ -167,8 +174,9 @@ def _build(document: dict[str, Any], file: Path, profile: str | None, left_out: 
     if not isinstance(document["trainable"], str):
         raise UserError(f"trainable: {document['trainable']!r} is no import path; write package.module:function")
     tree, ran = document.get("config") or {}, document.get("ran") or {}
-    if not isinstance(tree, dict):
-        raise UserError(f"config: expected a mapping, got {tree!r}")
+    for name, node in (("config", tree), ("ran", ran)):
+        if not isinstance(node, dict):
+            raise UserError(f"{name}: expected a mapping, got {node!r}")
     parameters = _ordered(_parameters(tree))
     return Space(
         name=ran.get("space", file.stem),
@@ -242,7 +250,7 @@ def _try_first(node: Any, tree: Mapping[str, Any], parameters: tuple[Parameter, 
     for i, entry in enumerate(node or []):
         if not isinstance(entry, dict):
             raise UserError(f"try_first.{i}: expected dotted paths and values, got {entry!r}")
-        values = {key: value for key, value in entry.items() if key != "name"}
+        values = {str(key): value for key, value in entry.items() if key != "name"}
         for name, value in values.items():
             if name not in by_name and trees.get(tree, name) is trees.MISSING:
                 raise UserError(f"try_first.{i}.{name}: no such parameter; {did_you_mean(name, by_name)}")

@@ -41,14 +41,17 @@ def open_study(file: Path, space: Space, create: bool) -> optuna.Study:
     if not create and not file.exists():
         raise UserError(f"{file}: there is no study here; name a results folder of an earlier search")
     storage = JournalStorage(StudyJournal(str(file)))
-    return new_study(storage, space) if create else optuna.load_study(storage=storage, study_name=_NAME)
+    if create:
+        return new_study(storage, space)
+    try:
+        return optuna.load_study(storage=storage, study_name=_NAME)
+    except KeyError:
+        raise UserError(f"{file}: there is no search in it; name a results folder of an earlier search") from None
 
 
 def new_study(storage: BaseStorage, space: Space) -> optuna.Study:
     """A study of the space's objectives, which knows them by name and direction."""
-    better = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
-    directions = [better[item.mode] for item in space.objectives]
-    study = optuna.create_study(storage=storage, study_name=_NAME, directions=directions)
+    study = optuna.create_study(storage=storage, study_name=_NAME, directions=_directions(space))
     with _quiet_optuna():
         study.set_metric_names([item.metric for item in space.objectives])
     return study
@@ -145,8 +148,8 @@ class Ledger:
         rows = folder.read_metrics()
         if rows:
             opened.epochs, opened.metrics = rows[-1]["epoch"], rows[-1]["metrics"]
-        else:  # a slot is ahead of the record: from its last checkpoint the trial could end without any report
-            folder.drop_checkpoint()
+        # A slot may have been ahead of the record: from its checkpoint on, an epoch's report would be missing.
+        folder.keep_checkpoint(opened.epochs)
 
     def _sampler(self, place: int, given: bool) -> BaseSampler:
         """What proposes at a place. given: values are known already, some or all; these are not judged."""

@@ -98,7 +98,7 @@ def learn(space: Space, trials: Sequence[FrozenTrial]) -> Survival | None:
     """
     ended = [item.user_attrs for item in trials if item.user_attrs.get("status") in SURVIVED][-LATEST:]
     survived = [SURVIVED[item["status"]] for item in ended]
-    if len(ended) < MAPPED or len(set(survived)) < 2:
+    if not space.parameters or len(ended) < MAPPED or len(set(survived)) < 2:
         return None
     longest = space.epochs or max(item["epochs"] for item in ended)
     weights = [min(1.0, max(1, item["epochs"]) / longest) if item["status"] == "stopped" else 1.0 for item in ended]

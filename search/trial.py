@@ -83,6 +83,7 @@ class Slot(tune.Trainable):
         saved = last_checkpoint(Path(checkpoint))
         assert saved is not None, "save_checkpoint wrote one"
         self._folder.write_checkpoint(saved.epoch, saved.path.read_bytes())
+        self._folder.keep_checkpoint(saved.epoch)
         self._begun = False
 
     def cleanup(self) -> None:
@@ -115,6 +116,7 @@ class Slot(tune.Trainable):
 
     def _advance(self) -> Answer:
         assert self._group is not None
+        self._folder.keep_checkpoint(self._epoch)  # whose report has been dealt with, or there would be no next step
         return self._group.ask(Advance())
 
     def _report(self, answer: Reported) -> dict[str, Any]:

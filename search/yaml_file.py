@@ -1,6 +1,7 @@
-"""YAML as a person meant it: the safe loader, without its three silent traps.
+"""YAML as a person meant it: the safe loader, without its silent traps.
 
-PyYAML reads `1e-5` as text and `on` as True, and keeps the last of two equal keys. Here each is an error.
+PyYAML reads `1e-5` as text and `on` as True, and keeps the last of two equal keys. Here each is an error. What an alias
+repeats it makes one object; here it is a copy, so that a value put in one place is not in the other too.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def _with_point(text: str) -> str:
 def parse(text: str, where: str) -> Any:
     """The value that `text` holds; raises UserError with `where` and the line."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _copied(yaml.load(text, Loader=_Loader))
+    except RecursionError:
+        raise UserError(f"{where}: an alias stands inside what it names; write the values out") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
@@ -68,6 +71,12 @@ def parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: {line}{getattr(error, 'problem', None) or 'not YAML'}") from None
     except ValueError as error:  # such as the date 2024-13-01
         raise UserError(f"{where}: {error}") from None
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def read(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -144,6 +145,10 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path, how: signal.
             assert row in after
     for name, text in written.items():
         assert (results / "trials" / name / "metrics.jsonl").read_text().startswith(text), "no epoch was run twice"
+    for row in after:
+        lines = (results / f"trials/{int(row['trial']):04d}/metrics.jsonl").read_text().splitlines()
+        epochs = [json.loads(line)["epoch"] for line in lines]
+        assert epochs == list(range(1, int(row["epochs"]) + 1)), "nor is an epoch missing"
     space, _ = load_space(results / "space.yaml")
     assert all(trial.state.is_finished() for trial in open_study(results / "study.journal", space, False).trials)
 

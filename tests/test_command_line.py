@@ -217,6 +217,24 @@ def test_why_of_an_unknown_trial_is_a_mistake(run: Run, tmp_path: Path) -> None:
     assert told == f"error: trial 7: there is none in {results}; known: 0\n"
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("study.journal", "", "study.journal: there is no search in it; name a results folder of an earlier"),
+        ("space.yaml", "[1, 2]", "space.yaml: a space file is a mapping with the keys trainable,"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--report", "--resume"])
+def test_a_folder_whose_files_were_cut_off_is_named(
+    option: str, file: str, text: str, message: str, run: Run, tmp_path: Path
+) -> None:
+    results = finished_search(tmp_path)
+    (results / file).write_text(text)
+    status, _, told = run(option, str(results))
+    assert (status, told.count("\n")) == (2, 1)
+    assert message in told
+
+
 def test_a_folder_without_its_study_cannot_be_resumed(run: Run, tmp_path: Path) -> None:
     results = finished_search(tmp_path)
     (results / "study.journal").unlink()
@@ -293,6 +311,20 @@ def test_a_dry_run_says_what_will_be_measured_and_what_holds_until_then(run: Run
 def test_a_dry_run_estimates_from_the_newest_search_of_the_same_trainable(run: Run, tmp_path: Path) -> None:
     finished_search(tmp_path)
     assert "s an epoch measured before)" in run(*TOY, "--dry-run")[1]
+
+
+@pytest.mark.parametrize(
+    ("quota", "cpus"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 8), ("", 8)]
+)
+def test_a_container_has_the_cpus_that_its_quota_pays_for(
+    quota: str, cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(engine, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    assert engine.cpus_here() == cpus
+    monkeypatch.setattr(engine, "CPU_QUOTA", tmp_path / "none")
+    assert engine.cpus_here() == 8
 
 
 def test_a_grid_ends_where_it_ends(run: Run) -> None:

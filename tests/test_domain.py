@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from datetime import date
 from typing import Any
 
 import optuna
@@ -78,6 +79,7 @@ class TestDomain:
         ({"int": [1, 9], "log": "false"}, "`log` is true or false, not 'false'"),
         ({"int": [1, 9], "log": True, "step": 2}, "takes `log` or `step`, not both"),
         ({"choice": []}, "a choice needs at least one value"),
+        ({"choice": [1, date(2024, 1, 1)]}, r"a choice cannot hold datetime\.date\(2024, 1, 1\), a date; for the text"),
         ({"choice": [1, 2, 1]}, "a choice names a value twice"),
         ({"choice": [1, True]}, "a choice names a value twice"),
         ({"choice": [[1], [1]]}, "a choice names a value twice"),

@@ -29,22 +29,25 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
-def test_only_the_newest_checkpoint_is_kept(folder: TrialFolder) -> None:
+def test_the_newest_checkpoint_counts_and_the_one_before_stays_until_it_is_let_go(folder: TrialFolder) -> None:
     assert folder.checkpoint() is None
     for epoch in (1, 2, 9_999, 10_000):
         folder.write_checkpoint(epoch, b"%d" % epoch)
         saved = folder.checkpoint()
         assert saved is not None
         assert (saved.epoch, saved.path.read_bytes()) == (epoch, b"%d" % epoch)
-        assert len(list(folder.path.iterdir())) == 1
+        assert len(list(folder.path.iterdir())) == (1 if epoch == 1 else 2)
+        folder.keep_checkpoint(epoch)
+        assert [path.name for path in folder.path.iterdir()] == [saved.path.name]
 
 
-def test_an_older_checkpoint_may_take_the_place_of_a_newer_one(folder: TrialFolder) -> None:
-    folder.write_checkpoint(5, b"own")
-    folder.write_checkpoint(3, b"copied from a better trial")
+@pytest.mark.parametrize(("epochs", "kept"), [(5, 4), (4, 4), (3, 2), (1, None)])
+def test_of_what_was_written_the_newest_on_record_is_kept(epochs: int, kept: int | None, folder: TrialFolder) -> None:
+    for epoch in (2, 4):  # the trainable gives no state after the others
+        folder.write_checkpoint(epoch, b"state")
+    folder.keep_checkpoint(epochs)
     saved = folder.checkpoint()
-    assert saved is not None
-    assert saved.epoch == 3
+    assert (saved and saved.epoch) == kept
 
 
 def test_the_newest_of_two_counts_by_epoch_and_not_by_name(tmp_path: Path) -> None:
@@ -79,10 +82,16 @@ def test_a_config_is_written_as_json(folder: TrialFolder) -> None:
     assert json.loads((folder.path / "config.json").read_text()) == {"optim": {"lr": 1e-5}, "root": None}
 
 
+def test_a_post_mortem_is_json_whatever_it_holds(folder: TrialFolder) -> None:
+    folder.write_divergence({"loss": float("nan"), "norms": [1.0, float("inf")], "where": {"low": -float("inf")}})
+    found = json.loads((folder.path / "divergence.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"loss": "nan", "norms": [1.0, "inf"], "where": {"low": "-inf"}}
+
+
 def test_the_reason_of_a_failure_is_read_back(tmp_path: Path) -> None:
     folder = TrialFolder(tmp_path, 3)
     assert folder.read_error() is None
     folder.write_error("KeyError: 'a' (toys.py:3)", "Traceback ...\n  KeyError: 'a'\n")
-    assert folder.read_error() == "KeyError: 'a' (toys.py:3)"
+    assert folder.read_error() == "KeyError: 'a' (toys.py:3)\n\nTraceback ...\n  KeyError: 'a'\n"
     folder.write_error("the worker group died")
-    assert folder.read_error() == "the worker group died"
+    assert folder.read_error() == "the worker group died\n\n"

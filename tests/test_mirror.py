@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from ledgers import ask, open_journal
@@ -13,7 +14,7 @@ from s3 import Store
 from spaces import space_of
 
 from search.folder import SCRATCH, TrialFolder
-from search.mirror import Mirror, fetch
+from search.mirror import Mirror, fetch, local
 from search.recorder import Recorder
 from search.trial import EPOCH, METRICS
 from trainables.contract import UserError
@@ -42,6 +43,21 @@ def test_what_is_pushed_comes_back_whole(results: Path, disk: Path, tmp_path: Pa
     Mirror(results, f"file://{disk}/run").push()
     assert tree(disk / "run") == tree(results)
     assert tree(fetch(f"file://{disk}/run", tmp_path / "elsewhere")) == tree(results)
+
+
+@pytest.mark.parametrize("place", ["my searches/run 1", "50%/r+n"])
+def test_a_folder_may_have_any_name(place: str, results: Path, disk: Path, tmp_path: Path) -> None:
+    uri = f"file://{quote(str(disk / place))}"
+    Mirror(results, uri).begin()
+    assert tree(disk / place) == tree(results)
+    assert local(uri) == disk / place
+    assert fetch(uri, tmp_path / "elsewhere") == tmp_path / "elsewhere" / place.rpartition("/")[2]
+
+
+def test_a_file_uri_is_of_this_machine() -> None:
+    assert local("file://localhost/data/runs") == local("file:///data/runs") == local("/data/runs")
+    with pytest.raises(UserError, match=r"^file://results/x names no folder: 'results' stands for a machine; write fi"):
+        local("file://results/x")
 
 
 def test_only_what_changed_is_sent_again_and_no_scratch(results: Path, disk: Path) -> None:
@@ -115,6 +131,7 @@ def test_a_checkpoint_goes_when_a_newer_one_has_come(results: Path, disk: Path) 
     mirror.push()
     folder = TrialFolder(results, 0)
     folder.write_checkpoint(2, b"newer")
+    folder.keep_checkpoint(2)
     mirror.push()
     assert tree(disk / "run/trials") == {"0000/checkpoint-0002.pt": b"newer"}
     (folder.path / "checkpoint-0002.pt").unlink()  # lost here, and not replaced
@@ -133,6 +150,7 @@ def test_a_resumed_search_does_not_send_its_checkpoints_again(results: Path, dis
     Mirror(results, uri).begin()
     assert sent.read_bytes() == bytes(range(256))
     TrialFolder(results, 0).write_checkpoint(2, b"newer")
+    TrialFolder(results, 0).keep_checkpoint(2)
     mirror.push()
     assert not sent.exists()
 
@@ -168,6 +186,7 @@ def test_a_bucket_is_a_mirror_too(results: Path, tmp_path: Path, store: Store) -
     mirror = Mirror(results, "s3://bucket/searches/run")
     mirror.begin()
     TrialFolder(results, 0).write_checkpoint(2, bytes(range(256)) * 50_000)
+    TrialFolder(results, 0).keep_checkpoint(2)
     mirror.push()
     Mirror(results, "s3://bucket/searches/run").begin()
     assert tree(tmp_path / "store/bucket/searches/run") == tree(results)

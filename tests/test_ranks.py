@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from spaces import write_family
@@ -87,6 +88,10 @@ FAMILY = """
     def nan_state(trial):
         yield Report({"loss": 0.5}, state=lambda: {"model": {"w": torch.tensor([1.0, float("nan")])}})
 
+    def lines(trial):
+        yield {"loss": 0.5}
+        raise RuntimeError("Error(s) in loading state_dict:\\n\\tMissing key: " + "w " * 300)
+
     def bad_end(trial):
         try:
             yield {"lost": 0.5}
@@ -150,11 +155,12 @@ class Spec:
     paths: tuple[str, ...]
     required: tuple[str, ...] = ("loss",)
     cpus_per_worker: int = 1
+    gpus_per_worker: float = 0.0
     memory_limit_mb: float | None = None
 
 
 def rank_of(folder: Path, function: str, rank: int = 0, family: str = FAMILY, **more: Any) -> RankLoop:
-    return RankLoop(Spec(f"{write_family(folder, family)}:{function}", (str(folder),), **more), rank, 2, rank)
+    return RankLoop(Spec(f"{write_family(folder, family)}:{function}", (str(folder),), **more), rank, 2)
 
 
 def begin(ending: str, seed: int = 3) -> Begin:
@@ -217,6 +223,7 @@ def test_an_ending_is_answered_and_the_next_trial_works(loop: RankLoop, ending: 
         ("bug", r"KeyError: 'no such batch' \(family_\d+\.py:\d+\)"),
         ("stop_iteration", r"RuntimeError: generator raised StopIteration \(family_\d+\.py:\d+\)"),
         ("bad_state", r"ZeroDivisionError: division by zero \(family_\d+\.py:\d+\)"),
+        ("lines", r"RuntimeError: Error\(s\) in loading state_dict: Missing key: w (w )+\.\.\. \(family_\d+\.py:\d+\)"),
     ],
 )
 def test_a_bug_costs_the_process_its_trust_and_nothing_else(loop: RankLoop, ending: str, reason: str) -> None:
@@ -281,6 +288,17 @@ def test_a_nan_is_found_wherever_it_is_in_a_state() -> None:
     assert nan_in({"mask": torch.tensor([0.0, -torch.inf])}) is None, "masks are made of infinities"
     assert nan_in({"optimizer": {"state": {0: {"exp_avg": nan}}}}) == "optimizer.state.0.exp_avg"
     assert nan_in({"ema": [torch.ones(1), (nan.half(),)]}) == "ema.1.0"
+    assert nan_in({"w": np.array([1.0, np.nan]), "names": np.array(["w"])}) == "w"
+    assert nan_in({"phase": torch.tensor(complex(0, float("nan")))}) == "phase"
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0.0, "cpu"), (0.5, "cuda:0"), (1.0, "cuda:0")])
+def test_a_worker_that_was_given_no_gpu_takes_none(
+    gpus: float, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert str(rank_of(tmp_path, "train", gpus_per_worker=gpus)._device) == device
 
 
 @pytest.mark.parametrize(("function", "kind"), [("plain_function", "dict")])
@@ -309,7 +327,7 @@ def test_a_config_class_is_given_and_checked(tmp_path: Path) -> None:
 
 
 def test_a_trainable_that_is_missing_on_a_node_is_told(tmp_path: Path) -> None:
-    answer = RankLoop(Spec("no_such_module:train", (str(tmp_path),)), 0, 1, 0).handle(Begin({}, 0))
+    answer = RankLoop(Spec("no_such_module:train", (str(tmp_path),)), 0, 1).handle(Begin({}, 0))
     assert isinstance(answer, Broke)
     assert answer.reason.startswith("trainable: no module 'no_such_module' in ")
 
@@ -342,7 +360,7 @@ def test_a_trial_is_gone_when_its_memory_is_counted(tmp_path: Path) -> None:
             alive.append(model() is not None)
             return True
 
-    loop = Watched(Spec(f"{write_family(tmp_path, FAMILY)}:big", (str(tmp_path),)), 0, 1, 0)
+    loop = Watched(Spec(f"{write_family(tmp_path, FAMILY)}:big", (str(tmp_path),)), 0, 1)
     assert run(loop, Begin({}, 0))[-1] == Blew(reason="it does not matter why")
     assert alive
     assert not any(alive)

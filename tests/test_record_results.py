@@ -229,6 +229,15 @@ class TestFolder:
         for words in told:
             assert words in text
 
+    def test_why_of_a_failure_shows_where_it_was_raised(self, results: Path, space: Space) -> None:
+        ledger = open_journal(space, results)
+        folder = TrialFolder(results, ask(ledger).number)
+        folder.write_error("KeyError: 'w' (my.py:3)", "\n".join(["Traceback", *map(str, range(20)), "KeyError: 'w'\n"]))
+        ledger.end("slot", "failed", "KeyError: 'w' (my.py:3)")
+        told = why(results, "4").splitlines()
+        place = told.index(f"{folder.path / 'error.txt'} ends:")
+        assert [line.strip() for line in told[place + 1 : place + 9]] == [*map(str, range(13, 20)), "KeyError: 'w'"]
+
     @pytest.mark.parametrize("number", ["9", "-1", "one"])
     def test_why_of_an_unknown_trial_is_a_mistake(self, number: str, results: Path) -> None:
         with pytest.raises(UserError, match=r"there is none in .*; "):

@@ -10,6 +10,7 @@ import pytest
 from ledgers import ask, open_journal
 from spaces import space_of
 
+from search.folder import TrialFolder
 from search.record import Record
 from search.recorder import Recorder
 from search.trial import EPOCH, METRICS, REASON, STATUS
@@ -28,6 +29,27 @@ def ended(folder: Path, reports: list[dict[str, Any]], constraints: dict[str, An
         recorder.on_trial_result(0, [], trial, {EPOCH: epoch, METRICS: metrics})
     recorder.on_trial_complete(0, [], trial)
     return told[0]
+
+
+@pytest.mark.parametrize(("reports", "status"), [(2, "stopped"), (3, "finished")])
+def test_when_the_time_is_over_a_trial_of_which_nothing_is_left_has_finished(
+    reports: int, status: str, tmp_path: Path
+) -> None:
+    """Tune may not have asked it for more yet; and a checkpoint of which no report came is not kept."""
+    space = space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}, "epochs": 3})
+    ledger = open_journal(space, tmp_path / "run")
+    opened = ask(ledger)
+    told: list[Record] = []
+    recorder = Recorder(ledger, tmp_path / "run", told.append, lambda: None)
+    folder = TrialFolder(tmp_path / "run", opened.number)
+    trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": opened.values})
+    for epoch in range(1, reports + 1):
+        folder.write_checkpoint(epoch, b"state")
+        recorder.on_trial_result(0, [], trial, {EPOCH: epoch, METRICS: {"loss": 0.5}})
+    folder.write_checkpoint(reports + 1, b"its report was on the way")
+    recorder.close("the time budget was over")
+    assert (told[0].status, told[0].epochs) == (status, reports)
+    assert [path.name for path in folder.path.glob("checkpoint*")] == [f"checkpoint-{reports:04d}.pt"]
 
 
 @pytest.mark.parametrize(

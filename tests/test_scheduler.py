@@ -153,13 +153,13 @@ class TestScheduler:
             assert all(trial.is_finished() for trial in tune.trials)
 
     def test_it_sees_finite_numbers_alone(self, space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Its own class, behind ours, is given a trial's completion only with an objective."""
+        """Its own class, behind ours, is given with a trial's completion an objective that is finite, or none."""
         tune = tune_of(space, 24, 4)
         rays: Any = next(kind for kind in type(tune.scheduler).__mro__ if kind.__module__.startswith("ray."))
-        completed, seen = rays.on_trial_complete, []
+        completed, seen = rays.on_trial_complete, list[float]()
 
         def watch(self: Any, controller: Any, trial: Any, result: dict[str, Any]) -> None:
-            seen.append(result[OBJECTIVE])
+            seen.extend(result[name] for name in (OBJECTIVE,) if name in result)
             completed(self, controller, trial, result)
 
         if space.scheduler.name != "none":  # first in, first out looks at no result

@@ -72,9 +72,22 @@ class TestJournal:
         ask(open_journal(space, tmp_path))
         assert folder.checkpoint() is None
         folder.append_metrics({"epoch": 3, "metrics": {"loss": 0.25}})
-        folder.write_checkpoint(4, b"the last one")
+        for epoch in (3, 4):
+            folder.write_checkpoint(epoch, b"a state")
         assert ask(open_journal(space, tmp_path)).epochs == 3
-        assert folder.checkpoint() is not None
+        saved = folder.checkpoint()
+        assert saved is not None
+        assert saved.epoch == 3, "from the last one on, the report of epoch 4 would never come"
+
+    def test_an_entry_that_was_torn_is_cut_off_and_the_study_goes_on(self, space: Space, tmp_path: Path) -> None:
+        ledger = open_journal(space, tmp_path)
+        end_toy(ledger, ask(ledger), "finished")
+        with next(tmp_path.rglob("study.journal")).open("ab") as file:
+            file.write(b'{"op_code": 8, "worker_id": "a machine tha')
+        for _ in range(2):
+            ledger = open_journal(space, tmp_path)
+            end_toy(ledger, ask(ledger), "finished")
+        assert [record.status for record in records(ledger.study, space)] == ["finished"] * 3
 
     def test_a_new_trial_takes_nothing_from_one_that_the_study_never_heard_of(
         self, space: Space, tmp_path: Path

@@ -101,6 +101,14 @@ class TestModel:
         end_toy(ledger, ask(ledger), "out_of_memory")
         assert learn(ledger.space, told(ledger)) is not None
 
+    def test_there_is_none_where_nothing_is_searched(self, tmp_path: Path) -> None:
+        ledger = open_ledger(space_of(tmp_path, {"lr": 0.1}), InMemoryStorage())
+        for status in ("finished", "diverged") * MAPPED:
+            ask(ledger)
+            ledger.report("slot", 1, {"loss": 0.5})
+            ledger.end("slot", status, "as the test says")
+        assert learn(ledger.space, told(ledger)) is None
+
     def test_there_is_none_before_the_space_is_mapped(self, tmp_path: Path) -> None:
         ledger = open_ledger(space_of(tmp_path, CONFIG), InMemoryStorage())
         for status in ["diverged", "failed", *["finished"] * (MAPPED - 2)]:  # a failed one says nothing

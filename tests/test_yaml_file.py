@@ -28,6 +28,7 @@ from trainables.contract import UserError
         ("? [1, 2]\n: 3", "unhashable key"),
         ("a: 1\n---\nb: 2", "another document"),
         ("day: 2024-13-01", "month must be in 1..12"),
+        ("a: &a {b: *a}", "an alias stands inside what it names"),
     ],
 )
 def test_a_trap_of_yaml_is_an_error_of_one_line(text: str, message: str) -> None:
@@ -58,6 +59,13 @@ def test_an_anchor_may_be_merged_and_its_keys_replaced() -> None:
     document = parse(text, "file")
     assert document["more"]["over"] == {"lr": 3, "seed": 2}
     assert document["last"] == {"lr": 4, "seed": 2}
+
+
+def test_what_an_alias_repeats_is_a_copy() -> None:
+    document = parse("a: &a {optim: {lr: 1}, sizes: [1]}\nb: *a\nc: {<<: *a}", "file")
+    document["a"]["optim"]["lr"] = 2
+    document["a"]["sizes"].append(2)
+    assert document["b"] == document["c"] == {"optim": {"lr": 1}, "sizes": [1]}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,33 @@
+"""What a group makes of its ranks' answers, without Ray."""
+
+from __future__ import annotations
+
+import pytest
+
+from search.group import worst_of
+from search.messages import Answer, Blew, Broke, Ended, RanOut, Reported
+
+REPORTED, ENDED = Reported(metrics={"loss": 0.5}), Ended()
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([REPORTED, Reported()], REPORTED),
+        ([ENDED, ENDED], ENDED),
+        ([REPORTED, Blew(reason="nan")], Blew(reason="nan")),
+        ([Blew(reason="nan"), RanOut(reason="2 GiB")], RanOut(reason="2 GiB")),
+        ([RanOut(reason="2 GiB"), ENDED, Broke(reason="a bug")], Broke(reason="a bug")),
+    ],
+)
+def test_the_worst_answer_decides_and_else_that_of_rank_0(answers: list[Answer], expected: Answer) -> None:
+    assert worst_of(dict(reversed(list(enumerate(answers))))) == expected
+
+
+@pytest.mark.parametrize("answers", [[REPORTED, ENDED], [ENDED, Reported()]])
+def test_ranks_that_yield_unequally_often_are_a_mistake(answers: list[Answer]) -> None:
+    worst = worst_of(dict(enumerate(answers)))
+    assert isinstance(worst, Broke)
+    assert (worst.final, worst.clean) == (True, False), "those that go on would wait for ever"
+    rank = [answer.ends for answer in answers].index(True)
+    assert worst.reason.startswith(f"rank {rank} has come to its end, and others have not; every rank yields equally")
