@@ -60,8 +60,9 @@ def run_train(worker: Callable[[dict[str, Any]], None], config: dict[str, Any]) 
 
 def search(trials: int) -> Measured:
     """Run `trials` trials on a Ray of their own."""
-    # One CPU for each trial's driver function, one for each worker.
-    ray.init(num_cpus=2 * SLOTS, include_dashboard=False, log_to_driver=False)
+    # One CPU for each trial's driver function, one for each worker, and as many again: Tune holds some back for trials
+    # to come, and a worker that needed these would wait for ever.
+    ray.init(num_cpus=4 * SLOTS, include_dashboard=False, log_to_driver=False)
     stopwatch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         tuner = ray.tune.Tuner(

@@ -77,8 +77,9 @@ def search(space: Space, seconds: float) -> None:
         "seed": space.search.seed,
         "searched": {item.name.replace(".", ":"): tune_domain(item.domain) for item in space.parameters},
     }
-    # One CPU for each trial's driver function, one for each worker.
-    ray.init(num_cpus=2 * SLOTS, include_dashboard=False, log_to_driver=False)
+    # One CPU for each trial's driver function, one for each worker, and as many again: Tune holds some back for trials
+    # to come, and a worker that needed these would wait for ever.
+    ray.init(num_cpus=4 * SLOTS, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         ray.tune.Tuner(
             train_driver,
