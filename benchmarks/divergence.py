@@ -1,6 +1,6 @@
 """What divergence costs a search, and what it teaches: Ray Tune as documented, Optuna alone, and this platform.
 
-    python benchmarks/divergence.py [--seeds 30] [--epochs 120 180 540]
+    python benchmarks/divergence.py [--seeds 30] [--first 0] [--epochs 120 180 540]
 
 All search the same synthetic training run with a stability edge (divergence_edge.py), with TPE and successive halving,
 one trial at a time, until the same number of epochs is spent; a table for each number. No cluster is started: Ray's
@@ -61,14 +61,15 @@ def worse(runs: Sequence[Outcome], rival: Sequence[Outcome]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=30, metavar="N", help="two or more")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="the first of the seeds")
     parser.add_argument(
         "--epochs", type=int, nargs="+", default=[120, 180, 540], metavar="N", help="of one search; a trial takes 9"
     )
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     for epochs in arguments.epochs:
-        print(f"\n{epochs} epochs a search, {arguments.seeds} seeds\n")
-        compare(range(arguments.seeds), epochs)
+        print(f"\n{epochs} epochs a search, {arguments.seeds} seeds\n", flush=True)
+        compare(range(arguments.first, arguments.first + arguments.seeds), epochs)
 
 
 def compare(seeds: Sequence[int], epochs: int) -> None:

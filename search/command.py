@@ -29,7 +29,7 @@ from search.mirror import Mirror, fetch, is_uri, local
 from search.packing import cannot_share, measure
 from search.plan import AT_THE_START, estimate, make_plan
 from search.results import read_results, summary, why, write_results
-from search.sampler import grid_size, sampler_maker
+from search.sampler import grid_size, sampler_maker, unlearned
 from search.scheduler import make_scheduler
 from search.space import Space
 from search.space_file import load_space, read_space
@@ -158,20 +158,21 @@ def search(options: Options) -> engine.Outcome | None:
     make_scheduler(space)
     alone = cannot_share(space, trainable, nodes)
     plan = make_plan(space, nodes, alone or AT_THE_START)
-    print("\n".join([f"{space.name}: {describe(space)}", *space.left_out, f"plan: {plan}"]), flush=True)
+    told = [f"{space.name}: {describe(space)}", *space.left_out, *unlearned(space), f"plan: {plan}"]
+    print("\n".join(told), flush=True)
     if options.dry_run:
         print(f"estimate: {estimate(space, plan, seconds_per_epoch(options.results, space))}\n")
         print(yaml_file.dump(space.document()), end="")
         return None
     if trainable.prepare is not None:
         try:
-            told = trainable.prepare(trainable.config(space.config(space.draw(random.Random(0)))))
+            described = trainable.prepare(trainable.config(space.config(space.draw(random.Random(0)))))
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{space.trainable}: its module's `prepare` failed: {where(error)}") from error
-        if told is not None:
-            space = replace(space, data=str(told))
+        if described is not None:
+            space = replace(space, data=str(described))
             print(space.data, flush=True)
     interruption = engine.Interruption()
     with interruption.heeded():  # from here on there is a folder to go on from

@@ -14,6 +14,9 @@ from search.space import Space
 from search.study import Ledger, MakeSampler
 from trainables.contract import UserError
 
+WHOLE_TRIALS = ("gp", "cmaes", "nsga2")  # these learn from trials that ran to their end, and from no other
+STOPPING = ("asha", "hyperband", "median")
+
 
 def sampler_maker(space: Space) -> MakeSampler:
     """From a proposal's seed to the space's sampler; raises UserError where the sampler cannot search the space."""
@@ -43,6 +46,17 @@ def sampler_maker(space: Space) -> MakeSampler:
         "random": lambda s: optuna.samplers.RandomSampler(seed=s),
     }
     return makers[name]
+
+
+def unlearned(space: Space) -> list[str]:
+    """A line where the sampler would propose again and again what the scheduler has stopped."""
+    sampler, scheduler = space.search.sampler, space.scheduler.name
+    if sampler not in WHOLE_TRIALS or scheduler not in STOPPING:
+        return []
+    return [
+        f"search.sampler: {sampler} learns nothing from the trials that {scheduler} stops, and may propose the same "
+        "again; use tpe, or scheduler.name=none"
+    ]
 
 
 def grid_size(space: Space) -> int:

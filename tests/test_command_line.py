@@ -332,6 +332,11 @@ def test_a_grid_ends_where_it_ends(run: Run) -> None:
     assert "; 2 trials by grid" in told
 
 
+def test_a_sampler_and_a_scheduler_that_do_not_go_together_are_told(run: Run) -> None:
+    _, told, _ = run(*TOY, "--set", "search.sampler=gp", "--set", "scheduler.name=median", "--dry-run")
+    assert "\nsearch.sampler: gp learns nothing from the trials that median stops, " in told
+
+
 def test_the_spaces_at_hand_are_listed(run: Run) -> None:
     assert run("--list") == (0, "toy          Descend a parabola.\n", "")
 

@@ -13,7 +13,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 from spaces import LOSS, space_of
 
-from search.sampler import StudySearcher, grid_size, sampler_maker
+from search.sampler import StudySearcher, grid_size, sampler_maker, unlearned
 from search.space import Space
 from search.study import Ledger
 from trainables.contract import UserError
@@ -111,6 +111,22 @@ class TestSampler:
             assert trial.value == record.metrics["loss"]
         else:
             assert trial.value > max(known.value, *known.intermediate_values.values())
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "nsga2"])
+def test_a_line_says_which_samplers_learn_nothing_from_stopped_trials(sampler: str, tmp_path: Path) -> None:
+    def proposals(ending: str) -> list[dict[str, Any]]:
+        ledger = open_ledger(space, InMemoryStorage())
+        for number in range(120 if sampler == "nsga2" else 16):  # which draws its first fifty at random
+            end_toy(ledger, ask(ledger), ending if number % 4 == 0 else "finished")
+        return [ask(ledger, str(key)).values for key in range(4)]
+
+    search = {"sampler": sampler, "trials": 200, "survival": False}
+    space = space_of(tmp_path, CONFIG, search=search, scheduler={"name": "asha"})
+    learns = proposals("stopped") != proposals("failed")  # nobody learns from what failed
+    assert [f"search.sampler: {sampler} learns nothing" in line for line in unlearned(space)] == [True] * (not learns)
+    assert learns == (sampler == "tpe")
+    assert unlearned(space_of(tmp_path, CONFIG, search=search)) == []
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "qmc", "random"])
