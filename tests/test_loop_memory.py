@@ -108,6 +108,16 @@ def test_a_shape_is_probed_once_in_a_search(limit_mb: float) -> None:
     assert family.passes == [4] * 24
     family.run(replace(config_of(32), optim=Optim(lr=0.3, batch_size=32, clip_norm=0.1)), limit_mb, cache)
     assert family.passes == [4] * 24, "what is searched is no other shape"
+    family.run(replace(config_of(48), loudness=0.5), limit_mb, cache)
+    assert family.passes == [4] * 24, "nor is a weight of the loss"
+
+
+@pytest.mark.parametrize("change", [{"loudness": 0.0}, {"lengths": True}])
+def test_what_only_the_loss_reads_is_probed_again(change: dict[str, Any], limit_mb: float) -> None:
+    family, cache = Family(), dict[Any, Any]()
+    family.run(config_of(48), limit_mb, cache)
+    family.run(replace(config_of(48), **change), limit_mb, cache)
+    assert len(family.passes) > 24
 
 
 def test_a_single_sample_that_does_not_fit_ends_the_trial(limit_mb: float) -> None:

@@ -25,7 +25,7 @@ from torch.nn.utils import get_total_norm
 
 from trainables.contract import Diverged, Report, Trial, UserError
 from trainables.guard import Guard, Replay, Step, generators
-from trainables.memory import MIB, Memory, Tried, fitting_micro_batch, shape_key, try_step
+from trainables.memory import MIB, Memory, Tried, fitting_micro_batch, shape_key, switches, try_step
 from trainables.optim import Ema, Patience, adamw, clip_divisor, fused_step, lr_factor, set_lr
 from trainables.resume import Best, restore, seed_everything, seed_from, state_of
 from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, on_device, ranks_of, share_of
@@ -178,7 +178,8 @@ def probe_of(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks, limit_byt
     trained_bytes = sum(parameter.nbytes for parameter in loss.parameters() if parameter.requires_grad)
     copies = 3 + (optim.ema is not None)  # the optimizer's two, one to measure the update by, the shadow
     memory = Memory(trial.device, limit_bytes, copies * trained_bytes)
-    key = shape_key(loss, samples[torch.arange(1)], optim.precision, memory, ranks)
+    shape = shape_key(loss, samples[torch.arange(1)], optim.precision, memory, ranks)
+    key = shape, tuple((name, switches(value)) for name, value in vars(trial.config).items() if name != "optim")
 
     def step(size: int) -> None:
         indices = torch.arange(size)

@@ -11,7 +11,7 @@ import gc
 import random
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -190,7 +190,7 @@ def shape_key(model: nn.Module, batch: Batch, precision: str, memory: Memory, ra
     """Return what is equal for trials whose training steps take the same memory, as far as the model shows it.
 
     That is its modules with their plain attributes, its parameters and buffers, the batch but for its size, and what is
-    passed beside them. What a loss or a forward method reads from elsewhere is the caller's to add.
+    passed beside them. What a loss or a forward method reads from elsewhere is the caller's to add (`switches`).
     """
     modules = tuple((name, type(module).__qualname__, attributes(module)) for name, module in model.named_modules())
     tensors = tuple(
@@ -213,3 +213,13 @@ def attributes(module: nn.Module) -> Hashable:
         if all(isinstance(each, plain) for each in (value if isinstance(value, tuple) else [value]))
     }
     return tuple((name, bool(value) if isinstance(value, float) else repr(value)) for name, value in kept.items())
+
+
+def switches(settings: Any) -> Hashable:
+    """Return what a dataclass of settings may change about a step's memory; of a float, only whether it is zero.
+
+    A weight of zero may leave a part of the loss out, and is searched, as a rate of dropout is.
+    """
+    if is_dataclass(settings):
+        return tuple((item.name, switches(getattr(settings, item.name))) for item in fields(settings))
+    return bool(settings) if isinstance(settings, float) else repr(settings)
