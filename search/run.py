@@ -6,12 +6,14 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 import torch
@@ -47,6 +49,7 @@ RAY_ENVIRONMENT = {
 }
 
 
+ANSWER_S = 10.0  # how long the head of a cluster may take to take a connection
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of computing in each period, and that
 
 
@@ -130,14 +133,23 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
         arguments |= {"address": address, "runtime_env": {"env_vars": RAY_ENVIRONMENT}}
     if not ray.is_initialized():
         try:
+            if address is not None:
+                _knock(address)
             context = ray.init(**arguments)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             if address is None:
                 raise
             raise UserError(f"--address {address}: no Ray cluster answers there: {error}") from None
         if context.dashboard_url:
             print(f"dashboard: http://{context.dashboard_url}", flush=True)
     return tuple(_node(entry["Resources"]) for entry in ray.nodes() if entry["Alive"])
+
+
+def _knock(address: str) -> None:
+    """Raises OSError or ValueError where nobody listens; Ray would go on trying for minutes."""
+    there = urlsplit(address if "://" in address else f"//{address}")
+    if there.port is not None:
+        socket.create_connection((there.hostname or "", there.port), timeout=ANSWER_S).close()
 
 
 def _node(resources: Mapping[str, float]) -> Node:

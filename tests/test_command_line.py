@@ -332,6 +332,13 @@ def test_a_grid_ends_where_it_ends(run: Run) -> None:
     assert "; 2 trials by grid" in told
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere.invalid:6379", "127.0.0.1:99999"])
+def test_an_address_where_nobody_listens_is_told_without_asking_ray(run: Run, address: str) -> None:
+    status, _, error = run(*TOY, "--address", address)
+    assert (status, error.count("\n")) == (2, 1)
+    assert f"--address {address}: no Ray cluster answers there: " in error
+
+
 def test_a_sampler_and_a_scheduler_that_do_not_go_together_are_told(run: Run) -> None:
     _, told, _ = run(*TOY, "--set", "search.sampler=gp", "--set", "scheduler.name=median", "--dry-run")
     assert "\nsearch.sampler: gp learns nothing from the trials that median stops, " in told
