@@ -103,7 +103,8 @@ class Guard:
             self._streak = (self._streak + 1) * above
             self._diverged = self._diverged | (self._streak >= self._spike.patience)
         self._losses.append(loss)
-        self._norms.append(norm)
+        # A mended overflow leaves a NaN as often as an infinity, and a state that holds a NaN would end the trial.
+        self._norms.append(torch.where(overflow, math.inf, norm))
         return self._diverged | bad, overflow
 
     def follow(self, step: Step) -> None:
