@@ -46,6 +46,14 @@ class _Pbt(PopulationBasedTraining):
         # recorder tells the ledger.
         super().on_trial_add(SimpleNamespace(search_alg=None), trial)
 
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        # Whoever has trained to the end has nothing left to train another setting with, and keeps its own.
+        if self._space.epochs is not None and result[EPOCH] >= self._space.epochs:
+            decision: str = TrialScheduler.CONTINUE
+        else:
+            decision = super().on_trial_result(tune_controller, trial, result)
+        return decision
+
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         values = perturb(self._space, trial_to_clone.config["values"], self._rng)
         return {**trial.config, "values": values}, {}

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from trainables.contract import UserError
-from trainables.optim import EarlyStop, Optim, Patience, Plateau, Restarts, lr_factor
+from trainables.optim import EarlyStop, Optim, Patience, Plateau, Restarts, adamw, lr_factor
 
 
 @pytest.mark.parametrize(
@@ -103,3 +104,18 @@ def test_restarts_refuse() -> None:
         Restarts(every_epochs=0)
     with pytest.raises(UserError, match=r"^optim.restarts.floor_ratio = 1.0 must lie in"):
         Restarts(floor_ratio=1.0)
+
+
+def test_a_state_brings_its_moments_along_and_not_its_settings() -> None:
+    def optimizer(weight_decay: float, ratio: float) -> torch.optim.AdamW:
+        layer = nn.Linear(2, 1)
+        layer(torch.ones(1, 2)).sum().backward()
+        optim = Optim(lr=0.1, weight_decay=weight_decay)
+        return adamw(dict(layer.named_parameters()), lambda name: ratio if name == "bias" else 1.0, optim)
+
+    donor, clone = optimizer(0.1, 0.5), optimizer(0.3, 0.25)
+    donor.step()
+    clone.load_state_dict(donor.state_dict())
+    assert [(group["weight_decay"], group["lr_scale"]) for group in clone.param_groups] == [(0.3, 1.0), (0.3, 0.25)]
+    for mine, theirs in zip(clone.state.values(), donor.state.values(), strict=True):
+        assert torch.equal(mine["exp_avg"], theirs["exp_avg"])

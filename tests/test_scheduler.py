@@ -198,6 +198,21 @@ def test_bad_trials_are_stopped_early_and_the_best_is_not(name: str, tmp_path: P
     assert min(epochs.values()) >= (2 if name != "hyperband" else 1)
 
 
+def test_a_setting_is_not_exchanged_after_the_last_epoch(tmp_path: Path) -> None:
+    tune = tune_of(space_of(tmp_path, CONFIG, scheduler={"name": "pbt"}), 24, 24)
+    trained: dict[Trial, list[Any]] = {trial: [] for trial in tune.trials}
+
+    def script(trial: Trial, epoch: int) -> dict[str, Any]:
+        if epoch > EPOCHS:
+            return end(EPOCHS, "finished")
+        trained[trial].append(trial.config["values"])
+        return {EPOCH: epoch, OBJECTIVE: float(trial.config["number"])}
+
+    tune.run(script)
+    assert any(values[0] != values[-1] for values in trained.values()), "none was exchanged"
+    assert all(trial.config["values"] == values[-1] for trial, values in trained.items())
+
+
 class TestPerturb:
     @pytest.fixture
     def space(self, tmp_path: Path) -> Space:

@@ -167,14 +167,24 @@ def _half_cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def adamw(trained: Mapping[str, nn.Parameter], lr_scale: Callable[[str], float], optim: Optim) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """PyTorch's, but for the settings that a state brings along: its own stay, as a trial may go on from another's."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        own = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, settings in zip(self.param_groups, own, strict=True):
+            group.update(settings)
+
+
+def adamw(trained: Mapping[str, nn.Parameter], lr_scale: Callable[[str], float], optim: Optim) -> AdamW:
     """Return fused AdamW over these parameters, one group for each ratio of the learning rate (its "lr_scale")."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in trained.items():
         ratio = float(lr_scale(name))
         require(0 <= ratio < math.inf, f"lr_scale({name!r})", ratio, "be 0 or a positive number")
         groups.setdefault(ratio, []).append(parameter)
-    return torch.optim.AdamW(
+    return AdamW(
         [{"params": parameters, "lr_scale": ratio} for ratio, parameters in groups.items()],
         lr=optim.lr,
         weight_decay=optim.weight_decay,
