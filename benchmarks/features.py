@@ -3,7 +3,7 @@
     PYTHONPATH=. .venv/bin/python benchmarks/features.py
 
 All in one process, on one thread, in turns; processor time, the batch gathered from disk included. Full size is 256
-pixels, five instants and the published widths, with files of the public data's shapes.
+pixels, five instants and the published widths. Windows are simulated.
 """
 
 from __future__ import annotations

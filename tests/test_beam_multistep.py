@@ -112,6 +112,22 @@ def test_a_batch_holds_the_beams_of_all_steps(long: Data) -> None:
     assert batch["beam"].tolist() == told
 
 
+def test_windows_of_a_shorter_history_may_be_those_of_a_longer_one(long: Data) -> None:
+    short, alone = replace(long, history=2, longest_history=H), replace(long, history=2)
+    assert find_table(short).csvs == find_table(long).csvs, "and so are the decoded arrays"
+    assert len(find_table(alone).lines) > len(find_table(short).lines)
+    ours, theirs = (samples(Config(data), "val") for data in (short, long))
+    every = torch.arange(len(theirs))
+    assert len(ours) == len(theirs)
+    for name, tensor in theirs[every].items():
+        torch.testing.assert_close(ours[every][name], tensor[:, -2:] if name in ("image", "lidar", "radar") else tensor)
+
+
+def test_the_longest_history_is_no_shorter_than_any() -> None:
+    with pytest.raises(UserError, match=r"data\.longest_history = 6 must be at least data\.history = 7"):
+        Data(history=H, longest_history=6)
+
+
 def test_nothing_is_written_beside_the_data(own: Data) -> None:
     assert own.root is not None
     before = sorted(Path(own.root).rglob("*"))

@@ -45,6 +45,8 @@ class Data:
     modalities: tuple[Modality, ...] = MODALITIES
     # Where the window file has fewer instants or labels than these, windows are built from the raw files.
     history: int = 5  # instants in a window; fewer than the files have: the newest ones
+    # The longest of a search over `history`: all its trials then see windows with the same newest instants.
+    longest_history: int | None = None
     steps: int = 1  # consecutive instants whose beams are predicted; the first is the window's newest
     image_size: int = 256  # side of the camera picture, the lidar histogram and the radar maps, pixels
     gps_repr: Literal["local", "sincos", "minmax", "angle2"] = "local"
@@ -52,7 +54,7 @@ class Data:
     lidar: Literal["full", "filtered"] = "full"  # filtered: without what stands still in the scenario's frames
     # Changed copies of each training window; the legacy split's are of the adaptation set alone, 47 as published.
     augment: int = 0
-    flip: bool = False  # whatever trains, mirrored as well
+    flip: bool = False  # mirrored windows beside what trains; in the legacy split beside all, before it is drawn
     split: Literal["honest", "legacy"] = "honest"  # whole passes or blocks held out; legacy: random windows
     holdout: float = 0.2  # share of the passes (or blocks) held out
     # Of 400 seeds that whose held-out fifth suits a 20-nearest-neighbour model as the reference figures have it: DBA
@@ -69,6 +71,10 @@ class Data:
             raise UserError(f"data.holdout = {self.holdout} must lie between 0 and 1")
         if self.history < 1:
             raise UserError(f"data.history = {self.history} must be at least 1")
+        if self.longest_history is not None and self.longest_history < self.history:
+            raise UserError(
+                f"data.longest_history = {self.longest_history} must be at least data.history = {self.history}"
+            )
         if self.steps < 1:
             raise UserError(f"data.steps = {self.steps} must be at least 1")
         if self.image_size < 1:
@@ -79,12 +85,17 @@ class Data:
             raise UserError(f"data.augment = {self.augment} must not be negative")
         if self.augment and not set(SENSORS) & set(self.modalities):
             raise UserError(f"data.augment = {self.augment} changes sensors, and data.modalities has none; set it to 0")
-        needed = built_span(self.history, self.steps)
-        if self.root is None and (self.history > 5 or self.steps > 1) and self.simulated.frames < needed:
+        needed = built_span(self.reach, self.steps)
+        if self.root is None and (self.reach > 5 or self.steps > 1) and self.simulated.frames < needed:
             raise UserError(
                 f"data.simulated.frames = {self.simulated.frames} must be at least {needed}: a pass shorter than that "
-                f"holds no window of data.history = {self.history} and data.steps = {self.steps}"
+                f"holds no window of {self.reach} instants of history and data.steps = {self.steps}"
             )
+
+    @property
+    def reach(self) -> int:
+        """How many instants a window needs to have, though it may be read with fewer."""
+        return self.longest_history or self.history
 
 
 def built_span(history: int, steps: int) -> int:

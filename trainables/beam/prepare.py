@@ -65,10 +65,10 @@ def find_table(data: Data) -> Table:
     table = read_table(root, data)
     if table.reaches(data):
         return table
-    shape = f"{data.history}to{data.steps}"
+    shape = f"{data.reach}to{data.steps}"
     key = (multistep.VERSION, str(root.resolve()), table.digest, sorted(table.groups), multistep.listing(table))
     path = cache_folder(data.prepared) / "windows" / f"{shape}-{_digest(key)}.csv"
-    make_once(path, lambda unfinished: multistep.write_windows(unfinished, table, data.history, data.steps))
+    make_once(path, lambda unfinished: multistep.write_windows(unfinished, table, data.reach, data.steps))
     return read_table(root, data, built=path)
 
 

@@ -72,7 +72,7 @@ class Table:
     def reaches(self, data: Data) -> bool:
         """Whether the windows hold as many instants, and as many beams, as are asked for."""
         instants = [self.groups[name].at_NK.shape[1] for name in SENSOR_COLUMNS if name in self.groups]
-        return self.beam_NP.shape[1] >= data.steps and all(count >= data.history for count in instants)
+        return self.beam_NP.shape[1] >= data.steps and all(count >= data.reach for count in instants)
 
 
 def read_table(root: Path, data: Data, built: Path | None = None) -> Table:
@@ -83,7 +83,7 @@ def read_table(root: Path, data: Data, built: Path | None = None) -> Table:
     """
     if not root.is_dir():
         raise UserError(f"data.root = {root}: no such folder; give the one that holds {DEVELOPMENT}/, or null")
-    asked = Data(root=str(root), csv=data.csv, modalities=data.modalities, history=data.history, steps=data.steps)
+    asked = Data(root=str(root), csv=data.csv, modalities=data.modalities, history=data.reach, steps=data.steps)
     development, adaptation = built or root / DEVELOPMENT / data.csv, root.joinpath(*ADAPTATION)
     return _read(root, asked, development, (stamp_of(development), stamp_of(adaptation)))
 
