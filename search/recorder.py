@@ -61,6 +61,9 @@ class Recorder(tune.Callback):
             return
         result = trial.last_result or {}
         if STATUS in result:
+            # Population-based training may have made it a copy of another, which ended before its first report.
+            opened = self._ledger.open[trial.trial_id]
+            opened.epochs, opened.values = result[EPOCH], dict(trial.config["values"])
             self._end(trial.trial_id, result[STATUS], result[REASON])
         else:
             self._end(trial.trial_id, *self._stopped(trial.trial_id, self._scheduler_verdict(trial.trial_id)))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from trainables.beam import augment
+from trainables.beam import augment, health
 from trainables.beam.augment import Change, change_of, changed_pictures, changed_points, changed_radar, mirrored
 from trainables.beam.background import background, without
 from trainables.beam.config import MODALITIES, Data, Simulated
@@ -298,3 +299,19 @@ def test_the_adaptation_set_is_scored_apart_where_it_only_validates(written: Pat
     assert legacy.scenarios == ("scenario31",)
     assert not legacy.apart_N.any()
     assert dba_of_guessing(Config(ours)) == dba_of_guessing(Config(replace(ours, root=str(written))))
+
+
+@pytest.mark.parametrize("kind", ["honest", "legacy"])
+def test_what_guessing_reaches_is_counted_on_the_beams_of_mirrored_samples(kind: Literal["honest", "legacy"]) -> None:
+    data = Data(modalities=("gps",), split=kind, flip=True, simulated=Simulated(passes=4, frames=40))
+    train, val = (samples(Config(data), side) for side in ("train", "val"))
+    for side in (train, val):
+        assert side.beams(side.side).tolist() == side[torch.arange(len(side))]["beam"].tolist()
+    assert val.side.mirrored_S.any() == (kind == "legacy")
+
+    seen, held_out = (side[torch.arange(len(side))]["beam"] for side in (train, val))
+    guesses: list[int] = []
+    for _ in range(3):
+        left = [beam for beam in range(64) if beam not in guesses]
+        guesses.append(max(left, key=lambda beam: health._dba([*guesses, beam], seen)))
+    assert dba_of_guessing(Config(data)) == health._dba(guesses, held_out)

@@ -103,10 +103,11 @@ def test_the_target_is_the_published_one_by_default_and_only_wider_otherwise() -
     assert soft_targets(2.0)[20, 20].item() == pytest.approx(0.99736, abs=1e-4)
 
 
-def test_focal_loss_stays_finite_where_it_is_sure_and_its_power_is_broken() -> None:
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 1.5, 3.0])
+def test_focal_loss_stays_finite_where_it_is_sure_and_its_power_is_broken(gamma: float) -> None:
     logits = torch.linspace(-200, 200, 64)[None].requires_grad_()
     target = (logits.detach() > 0).float()
-    loss = focal_loss(logits, target, gamma=1.5)
+    loss = focal_loss(logits, target, gamma=gamma)
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert loss.isfinite().all()
     assert gradient.isfinite().all()

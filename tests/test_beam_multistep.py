@@ -216,7 +216,7 @@ def test_a_nan_power_is_passed_over_in_every_step(own: Data) -> None:
 
 def test_what_no_pass_is_long_enough_for_is_a_mistake(long: Data) -> None:
     with pytest.raises(
-        UserError, match=r"data\.history = 20 and data\.steps = 5: nowhere in .* are there 44 files in a"
+        UserError, match=r"windows of 20 instants .* and data\.steps = 5: nowhere in .* are there 44 files in a"
     ):
         find_table(replace(long, history=20, steps=5))
     with pytest.raises(UserError, match=r"data\.simulated\.frames = 30 must be at least 44"):

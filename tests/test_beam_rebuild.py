@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -268,17 +269,58 @@ def state_after(reports: Iterator[Report], epochs: int) -> dict[str, Any]:
     return report.state()
 
 
-def test_a_checkpoint_of_fusion_training_can_be_given(config: rebuild.Config, tmp_path: Path) -> None:
-    state = state_after(fusion.train(Trial(replace(config.fusion, score_without=()))), 1)
-    torch.save(state, tmp_path / "checkpoint.pt")
-    given = replace(config, rebuild=Rebuild(pretrained=str(tmp_path / "checkpoint.pt")), epochs=1)
+def test_a_checkpoint_of_fusion_training_can_be_given(config: rebuild.Config, checkpoint: Path) -> None:
+    given = replace(config, rebuild=Rebuild(pretrained=str(checkpoint)), epochs=1)
     rebuild.prepare(given)
     assert len(list(rebuild.train(Trial(given)))) == 1
 
 
-def test_a_checkpoint_that_is_not_there_is_a_mistake_of_the_user(config: rebuild.Config) -> None:
-    with pytest.raises(UserError, match=r"rebuild\.pretrained = /nowhere\.pt: there is no such file"):
-        rebuild.prepare(replace(config, rebuild=Rebuild(pretrained="/nowhere.pt")))
+@pytest.fixture(scope="module")
+def checkpoint(config: rebuild.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of an epoch of fusion training."""
+    file = tmp_path_factory.mktemp("exported") / "checkpoint.pt"
+    torch.save(state_after(fusion.train(Trial(replace(config.fusion, score_without=()))), 1), file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "told"),
+    [
+        ("model", {"block": "bi"}, "model.block = cs_bi, and here that is bi"),
+        ("model", {"align_backward": False}, "model.align_backward = True, and here that is False"),
+        ("data", {"gps_repr": "minmax"}, "data.gps_repr = local, and here that is minmax"),
+        ("data", {"split_seed": 1}, "data.split_seed = 290, and here that is 1"),
+        ("data", {"holdout": 0.5}, "data.holdout = 0.2, and here that is 0.5"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_trained_otherwise_is_refused(
+    part: str, change: dict[str, Any], told: str, config: rebuild.Config, checkpoint: Path
+) -> None:
+    """Its weights have the same shapes; but they mean something else, or have seen what is held out."""
+    other = replace(config, **{part: replace(getattr(config, part), **change)})
+    with pytest.raises(UserError, match=rf"rebuild\.pretrained = .*: it was trained with {re.escape(told)}\."):
+        rebuild.prepare(replace(other, rebuild=Rebuild(pretrained=str(checkpoint))))
+
+
+def test_what_is_no_checkpoint_is_a_mistake_of_the_user(
+    config: rebuild.Config, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torn.pt").write_bytes(checkpoint.read_bytes()[:1000])
+    (tmp_path / "text.pt").write_text("weights")
+    torch.save([1], tmp_path / "list.pt")
+    told = {
+        "/nowhere.pt": "there is no such file",
+        str(checkpoint.parent): f"it is a folder; give the checkpoint in it, {checkpoint} if exported",
+        str(tmp_path / "torn.pt"): "it cannot be read as a checkpoint: ",
+        str(tmp_path / "text.pt"): "it cannot be read as a checkpoint: ",
+        str(tmp_path / "list.pt"): "no checkpoint of fusion training, it has no entry `model`",
+    }
+    for path, why in told.items():
+        with pytest.raises(UserError, match=f"^{re.escape(f'rebuild.pretrained = {path}: {why}')}"):
+            rebuild.prepare(replace(config, rebuild=Rebuild(pretrained=path)))
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    rebuild.prepare(replace(config, rebuild=Rebuild(pretrained="~/checkpoint.pt")))
 
 
 @pytest.mark.parametrize(

@@ -134,3 +134,14 @@ def test_the_earlier_trans_is_the_distance_from_the_target_of_unit_length() -> N
     target = one_position([[3.0, 4.0], [0.0, 2.0]])
     rebuilt = one_position([[0.6, 0.8], [3.0, 5.0]])  # on the unit vector (0.6, 0.8); from (0, 1) by (3, 4)
     torch.testing.assert_close(trans_loss(rebuilt, target, 1, "l2_normalised"), torch.tensor([0.0, 5.0]))
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_the_losses_are_those_of_single_precision_under_autocast(precision: torch.dtype) -> None:
+    """A norm of 300 times 256 windows is beyond half precision, and it takes a map of zeros for 0 / 0."""
+    a, b = torch.ones(256, 64, 16) * 0.5, torch.zeros(256, 64, 16)
+    a, b = a.to(precision), b.to(precision)
+    with torch.autocast("cpu", precision):
+        apart, rebuilt = distance_loss(a, b, 1, "norm").sum(), trans_loss(a, b, 1, "l2_normalised").sum()
+    assert apart.item() == pytest.approx(-256 * 0.5 * math.sqrt(a.numel()))
+    assert rebuilt.item() == pytest.approx(256 * 0.5 * math.sqrt(64))

@@ -106,16 +106,34 @@ def test_restarts_refuse() -> None:
         Restarts(floor_ratio=1.0)
 
 
-def test_a_state_brings_its_moments_along_and_not_its_settings() -> None:
-    def optimizer(weight_decay: float, ratio: float) -> torch.optim.AdamW:
-        layer = nn.Linear(2, 1)
-        layer(torch.ones(1, 2)).sum().backward()
-        optim = Optim(lr=0.1, weight_decay=weight_decay)
-        return adamw(dict(layer.named_parameters()), lambda name: ratio if name == "bias" else 1.0, optim)
-
-    donor, clone = optimizer(0.1, 0.5), optimizer(0.3, 0.25)
+@pytest.mark.parametrize(("theirs", "ours"), [(0.5, 0.25), (0.5, 1.0), (1.0, 0.5)])
+def test_a_state_brings_its_moments_along_and_not_its_settings(theirs: float, ours: float) -> None:
+    """Nor its groups, of which there are two while the ratio is not 1."""
+    donor, clone = small_optimizer(0.1, {"weight": theirs}), small_optimizer(0.3, {"weight": ours})
     donor.step()
     clone.load_state_dict(donor.state_dict())
-    assert [(group["weight_decay"], group["lr_scale"]) for group in clone.param_groups] == [(0.3, 1.0), (0.3, 0.25)]
-    for mine, theirs in zip(clone.state.values(), donor.state.values(), strict=True):
-        assert torch.equal(mine["exp_avg"], theirs["exp_avg"])
+    assert [group["weight_decay"] for group in clone.param_groups] == [0.3] * len(clone.param_groups)
+    assert [group["lr_scale"] for group in clone.param_groups] == list(dict.fromkeys((ours, 1.0)))
+    of_donor, of_clone = (
+        {state["exp_avg"].shape: state["exp_avg"] for state in optimizer.state.values()} for optimizer in (donor, clone)
+    )
+    assert of_clone.keys() == of_donor.keys() == {(1, 2), (1,)}
+    for shape, moment in of_clone.items():
+        assert torch.equal(moment, of_donor[shape])
+
+
+def test_what_was_not_trained_before_begins_anew() -> None:
+    donor, clone = small_optimizer(0.1, {}, "weight"), small_optimizer(0.1, {})
+    donor.step()
+    clone.load_state_dict(donor.state_dict())
+    assert [state["step"].item() for state in clone.state.values()] == [1]
+    clone.step()
+    assert sorted(state["step"].item() for state in clone.state.values()) == [1, 2]
+
+
+def small_optimizer(weight_decay: float, ratios: dict[str, float], *trained: str) -> torch.optim.AdamW:
+    """Over a layer of two inputs and one output that has its gradients. ratios: of the learning rate, by name."""
+    layer = nn.Linear(2, 1)
+    layer(torch.tensor([[1.0, 2.0]])).sum().backward()
+    named = {name: parameter for name, parameter in layer.named_parameters() if not trained or name in trained}
+    return adamw(named, lambda name: ratios.get(name, 1.0), Optim(lr=0.1, weight_decay=weight_decay))

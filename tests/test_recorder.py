@@ -52,6 +52,26 @@ def test_when_the_time_is_over_a_trial_of_which_nothing_is_left_has_finished(
     assert [path.name for path in folder.path.glob("checkpoint*")] == [f"checkpoint-{reports:04d}.pt"]
 
 
+def test_a_copy_that_diverges_before_its_first_report_has_its_own_values_and_checkpoint(tmp_path: Path) -> None:
+    """Under population-based training: trial 0 takes over the weights of another, six epochs old, after its fourth."""
+    space = space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}, "epochs": 8})
+    ledger = open_journal(space, tmp_path / "run")
+    opened = ask(ledger)
+    told: list[Record] = []
+    recorder = Recorder(ledger, tmp_path / "run", told.append, lambda: None)
+    trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": opened.values})
+    for epoch in range(1, 5):
+        recorder.on_trial_result(0, [], trial, {EPOCH: epoch, METRICS: {"loss": 0.5}})
+    trial.config = {"number": opened.number, "values": {"lr": 0.75}}
+    TrialFolder(tmp_path / "run", opened.number).write_checkpoint(6, b"the other's")
+    trial.last_result = {STATUS: "diverged", REASON: "loss is not finite", EPOCH: 6}
+    recorder.on_trial_complete(0, [], trial)
+    assert (told[0].values, told[0].epochs) == ({"lr": 0.75}, 6)
+    saved = TrialFolder(tmp_path / "run", opened.number).checkpoint()
+    assert saved is not None
+    assert saved.path.read_bytes() == b"the other's"
+
+
 @pytest.mark.parametrize(
     ("full", "solves"), [(0.9, True), (0.8, False), (None, False)], ids=["kept", "broken", "not finite"]
 )

@@ -168,24 +168,33 @@ def _half_cosine(start: float, end: float, progress: float) -> float:
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's, but for the settings that a state brings along: its own stay, as a trial may go on from another's."""
+    """PyTorch's, over named parameters, but for the settings and groups that a state brings along.
+
+    Its own stay, as a trial may go on from another's.
+    """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, settings in zip(self.param_groups, own, strict=True):
-            group.update(settings)
+        """Take over what is known of each parameter, by name; one that was not trained there begins anew."""
+        known = {name: state_dict["state"].get(i) for i, name in enumerate(_names(state_dict))}
+        own = self.state_dict()
+        taken = {i: known[name] for i, name in enumerate(_names(own)) if known.get(name) is not None}
+        super().load_state_dict({"state": taken, "param_groups": own["param_groups"]})
+
+
+def _names(state_dict: Mapping[str, Any]) -> list[str]:
+    """The parameters in the order in which a state counts them."""
+    return [name for group in state_dict["param_groups"] for name in group["param_names"]]
 
 
 def adamw(trained: Mapping[str, nn.Parameter], lr_scale: Callable[[str], float], optim: Optim) -> AdamW:
     """Return fused AdamW over these parameters, one group for each ratio of the learning rate (its "lr_scale")."""
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in trained.items():
         ratio = float(lr_scale(name))
         require(0 <= ratio < math.inf, f"lr_scale({name!r})", ratio, "be 0 or a positive number")
-        groups.setdefault(ratio, []).append(parameter)
+        groups.setdefault(ratio, []).append((name, parameter))
     return AdamW(
-        [{"params": parameters, "lr_scale": ratio} for ratio, parameters in groups.items()],
+        [{"params": named, "lr_scale": ratio} for ratio, named in groups.items()],
         lr=optim.lr,
         weight_decay=optim.weight_decay,
         fused=True,
@@ -240,8 +249,9 @@ class Ema:
         return dict(self._shadow)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load after the parameters: the shadow of one that had none begins where it stands."""
         for name, shadow in self._shadow.items():
-            shadow.copy_(state[name])
+            shadow.copy_(state.get(name, self._trained[name].detach()))
 
 
 class Patience:

@@ -63,6 +63,12 @@ class Samples:
         """Their numbers in the data set."""
         return self.side.window_S
 
+    def beams(self, side: Side) -> Ints:
+        """The best beams of a side's samples, in their order: a mirrored one's count from the other end."""
+        beam_S = self.beam_N[side.window_S]
+        beam_S[side.mirrored_S] = BEAMS - 1 - beam_S[side.mirrored_S]
+        return beam_S
+
     def __len__(self) -> int:
         return len(self.side)
 
@@ -77,9 +83,7 @@ class Samples:
                 batch[name][mirrored_B] = mirrored(name, batch[name][mirrored_B])
         if self.gps_2N2G is not None:
             batch["gps"] = torch.from_numpy(self.gps_2N2G[mirrored_B.astype(int), window_B])
-        beam = torch.from_numpy(self.beam_N[window_B])
-        beam[mirrored_B] = BEAMS - 1 - beam[mirrored_B]
-        batch["beam"] = beam
+        batch["beam"] = torch.from_numpy(self.beams(chosen))
         batch["scenario"] = torch.from_numpy(self.scenario_N[window_B])
         batch["apart"] = torch.from_numpy(self.apart_N[window_B])
         batch["index"] = torch.from_numpy(window_B)

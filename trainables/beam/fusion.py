@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,13 @@ from trainables.beam.encoders import pretrained_weights
 from trainables.beam.health import dba_of_guessing, fusion_signs
 from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss, soft_targets
 from trainables.beam.network import FusionNetwork
-from trainables.contract import Report, Trial, UserError
+from trainables.contract import Report, State, Trial, UserError
 from trainables.loop import Task, fit, step_memory
 from trainables.optim import Optim
 from trainables.samples import Batch
 from trainables.step import Pairs
 
+SETTINGS = "settings"  # the entry of a checkpoint that holds `unseen_settings`
 REPORTED = ("dba", "top1", "top2", "top3")
 
 
@@ -167,6 +169,31 @@ def memory_need(trial: Trial) -> int:
 
 
 def train(trial: Trial) -> Iterator[Report]:
-    guessing = dba_of_guessing(trial.config)
+    guessing, settings = dba_of_guessing(trial.config), unseen_settings(trial.config)
     for report in fit(task_for(trial.config), trial):
-        yield replace(report, metrics={**report.metrics, "dba_chance": guessing})
+        assert report.state is not None
+        state = functools.partial(_with_settings, report.state, settings)
+        yield replace(report, metrics={**report.metrics, "dba_chance": guessing}, state=state)
+
+
+def unseen_settings(config: Config) -> dict[str, Any]:
+    """By name what the weights depend on for their meaning, and what was held out of their training.
+
+    As far as the weights' shapes do not show it: a checkpoint has it beside them.
+    """
+    model, data = config.model, config.data
+    wanted = ["block", "time_fusion"]
+    wanted += ["residual"] if model.block != "transformer" else []
+    wanted += ["align_backward"] if model.block in ("bi", "cs_bi") else []
+    settings = {f"model.{name}": getattr(model, name) for name in wanted}
+    wanted = ["image_size", "csv", "split", "holdout", "split_seed"]
+    wanted += ["gps_repr"] if "gps" in data.modalities else []
+    wanted += ["lidar", "scenario_fov"] if "lidar" in data.modalities else []
+    wanted += ["augment", "flip"] if data.split == "legacy" else []  # copies are made before it is drawn
+    settings |= {f"data.{name}": getattr(data, name) for name in wanted}
+    settings["data.longest_history"] = data.reach  # or data.history: which windows there are
+    return settings | ({"data.simulated": asdict(data.simulated)} if data.root is None else {})
+
+
+def _with_settings(state: Callable[[], State], settings: dict[str, Any]) -> State:
+    return {**state(), SETTINGS: settings}

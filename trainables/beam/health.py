@@ -47,13 +47,13 @@ def fusion_signs(network: FusionNetwork) -> Iterator[dict[str, tuple[Tensor, Ten
 
 
 def dba_of_guessing(config: HasData) -> float:
-    """The DBA on the pooled held-out windows of always the same three beams, those that suit training windows best.
+    """The DBA on the pooled held-out samples of always the same three beams, those that suit training samples best.
 
     Of windows with several steps, the same three for all steps.
     """
     train, val = (samples(config, split) for split in ("train", "val"))
-    pooled = val.windows[~val.apart_N[val.windows]]
-    seen_N, held_out_N = (torch.from_numpy(val.beam_N[windows]).flatten() for windows in (train.windows, pooled))
+    pooled = val.side.take(~val.apart_N[val.windows])
+    seen_N, held_out_N = (torch.from_numpy(val.beams(side)).flatten() for side in (train.side, pooled))
     guesses: list[int] = []
     for _ in range(RANKS):  # one after the other: a set of three would be 40 000 to try
         dbas = [_dba([*guesses, beam], seen_N) if beam not in guesses else -1.0 for beam in range(BEAMS)]

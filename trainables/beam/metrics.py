@@ -14,6 +14,7 @@ from trainables.beam.files import BEAMS
 DELTA_BEAMS = 5  # a guess this far off scores nothing
 RANKS = 3  # guesses that count
 TARGET_REACH_BEAMS = 5  # a target further off is nothing
+ALMOST_SURE = 2**-24  # how close to 1 a number of single precision gets below it
 
 
 def beam_scores(logits_K: Tensor, beam: Tensor) -> dict[str, Tensor]:
@@ -55,8 +56,8 @@ def focal_loss(logits_K: Tensor, target_K: Tensor, alpha: float = 0.25, gamma: f
     p_t = p * target_K + (1 - p) * (1 - target_K)
     alpha_t = alpha * target_K + (1 - alpha) * (1 - target_K)
     entropy_K = F.binary_cross_entropy_with_logits(logits_K, target_K, reduction="none")
-    # Rounding can make p_t larger than 1, and a negative number has no broken power.
-    return (alpha_t * (1 - p_t).clamp(min=0) ** gamma * entropy_K).mean(-1)
+    # Rounding makes p_t 1 and larger: a negative number has no broken power, and zero's has no slope where gamma < 1.
+    return (alpha_t * (1 - p_t).clamp(min=ALMOST_SURE) ** gamma * entropy_K).mean(-1)
 
 
 def cross_entropy(logits_K: Tensor, target_K: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ def write_windows(path: Path, table: Table, history: int, steps: int) -> None:
         rows, lacking = rows + built, lacking + without
     if not rows:
         raise UserError(
-            f"data.history = {history} and data.steps = {steps}: nowhere in {table.root / DEVELOPMENT} are there "
-            f"{built_span(history, steps)} files in a row of one pass; take fewer instants or steps"
+            f"windows of {history} instants (data.history, or data.longest_history) and data.steps = {steps}: nowhere "
+            f"in {table.root / DEVELOPMENT} are there {built_span(history, steps)} files in a row of one pass"
         )
     if lacking:
         print(f"beam data: {lacking} of {lacking + len(rows)} windows are left out: they lack files", flush=True)

@@ -7,8 +7,9 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -25,20 +26,42 @@ from trainables.loop import fit
 
 VERSION = 2  # part of the key: raise it whenever the same settings would train another network
 POLL_S = 1.0
+MISSING = "dba_missing"  # the only score that depends on `score_without`
 
 Weights = dict[str, Tensor]
 Turn = Literal["ready", "train", "wait"]
 T = TypeVar("T")
 
 
-def load_weights(path: Path) -> Weights:
-    """The network's weights in a checkpoint of `fusion.train`: the average over steps where there is one."""
+def given_weights(path: str, config: fusion.Config) -> Weights:
+    """The weights in a checkpoint of `fusion.train` that somebody names for networks of `config`.
+
+    Raises `UserError` where it is none, or was trained with other settings that the weights' shapes do not show.
+    """
+    what = f"rebuild.pretrained = {path}"
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise UserError(f"{what}: it is a folder; give the checkpoint in it, {file / 'checkpoint.pt'} if exported")
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"rebuild.pretrained = {path}: there is no such file") from None
-    if "model" not in state:
-        raise UserError(f"rebuild.pretrained = {path}: no checkpoint of fusion training, it has no entry `model`")
+        raise UserError(f"{what}: there is no such file") from None
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{what}: it cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(f"{what}: no checkpoint of fusion training, it has no entry `model`")
+    theirs = state.get(fusion.SETTINGS, {})
+    for name, ours in fusion.unseen_settings(config).items():
+        if name in theirs and theirs[name] != ours:
+            raise UserError(
+                f"{what}: it was trained with {name} = {theirs[name]}, and here that is {ours}. Its weights would mean "
+                "something else, or windows that are held out here have trained it: set it as it was there"
+            )
+    return weights_of(state)
+
+
+def weights_of(state: Mapping[str, Any]) -> Weights:
+    """The network's weights in a state of fusion training: the average over steps where there is one."""
     return {**state["model"], **state.get("ema", {})}
 
 
@@ -63,7 +86,7 @@ def trained_once(config: fusion.Config, seed: int, trial: Trial) -> Weights:
                 f"pre-training: {reason}; lower pretrain.optim.lr or pretrain.optim.clip_norm, give "
                 f"rebuild.pretrained, or remove {marker} to try again"
             )
-        trial.cache[kept] = _by_rank_0(lambda: load_weights(kept), trial)
+        trial.cache[kept] = _by_rank_0(lambda: weights_of(_load(kept)), trial)
     weights: Weights = trial.cache[kept]
     return weights
 
@@ -83,9 +106,11 @@ def key(config: fusion.Config, seed: int, arrays: Sequence[str]) -> str:
     """Equal for settings that train the same network from the same data, whose prepared arrays have these names."""
     settings = dataclasses.asdict(config)
     del settings["data"]["prepared"]  # a place, which says nothing about the data
-    del settings["score_without"]  # asked of the network, not taught to it
+    watched = {rule.metric for rule in (config.optim.plateau, config.optim.early_stop) if rule is not None}
+    if MISSING not in watched:  # or it steers the training
+        del settings["score_without"]  # asked of the network, not taught to it
     del settings["model"]["channels_last"]  # a layout, which changes no weight's meaning
-    if config.missing_prob == 0 and config.model.missing == "randlike":
+    if config.missing_prob == 0 and config.model.missing == "randlike" and MISSING not in watched:
         settings["model"]["missing"] = (
             "zerolike"  # both have no tokens to learn, and differ only where a sensor is missing
         )
@@ -140,10 +165,7 @@ def _train(config: fusion.Config, seed: int, trial: Trial, kept: Path) -> None:
     """Leave the network in `kept`, or why there is none in its marker; an interrupted training is gone on with."""
     partial, outcome = kept.with_suffix(".partial"), ""
 
-    def load() -> State | None:
-        return torch.load(partial, map_location="cpu", weights_only=True) if partial.exists() else None
-
-    state = _by_rank_0(load, trial)
+    state = _by_rank_0(lambda: _load(partial) if partial.exists() else None, trial)
     if trial.rank == 0:
         before = f", {state['epoch'] + 1} of them done before" if state is not None else ""
         print(
@@ -169,6 +191,11 @@ def _train(config: fusion.Config, seed: int, trial: Trial, kept: Path) -> None:
         _save({name: state[name] for name in ("model", "ema")}, kept)
         partial.unlink()
         print(f"beam rebuild: {outcome}{time.monotonic() - began_s:.0f} s, kept in {kept}", flush=True)
+
+
+def _load(path: Path) -> State:
+    state: State = torch.load(path, map_location="cpu", weights_only=True)
+    return state
 
 
 def _save(state: State, path: Path) -> None:

@@ -6,7 +6,6 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from trainables.beam.config import Data, Modality, Model, Pretrain, Rebuild, Reb
 from trainables.beam.health import dba_of_guessing, fusion_signs
 from trainables.beam.metrics import beam_scores
 from trainables.beam.network import FusionNetwork, Maps
-from trainables.beam.pretrained import Weights, load_weights, trained_once
+from trainables.beam.pretrained import Weights, given_weights, trained_once
 from trainables.beam.reconstruct import (
     FeatureTrans,
     ProjectHead,
@@ -254,8 +253,9 @@ def prepare(config: Config) -> str:
         features.announce(config.data, config.model, config.optim)
     given = config.rebuild.pretrained
     if given is not None:
+        weights = given_weights(given, config.fusion)
         try:
-            build(config, load_weights(Path(given)))
+            fusion.build(config.fusion).load_state_dict(weights)
         except UserError as error:
             raise UserError(f"rebuild.pretrained = {given}: {error}") from None
     return told
@@ -265,7 +265,7 @@ def initial_weights(config: Config, trial: Trial) -> Weights:
     """The fusion network that the rebuild starts from."""
     given, pretrain = config.rebuild.pretrained, config.pretrain
     if given is not None:
-        return load_weights(Path(given))
+        return given_weights(given, config.fusion)
     if pretrain.epochs > 0:
         return trained_once(config.fusion, pretrain.seed, trial)
     return untrained_weights(config)

@@ -114,10 +114,12 @@ def distance_loss(a_FCP: Tensor, b_FCP: Tensor, history: int, form: Literal["mea
     file. norm: as published later, the norm of the difference over the whole micro-batch, which is every window's; it
     grows with the batch and with the map, and so does the meaning of its weight.
     """
-    if form == "norm":
-        return -torch.linalg.vector_norm(a_FCP - b_FCP).expand(len(a_FCP) // history)
-    squared_FCP = (a_FCP - b_FCP).square()
-    return -_per_window(squared_FCP.sum(1) if form == "mean" else squared_FCP.mean(1), history)
+    with torch.autocast(a_FCP.device.type, enabled=False):  # the norm, times the batch's size, is beyond half precision
+        apart_FCP = a_FCP.float() - b_FCP.float()
+        if form == "norm":
+            return -torch.linalg.vector_norm(apart_FCP).expand(len(apart_FCP) // history)
+        squared_FCP = apart_FCP.square()
+        return -_per_window(squared_FCP.sum(1) if form == "mean" else squared_FCP.mean(1), history)
 
 
 def trans_loss(
@@ -128,9 +130,11 @@ def trans_loss(
     mse: squared, the mean over everything. l2_normalised: as in the earlier file, the distance at each position from
     the target's features, which are scaled to unit length there.
     """
-    if form == "mse":
-        return _per_window((rebuilt_FCP - target_FCP).square().mean(1), history)
-    return _per_window(torch.linalg.vector_norm(rebuilt_FCP - F.normalize(target_FCP, dim=1), dim=1), history)
+    with torch.autocast(target_FCP.device.type, enabled=False):  # half precision cannot tell a map of zeros from 0 / 0
+        rebuilt_FCP, target_FCP = rebuilt_FCP.float(), target_FCP.float()
+        if form == "mse":
+            return _per_window((rebuilt_FCP - target_FCP).square().mean(1), history)
+        return _per_window(torch.linalg.vector_norm(rebuilt_FCP - F.normalize(target_FCP, dim=1), dim=1), history)
 
 
 def _per_window(values_FP: Tensor, history: int) -> Tensor:

@@ -143,7 +143,7 @@ def _short(path: Path, data: Data) -> str:
         return f"its windows have {steps} labels, and data.steps = {data.steps}"
     for name in (name for modality in data.modalities for name in GROUPS[modality] if name in SENSOR_COLUMNS):
         if (count := len(_columns(row, name))) < data.history:
-            return f"its windows have {count} instants, and data.history = {data.history}"
+            return f"its windows have {count} instants, not {data.history} (data.history, or data.longest_history)"
     return ""
 
 
