@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import random
@@ -14,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from urllib.parse import quote
 
 import optuna
 
@@ -23,9 +23,9 @@ from search import tree as trees
 from search import yaml_file
 from search.decode import did_you_mean
 from search.export import BEST_TRIAL, empty_folder, export, export_trial
-from search.folder import SPACE, STUDY
+from search.folder import SPACE, STUDY, running
 from search.loading import where
-from search.mirror import Mirror, fetch, is_uri, local
+from search.mirror import Mirror, above, below, fetch, is_uri, local
 from search.packing import cannot_share, measure
 from search.plan import AT_THE_START, estimate, make_plan
 from search.results import read_results, summary, why, write_results
@@ -81,7 +81,7 @@ class Options:
         root, uri = results_root(given.results or DEFAULT_RESULTS)
         resume = results_folder(given.resume) if given.resume else None
         if given.resume and is_uri(given.resume):
-            uri = given.resume.rstrip("/").rpartition("/")[0]
+            uri = above(given.resume)
         for file in (SPACE, STUDY):
             if resume is not None and not (resume / file).exists():
                 raise UserError(f"--resume {resume}: there is no {file} here; name the folder of an earlier search")
@@ -104,7 +104,7 @@ class Options:
 def results_root(text: str) -> tuple[Path, str | None]:
     """The local folder for results folders, and the URI they are mirrored to, if `text` is one."""
     folder = local(text)
-    return (Path(DEFAULT_RESULTS), text.rstrip("/")) if folder is None else (folder, None)
+    return (Path(DEFAULT_RESULTS), text) if folder is None else (folder, None)
 
 
 def results_folder(text: str) -> Path:
@@ -143,8 +143,12 @@ def report(folder: str, trial: str | None, exported: Sequence[str] | None = None
     if trial is not None:
         return why(results, trial)
     space, found = read_results(results)
-    write_results(results, space, found)
-    return summary(results, space, found)
+    told = summary(results, space, found)
+    try:
+        write_results(results, space, found)
+    except OSError as error:  # somebody else's search can be read all the same
+        told += f"\nthe tables in {results} are as they were: {error}"
+    return told
 
 
 def search(options: Options) -> engine.Outcome | None:
@@ -175,9 +179,9 @@ def search(options: Options) -> engine.Outcome | None:
             space = replace(space, data=str(described))
             print(space.data, flush=True)
     interruption = engine.Interruption()
-    with interruption.heeded():  # from here on there is a folder to go on from
-        results = open_results(options, space)
-        mirror = None if options.uri is None else Mirror(results, f"{options.uri}/{quote(results.name)}")
+    with interruption.heeded(), contextlib.ExitStack() as held:  # from here on there is a folder to go on from
+        results = open_results(options, space, held)
+        mirror = None if options.uri is None else Mirror(results, below(options.uri, results.name))
         if mirror is not None:
             mirror.begin()
         if not options.address:
@@ -218,16 +222,15 @@ def cap_to_grid(space: Space) -> Space:
     return space.with_trials(min(space.search.trials, grid_size(space) + len(space.try_first)))
 
 
-def open_results(options: Options, space: Space) -> Path:
-    """The results folder, with the resolved space and the study in it."""
+def open_results(options: Options, space: Space, held: contextlib.ExitStack) -> Path:
+    """The results folder, with the resolved space and the study in it; no other process runs it while it is `held`."""
     if options.resume is not None:
         check_same(read_space(options.resume / SPACE), space, options.resume)
+        _take(options.resume, held)
         open_study(options.resume / STUDY, space, create=False)  # one that cannot be read is told before Ray starts
         write_space(options.resume, space)
         return options.resume
     results = options.results / (options.name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if (results / STUDY).exists():
-        raise UserError(f"{results} holds a search already; go on with it by --resume, or choose another --name")
     earlier = None if options.warm_start is None else read_earlier(options.warm_start)
     if earlier is not None:
         check_comparable(earlier, space, str(options.warm_start))
@@ -235,12 +238,23 @@ def open_results(options: Options, space: Space) -> Path:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--results {results}: no folder can be made here: {error.strerror}") from None
+    _take(results, held)
+    if (results / STUDY).exists():
+        raise UserError(f"{results} holds a search already; go on with it by --resume, or choose another --name")
     write_space(results, space)
     study = open_study(results / STUDY, space, create=True)
     if earlier is not None:
         taken = take_over(study, space, earlier, str(options.warm_start))
         print(f"warm start: {taken} trials of {options.warm_start} lie within this space")
     return results
+
+
+def _take(results: Path, held: contextlib.ExitStack) -> None:
+    """Two searches in one folder would run the same trials, and overwrite each other's files."""
+    try:
+        held.enter_context(running(results))
+    except BlockingIOError:
+        raise UserError(f"{results}: another process is running this search; wait for it, or end it first") from None
 
 
 def check_same(earlier: Space, space: Space, folder: Path) -> None:
@@ -250,7 +264,8 @@ def check_same(earlier: Space, space: Space, folder: Path) -> None:
         for item in (earlier, space)
     )
     names = dict.fromkeys([*trees.leaves(before), *trees.leaves(now)])
-    changed = [name for name in names if trees.get(before, name) != trees.get(now, name)]
+    pairs = {name: (trees.get(before, name), trees.get(now, name)) for name in names}
+    changed = [name for name, (a, b) in pairs.items() if a != b and repr(a) != repr(b)]  # a NaN is like no other
     if changed:
         raise UserError(
             f"--resume {folder}: {', '.join(changed)} cannot change, its trials ran as it was; leave it, or begin a "
@@ -277,7 +292,10 @@ def write_space(results: Path, space: Space) -> None:
         "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    yaml_file.write(results / SPACE, document)
+    try:
+        yaml_file.write(results / SPACE, document)
+    except OSError as error:
+        raise UserError(f"{results}: cannot be written to: {error.strerror}") from None
 
 
 def commit() -> str | None:
@@ -298,13 +316,16 @@ def commit() -> str | None:
 
 def seconds_per_epoch(results: Path, space: Space) -> float | None:
     """Measured by the newest search of the same trainable and profile under `results`; None where there is none."""
+    measured = (space.trainable, space.profile)
     folders = sorted(results.glob(f"*/{SPACE}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for file in folders:
         try:
             document = yaml_file.read(file)
         except UserError:
             continue  # a folder of something else
-        if document.get("trainable") != space.trainable or document.get("ran", {}).get("profile") != space.profile:
+        document = document if isinstance(document, dict) else {}
+        ran = document.get("ran")
+        if (document.get("trainable"), ran.get("profile") if isinstance(ran, dict) else None) != measured:
             continue
         try:
             _, found = read_results(file.parent)

@@ -149,6 +149,8 @@ class Choice:
         for value in self.values:
             if not _is_plain(value):
                 raise UserError(f"a choice cannot hold {value!r}, a {type(value).__name__}; for the text, quote it")
+            if json.loads(json.dumps(value)) != value:  # a NaN, or a mapping with numbers as keys
+                raise UserError(f"a choice cannot hold {value!r}: it would not be the same read back from the study")
         stored = [self.encode(value) for value in self.values]
         if any(a == b for i, a in enumerate(stored) for b in stored[:i]):  # Optuna tells 1 from 1.0 and True no more
             raise UserError(f"a choice names a value twice: {list(self.values)}")

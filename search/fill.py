@@ -8,12 +8,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from urllib.parse import quote
 
 from search import run as engine
 from search.command import Options, search
 from search.folder import SPACE, STUDY
-from search.mirror import Mirror
+from search.mirror import Mirror, below
 from search.space_file import load_space
 from search.tables import Cell, cells_of, read_tables, write_tables
 from trainables.contract import UserError
@@ -36,7 +35,7 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
         raise UserError(f"{options.file}: tables: two cells differ in signs only; name rows and columns by words")
     for cell in cells:
         load_space(options.file, (*options.overrides, *cell.overrides), options.profile, has_gpu)
-    mirror = None if options.uri is None or options.dry_run else Mirror(results, f"{options.uri}/{quote(results.name)}")
+    mirror = None if options.uri is None or options.dry_run else Mirror(results, below(options.uri, results.name))
     if mirror is not None:
         mirror.begin()
     outcomes: list[engine.Outcome] = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,8 @@ class TrialFolder:
 
     def keep_checkpoint(self, epochs: int) -> None:
         """Keep the newest checkpoint that has at most so many epochs behind it, and no other."""
+        for torn in self.path.glob(f".{CHECKPOINT_PATTERN}.*"):  # a slot was killed while it wrote
+            torn.unlink(missing_ok=True)
         saved = _checkpoints(self.path)
         kept = max((item.epoch for item in saved if item.epoch <= epochs), default=None)
         for item in saved:
@@ -97,6 +101,25 @@ class TrialFolder:
     def clear(self) -> None:
         """Remove what lies here of a trial that the study never heard of."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def running(results: Path) -> Iterator[None]:
+    """Entered by the process that runs the search of a folder; raises BlockingIOError where another one has.
+
+    A process that is killed lets go of it. On a file system without locks nobody is kept out.
+    """
+    folder = os.open(results, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def last_checkpoint(folder: Path) -> Saved | None:
@@ -125,7 +148,11 @@ def replace_bytes(path: Path, *chunks: bytes) -> None:
     """Write a file whole or not at all: beside it first, then renamed over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

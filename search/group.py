@@ -55,7 +55,15 @@ class GroupSpec:
 
 
 def worst_of(answers: Mapping[int, Answer]) -> Answer:
-    """The answer that decides for the group: a rank that broke, ran out of memory or blew up goes before rank 0's."""
+    """The answer that decides for the group: a rank that broke, ran out of memory or blew up goes before rank 0's.
+
+    It is clean where those of all ranks are.
+    """
+    worst = _deciding(answers)
+    return replace(worst, clean=all(answer.clean for answer in (worst, *answers.values())))
+
+
+def _deciding(answers: Mapping[int, Answer]) -> Answer:
     for kind in FAILURES:
         for _, answer in sorted(answers.items()):
             if isinstance(answer, kind):

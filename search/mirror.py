@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pyarrow import fs
 
@@ -35,6 +35,18 @@ def local(text: str) -> Path | None:
 def is_uri(text: str) -> bool:
     """Whether `text` names a place that has to be mirrored."""
     return "://" in text and not text.startswith("file://")
+
+
+def below(uri: str, name: str) -> str:
+    """The URI of what is called `name` in the folder at `uri`, which may end in options for the store: ?region=..."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
+
+
+def above(uri: str) -> str:
+    """The URI of the folder that holds what is at `uri`."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]))
 
 
 @dataclass

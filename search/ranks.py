@@ -19,7 +19,7 @@ import torch
 
 from search.loading import Trainable, load
 from search.messages import Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
-from trainables.contract import Diverged, Report, State, Trial, UserError, default_device
+from trainables.contract import Diverged, Report, State, Trial, UserError, default_device, memory_error
 
 # What PyTorch's allocator may keep of a GPU, as a ratio of `memory_limit_mb`: it rounds up, and holds on to blocks
 # that lie between others. Beyond that a process runs out of memory itself, and not its neighbour on the same GPU.
@@ -188,15 +188,6 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
         except (TypeError, ValueError):
             raise UserError(f"the metric `{name}` is {value!r}; a metric is a number") from None
     return found
-
-
-def memory_error(text: str) -> str | None:
-    """The line of a RuntimeError that says that memory ran out: PyTorch has a class for CUDA's own allocator alone."""
-    lines = text.splitlines()
-    return next((line for line in lines if any(sign in line for sign in _NO_MEMORY)), None)
-
-
-_NO_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 def nan_in(state: Any, path: str = "") -> str | None:

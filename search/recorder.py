@@ -45,7 +45,7 @@ class Recorder(tune.Callback):
             return
         epoch, metrics = result[EPOCH], result[METRICS]
         opened = self._ledger.open[trial.trial_id]
-        opened.values = dict(trial.config["values"])  # population-based training changes them on the way
+        self._follow(trial)
         self._ledger.report(trial.trial_id, epoch, metrics)
         row = {"epoch": epoch, "time": time.time(), "seconds": round(opened.seconds, 3), "metrics": metrics}
         self._folder(trial).append_metrics(row)
@@ -62,8 +62,8 @@ class Recorder(tune.Callback):
         result = trial.last_result or {}
         if STATUS in result:
             # Population-based training may have made it a copy of another, which ended before its first report.
-            opened = self._ledger.open[trial.trial_id]
-            opened.epochs, opened.values = result[EPOCH], dict(trial.config["values"])
+            self._ledger.open[trial.trial_id].epochs = result[EPOCH]
+            self._follow(trial)
             self._end(trial.trial_id, result[STATUS], result[REASON])
         else:
             self._end(trial.trial_id, *self._stopped(trial.trial_id, self._scheduler_verdict(trial.trial_id)))
@@ -116,6 +116,13 @@ class Recorder(tune.Callback):
             _write_hparams(writer, record)
             writer.close()
         self._tell(record)
+
+    def _follow(self, trial: Any) -> None:
+        """Population-based training changes the values of a trial on the way."""
+        values = dict(trial.config["values"])
+        if values != self._ledger.open[trial.trial_id].values:
+            self._ledger.change(trial.trial_id, values)
+            self._folder(trial).write_config(self._ledger.space.config(values))
 
     def _folder(self, trial: Any) -> TrialFolder:
         return TrialFolder(self._results, trial.config["number"])

@@ -15,19 +15,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import optuna
 import ray
 import torch
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
 
-from search.folder import SCRATCH, STUDY
+from search.folder import SCRATCH, STUDY, TrialFolder
 from search.group import GroupSpec
+from search.health import compared
 from search.mirror import Mirror
 from search.plan import Node, Plan
-from search.record import Record, best_of
+from search.record import INTERRUPTED, Record, best_of
 from search.recorder import Recorder
 from search.results import trial_line, write_results
 from search.sampler import StudySearcher, sampler_maker
-from search.scheduler import PAUSING, make_scheduler
+from search.scheduler import PAUSING, Past, make_scheduler
 from search.space import Space
 from search.study import Ledger, open_study, records
 from search.trial import Job, Slot
@@ -187,7 +190,11 @@ def run(
     stop = _Stop(interruption, space.search.time_budget_s)
     try:
         if ledger.left and not interruption.pressed:
-            _tuner(_job(space, plan, results, cold), plan.slots, ledger, recorder, stop).fit()
+            past = past_of(study, space, results)
+            if past and space.scheduler.name in PAUSING:
+                print(f"{space.scheduler.name} compares anew: it knows nothing of what was reported before", flush=True)
+            scheduler = make_scheduler(space, past)
+            _tuner(_job(space, plan, results, cold), plan.slots, ledger, recorder, scheduler, stop).fit()
     finally:
         over = stop.out_of_time and not interruption.pressed
         recorder.close(f"the time budget of {space.search.time_budget} was over" if over else None)
@@ -197,6 +204,22 @@ def run(
         if mirror is not None:
             mirror.push()
     return Outcome(tuple(found), tuple(best_of(found, space)), interruption.pressed)
+
+
+def past_of(study: optuna.Study, space: Space, results: Path) -> list[Past]:
+    """What schedulers know already of a search that goes on: the trials that were begun, by number."""
+    return [
+        Past(
+            record.number,
+            tuple(
+                (row["epoch"], value)
+                for row in TrialFolder(results, record.number).read_metrics()
+                if (value := compared(row["metrics"], space.objectives[0])) is not None
+            ),
+            over=record.status != INTERRUPTED,
+        )
+        for record in records(study, space)
+    ]
 
 
 def _job(space: Space, plan: Plan, results: Path, cold: bool) -> Job:
@@ -213,7 +236,9 @@ def _job(space: Space, plan: Plan, results: Path, cold: bool) -> Job:
     return Job(space, spec, str(results), cold)
 
 
-def _tuner(job: Job, slots: int, ledger: Ledger, recorder: Recorder, stop: _Stop) -> tune.Tuner:
+def _tuner(
+    job: Job, slots: int, ledger: Ledger, recorder: Recorder, scheduler: TrialScheduler, stop: _Stop
+) -> tune.Tuner:
     space = job.space
     slot = tune.with_parameters(Slot, job=job)
     pausing = space.scheduler.name in PAUSING
@@ -224,7 +249,7 @@ def _tuner(job: Job, slots: int, ledger: Ledger, recorder: Recorder, stop: _Stop
         param_space={},
         tune_config=tune.TuneConfig(
             search_alg=StudySearcher(ledger),
-            scheduler=make_scheduler(space),
+            scheduler=scheduler,
             num_samples=ledger.left,
             max_concurrent_trials=None if pausing else slots,
             reuse_actors=True,

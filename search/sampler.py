@@ -24,7 +24,7 @@ def sampler_maker(space: Space) -> MakeSampler:
     conditional = [item.name for item in space.parameters if item.when]
     if name == "grid":
         grid = _grid(space)
-        return lambda _: _Grid(grid, seed=seed)
+        return lambda _: _Grid(grid, seed=seed % 2**32)  # numpy takes no larger one
     if name == "qmc":
         # One sequence for the whole search: its place in it is kept in the study. What a `when` hides from the
         # sequence is drawn with the proposal's own seed.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,12 +27,61 @@ UNKNOWN_EPOCHS = 10_000  # rungs are laid out up to here when a space does not s
 PAUSING = ("hyperband", "pbt")  # these pause trials, so that more may be begun than there are slots
 
 
-class _Median(MedianStoppingRule):
-    """Keeps of a trial what was measured; the result that says how it ended holds no objective, and is no report."""
+@dataclass(frozen=True)
+class Past:
+    """What was told of a trial before the search was left: its epochs, and what schedulers compare after each.
+
+    over: the trial has ended; else it goes on.
+    """
+
+    number: int
+    reports: tuple[tuple[int, float], ...]
+    over: bool
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """Stands for a Tune trial of the run before, as far as these schedulers look at one."""
+
+    trial_id: str
+
+
+class _Recalling(TrialScheduler):
+    """Judges as if the search had never been left: those that have ended are there still, and so is what goes on."""
+
+    def recall(self, past: Sequence[Past]) -> None:
+        """Take over what was reported before; to be called once, before the first trial."""
+        self._unfinished = {item.number: item for item in past if not item.over}
+        for item in past:
+            if item.over:
+                earlier = _Earlier(f"earlier-{item.number}")
+                super().on_trial_add(None, earlier)
+                self._tell(earlier, item)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        unfinished = self._unfinished.pop(trial.config.get("number"), None)
+        if unfinished is not None:
+            self._tell(trial, unfinished)
+
+    def _tell(self, trial: Any, past: Past) -> None:
+        raise NotImplementedError
+
+
+class _Asha(_Recalling, AsyncHyperBandScheduler):
+    def _tell(self, trial: Any, past: Past) -> None:
+        for epoch, value in past.reports:  # a rung keeps the first report that reaches it
+            self.on_trial_result(None, trial, {EPOCH: epoch, OBJECTIVE: value})
+
+
+class _Median(_Recalling, MedianStoppingRule):
+    """Counts every report once: what Tune hands over at a trial's end is its last one again, or none at all."""
+
+    def _tell(self, trial: Any, past: Past) -> None:
+        self._results[trial] += [{EPOCH: epoch, OBJECTIVE: value} for epoch, value in past.reports]
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        if self.metric in result:
-            super().on_trial_complete(tune_controller, trial, result)
+        pass
 
 
 class _Pbt(PopulationBasedTraining):
@@ -82,8 +133,18 @@ def _step(parameter: Parameter, value: Any, rng: random.Random) -> Any:
     return domain.values[min(max(place, 0), len(domain.values) - 1)]
 
 
-def make_scheduler(space: Space) -> TrialScheduler:
-    """The space's scheduler; raises UserError where it cannot serve the space."""
+def make_scheduler(space: Space, past: Sequence[Past] = ()) -> TrialScheduler:
+    """The space's scheduler; raises UserError where it cannot serve the space.
+
+    past: of a search that goes on. Those that pause trials compare anew.
+    """
+    scheduler = _made(space)
+    if isinstance(scheduler, _Recalling):
+        scheduler.recall([item for item in past if item.reports])
+    return scheduler
+
+
+def _made(space: Space) -> TrialScheduler:
     wanted = space.scheduler
     if wanted.name == "none":
         return FIFOScheduler()
@@ -92,7 +153,7 @@ def make_scheduler(space: Space) -> TrialScheduler:
     common = {"time_attr": EPOCH, "metric": OBJECTIVE, "mode": space.objectives[0].mode}
     longest = space.epochs or UNKNOWN_EPOCHS
     if wanted.name == "asha":
-        return AsyncHyperBandScheduler(
+        return _Asha(
             **common,
             max_t=max(longest, wanted.grace_epochs),
             grace_period=wanted.grace_epochs,

@@ -48,7 +48,7 @@ class Search(_Section):
 
     sampler: Literal["tpe", "gp", "cmaes", "nsga2", "qmc", "random", "grid"] = "tpe"
     trials: int = Field(20, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     time_budget: str | None = None  # such as 90s, 30m, 4h; trials still running then are stopped
     survival: bool = True  # tpe, nsga2, random: pass over proposals that will probably diverge or run out of memory
     retries: int = Field(1, ge=0)  # of a trial that failed by a bug or a fault of the machine

@@ -165,6 +165,18 @@ def _check_kinds(tree: Mapping[str, Any], prefix: str = "config") -> None:
             raise UserError(f"{prefix}.{key}: {node} is no domain; did you mean `{kind}`?")
         if isinstance(node, dict) and not is_domain(node):
             _check_kinds(node, f"{prefix}.{key}")
+        else:
+            _check_inside(node["choice"] if is_domain(node) and "choice" in node else node, f"{prefix}.{key}")
+
+
+def _check_inside(node: Any, where: str) -> None:
+    """A domain is searched where it is the value of a key, and not in a list or in a choice's value."""
+    for item in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        if is_domain(item):
+            raise UserError(
+                f"{where}: {item} would not be searched here; give it a key of its own, with `when` perhaps"
+            )
+        _check_inside(item, where)
 
 
 def _build(document: dict[str, Any], file: Path, profile: str | None, left_out: tuple[str, ...]) -> Space:

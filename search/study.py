@@ -172,6 +172,12 @@ class Ledger:
             with _quiet_optuna():  # an epoch that is run again after an interruption is reported twice
                 opened.trial.report(value, epoch)
 
+    def change(self, key: str, values: Mapping[str, Any]) -> None:
+        """The trial goes on with other values, also where the search is killed now and resumed."""
+        opened = self.open[key]
+        opened.values = dict(values)
+        opened.trial.set_user_attr("values", opened.values)
+
     def interrupt(self, key: str) -> None:
         """The search stops here; the trial stays open in the study, and a resumed search goes on with it."""
         self._write(self.open.pop(key))

@@ -96,13 +96,18 @@ def learn(space: Space, trials: Sequence[FrozenTrial]) -> Survival | None:
 
     A trial that the scheduler stopped has survived the epochs it ran, and counts as that part of an observation.
     """
-    ended = [item.user_attrs for item in trials if item.user_attrs.get("status") in SURVIVED][-LATEST:]
+    ended = [item.user_attrs for item in trials if _tells(item.user_attrs)][-LATEST:]
     survived = [SURVIVED[item["status"]] for item in ended]
     if not space.parameters or len(ended) < MAPPED or len(set(survived)) < 2:
         return None
-    longest = space.epochs or max(item["epochs"] for item in ended)
-    weights = [min(1.0, max(1, item["epochs"]) / longest) if item["status"] == "stopped" else 1.0 for item in ended]
+    longest = space.epochs or max(1, *(item["epochs"] for item in ended))
+    weights = [min(1.0, item["epochs"] / longest) if item["status"] == "stopped" else 1.0 for item in ended]
     return Survival(space, [item["values"] for item in ended], survived, weights)
+
+
+def _tells(attrs: Mapping[str, Any]) -> bool:
+    """Whether a trial has shown what becomes of its setting; one that the end of the time kept from running has not."""
+    return attrs.get("status") in SURVIVED and (attrs["status"] != "stopped" or attrs["epochs"] > 0)
 
 
 def features(space: Space, values: Mapping[str, Any]) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import signal
 import subprocess
@@ -17,11 +19,11 @@ from ledgers import ask, end_toy, open_journal
 from spaces import write_family
 
 import launch
-from search import command, yaml_file
+from search import command, folder, yaml_file
 from search import run as engine
-from search.folder import TrialFolder
+from search.folder import TrialFolder, running
 from search.ranks import save_state
-from search.space_file import load_space
+from search.space_file import load_space, read_space
 
 ROOT = Path(__file__).parents[1]
 SPACE: dict[str, Any] = {
@@ -192,6 +194,38 @@ def test_a_results_folder_is_not_used_twice(run: Run, tmp_path: Path) -> None:
     assert "results/done holds a search already; go on with it by --resume, or choose another --name" in told
 
 
+def test_two_processes_do_not_run_one_search(run: Run, tmp_path: Path) -> None:
+    results = finished_search(tmp_path)
+    before = (results / "space.yaml").read_text()
+    with running(results):
+        status, _, told = run("--resume", str(results), "--trials", "9")
+    assert status == 2
+    assert told == f"error: {results}: another process is running this search; wait for it, or end it first\n"
+    assert (results / "space.yaml").read_text() == before
+
+
+def test_a_search_that_holds_a_nan_is_the_same_as_itself(tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text(yaml_file.dump({**SPACE, "config": {"fill": math.nan, "bins": [0.5, math.nan]}}))
+    command.check_same(read_space(tmp_path / "toy.yaml"), read_space(tmp_path / "toy.yaml"), tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_to_is_reported_all_the_same(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = finished_search(tmp_path)
+
+    def full(path: Path, *chunks: bytes) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(folder, "replace_bytes", full)
+    status, told, _ = run("--report", str(results))
+    assert status == 0
+    assert "best: trial 0" in told
+    assert f"the tables in {results} are as they were: [Errno {errno.EROFS}] Read-only file system" in told
+    status, _, told = run("--resume", str(results))
+    assert (status, told) == (2, f"error: {results}: cannot be written to: Read-only file system\n")
+
+
 @pytest.mark.parametrize("what", ["best", "0"])
 def test_a_trial_without_a_checkpoint_is_not_exported(what: str, run: Run, tmp_path: Path) -> None:
     results = finished_search(tmp_path)
@@ -278,8 +312,9 @@ def test_ctrl_c_while_ray_starts_leaves_a_search_to_go_on_with(
 
 def test_a_dry_run_passes_over_a_folder_that_is_torn(run: Run, tmp_path: Path) -> None:
     (tmp_path / "results/other").mkdir(parents=True)
-    (tmp_path / "results/other/space.yaml").write_text("a: [")
-    assert run(*TOY, "--dry-run")[0] == 0
+    for text in ("a: [", "", "trainable: toys:descend\nran:"):
+        (tmp_path / "results/other/space.yaml").write_text(text)
+        assert run(*TOY, "--dry-run")[0] == 0
 
 
 def test_a_dry_run_prints_the_resolved_space_the_plan_and_the_estimate(run: Run, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ def search(
     shutil.copy(HERE / "toys.py", folder)
     (folder / "toy.yaml").write_text(yaml.safe_dump(space))
     loaded, _ = load_space(folder / "toy.yaml")
-    results = open_results(options(folder), loaded)
-    return engine.run(loaded, make_plan(loaded, machine), results, cold), results
+    with ExitStack() as held:
+        results = open_results(options(folder), loaded, held)
+        return engine.run(loaded, make_plan(loaded, machine), results, cold), results
 
 
 def toy(function: str, **more: Any) -> dict[str, Any]:
@@ -105,8 +107,9 @@ def test_more_trials_extend_a_finished_search(descended: tuple[engine.Outcome, P
     results = shutil.copytree(finished, tmp_path / "results/longer")
     before = trials_table(load_space(results / "space.yaml")[0], first.records).splitlines()
     longer, _ = load_space(results / "space.yaml", ["search.trials=12"])
-    open_results(options(tmp_path, resume=results), longer)
-    second = engine.run(longer, make_plan(longer, ONE_CPU), results)
+    with ExitStack() as held:
+        open_results(options(tmp_path, resume=results), longer, held)
+        second = engine.run(longer, make_plan(longer, ONE_CPU), results)
     after = (results / "trials.csv").read_text().splitlines()
     assert after[: len(before)] == before
     assert [record.number for record in second.records] == list(range(12))

@@ -25,6 +25,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         replace_bytes(path, b"half", None)  # type: ignore[arg-type]
     assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path], "a full disk is not filled further"
     replace_bytes(path, b"n", b"ew")
     assert path.read_text() == "new"
 
@@ -45,7 +46,10 @@ def test_the_newest_checkpoint_counts_and_the_one_before_stays_until_it_is_let_g
 def test_of_what_was_written_the_newest_on_record_is_kept(epochs: int, kept: int | None, folder: TrialFolder) -> None:
     for epoch in (2, 4):  # the trainable gives no state after the others
         folder.write_checkpoint(epoch, b"state")
+    torn = folder.path / ".checkpoint-0005.pt.123"  # a slot was killed as it wrote
+    torn.write_bytes(b"half")
     folder.keep_checkpoint(epochs)
+    assert not torn.exists()
     saved = folder.checkpoint()
     assert (saved and saved.epoch) == kept
 

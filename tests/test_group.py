@@ -24,6 +24,12 @@ def test_the_worst_answer_decides_and_else_that_of_rank_0(answers: list[Answer],
     assert worst_of(dict(reversed(list(enumerate(answers))))) == expected
 
 
+@pytest.mark.parametrize("kind", [Ended, RanOut, Blew, Reported])
+def test_a_group_is_clean_where_every_rank_is(kind: type[Answer]) -> None:
+    assert worst_of({0: kind(), 1: kind()}).clean
+    assert not worst_of({0: kind(), 1: kind(clean=False)}).clean
+
+
 @pytest.mark.parametrize("answers", [[REPORTED, ENDED], [ENDED, Reported()]])
 def test_ranks_that_yield_unequally_often_are_a_mistake(answers: list[Answer]) -> None:
     worst = worst_of(dict(enumerate(answers)))

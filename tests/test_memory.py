@@ -330,6 +330,31 @@ def one_of_two(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("text", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", None])
+def test_an_allocation_that_fails_outside_pytorchs_own_allocator_is_no_bug(text: str | None) -> None:
+    """A library's handle, for which there is no room beside a batch that nearly fills the GPU; or a CPU's own."""
+    model = normed()
+    step = Step(model)
+
+    def short_of_memory(samples: int) -> None:
+        step(samples)
+        if samples > 2 and text is None:
+            torch.empty(2**59)
+        elif samples > 2:
+            raise RuntimeError(text)
+
+    assert fitting_micro_batch(model, short_of_memory, 8, MEMORY, ALONE, {}) == 2
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        try_step(model, raising(RuntimeError("a bug")), 1, MEMORY)
+
+
+def raising(error: Exception) -> Callable[[int], object]:
+    def step(samples: int) -> None:
+        raise error
+
+    return step
+
+
 @pytest.mark.slow
 def test_two_ranks_agree_when_memory_is_short_on_one_of_them(tmp_path: Path) -> None:
     spawn(one_of_two, args=(tmp_path,), nprocs=2)

@@ -14,7 +14,7 @@ from s3 import Store
 from spaces import space_of
 
 from search.folder import SCRATCH, TrialFolder
-from search.mirror import Mirror, fetch, local
+from search.mirror import Mirror, above, below, fetch, local
 from search.recorder import Recorder
 from search.trial import EPOCH, METRICS
 from trainables.contract import UserError
@@ -52,6 +52,14 @@ def test_a_folder_may_have_any_name(place: str, results: Path, disk: Path, tmp_p
     assert tree(disk / place) == tree(results)
     assert local(uri) == disk / place
     assert fetch(uri, tmp_path / "elsewhere") == tmp_path / "elsewhere" / place.rpartition("/")[2]
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/runs", "s3://bucket/runs/", "s3://bucket"])
+@pytest.mark.parametrize("options", ["", "?region=eu-west-1", "?scheme=http&endpoint_override=localhost:9000"])
+def test_options_for_the_store_stay_behind_the_name_of_a_search(uri: str, options: str) -> None:
+    folder = below(uri + options, "my search")
+    assert folder == f"{uri.rstrip('/')}/my%20search{options}"
+    assert above(folder) == uri.rstrip("/") + options
 
 
 def test_a_file_uri_is_of_this_machine() -> None:

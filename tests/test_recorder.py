@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,9 +68,20 @@ def test_a_copy_that_diverges_before_its_first_report_has_its_own_values_and_che
     trial.last_result = {STATUS: "diverged", REASON: "loss is not finite", EPOCH: 6}
     recorder.on_trial_complete(0, [], trial)
     assert (told[0].values, told[0].epochs) == ({"lr": 0.75}, 6)
+    assert json.loads((tmp_path / "run/trials/0000/config.json").read_text()) == {"lr": 0.75, "epochs": 8}
     saved = TrialFolder(tmp_path / "run", opened.number).checkpoint()
     assert saved is not None
     assert saved.path.read_bytes() == b"the other's"
+
+
+def test_a_search_that_is_killed_goes_on_with_the_values_that_a_copy_was_given(tmp_path: Path) -> None:
+    space = space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}, "epochs": 8})
+    ledger = open_journal(space, tmp_path / "run")
+    opened = ask(ledger)
+    recorder = Recorder(ledger, tmp_path / "run", lambda record: None, lambda: None)
+    trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": {"lr": 0.75}})
+    recorder.on_trial_result(0, [], trial, {EPOCH: 4, METRICS: {"loss": 0.5}})
+    assert ask(open_journal(space, tmp_path / "run")).values == {"lr": 0.75}
 
 
 @pytest.mark.parametrize(

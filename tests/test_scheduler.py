@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ray.tune.search import SearchGenerator
 from spaces import LOSS, space_of
 
 from search.sampler import StudySearcher
-from search.scheduler import PAUSING, make_scheduler, perturb
+from search.scheduler import PAUSING, Past, make_scheduler, perturb
 from search.space import Space
 from search.trial import EPOCH, OBJECTIVE, REASON, STATUS
 from trainables.contract import UserError
@@ -125,9 +125,9 @@ def toy_script(trial: Trial, epoch: int) -> dict[str, Any] | None:
     return {EPOCH: epoch, OBJECTIVE: 1.0 / (1 + number) + 0.01 / epoch}
 
 
-def tune_of(space: Space, trials: int, slots: int) -> Tune:
+def tune_of(space: Space, trials: int, slots: int, past: Sequence[Past] = ()) -> Tune:
     ledger = open_ledger(space, InMemoryStorage())
-    tune = Tune(make_scheduler(space), SearchGenerator(StudySearcher(ledger)), slots)
+    tune = Tune(make_scheduler(space, past), SearchGenerator(StudySearcher(ledger)), slots)
     rng = random.Random(0)
     for number in range(trials):
         config = {"number": number, "values": space.draw(rng)}
@@ -196,6 +196,37 @@ def test_bad_trials_are_stopped_early_and_the_best_is_not(name: str, tmp_path: P
     assert epochs[17] < EPOCHS
     assert sum(epochs.values()) < 0.8 * 18 * EPOCHS
     assert min(epochs.values()) >= (2 if name != "hyperband" else 1)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_a_search_that_goes_on_is_judged_as_if_it_had_not_been_left(name: str, mode: str, tmp_path: Path) -> None:
+    space = space_of(
+        tmp_path, CONFIG, objective={**LOSS, "mode": mode}, scheduler={"name": name, "grace_epochs": 1, "reduction": 2}
+    )
+    quality = [random.Random(number).random() for number in range(20)]
+
+    def script(trial: Trial, epoch: int) -> dict[str, Any]:
+        if epoch > EPOCHS:
+            return end(EPOCHS, "finished")
+        return {EPOCH: epoch, OBJECTIVE: quality[trial.config["number"]] * (1 - 0.7**epoch)}
+
+    whole = tune_of(space, 20, 1)
+    whole.run(script)
+    epochs = [whole.epochs[trial] for trial in whole.trials]
+    assert len(set(epochs)) > 2, "some are stopped, at more than one rung"
+    left = next(number for number in range(8, 20) if epochs[number] == EPOCHS)  # at its fifth epoch
+    done = [*epochs[:left], 5]
+    past = [
+        Past(i, tuple((e, quality[i] * (1 - 0.7**e)) for e in range(1, until + 1)), over=i < left)
+        for i, until in enumerate(done)
+    ]
+    rest = tune_of(space, 20, 1, past)
+    for trial in rest.trials[:left]:
+        trial.set_status(Trial.TERMINATED)
+    rest.epochs[rest.trials[left]] = 5
+    rest.run(script)
+    assert [rest.epochs[trial] for trial in rest.trials[left:]] == epochs[left:]
 
 
 def test_a_setting_is_not_exchanged_after_the_last_epoch(tmp_path: Path) -> None:

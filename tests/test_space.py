@@ -372,6 +372,21 @@ class TestWithoutAConfigClass:
         assert told == f"config.optim.lr: {node} is no domain; did you mean `{kind}`?"
 
     @pytest.mark.parametrize(
+        "node",
+        [
+            [{"float": [0.8, 0.95]}, 0.999],
+            {"choice": [{"name": "adam", "betas": {"float": [0.8, 0.95]}}, {"name": "sgd"}]},
+        ],
+        ids=["list", "choice"],
+    )
+    def test_a_domain_where_nothing_is_searched_is_refused(self, node: Any, tmp_path: Path) -> None:
+        told = message_of(write_space(tmp_path, {"optim": {"betas": node}}))
+        assert told == (
+            "config.optim.betas: {'float': [0.8, 0.95]} would not be searched here; give it a key of its own, with "
+            "`when` perhaps"
+        )
+
+    @pytest.mark.parametrize(
         "node", [{"betas": [0.9, 0.99]}, {"init": [0, 1]}, {"layers": [1, 2], "width": 8}, {"log": True}, {}]
     )
     def test_other_mappings_are_fixed_values(self, node: dict[str, Any], tmp_path: Path) -> None:

@@ -101,6 +101,20 @@ class TestModel:
         end_toy(ledger, ask(ledger), "out_of_memory")
         assert learn(ledger.space, told(ledger)) is not None
 
+    def test_what_never_ran_tells_nothing(self, tmp_path: Path) -> None:
+        """Trials that the end of the time kept from their first report."""
+        ledger = open_ledger(space_of(tmp_path, CONFIG), InMemoryStorage())
+        for _ in range(MAPPED):
+            ask(ledger)
+            ledger.end("slot", "stopped", "the time budget was over after epoch 0")
+        end_toy(ledger, ask(ledger), "diverged")
+        assert learn(ledger.space, told(ledger)) is None
+        for _ in range(MAPPED - 1):
+            end_toy(ledger, ask(ledger), "finished")
+        model = learn(ledger.space, told(ledger))
+        assert model is not None
+        assert model.tried == MAPPED
+
     def test_there_is_none_where_nothing_is_searched(self, tmp_path: Path) -> None:
         ledger = open_ledger(space_of(tmp_path, {"lr": 0.1}), InMemoryStorage())
         for status in ("finished", "diverged") * MAPPED:

@@ -67,6 +67,15 @@ class Report:
     state: Callable[[], State] | None = None
 
 
+# PyTorch has a class for CUDA's own allocator alone.
+_NO_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def memory_error(text: str) -> str | None:
+    """The line of a RuntimeError's text that says that memory ran out; None where none does."""
+    return next((line for line in text.splitlines() if any(sign in line for sign in _NO_MEMORY)), None)
+
+
 def _from_torchrun(name: str, otherwise: int) -> Callable[[], int]:
     return lambda: int(os.environ.get(name, otherwise))
 

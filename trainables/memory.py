@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from trainables.contract import memory_error
 from trainables.samples import Batch, Ranks
 
 MIB = 2**20
@@ -119,6 +120,10 @@ def try_step(model: nn.Module, step: Callable[[int], object], samples: int, memo
                     parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
                 step(samples)
         except (torch.OutOfMemoryError, MemoryError):
+            ran_out = True
+        except RuntimeError as error:
+            if memory_error(str(error)) is None:
+                raise
             ran_out = True
     need_bytes = torch.cuda.max_memory_allocated(device) if on_cuda else live.peak
     del reserve
