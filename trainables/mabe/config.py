@@ -39,7 +39,7 @@ class Data:
     pca: int = 16  # components of the coordinates
     window: int = 100  # frames
     stride: int = 25  # frames between the starts of training windows; validation windows do not overlap
-    holdout: float = 0.2  # share of each lab's videos held out (CalMS21: of the animals)
+    holdout: float = 0.2  # share of each lab's videos held out (CalMS21: of the animals; an .npz: of its sequences)
     split_seed: int = 42
     simulated: Simulated = field(default_factory=Simulated)
 

@@ -96,8 +96,8 @@ def videos_of(prepared: Prepared, data: Data, split: str) -> list[int]:
         held |= set(rng.permutation(units)[:count].tolist())
     if not held:
         raise UserError(
-            f"data.root = {prepared.root} must hold two videos (CalMS21: animals) of one lab, one to train with and "
-            f"one to validate; it holds {len(prepared.unit)}: {', '.join(prepared.unit[:3])}"
+            f"data.root = {prepared.root} must hold two videos (CalMS21: animals; an .npz: sequences) of one lab, one "
+            f"to train with and one to validate; it holds {len(prepared.unit)}: {', '.join(prepared.unit[:3])}"
         )
     return [v for v, unit in enumerate(prepared.unit) if (unit in held) == (split == "val")]
 
