@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from trainables.beam.config import Data, Model, Simulated
+from trainables.beam.simulator import simulate
 
 SMALL = Model(
     channels=(4, 8, 12, 16),
@@ -27,6 +31,25 @@ PUBLISHED = Model(
     gps_embedding="linear",
 )
 GPS_WIDTH = 3
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """As much of a config as the data need."""
+
+    data: Data
+
+
+def raw_files(settings: Simulated) -> Any:
+    """A fixture: the folder of simulated files in the public layout, which the tests of a module share."""
+
+    @pytest.fixture(scope="module")
+    def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        root = tmp_path_factory.mktemp("written") / "root"
+        simulate(root, settings)
+        return root
+
+    return written
 
 
 def simulated(folder: Path) -> Data:

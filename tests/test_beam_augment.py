@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from small_beam import DataConfig, raw_files
 from torch import Tensor
 
 from trainables.beam import augment, health
@@ -21,7 +22,6 @@ from trainables.beam.files import radar_maps
 from trainables.beam.gps import gps_features, mirrored_m
 from trainables.beam.health import dba_of_guessing
 from trainables.beam.prepare import prepare_data
-from trainables.beam.simulator import simulate
 from trainables.beam.split import split
 from trainables.beam.table import Table
 from trainables.contract import UserError
@@ -29,16 +29,7 @@ from trainables.contract import UserError
 SIZE = 16
 
 
-@dataclass(frozen=True)
-class Config:
-    data: Data
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("written") / "root"
-    simulate(root, Simulated(passes=2, frames=10))
-    return root
+written = raw_files(Simulated(passes=2, frames=10))
 
 
 @pytest.fixture
@@ -117,7 +108,7 @@ def test_47_copies_are_all_changes_there_are_of_three_sensors() -> None:
 
 
 def test_copies_change_their_sensors_and_nothing_else(data: Data) -> None:
-    side = samples(Config(replace(data, augment=47)), "train")
+    side = samples(DataConfig(replace(data, augment=47)), "train")
     copied = np.flatnonzero(side.side.window_S == side.side.window_S[0])
     batch = side[torch.from_numpy(copied)]
     plain = {name: x[0] for name, x in batch.items()}
@@ -134,20 +125,20 @@ def test_copies_change_their_sensors_and_nothing_else(data: Data) -> None:
 
 def test_a_sample_is_the_same_whenever_and_with_whatever_it_is_drawn(data: Data) -> None:
     chosen = replace(data, augment=5, flip=True)
-    first, again, other = (samples(Config(x), "train") for x in (chosen, chosen, replace(chosen, split_seed=101)))
+    first, again, other = (samples(DataConfig(x), "train") for x in (chosen, chosen, replace(chosen, split_seed=101)))
     some = torch.tensor([len(first) - 1, 3, len(first) // 2 + 4])
     together, alone = first[some], [again[i[None]] for i in some]
     for name in together:
         torch.testing.assert_close(together[name], torch.cat([batch[name] for batch in alone]), rtol=0, atol=0)
     assert any(not torch.equal(other[some][name], together[name]) for name in ("image", "radar"))
-    val = samples(Config(chosen), "val")
-    plain = samples(Config(data), "val")
+    val = samples(DataConfig(chosen), "val")
+    plain = samples(DataConfig(data), "val")
     everything = torch.arange(len(plain))
     assert all(torch.equal(val[everything][name], plain[everything][name]) for name in val[everything])
 
 
 def test_a_mirrored_window_is_the_windows_mirror_image(data: Data) -> None:
-    side = samples(Config(replace(data, flip=True)), "train")
+    side = samples(DataConfig(replace(data, flip=True)), "train")
     half = len(side) // 2
     plain, turned = side[torch.arange(half)], side[torch.arange(half, 2 * half)]
     torch.testing.assert_close(turned["image"], plain["image"].flip(-1))
@@ -275,7 +266,7 @@ def test_the_filter_reaches_as_far_as_published() -> None:
 def test_filtered_lidar_holds_less_and_is_an_array_of_its_own(data: Data) -> None:
     chosen = replace(data, modalities=("lidar",))
     full, less = (
-        samples(Config(x), "train")[torch.arange(4)]["lidar"] for x in (chosen, replace(chosen, lidar="filtered"))
+        samples(DataConfig(x), "train")[torch.arange(4)]["lidar"] for x in (chosen, replace(chosen, lidar="filtered"))
     )
     assert (less <= full).all()
     assert 0 < less.sum() < full.sum() / 2
@@ -288,23 +279,23 @@ def test_the_adaptation_set_is_scored_apart_where_it_only_validates(written: Pat
     ours = Data(root=str(tmp_path / "root"), prepared=str(tmp_path / "cache"), modalities=("gps",))
     (adaptation / ours.csv).rename(adaptation / "ml_challenge_data_adaptation_multi_modal.csv")
     table = prepare_data(ours)
-    val = samples(Config(ours), "val")
+    val = samples(DataConfig(ours), "val")
     batch = val[torch.arange(len(val))]
     np.testing.assert_array_equal(batch["apart"], table.adaptation_N[val.windows])
     told = [val.scenarios[i] for i in batch["scenario"].tolist()]
     expected = ["adaptation_31" if x else "scenario31" for x in table.adaptation_N[val.windows]]
     assert told == expected
     assert set(told) == {"adaptation_31", "scenario31"}
-    legacy = samples(Config(replace(ours, split="legacy")), "val")
+    legacy = samples(DataConfig(replace(ours, split="legacy")), "val")
     assert legacy.scenarios == ("scenario31",)
     assert not legacy.apart_N.any()
-    assert dba_of_guessing(Config(ours)) == dba_of_guessing(Config(replace(ours, root=str(written))))
+    assert dba_of_guessing(DataConfig(ours)) == dba_of_guessing(DataConfig(replace(ours, root=str(written))))
 
 
 @pytest.mark.parametrize("kind", ["honest", "legacy"])
 def test_what_guessing_reaches_is_counted_on_the_beams_of_mirrored_samples(kind: Literal["honest", "legacy"]) -> None:
     data = Data(modalities=("gps",), split=kind, flip=True, simulated=Simulated(passes=4, frames=40))
-    train, val = (samples(Config(data), side) for side in ("train", "val"))
+    train, val = (samples(DataConfig(data), side) for side in ("train", "val"))
     for side in (train, val):
         assert side.beams(side.side).tolist() == side[torch.arange(len(side))]["beam"].tolist()
     assert val.side.mirrored_S.any() == (kind == "legacy")
@@ -314,4 +305,4 @@ def test_what_guessing_reaches_is_counted_on_the_beams_of_mirrored_samples(kind:
     for _ in range(3):
         left = [beam for beam in range(64) if beam not in guesses]
         guesses.append(max(left, key=lambda beam: health._dba([*guesses, beam], seen)))
-    assert dba_of_guessing(Config(data)) == health._dba(guesses, held_out)
+    assert dba_of_guessing(DataConfig(data)) == health._dba(guesses, held_out)

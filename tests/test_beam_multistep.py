@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import csv
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_beam import DataConfig, raw_files
 
 from trainables.beam.config import Data, Simulated
 from trainables.beam.data import describe, samples
 from trainables.beam.multistep import newest_ids
 from trainables.beam.prepare import find_table, labels, prepare_data
-from trainables.beam.simulator import simulate
 from trainables.beam.split import split
 from trainables.contract import UserError
 
@@ -23,16 +23,7 @@ SIZE, H, P = 8, 7, 3
 SMALL = Simulated(passes=3, frames=18)  # all in one scenario, so that passes follow one another without a gap
 
 
-@dataclass(frozen=True)
-class Config:
-    data: Data
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("written") / "root"
-    simulate(root, SMALL)
-    return root
+written = raw_files(SMALL)
 
 
 @pytest.fixture
@@ -103,7 +94,7 @@ def test_built_windows_hold_every_other_file_of_one_pass(long: Data) -> None:
 
 
 def test_a_batch_holds_the_beams_of_all_steps(long: Data) -> None:
-    side = samples(Config(long), "val")
+    side = samples(DataConfig(long), "val")
     batch = side[torch.arange(len(side))]
     assert batch["beam"].shape == (len(side), P)
     assert batch["image"].shape == (len(side), H, 3, SIZE, SIZE)
@@ -116,7 +107,7 @@ def test_windows_of_a_shorter_history_may_be_those_of_a_longer_one(long: Data) -
     short, alone = replace(long, history=2, longest_history=H), replace(long, history=2)
     assert find_table(short).csvs == find_table(long).csvs, "and so are the decoded arrays"
     assert len(find_table(alone).lines) > len(find_table(short).lines)
-    ours, theirs = (samples(Config(data), "val") for data in (short, long))
+    ours, theirs = (samples(DataConfig(data), "val") for data in (short, long))
     every = torch.arange(len(theirs))
     assert len(ours) == len(theirs)
     for name, tensor in theirs[every].items():
@@ -131,7 +122,7 @@ def test_the_longest_history_is_no_shorter_than_any() -> None:
 def test_nothing_is_written_beside_the_data(own: Data) -> None:
     assert own.root is not None
     before = sorted(Path(own.root).rglob("*"))
-    samples(Config(own), "train")
+    samples(DataConfig(own), "train")
     assert sorted(Path(own.root).rglob("*")) == before
 
 
@@ -140,11 +131,11 @@ def test_a_window_file_of_several_labels_may_be_given(own: Data, tmp_path: Path)
     given = replace(own, csv="7to3.csv", prepared=str(tmp_path / "other"))
     shutil.copy(built, own_csv(given))
     assert find_table(given).csvs == (own_csv(given),)
-    theirs, ours = (samples(Config(data), "train") for data in (given, own))
+    theirs, ours = (samples(DataConfig(data), "train") for data in (given, own))
     some = torch.arange(len(ours))
     for name, tensor in ours[some].items():
         torch.testing.assert_close(theirs[some][name], tensor)
-    single = samples(Config(replace(given, steps=1, history=2)), "train")
+    single = samples(DataConfig(replace(given, steps=1, history=2)), "train")
     torch.testing.assert_close(single[some]["beam"], ours[some]["beam"][:, 0])
     torch.testing.assert_close(single[some]["radar"], ours[some]["radar"][:, -2:])
     torch.testing.assert_close(single[some]["gps"], ours[some]["gps"])  # learnt from the newest instant alone
@@ -257,7 +248,7 @@ def test_the_adaptation_set_is_left_out_where_its_windows_are_too_short(
     assert not prepare_data(own).adaptation_N.any()
     assert "left out" not in capsys.readouterr().out
     for _ in range(2):  # at each search, and not only where something is decoded
-        assert describe(Config(own)).endswith(" is left out: its windows have 1 labels, and data.steps = 3")
+        assert describe(DataConfig(own)).endswith(" is left out: its windows have 1 labels, and data.steps = 3")
     shutil.copy(find_table(own).csvs[0], own_csv(replace(own, csv="7to3.csv")))
     mixed = replace(own, csv="7to3.csv", history=4, steps=1)
     table = prepare_data(mixed)

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_beam import DataConfig, raw_files
 
 from trainables.beam import table
 from trainables.beam.config import Data, Simulated
 from trainables.beam.data import describe, samples
 from trainables.beam.health import dba_of_guessing
 from trainables.beam.prepare import array_path, find_table, prepare_data
-from trainables.beam.simulator import simulate
 
-
-@dataclass(frozen=True)
-class Config:
-    data: Data
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("written") / "root"
-    simulate(root, Simulated(passes=2, frames=18))
-    return root
+written = raw_files(Simulated(passes=2, frames=18))
 
 
 @pytest.fixture
@@ -54,10 +44,10 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def trial(data: Data) -> None:
-    describe(Config(data))
+    describe(DataConfig(data))
     for side in ("train", "val"):
-        samples(Config(data), side)
-    dba_of_guessing(Config(data))
+        samples(DataConfig(data), side)
+    dba_of_guessing(DataConfig(data))
 
 
 def windows_of(data: Data) -> Path:
@@ -68,7 +58,7 @@ def test_a_process_reads_a_window_file_once(data: Data, read: list[str]) -> None
     trial(data)
     trial(replace(data, gps_repr="sincos", split_seed=7))  # which say nothing about what is in it
     assert read == [data.csv]
-    one, other = (samples(Config(data), "train") for _ in range(2))
+    one, other = (samples(DataConfig(data), "train") for _ in range(2))
     assert one is other
 
 
@@ -93,10 +83,10 @@ def test_a_window_file_that_changed_is_read_anew(data: Data, read: list[str]) ->
 
 
 def test_arrays_that_were_made_anew_are_opened_anew(data: Data) -> None:
-    before = samples(Config(data), "train")
+    before = samples(DataConfig(data), "train")
     path = array_path(data, find_table(data), "unit1_lidar_")
     path.unlink()
-    after = samples(Config(data), "train")
+    after = samples(DataConfig(data), "train")
     assert path.exists()
     assert after is not before
     for name, tensor in after[torch.arange(3)].items():
@@ -104,7 +94,7 @@ def test_arrays_that_were_made_anew_are_opened_anew(data: Data) -> None:
 
 
 def test_what_is_shared_cannot_be_written(data: Data) -> None:
-    side, found = samples(Config(data), "train"), find_table(data)
+    side, found = samples(DataConfig(data), "train"), find_table(data)
     assert side.gps_2N2G is not None
     shared = [found.beam_NP, found.scenario_N, found.frame_NK, found.adaptation_N, found.groups["unit1_lidar_"].at_NK]
     for array in (*shared, side.beam_N, side.gps_2N2G, side.apart_N, side.windows, side.at_NH["lidar"]):
