@@ -24,11 +24,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(words)}" if words else "nothing may stand here"
 
 
-def decode(cls: type, tree: Mapping[str, Any], path: str = "config") -> Any:
+def decode(cls: type, tree: Mapping[str, Any], path: str = "config", otherwise: Any = None) -> Any:
     """An instance of the dataclass `cls` made from nested mappings.
 
     Every key must be a field, every value of the field's type (a whole number will do for a float; nothing else is
-    converted); fields without a value keep their default. Raises UserError with the dotted path.
+    converted); fields without a value are as in the instance `otherwise`, or keep their default. Raises UserError with
+    the dotted path.
     """
     types = _types(cls)
     fields = {item.name: item for item in dataclasses.fields(cls) if item.init}
@@ -38,10 +39,13 @@ def decode(cls: type, tree: Mapping[str, Any], path: str = "config") -> Any:
     values = {}
     for name, item in fields.items():
         here = f"{path}.{name}"
+        default = _default(item) if otherwise is None else getattr(otherwise, name)
         if name in tree:
-            values[name] = _value(types[name], tree[name], here)
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            values[name] = _value(types[name], tree[name], here, default)
+        elif default is dataclasses.MISSING:
             raise UserError(f"{here}: a value is needed; {cls.__name__} has no default for it")
+        else:
+            values[name] = default
     try:
         return cls(**values)
     except (ValueError, TypeError) as error:
@@ -51,14 +55,17 @@ def decode(cls: type, tree: Mapping[str, Any], path: str = "config") -> Any:
         raise UserError(f"{path}: {cls.__name__} refuses it: {told}") from None
 
 
-def _value(kind: Any, value: Any, path: str) -> Any:
-    nested = _dataclass_in(kind)
-    if nested is not None:
-        if value is None and type(None) in typing.get_args(kind):
-            return None
+def _default(item: dataclasses.Field[Any]) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
+def _value(kind: Any, value: Any, path: str, default: Any = None) -> Any:
+    if _is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise UserError(f"{path}: expected the keys of {nested.__name__}, got {value!r}")
-        return decode(nested, value, path)
+            raise UserError(f"{path}: expected the keys of {kind.__name__}, got {value!r}")
+        return decode(kind, value, path, default if type(default) is kind else None)
+    if _nests(kind):
+        return _nested(typing.get_origin(kind), typing.get_args(kind), value, path, default)
     try:
         # As JSON, because strict JSON takes a list for a tuple and a whole number for a float, and nothing else.
         return _adapter(kind).validate_json(json.dumps(value), strict=True)
@@ -72,11 +79,43 @@ def _value(kind: Any, value: Any, path: str) -> Any:
         raise UserError(f"{path}: nothing in a space file can be a {kind!r}; give the field a plain type") from None
 
 
-def _dataclass_in(kind: Any) -> type | None:
-    for option in (kind, *typing.get_args(kind)):
-        if isinstance(option, type) and dataclasses.is_dataclass(option):
-            return option if kind is option or typing.get_origin(kind) in _UNIONS else None
-    return None
+def _nested(origin: Any, kinds: tuple[Any, ...], value: Any, path: str, default: Any) -> Any:
+    """A value that holds dataclasses, or is one of several: Pydantic would pass over a key that they do not know."""
+    if origin in _UNIONS:
+        return _one_of(kinds, value, path, default)
+    if origin in (list, tuple) and isinstance(value, list):
+        each = kinds * len(value) if origin is list else kinds[:1] * len(value) if kinds[-1] is ... else kinds
+        if len(each) != len(value):
+            raise UserError(f"{path}: expected {len(each)} values, got {len(value)}")
+        return origin(_value(kind, item, f"{path}.{i}") for i, (kind, item) in enumerate(zip(each, value, strict=True)))
+    if origin is dict and isinstance(value, Mapping):
+        return {_value(kinds[0], key, path): _value(kinds[1], item, f"{path}.{key}") for key, item in value.items()}
+    raise UserError(f"{path}: {value!r} is refused: a {getattr(origin, '__name__', origin)} belongs here")
+
+
+def _one_of(kinds: tuple[Any, ...], value: Any, path: str, default: Any) -> Any:
+    """By the first kind of a union that takes the value; what the last of the dataclasses says where none does."""
+    if value is None and type(None) in kinds:
+        return None
+    # What the field has by default comes first: a mapping then changes it.
+    fitting = [kind for kind in kinds if isinstance(value, Mapping) or not _is_dataclass(kind)] or list(kinds)
+    refusal = None
+    for kind in sorted(fitting, key=lambda kind: (not _nests(kind), type(default) is not kind)):
+        try:
+            return _value(kind, value, path, default)
+        except UserError as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+def _is_dataclass(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _nests(kind: Any) -> bool:
+    """Whether a type is a dataclass, or one stands somewhere in it."""
+    return _is_dataclass(kind) or any(map(_nests, typing.get_args(kind)))
 
 
 _UNIONS = (typing.Union, type(int | str))

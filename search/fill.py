@@ -5,15 +5,19 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from search import run as engine
-from search.command import Options, search
+from search.command import Options, cap_to_grid, search
 from search.folder import SPACE, STUDY
-from search.mirror import Mirror, below
+from search.mirror import Mirror, below, fetch, folders_at, holds_search
+from search.record import best_of
+from search.results import read_results
+from search.sections import Table
 from search.space_file import load_space
+from search.study import ended_after, open_study
 from search.tables import Cell, cells_of, read_tables, write_tables
 from trainables.contract import UserError
 
@@ -21,31 +25,32 @@ from trainables.contract import UserError
 def fill(options: Options, wanted: str) -> list[engine.Outcome]:
     """Run what is left of the searches of the tables, `wanted` or "all"; none of them after a dry run.
 
-    The same command with the same --name goes on with the tables: a search that ended is not run again. Raises
-    UserError for every mistake, in any cell, before Ray starts.
+    The same command with the same --name goes on with the tables, also from a bucket: a search that ended is not run
+    again, unless it is to have more trials. Raises UserError for every mistake, in any cell, before Ray starts.
     """
     if options.resume is not None or options.warm_start is not None:
         raise UserError("--table goes on where it was by --name; it does not go with --resume or --warm-start")
     nodes = engine.start_ray(options.address) if options.address else engine.this_machine()
     has_gpu = any(node.gpus for node in nodes)
-    tables = read_tables(options.file, options.profile, has_gpu, wanted)
+    tables = read_tables(options.file, options.profile, has_gpu, "all")
+    read_tables(options.file, options.profile, has_gpu, wanted)  # there is such a one
     results = options.results / (options.name or f"{options.file.stem}-tables-{time.strftime('%Y%m%d-%H%M%S')}")
-    cells = cells_of(tables)
+    everything = cells_of(tables)
+    cells = [cell for cell in everything if wanted in ("all", cell.table)]
     if len({cell.folder for cell in cells}) < len(cells):
         raise UserError(f"{options.file}: tables: two cells differ in signs only; name rows and columns by words")
     for cell in cells:
         load_space(options.file, (*options.overrides, *cell.overrides), options.profile, has_gpu)
-    mirror = None if options.uri is None or options.dry_run else Mirror(results, below(options.uri, results.name))
-    if mirror is not None:
-        mirror.begin()
+    mirror = None if options.uri is None or options.dry_run else _mirror(below(options.uri, results.name), results)
     outcomes: list[engine.Outcome] = []
     for number, cell in enumerate(cells, start=1):
         print(f"\ntable {cell.table}, cell {number} of {len(cells)}: {cell.row} {cell.column}".rstrip(), flush=True)
-        outcome = search(_of_cell(options, results, cell))
+        of_cell = _of_cell(options, results, cell)
+        outcome = _ended(of_cell) or search(of_cell)
         if outcome is None:
             continue
         outcomes.append(outcome)
-        text = write_tables(results, options.file.stem, tables, cells)
+        text = _write(results, options.file.stem, tables, everything)
         if mirror is not None:
             mirror.push()
         if outcome.interrupted:
@@ -54,6 +59,36 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
     if outcomes:
         print(f"\n{text}\ntables: {results}")
     return outcomes
+
+
+def _mirror(uri: str, results: Path) -> Mirror:
+    """The mirror of the tables' folder; what is there of them and not here comes from it first."""
+    for name in folders_at(uri):
+        if holds_search(below(uri, name)):
+            fetch(below(uri, name), results)
+    mirror = Mirror(results, uri)
+    mirror.begin()
+    return mirror
+
+
+def _ended(options: Options) -> engine.Outcome | None:
+    """What came of a cell's search, where it has ended and is to have no more trials; else None."""
+    if options.resume is None or options.dry_run:
+        return None
+    space, _ = load_space(options.file, options.overrides)
+    ended = ended_after(open_study(options.resume / STUDY, space, create=False))
+    if ended is None or cap_to_grid(space).search.trials > ended:
+        return None
+    print("its search has ended; --trials with a larger number would go on with it", flush=True)
+    _, found = read_results(options.resume)
+    return engine.Outcome(tuple(found), tuple(best_of(found, space)), interrupted=False)
+
+
+def _write(results: Path, title: str, tables: Mapping[str, Table], cells: Sequence[Cell]) -> str:
+    """The tables of which a search has begun, this time or before."""
+    begun = {cell.table for cell in cells if (results / cell.folder / STUDY).exists()}
+    shown = {name: table for name, table in tables.items() if name in begun}
+    return write_tables(results, title, shown, [cell for cell in cells if cell.table in begun])
 
 
 def _of_cell(options: Options, results: Path, cell: Cell) -> Options:

@@ -78,7 +78,9 @@ def _deciding(answers: Mapping[int, Answer]) -> Answer:
 def _serve(job: Mapping[str, Any]) -> None:
     """The `train_loop_per_worker`: answer commands until told to quit."""
     context = ray.train.get_context()
-    loop = RankLoop(job["spec"], context.get_world_rank(), context.get_world_size())
+    # A worker sees all GPUs of its node that the group has; Ray knows which are its own.
+    device = ray.train.torch.get_device() if job["spec"].gpus_per_worker else None
+    loop = RankLoop(job["spec"], context.get_world_rank(), context.get_world_size(), device)
     mailbox = job["mailbox"]
     ray.get(mailbox.enlist.remote(ray.get_runtime_context().current_actor))
     while not isinstance(command := ray.get(mailbox.take.remote(loop.rank)), Quit):

@@ -72,9 +72,18 @@ class Mirror:
             raise UserError(f"{self.uri}: cannot be written to: {error}") from None
 
     def _recognise(self) -> None:
-        """Checkpoints that are there from before an interruption are not sent again: they are what is large."""
+        """Checkpoints that are there from before an interruption are not sent again: they are what is large.
+
+        Raises UserError where there is another search, or more of this one, which a push would overwrite.
+        """
         for found in self._filesystem.get_file_info(fs.FileSelector(self._root, allow_not_found=True, recursive=True)):
             path = self.results / found.path.removeprefix(f"{self._root}/")
+            if path.name == STUDY:
+                here = _length(fs.LocalFileSystem(), str(path))
+                if found.size > here or not _same_begin(self._filesystem, found.path, path, found.size):
+                    raise UserError(
+                        f"{self.uri} holds a search already; go on with it by --resume, or choose another --name"
+                    )
             if path.match(CHECKPOINT_PATTERN) and path.exists() and path.stat().st_size == found.size:
                 self._sent[path.relative_to(self.results).as_posix()] = path.stat().st_mtime
 
@@ -126,6 +135,25 @@ class Mirror:
                 del self._sent[name]
 
 
+def folders_at(uri: str) -> list[str]:
+    """Names of the folders in that at `uri`; none where there is no such. Raises UserError as `fetch` does."""
+    filesystem, root = _open(uri)
+    try:
+        found = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    except OSError as error:
+        raise UserError(f"{uri}: cannot be read: {error}") from None
+    return [item.base_name for item in found if item.type == fs.FileType.Directory]
+
+
+def holds_search(uri: str) -> bool:
+    """Whether there is a results folder at `uri`; raises UserError where the store cannot be reached."""
+    filesystem, root = _open(uri)
+    try:
+        return bool(filesystem.get_file_info(f"{root}/{SPACE}").type != fs.FileType.NotFound)
+    except OSError as error:
+        raise UserError(f"{uri}: cannot be read: {error}") from None
+
+
 def fetch(uri: str, into: Path, parts: Sequence[str] = ()) -> Path:
     """A local copy of a results folder that was mirrored to `uri`, or of these parts of it: files, or folders.
 
@@ -134,9 +162,9 @@ def fetch(uri: str, into: Path, parts: Sequence[str] = ()) -> Path:
     """
     filesystem, root = _open(uri)
     results = into / root.rpartition("/")[2]
+    if not holds_search(uri):
+        raise UserError(f"{uri}: there is no {SPACE} here; name the folder of an earlier search")
     try:
-        if filesystem.get_file_info(f"{root}/{SPACE}").type == fs.FileType.NotFound:
-            raise UserError(f"{uri}: there is no {SPACE} here; name the folder of an earlier search")
         if parts:
             for part in parts:
                 _copy(filesystem, f"{root}/{part}", results / part)

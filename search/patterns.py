@@ -1,12 +1,16 @@
-"""Where in the space trials blow up: what the values of those that did have in common."""
+"""Where in the space trials blow up: what the values of those that did have in common.
+
+Shapes: P parts of the space, N tried settings.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import fisher_exact
+import numpy as np
+from scipy.stats import hypergeom
 
 from search.domain import Choice, Parameter
 from search.record import Record
@@ -39,6 +43,8 @@ def patterns(space: Space, found: Sequence[Record]) -> list[str]:
     tried = [record for record in found if record.status in TRIED]
     lines = []
     for status, failure in FAILURES.items():
+        if all(record.status != status for record in tried):
+            continue
         seen = [
             max(uneven, key=lambda item: -item.chance)
             for parameter in space.parameters
@@ -48,29 +54,32 @@ def patterns(space: Space, found: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _splits(parameter: Parameter, tried: Sequence[Record], status: str) -> Iterator[Pattern]:
+def _splits(parameter: Parameter, tried: Sequence[Record], status: str) -> list[Pattern]:
     """By each value of a choice, and by each cut between two tried values of a range."""
     name = parameter.name
     having = [record for record in tried if name in record.values]
     values = [record.values[name] for record in having]
-    parts: dict[str, list[bool]] = {}
     if isinstance(parameter.domain, Choice):
-        for chosen in parameter.domain.values:
-            parts[f"{name} = {chosen}"] = [value == chosen for value in values]
+        told = [f"{name} = {chosen}" for chosen in parameter.domain.values]
+        inside_PN = np.array([[value == chosen for value in values] for chosen in parameter.domain.values])
     else:
-        for low, high in itertools.pairwise(sorted(set(values))):
-            cut = (low + high) / 2
-            parts[f"{name} above {cut:.3g}"] = [value > cut for value in values]
-            parts[f"{name} below {cut:.3g}"] = [value < cut for value in values]
-    for where, inside in parts.items():
-        yield _pattern(where, having, inside, status, len(parts))
+        cuts = [_cut(low, high) for low, high in itertools.pairwise(sorted(set(values)))]
+        told = [f"{name} {side} {cut}" for side in ("above", "below") for cut in cuts]
+        above_PN = np.array([[value > float(cut) for value in values] for cut in cuts])
+        inside_PN = np.concatenate([above_PN, ~above_PN])
+    if not inside_PN.size:
+        return []
+    failed_N = np.array([record.status == status for record in having])
+    count_P, failed_P = inside_PN.sum(axis=1), (inside_PN & failed_N).sum(axis=1)
+    # Fisher's exact test, one-sided.
+    chance_P = hypergeom.sf(failed_P - 1, len(having), failed_N.sum(), count_P) * len(told)
+    return [
+        Pattern(where, int(count), int(failed), int(len(having) - count), int(failed_N.sum() - failed), float(chance))
+        for where, count, failed, chance in zip(told, count_P, failed_P, chance_P, strict=True)
+    ]
 
 
-def _pattern(where: str, having: Sequence[Record], inside: Sequence[bool], status: str, looks: int) -> Pattern:
-    failed_in = sum(at and record.status == status for at, record in zip(inside, having, strict=True))
-    failed_out = sum(record.status == status for record in having) - failed_in
-    count_in = sum(inside)
-    count_out = len(having) - count_in
-    table = [[failed_in, count_in - failed_in], [failed_out, count_out - failed_out]]
-    chance = float(fisher_exact(table, alternative="greater").pvalue) * looks
-    return Pattern(where, count_in, failed_in, count_out, failed_out, chance)
+def _cut(low: float, high: float) -> str:
+    """A number between two others, in as few digits as say so."""
+    texts = (f"{(low + high) / 2:.{digits}g}" for digits in range(3, 18))
+    return next((text for text in texts if low < float(text) < high), repr(low))

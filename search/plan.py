@@ -89,6 +89,11 @@ def make_plan(space: Space, nodes: Sequence[Node], memory: Measured | Unmeasured
         gpus = 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
     if gpus > 1 and gpus != int(gpus):
         raise UserError(f"resources.gpus_per_worker: {gpus:g} must be a whole number or below 1")
+    if 0 < gpus < 1 and wanted.workers > 1:
+        raise UserError(
+            f"resources.gpus_per_worker: {gpus:g} with resources.workers = {wanted.workers}: NCCL takes no two ranks "
+            "on one GPU; write a whole number, or one worker"
+        )
     return _whole(space, nodes, gpus)
 
 
@@ -205,9 +210,9 @@ def _hours(hours: float) -> str:
 
 
 def expected_epochs(space: Space) -> float:
-    """Epochs of a trial on average: under asha and hyperband one in `reduction` passes each rung."""
+    """Epochs of a trial on average: under asha one in `reduction` passes each rung. Of the others nobody can say."""
     assert space.epochs is not None
-    if space.scheduler.name not in ("asha", "hyperband"):
+    if space.scheduler.name != "asha":
         return space.epochs
     total, share, done, rung = 0.0, 1.0, 0, space.scheduler.grace_epochs
     while done < space.epochs:

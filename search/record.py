@@ -64,9 +64,11 @@ def read_record(trial: FrozenTrial, space: Space) -> Record:
 def best_of(records: Sequence[Record], space: Space) -> list[Record]:
     """The solutions that no other beats, best in the first objective first; at most one with a single objective."""
     solutions = [item for item in records if item.solves(space.constraints)]
+    if len(space.objectives) == 1:
+        return sorted(solutions, key=lambda item: (-_goodness(item, space.objectives[0]), item.number))[:1]
     front = [a for a in solutions if not any(_dominates(b, a, space.objectives) for b in solutions)]
     front.sort(key=lambda item: (-_goodness(item, space.objectives[0]), item.number))
-    return front if len(space.objectives) > 1 else front[:1]
+    return front
 
 
 def _goodness(record: Record, objective: Objective) -> float:

@@ -7,6 +7,7 @@ import html
 import io
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,17 @@ def read_results(results: Path) -> tuple[Space, list[Record]]:
     if not (results / SPACE).exists():
         raise UserError(f"{results}: there is no {SPACE} here; name a results folder of an earlier search")
     space = read_space(results / SPACE)
-    return space, records(open_study(results / STUDY, space, create=False), space)
+    found = records(open_study(results / STUDY, space, create=False), space)
+    return space, [_as_reported(record, results) if record.status == INTERRUPTED else record for record in found]
+
+
+def _as_reported(record: Record, results: Path) -> Record:
+    """A trial that has not ended: the study hears of its metrics at the end."""
+    rows = TrialFolder(results, record.number).read_metrics()
+    if not rows:
+        return record
+    last = rows[-1]
+    return replace(record, metrics=last["metrics"], epochs=last["epoch"], seconds=last.get("seconds", 0.0))
 
 
 def write_results(results: Path, space: Space, found: Sequence[Record]) -> None:
@@ -132,13 +143,15 @@ def why(results: Path, number: str) -> str:
     record = by_number(found, number, str(results))
     lines = [
         f"trial {record.number}" + (f" ({record.name})" if record.name else "") + f": {record.status}",
-        f"reason: {record.reason or 'the search was interrupted; --resume goes on with it'}",
+        f"reason: {record.reason or 'it has not ended; where no process runs the search, --resume goes on with it'}",
         f"after {record.epochs} epochs and {record.seconds:.1f} s",
     ]
     for name, limit in space.constraints.items():
         value = record.metrics.get(name)
-        if value is not None and limit.excess(value) > 0:
-            lines.append(f"constraint broken: {name} = {_short(value)}, limit {limit.model_dump(exclude_none=True)}")
+        if value is None and record.epochs:
+            lines.append(f"constraint broken: {name} was not finite, or missing, in the last report")
+        elif value is not None and limit.excess(value) > 0:
+            lines.append(f"constraint broken: {name} = {value!r}, limit {limit.model_dump(exclude_none=True)}")
     lines += post_mortem(results, record)
     folder = TrialFolder(results, record.number)
     if record.status == "failed" and (error := folder.read_error()):

@@ -32,7 +32,7 @@ from search.results import trial_line, write_results
 from search.sampler import StudySearcher, sampler_maker
 from search.scheduler import PAUSING, Past, make_scheduler
 from search.space import Space
-from search.study import Ledger, open_study, records
+from search.study import Ledger, mark_ended, open_study, records
 from search.trial import Job, Slot
 from trainables.contract import UserError
 
@@ -203,6 +203,8 @@ def run(
         write_results(results, space, found)
         if mirror is not None:
             mirror.push()
+    if not interruption.pressed:
+        mark_ended(study, space.search.trials)
     return Outcome(tuple(found), tuple(best_of(found, space)), interruption.pressed)
 
 

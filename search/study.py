@@ -32,6 +32,7 @@ from trainables.contract import UserError
 
 MakeSampler = Callable[[int], BaseSampler]  # from a seed
 _NAME = "search"  # of the one study in a journal
+_ENDED = "ended"
 FEASIBLE = -1.0  # the constraint of a trial that neither diverged nor ran out of memory
 
 
@@ -40,13 +41,13 @@ def open_study(file: Path, space: Space, create: bool) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if not create and not file.exists():
         raise UserError(f"{file}: there is no study here; name a results folder of an earlier search")
-    storage = JournalStorage(StudyJournal(str(file)))
-    if create:
-        return new_study(storage, space)
     try:
-        return optuna.load_study(storage=storage, study_name=_NAME)
+        storage = JournalStorage(StudyJournal(str(file)))
+        return new_study(storage, space) if create else optuna.load_study(storage=storage, study_name=_NAME)
     except KeyError:
         raise UserError(f"{file}: there is no search in it; name a results folder of an earlier search") from None
+    except ValueError as error:  # in the middle of it; a torn end is passed over
+        raise UserError(f"{file}: cannot be read: {error}") from None
 
 
 def new_study(storage: BaseStorage, space: Space) -> optuna.Study:
@@ -55,6 +56,17 @@ def new_study(storage: BaseStorage, space: Space) -> optuna.Study:
     with _quiet_optuna():
         study.set_metric_names([item.metric for item in space.objectives])
     return study
+
+
+def mark_ended(study: optuna.Study, trials: int) -> None:
+    """A search of so many trials has come to its end, by itself or because its time was over."""
+    study.set_user_attr(_ENDED, trials)
+
+
+def ended_after(study: optuna.Study) -> int | None:
+    """How many trials the search was to have when it ended; None where it has not, or was interrupted."""
+    ended: int | None = study.user_attrs.get(_ENDED)
+    return ended
 
 
 def records(study: optuna.Study, space: Space) -> list[Record]:
@@ -148,6 +160,7 @@ class Ledger:
         rows = folder.read_metrics()
         if rows:
             opened.epochs, opened.metrics = rows[-1]["epoch"], rows[-1]["metrics"]
+            opened.seconds_before = max(opened.seconds_before, rows[-1].get("seconds", 0.0))
         # A slot may have been ahead of the record: from its checkpoint on, an epoch's report would be missing.
         folder.keep_checkpoint(opened.epochs)
 

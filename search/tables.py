@@ -16,7 +16,6 @@ tables:
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -93,7 +92,7 @@ def cells_of(tables: Mapping[str, Table]) -> list[Cell]:
 
 
 def _overrides(values: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(f"{key}={json.dumps(value)}" for key, value in values.items())  # what JSON writes, YAML reads
+    return tuple(f"{key}={yaml_file.dump_line(value)}" for key, value in values.items())
 
 
 def write_tables(results: Path, title: str, tables: Mapping[str, Table], cells: Sequence[Cell]) -> str:
@@ -149,7 +148,7 @@ def _cell(value: Any, reference: float | None) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.4g}"
+    return f"{value:.4f}" if 0.1 <= abs(value) < 10 or value == 0 else f"{value:.4g}"
 
 
 def _html(text: str) -> str:

@@ -6,6 +6,7 @@ repeats it makes one object; here it is a copy, so that a value put in one place
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from search.folder import replace_text
 from trainables.contract import UserError
 
 _EXPONENT_WITHOUT_POINT = re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+|[-+]?\d[\d_]*\.\d*[eE]\d+")
+_POINT_FIRST = re.compile(r"[-+]?\.\d[\d_]*([eE][-+]?\d+)?")
+_OTHER_BASE = re.compile(r"[-+]?(0[\d_]+|[\d_]+(:[0-5]?\d)+)")  # eight and sixty
 _WORDS_FOR_BOOL = {"yes", "no", "on", "off"}
 
 
@@ -35,7 +38,22 @@ def _plain_text(loader: _Loader, node: yaml.ScalarNode) -> str:
         raise UserError(
             f"line {node.start_mark.line + 1}: YAML reads {node.value} as text; write {_with_point(node.value)}"
         )
+    if node.style is None and _POINT_FIRST.fullmatch(node.value):
+        sign, digits = re.fullmatch(r"([-+]?)(.*)", node.value).groups()  # type: ignore[union-attr]
+        mended = f"{sign}0{digits}"
+        mended = _with_point(mended) if "e" in mended.lower() else mended
+        raise UserError(f"line {node.start_mark.line + 1}: YAML reads {node.value} as text; write {mended}")
     return str(loader.construct_scalar(node))
+
+
+def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int:
+    number = int(loader.construct_yaml_int(node))
+    if _OTHER_BASE.fullmatch(node.value):
+        raise UserError(
+            f"line {node.start_mark.line + 1}: YAML reads {node.value} as {number}; write that, or "
+            f'"{node.value}" for the text'
+        )
+    return number
 
 
 def _strict_bool(loader: _Loader, node: yaml.ScalarNode) -> bool:
@@ -49,6 +67,7 @@ def _strict_bool(loader: _Loader, node: yaml.ScalarNode) -> bool:
 
 _Loader.add_constructor("tag:yaml.org,2002:str", _plain_text)
 _Loader.add_constructor("tag:yaml.org,2002:bool", _strict_bool)
+_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 def _with_point(text: str) -> str:
@@ -105,7 +124,7 @@ def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    quotes = '"' if _EXPONENT_WITHOUT_POINT.fullmatch(value) else None
+    quotes = '"' if _EXPONENT_WITHOUT_POINT.fullmatch(value) or _POINT_FIRST.fullmatch(value) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=quotes)
 
 
@@ -125,6 +144,23 @@ _Dumper.add_representer(
 def dump(value: Any) -> str:
     """`value` as YAML that `parse` reads back equal."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _LineDumper(_Dumper):
+    """Everything on one line."""
+
+
+_LineDumper.add_representer(
+    list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+)
+
+
+def dump_line(value: Any) -> str:
+    """`value` on one line, which `parse` reads back equal."""
+    text = yaml.dump(
+        value, Dumper=_LineDumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
+    )
+    return text.removesuffix("...\n").strip()
 
 
 def write(path: Path, value: Any) -> None:

@@ -255,6 +255,7 @@ def test_why_of_an_unknown_trial_is_a_mistake(run: Run, tmp_path: Path) -> None:
     ("file", "text", "message"),
     [
         ("study.journal", "", "study.journal: there is no search in it; name a results folder of an earlier"),
+        ("study.journal", "{torn\n{}\n", "study.journal: cannot be read: "),
         ("space.yaml", "[1, 2]", "space.yaml: a space file is a mapping with the keys trainable,"),
     ],
 )

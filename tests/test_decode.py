@@ -114,3 +114,61 @@ def test_a_field_that_no_space_can_fill_is_named() -> None:
     assert decode(Odd, {}) == Odd()
     with pytest.raises(UserError, match=r"config\.link: nothing in a space file can be a .*Connection"):
         decode(Odd, {"link": 3})
+
+
+@dataclass(frozen=True)
+class Layer:
+    width: int = 8
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pool:
+    size: int = 2
+
+
+@dataclass(frozen=True)
+class Stack:
+    layers: tuple[Layer, ...] = ()
+    pair: tuple[Layer, Pool] = (Layer(), Pool())
+    named: dict[str, Layer] = field(default_factory=dict)
+    either: Layer | Pool | None = None
+    first: list[Layer | str] = field(default_factory=list)
+    wide: Layer = Layer(width=99)
+
+
+def test_dataclasses_in_lists_mappings_and_unions_are_decoded_as_strictly() -> None:
+    tree = {
+        "layers": [{"width": 4}, {"dropout": 1}],
+        "pair": [{"width": 3}, {"size": 5}],
+        "named": {"a": {"width": 1}},
+        "either": {"size": 7},
+        "first": ["relu", {"width": 2}],
+        "wide": {"dropout": 0.5},
+    }
+    assert decode(Stack, tree) == Stack(
+        (Layer(4), Layer(8, 1.0)),
+        (Layer(3), Pool(5)),
+        {"a": Layer(1)},
+        Pool(7),
+        ["relu", Layer(2)],
+        Layer(99, 0.5),
+    )
+    assert decode(Stack, {"either": None}) == Stack()
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"layers": [{"dropuot": 0.5}]}, r"config\.layers\.0\.dropuot: no such key in Layer; did you mean `dropout`"),
+        ({"layers": {"width": 4}}, r"config\.layers: \{'width': 4\} is refused: a tuple belongs here"),
+        ({"pair": [{}]}, r"config\.pair: expected 2 values, got 1"),
+        ({"named": {"a": {"size": 1}}}, r"config\.named\.a\.size: no such key in Layer"),
+        ({"either": {"widht": 1}}, r"config\.either\.widht: no such key in Layer; did you mean `width`"),
+        ({"either": 3}, r"config\.either: 3 is refused"),
+        ({"first": [3]}, r"config\.first\.0: 3 is refused"),
+    ],
+)
+def test_a_slip_inside_them_is_named_too(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        decode(Stack, tree)

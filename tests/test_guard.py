@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from toy_task import TOY, Config, Run, SpoilGradient, assert_same, order, run, toy_loss, toy_model
 
-from trainables.guard import SETTLED
+from trainables.guard import SETTLED, _nanmedian
 from trainables.optim import Optim, Spike
 from trainables.samples import Batch
 from trainables.step import Pairs
@@ -151,3 +151,12 @@ def test_a_loss_scale_that_keeps_collapsing_is_a_divergence() -> None:
     assert details["loss_scale"] <= 1.0
     assert done.diverged is not None
     assert (done.diverged.step or 0) > 3, "every step before halved the scale"
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 10])
+@pytest.mark.parametrize("nans", [0, 1, 9])
+def test_the_running_median_is_that_of_torch(count: int, nans: int) -> None:
+    torch.manual_seed(count)
+    values = torch.randn(count)
+    values[torch.randperm(count)[:nans]] = math.nan
+    torch.testing.assert_close(_nanmedian(values), values.nanmedian(), equal_nan=True)

@@ -101,6 +101,23 @@ def test_a_local_folder_of_another_search_is_neither_taken_for_it_nor_overwritte
     assert tree(results) == before
 
 
+def test_a_search_that_is_there_is_not_overwritten(results: Path, disk: Path, tmp_path: Path) -> None:
+    """By another of the same name, from a machine that has not heard of it."""
+    Mirror(results, f"file://{disk}/run").begin()
+    before = tree(disk / "run")
+    for study in (b"", b"two", b"on"):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        (tmp_path / "new/study.journal").write_bytes(study)
+        with pytest.raises(
+            UserError, match=r"/run holds a search already; go on with it by --resume, or choose anothe"
+        ):
+            Mirror(tmp_path / "new", f"file://{disk}/run").begin()
+        assert tree(disk / "run") == before
+    (results / "study.journal").write_bytes(b"one more")
+    Mirror(results, f"file://{disk}/run").begin()
+    assert (disk / "run/study.journal").read_bytes() == b"one more"
+
+
 def test_a_store_that_fails_is_tried_again(results: Path, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mirror = Mirror(results, f"file://{disk}/run")
     disk.write_text("a file where the folder should be")

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+from scipy.stats import fisher_exact
 from spaces import space_of
 
-from search.patterns import patterns
+from search.patterns import _splits, patterns
 from search.record import Record
 from search.space import Space
 
@@ -64,3 +66,28 @@ def test_a_failed_trial_says_nothing_and_memory_is_told_apart(tmp_path: Path) ->
     assert patterns(space, found) == ["5 of 5 ran out of memory with batch above 33, 0 of 15 elsewhere"]
     assert patterns(space, [record(i, "failed", item.values) for i, item in enumerate(found)]) == []
     assert patterns(space, []) == []
+
+
+def test_a_cut_has_the_digits_that_it_needs(tmp_path: Path) -> None:
+    space = space_of(tmp_path, {"momentum": {"float": [0.9, 0.9999]}})
+    stable = [record(i, "finished", {"momentum": 0.9990 + 0.0001 * i / 2}) for i in range(9)]
+    blown = [record(9 + i, "diverged", {"momentum": 0.99960 + 0.00003 * i}) for i in range(7)]
+    assert patterns(space, [*stable, *blown]) == ["7 of 7 diverged with momentum above 0.9995, 0 of 9 elsewhere"]
+
+
+def test_text_and_numbers_of_a_choice_are_told_apart(tmp_path: Path) -> None:
+    space = space_of(tmp_path, {"size": {"choice": ["1", 1]}})
+    found = [record(i, "diverged" if i % 2 else "finished", {"size": 1 if i % 2 else "1"}) for i in range(16)]
+    assert patterns(space, found) == ["8 of 8 diverged with size = 1, 0 of 8 elsewhere"]
+
+
+def test_a_pattern_is_as_likely_as_fishers_test_says(tmp_path: Path) -> None:
+    space = space_of(tmp_path, CONFIG)
+    tried = searched(space, 30, lambda values: values["lr"] > 0.02 or values["block"] == "bi")
+    for parameter in space.parameters:
+        parts = _splits(parameter, tried, "diverged")
+        for item in parts:
+            counts = [item.failed_inside, item.inside - item.failed_inside]
+            others = [item.failed_outside, item.outside - item.failed_outside]
+            expected = fisher_exact([counts, others], alternative="greater").pvalue * len(parts)
+            assert item.chance == pytest.approx(expected)

@@ -201,7 +201,7 @@ class TestSlotsThatShareAGpu:
         ({"name": "median"}, 9),
         ({"name": "asha", "grace_epochs": 1, "reduction": 3}, 1 + 2 / 3 + 6 / 9),
         ({"name": "asha", "grace_epochs": 2, "reduction": 4}, 2 + 6 / 4 + 1 / 16),
-        ({"name": "hyperband", "grace_epochs": 5, "reduction": 2}, 5 + 4 / 2),
+        ({"name": "hyperband", "reduction": 2}, 9),
         ({"name": "asha", "grace_epochs": 9}, 9),
         ({"name": "asha", "grace_epochs": 20}, 9),
     ],

@@ -220,7 +220,7 @@ class TestFolder:
             ("0001", ["trial 1: diverged"]),
             ("2", ["asha stopped it after epoch 1"]),
             ("3", ["trial 3: finished", "constraint broken: acc = 0.25, limit {'min': 0.5}"]),
-            ("4", ["trial 4: interrupted", "--resume goes on with it"]),
+            ("4", ["trial 4: interrupted", "it has not ended; where no process runs", "--resume goes on with it"]),
             ("0", ["trial 0: finished", "after 1 epochs"]),
         ],
     )
@@ -228,6 +228,15 @@ class TestFolder:
         text = why(results, number)
         for words in told:
             assert words in text
+
+    def test_of_what_has_not_ended_the_last_report_counts(self, results: Path) -> None:
+        """The study hears of it at the end."""
+        row = {"epoch": 3, "seconds": 7.5, "metrics": {"loss": 0.25, "acc": None}}
+        TrialFolder(results, 4).append_metrics(row)
+        _, found = read_results(results)
+        assert (found[4].status, found[4].epochs, found[4].seconds) == ("interrupted", 3, 7.5)
+        assert "after 3 epochs and 7.5 s" in why(results, "4")
+        assert "constraint broken: acc was not finite, or missing, in the last report" in why(results, "4")
 
     def test_why_of_a_failure_shows_where_it_was_raised(self, results: Path, space: Space) -> None:
         ledger = open_journal(space, results)

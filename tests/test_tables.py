@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ledgers import ask, end_toy, open_journal
 
 from launch import main
-from search import yaml_file
+from search import fill, yaml_file
+from search.command import Options
+from search.space_file import load_space
+from search.study import mark_ended
 from search.tables import cells_of, markdown, read_tables, write_tables
 from trainables.contract import UserError
 
@@ -99,6 +105,20 @@ def test_an_unknown_table_and_a_space_without_any(file: Path) -> None:
         read_tables(file, None, True, "all")
 
 
+def test_a_row_may_have_any_number_and_any_domain(file: Path) -> None:
+    file.write_text(SPACE.replace("{config.start: 2.0}", "{config.start: {log: [1.0e-5, 2.0]}, config.lr: 1.0e-6}"))
+    (cell,) = cells_of(read_tables(file, None, True, "alone"))
+    space, _ = load_space(file, cell.overrides)
+    assert [str(parameter.domain) for parameter in space.parameters] == ["[1e-05, 2]"]
+    assert space.tree["lr"] == 1e-6
+
+
+@pytest.mark.parametrize(("value", "told"), [(3.2e-5, "3.2e-05"), (0.0512, "0.0512"), (0.5, "0.5000"), (0.0, "0.0000")])
+def test_a_cell_has_four_digits_that_count(value: float, told: str, file: Path) -> None:
+    table = read_tables(file, None, True, "alone")["alone"]
+    assert f"| {told} |" in markdown(table, {("one", ""): {"loss": value}})
+
+
 def test_what_a_table_says(file: Path) -> None:
     table = read_tables(file, None, True, "starts")["starts"]
     best = {("near", "few"): {"loss": 0.5, "epochs": 3}, ("far, known", "few"): {}}
@@ -127,6 +147,43 @@ def test_the_page_links_to_every_search(file: Path, tmp_path: Path) -> None:
     assert "<p>Data: real, honest split</p>" in page
     assert all(f'href="{cell.folder}/report.html"' in page for cell in cells)
     assert (tmp_path / "tables.md").read_text() == text
+
+
+def test_the_tables_of_a_bucket_go_on_on_a_machine_that_has_none_of_them(tmp_path: Path) -> None:
+    there, here = tmp_path / "bucket/t", tmp_path / "results/t"
+    for cell in ("starts-near-few", "alone-one"):
+        (there / cell).mkdir(parents=True)
+        (there / cell / "space.yaml").write_text(SPACE)
+        (there / cell / "study.journal").write_text(cell)
+    fill._mirror(f"file://{there}", here)
+    assert (here / "starts-near-few/study.journal").read_text() == "starts-near-few"
+    (here / "alone-one/study.journal").write_text("another search")
+    with pytest.raises(UserError, match="alone-one holds another search than file:"):
+        fill._mirror(f"file://{there}", here)
+    assert (there / "alone-one/study.journal").read_text() == "alone-one"
+
+
+def test_a_search_that_ended_is_run_again_for_more_trials_alone(file: Path, tmp_path: Path) -> None:
+    """Its time may have been over before all of them had been begun."""
+    (cell,) = cells_of(read_tables(file, None, True, "alone"))
+    space, _ = load_space(file, (*cell.overrides, "search.trials=3"))
+    results = tmp_path / "t" / cell.folder
+    ledger = open_journal(space, results)
+    yaml_file.write(results / "space.yaml", space.document())
+    end_toy(ledger, ask(ledger), "finished")
+    given = argparse.Namespace(
+        **dict.fromkeys(("why", "export", "table", "resume", "profile", "name", "warm_start", "results", "trials")),
+        **dict.fromkeys(("time_budget", "seed", "epochs", "address", "cold", "dry_run")),
+        **{"space": str(file), "set": []},
+    )
+    of_cell = fill._of_cell(Options.read(given, tmp_path), tmp_path / "t", cell)
+    assert fill._ended(of_cell) is None
+    mark_ended(ledger.study, 3)
+    outcome = fill._ended(of_cell)
+    assert outcome is not None
+    assert [record.number for record in outcome.best] == [0]
+    more = replace(of_cell, overrides=(*of_cell.overrides, "search.trials=4"))
+    assert fill._ended(more) is None
 
 
 def test_every_cell_is_checked_before_any_runs(

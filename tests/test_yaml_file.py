@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from search.yaml_file import dump, parse, read, write
+from search.yaml_file import dump, dump_line, parse, read, write
 from trainables.contract import UserError
 
 
@@ -18,6 +19,10 @@ from trainables.contract import UserError
         ("a: 1\nlr: 3e4", r"file: line 2: YAML reads 3e4 as text; write 3\.0e\+4"),
         ("lr: 2.5e3", r"write 2\.5e\+3"),
         ("lr: [1.0e-4, -1E2]", r"YAML reads -1E2 as text; write -1\.0e\+2"),
+        ("lr: -.5", r"YAML reads -\.5 as text; write -0\.5"),
+        ("lr: .5e3", r"YAML reads \.5e3 as text; write 0\.5e\+3"),
+        ("ids: [031]", 'YAML reads 031 as 25; write that, or "031" for the text'),
+        ("at: 1:30", 'YAML reads 1:30 as 90; write that, or "1:30" for the text'),
         ("amp: on", r'YAML reads on as a truth value; write true or false, or "on" for the text'),
         ("amp: No", "YAML reads No as a truth value"),
         ("on: 1", "YAML reads on as a truth value"),
@@ -43,6 +48,7 @@ def test_a_trap_of_yaml_is_an_error_of_one_line(text: str, message: str) -> None
         ("1.0e-5", 1e-5),
         ("'1e-5'", "1e-5"),
         ("true", True),
+        ("[0, 10, 1_000, 0x1F, .5, -0.5]", [0, 10, 1000, 31, 0.5, -0.5]),
         ('"on"', "on"),
         ("null", None),
         ("e5", "e5"),
@@ -91,3 +97,20 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9")
     with pytest.raises(UserError, match=r"latin\.yaml: is not UTF-8 text"):
         read(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(1e-5, -3e22, math.inf, 0.1, 7, True, None, "1e-5", "-.5", "031", "on", "a: b", "", [[1e-5, 2], [3.0]], {}),
+        {"log": [1e-5, 1e-2]},
+        {"choice": [[8, 16], {"name": "x", "betas": [0.9, 1e-8]}]},
+        "x" * 300,
+        [[i] * 40 for i in range(9)],
+    ],
+    ids=str,
+)
+def test_a_value_on_one_line_is_read_back(value: Any) -> None:
+    text = dump_line(value)
+    assert "\n" not in text
+    assert parse(text, "line") == value

@@ -98,7 +98,7 @@ class Guard:
         overflow = bad & loss.isfinite() & (scale > 1)
         self._diverged = self._diverged | (bad & ~overflow)
         if self._spike is not None and len(self._losses) >= SETTLED:
-            median = torch.stack(tuple(self._losses)).nanmedian()
+            median = _nanmedian(torch.stack(tuple(self._losses)))
             above = (median > 0) & (loss > self._spike.factor * median)
             self._streak = (self._streak + 1) * above
             self._diverged = self._diverged | (self._streak >= self._spike.patience)
@@ -171,6 +171,13 @@ class Guard:
         for kept, saved in ((self._losses, state["losses"]), (self._norms, state["norms"])):
             kept.extend(value.to(device) for value in saved)
         self._streak = state["streak"].to(device)
+
+
+def _nanmedian(values_S: Tensor) -> Tensor:
+    """As `Tensor.nanmedian`, for which the host would wait."""
+    sorted_S = values_S.sort().values  # NaN comes last
+    middle = ((~sorted_S.isnan()).sum() - 1).clamp(min=0) // 2
+    return sorted_S.gather(0, middle.view(1))[0]
 
 
 def readable(value: float) -> float | str:

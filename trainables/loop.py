@@ -176,7 +176,9 @@ class Probe(NamedTuple):
 def probe_of(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks, limit_bytes: int | None) -> Probe:
     optim = trial.config.optim
     trained_bytes = sum(parameter.nbytes for parameter in loss.parameters() if parameter.requires_grad)
-    copies = 3 + (optim.ema is not None)  # the optimizer's two, one to measure the update by, the shadow
+    # The optimizer's two, one to measure the update by; the shadow; and with several ranks the buckets of DDP, beside
+    # the gradients of the micro-batches before the last.
+    copies = 3 + (optim.ema is not None) + (ranks.size > 1)
     memory = Memory(trial.device, limit_bytes, copies * trained_bytes)
     shape = shape_key(loss, samples[torch.arange(1)], optim.precision, memory, ranks)
     key = shape, tuple((name, switches(value)) for name, value in vars(trial.config).items() if name != "optim")

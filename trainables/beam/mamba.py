@@ -10,6 +10,7 @@ Shape suffixes: B batch, L tokens, C width, D inner width (expand C), N states p
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,14 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+_NO_KERNEL = ""  # why
 try:  # optional: needs nvcc at build time
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-except ImportError:
+except Exception as error:  # its package imports much else, which may fail in many ways
     selective_scan_fn = None
+    _NO_KERNEL = f"{type(error).__name__}: {error}"
 
 # Numbers of states held at once, (tokens, B, N, D): a chunk that stays in the processor's cache. At B=8, L=962, D=128,
 # N=16 this makes 16 tokens, the fastest of 8 to 128. A scan of up to two chunks is done as one, and saves the calls.
 CHUNK_NUMBERS = 2**18
+CUDA_CHUNK_NUMBERS = 2**25  # a GPU has no such cache, and every operation costs a launch
 
 
 @torch.compiler.disable  # a step of Python for every token: compiling them takes longer than training
@@ -37,9 +41,19 @@ def selective_scan(
     dtype = torch.promote_types(u_BDL.dtype, torch.float32)
     inputs = [x.to(dtype) for x in (u_BDL, delta_BDL, a_DN, b_BNL, c_BNL, skip_D)]
     kernel = selective_scan_fn if u_BDL.is_cuda and dtype is torch.float32 else None  # compiled for float32 only
+    if u_BDL.is_cuda and selective_scan_fn is None:
+        _warn_of_no_kernel()
     with torch.autocast(u_BDL.device.type, enabled=False):
         y_BDL: Tensor = (kernel or _plain_scan)(*inputs)
     return y_BDL.to(u_BDL.dtype)
+
+
+@functools.cache
+def _warn_of_no_kernel() -> None:
+    print(
+        f"beam: the scan runs without mamba-ssm's kernel, far slower ({_NO_KERNEL}); see [gpu] in pyproject.toml",
+        flush=True,
+    )
 
 
 def _plain_scan(u_BDL: Tensor, delta_BDL: Tensor, a_DN: Tensor, b_BNL: Tensor, c_BNL: Tensor, skip_D: Tensor) -> Tensor:
@@ -61,7 +75,7 @@ class _Scan(torch.autograd.Function):
         y_LBD = torch.empty_like(u_LBD)
         h_BND = u_LBD.new_zeros(u_LBD.shape[1], *a_ND.shape)
         kept = []
-        for piece in _pieces(len(u_LBD), h_BND.numel()):
+        for piece in _pieces(len(u_LBD), h_BND):
             kept.append(h_BND)
             decay_LBND, h_LBND = _states(u_LBD[piece], delta_LBD[piece], a_ND, b_LBN[piece], h_BND)
             y_LBD[piece] = torch.matmul(c_LBN[piece].unsqueeze(2), h_LBND).squeeze(2)
@@ -80,7 +94,7 @@ class _Scan(torch.autograd.Function):
         grad_u, grad_delta, grad_b, grad_c = (torch.empty_like(x) for x in (u_LBD, delta_LBD, b_LBN, c_LBN))
         grad_a_ND = torch.zeros_like(a_ND)
         carry_BND = torch.zeros_like(starts[0])  # what later tokens send back to the last state of this chunk
-        for piece, start_BND in zip(reversed(_pieces(len(u_LBD), carry_BND.numel())), reversed(starts), strict=True):
+        for piece, start_BND in zip(reversed(_pieces(len(u_LBD), carry_BND)), reversed(starts), strict=True):
             u, delta, b, c, grad_y = (x[piece] for x in (u_LBD, delta_LBD, b_LBN, c_LBN, grad_y_LBD))
             decay_LBND, h_LBND = kept[1:] if ctx.in_one else _states(u, delta, a_ND, b, start_BND)
             grad_c[piece] = torch.matmul(h_LBND, grad_y.unsqueeze(3)).squeeze(3)
@@ -101,8 +115,10 @@ class _Scan(torch.autograd.Function):
         return grad_u, grad_delta, grad_a_ND, grad_b, grad_c
 
 
-def _pieces(tokens: int, numbers_per_token: int) -> list[slice]:
-    chunk = max(1, CHUNK_NUMBERS // numbers_per_token)
+def _pieces(tokens: int, state: Tensor) -> list[slice]:
+    """Chunks of a scan whose states are as large as `state`; of a large one not too few tokens each, as one is kept."""
+    fitting = (CUDA_CHUNK_NUMBERS if state.is_cuda else CHUNK_NUMBERS) // state.numel()
+    chunk = max(1, fitting, math.isqrt(tokens) // 4)
     if tokens <= 2 * chunk:
         return [slice(0, tokens)]
     return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]

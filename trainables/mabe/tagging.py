@@ -102,7 +102,8 @@ def weighted_entropy(
         label_smoothing=smoothing,
         reduction="sum",
     )
-    return summed, weights_K[label_BT[label_BT != UNLABELLED]].sum()
+    # Not by an index of booleans: the host would wait for how many there are.
+    return summed, (weights_K[label_BT.clamp(min=0)] * (label_BT != UNLABELLED)).sum()
 
 
 def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
