@@ -30,7 +30,7 @@ from search.packing import cannot_share, measure
 from search.plan import AT_THE_START, estimate, make_plan
 from search.results import read_results, summary, why, write_results
 from search.sampler import grid_size, sampler_maker, unlearned
-from search.scheduler import make_scheduler
+from search.scheduler import make_scheduler, unheeded
 from search.space import Space
 from search.space_file import load_space, read_space
 from search.study import check_comparable, open_study, take_over
@@ -162,7 +162,7 @@ def search(options: Options) -> engine.Outcome | None:
     make_scheduler(space)
     alone = cannot_share(space, trainable, nodes)
     plan = make_plan(space, nodes, alone or AT_THE_START)
-    told = [f"{space.name}: {describe(space)}", *space.left_out, *unlearned(space), f"plan: {plan}"]
+    told = [f"{space.name}: {describe(space)}", *space.left_out, *unlearned(space), *unheeded(space), f"plan: {plan}"]
     print("\n".join(told), flush=True)
     if options.dry_run:
         print(f"estimate: {estimate(space, plan, seconds_per_epoch(options.results, space))}\n")

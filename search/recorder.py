@@ -35,8 +35,8 @@ class Recorder(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         opened = self._ledger.open[trial.trial_id]
         if not opened.started:
-            opened.started = time.monotonic()
             self._folder(trial).write_config(self._ledger.space.config(opened.values))
+        opened.started = time.monotonic()  # anew where the scheduler had paused it
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -45,9 +45,10 @@ class Recorder(tune.Callback):
             return
         epoch, metrics = result[EPOCH], result[METRICS]
         opened = self._ledger.open[trial.trial_id]
+        opened.lap()
         self._follow(trial)
         self._ledger.report(trial.trial_id, epoch, metrics)
-        row = {"epoch": epoch, "time": time.time(), "seconds": round(opened.seconds, 3), "metrics": metrics}
+        row = {"epoch": epoch, "time": time.time(), "seconds": round(opened.seconds_before, 3), "metrics": metrics}
         self._folder(trial).append_metrics(row)
         writer = self._writer(trial)
         for name, value in metrics.items():

@@ -133,6 +133,13 @@ def _step(parameter: Parameter, value: Any, rng: random.Random) -> Any:
     return domain.values[min(max(place, 0), len(domain.values) - 1)]
 
 
+def unheeded(space: Space) -> list[str]:
+    """A line where the scheduler has no use for what it is told."""
+    if space.scheduler.name != "hyperband" or space.scheduler.grace_epochs == 1:
+        return []
+    return ["scheduler.grace_epochs: hyperband has brackets of its own and does not heed it; asha and median do"]
+
+
 def make_scheduler(space: Space, past: Sequence[Past] = ()) -> TrialScheduler:
     """The space's scheduler; raises UserError where it cannot serve the space.
 

@@ -87,8 +87,8 @@ class OpenTrial:
     name: str | None
     metrics: dict[str, Any] = field(default_factory=dict)
     epochs: int = 0
-    seconds_before: float = 0.0  # in earlier attempts, before an interruption
-    started: float = 0.0
+    seconds_before: float = 0.0  # up to its last report, over all attempts, without what it was paused for
+    started: float = 0.0  # or went on, or reported last
 
     @property
     def number(self) -> int:
@@ -97,6 +97,11 @@ class OpenTrial:
     @property
     def seconds(self) -> float:
         return self.seconds_before + (time.monotonic() - self.started if self.started else 0.0)
+
+    def lap(self) -> None:
+        """Count the time up to here."""
+        self.seconds_before = self.seconds
+        self.started = time.monotonic()
 
 
 class Ledger:

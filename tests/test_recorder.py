@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,21 @@ def test_a_search_that_is_killed_goes_on_with_the_values_that_a_copy_was_given(t
     trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": {"lr": 0.75}})
     recorder.on_trial_result(0, [], trial, {EPOCH: 4, METRICS: {"loss": 0.5}})
     assert ask(open_journal(space, tmp_path / "run")).values == {"lr": 0.75}
+
+
+def test_the_time_that_a_trial_is_paused_for_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}, "epochs": 2})
+    ledger = open_journal(space, tmp_path / "run")
+    opened = ask(ledger)
+    told: list[Record] = []
+    recorder = Recorder(ledger, tmp_path / "run", told.append, lambda: None)
+    trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": opened.values})
+    for epoch, (start, report) in enumerate([(100.0, 110.0), (500.0, 530.0)], start=1):
+        monkeypatch.setattr(time, "monotonic", lambda at=start: at)
+        recorder.on_trial_start(0, [], trial)
+        monkeypatch.setattr(time, "monotonic", lambda at=report: at)
+        recorder.on_trial_result(0, [], trial, {EPOCH: epoch, METRICS: {"loss": 0.5}})
+    assert [row["seconds"] for row in TrialFolder(tmp_path / "run", 0).read_metrics()] == [10.0, 40.0]
 
 
 @pytest.mark.parametrize(
