@@ -65,7 +65,7 @@ def _splits(parameter: Parameter, tried: Sequence[Record], status: str) -> list[
     else:
         cuts = [_cut(low, high) for low, high in itertools.pairwise(sorted(set(values)))]
         told = [f"{name} {side} {cut}" for side in ("above", "below") for cut in cuts]
-        above_PN = np.array([[value > float(cut) for value in values] for cut in cuts])
+        above_PN = np.array([[value > float(cut) for value in values] for cut in cuts], dtype=bool)
         inside_PN = np.concatenate([above_PN, ~above_PN])
     if not inside_PN.size:
         return []

@@ -91,3 +91,9 @@ def test_a_pattern_is_as_likely_as_fishers_test_says(tmp_path: Path) -> None:
             others = [item.failed_outside, item.outside - item.failed_outside]
             expected = fisher_exact([counts, others], alternative="greater").pvalue * len(parts)
             assert item.chance == pytest.approx(expected)
+
+
+def test_of_a_single_trial_nothing_is_said(tmp_path: Path) -> None:
+    space = space_of(tmp_path, CONFIG)
+    assert patterns(space, searched(space, 1, lambda values: True)) == []
+    assert patterns(space, [record(i, "diverged", {"block": "uni", "lr": 0.01}) for i in range(3)]) == []
