@@ -65,19 +65,18 @@ class _Recalling(TrialScheduler):
             self._tell(trial, unfinished)
 
     def _tell(self, trial: Any, past: Past) -> None:
-        raise NotImplementedError
+        for epoch, value in past.reports:
+            self.on_trial_result(None, trial, {EPOCH: epoch, OBJECTIVE: value})  # what it decided then is done
 
 
 class _Asha(_Recalling, AsyncHyperBandScheduler):
-    def _tell(self, trial: Any, past: Past) -> None:
-        for epoch, value in past.reports:  # a rung keeps the first report that reaches it
-            self.on_trial_result(None, trial, {EPOCH: epoch, OBJECTIVE: value})
+    """Each rung keeps the first report that reaches it."""
 
 
 class _Median(_Recalling, MedianStoppingRule):
     """Counts every report once: what Tune hands over at a trial's end is its last one again, or none at all."""
 
-    def _tell(self, trial: Any, past: Past) -> None:
+    def _tell(self, trial: Any, past: Past) -> None:  # without a verdict: more is known by now than was then
         self._results[trial] += [{EPOCH: epoch, OBJECTIVE: value} for epoch, value in past.reports]
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:

@@ -291,6 +291,11 @@ def checkpoint(config: rebuild.Config, tmp_path_factory: pytest.TempPathFactory)
         ("data", {"gps_repr": "minmax"}, "data.gps_repr = local, and here that is minmax"),
         ("data", {"split_seed": 1}, "data.split_seed = 290, and here that is 1"),
         ("data", {"holdout": 0.5}, "data.holdout = 0.2, and here that is 0.5"),
+        (
+            "data",
+            {"simulated": Simulated(passes=9)},
+            "data.simulated = {'passes': 8, 'frames': 8, 'seed': 0}, and here ",
+        ),
     ],
     ids=str,
 )
@@ -299,7 +304,7 @@ def test_a_checkpoint_trained_otherwise_is_refused(
 ) -> None:
     """Its weights have the same shapes; but they mean something else, or have seen what is held out."""
     other = replace(config, **{part: replace(getattr(config, part), **change)})
-    with pytest.raises(UserError, match=rf"rebuild\.pretrained = .*: it was trained with {re.escape(told)}\."):
+    with pytest.raises(UserError, match=rf"rebuild\.pretrained = .*: it was trained with {re.escape(told)}"):
         rebuild.prepare(replace(other, rebuild=Rebuild(pretrained=str(checkpoint))))
 
 

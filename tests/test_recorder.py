@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,19 +19,46 @@ from search.recorder import Recorder
 from search.trial import EPOCH, METRICS, REASON, STATUS
 
 
+@dataclass
+class Watched:
+    """A trial under way in `folder`, and the recorder that follows it; `told`: the records of what has ended."""
+
+    folder: Path
+    recorder: Recorder
+    trial: SimpleNamespace  # as Tune has it
+    told: list[Record]
+
+    def report(self, epoch: int, metrics: dict[str, Any] | None = None) -> None:
+        self.recorder.on_trial_result(0, [], self.trial, {EPOCH: epoch, METRICS: metrics or {"loss": 0.5}})
+
+    def end(self, status: str, epoch: int) -> Record:
+        self.trial.last_result = {STATUS: status, REASON: "as the test says", EPOCH: epoch}
+        self.recorder.on_trial_complete(0, [], self.trial)
+        return self.told[0]
+
+    def change(self, **values: Any) -> None:
+        """As population-based training does."""
+        self.trial.config = {**self.trial.config, "values": values}
+
+    @property
+    def files(self) -> TrialFolder:
+        return TrialFolder(self.folder / "run", self.trial.config["number"])
+
+
+def watched(folder: Path, **space: Any) -> Watched:
+    ledger = open_journal(space_of(folder, {"lr": {"log": [1e-4, 1.0]}, "epochs": 3}, **space), folder / "run")
+    opened, told = ask(ledger), list[Record]()
+    recorder = Recorder(ledger, folder / "run", told.append, lambda: None)
+    config = {"number": opened.number, "values": opened.values}
+    return Watched(folder, recorder, SimpleNamespace(trial_id="slot", config=config), told)
+
+
 def ended(folder: Path, reports: list[dict[str, Any]], constraints: dict[str, Any]) -> Record:
     """The record of a trial that ran to its end with these reports."""
-    space = space_of(folder, {"lr": {"log": [1e-4, 1.0]}}, constraints=constraints)
-    ledger = open_journal(space, folder / "run")
-    opened = ask(ledger)
-    told: list[Record] = []
-    recorder = Recorder(ledger, folder / "run", told.append, lambda: None)
-    end = {STATUS: "finished", REASON: "ran to its end", EPOCH: len(reports)}
-    trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": opened.values}, last_result=end)
+    run = watched(folder, constraints=constraints)
     for epoch, metrics in enumerate(reports, start=1):
-        recorder.on_trial_result(0, [], trial, {EPOCH: epoch, METRICS: metrics})
-    recorder.on_trial_complete(0, [], trial)
-    return told[0]
+        run.report(epoch, metrics)
+    return run.end("finished", len(reports))
 
 
 @pytest.mark.parametrize(("reports", "status"), [(2, "stopped"), (3, "finished")])
@@ -38,66 +66,46 @@ def test_when_the_time_is_over_a_trial_of_which_nothing_is_left_has_finished(
     reports: int, status: str, tmp_path: Path
 ) -> None:
     """Tune may not have asked it for more yet; and a checkpoint of which no report came is not kept."""
-    space = space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}, "epochs": 3})
-    ledger = open_journal(space, tmp_path / "run")
-    opened = ask(ledger)
-    told: list[Record] = []
-    recorder = Recorder(ledger, tmp_path / "run", told.append, lambda: None)
-    folder = TrialFolder(tmp_path / "run", opened.number)
-    trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": opened.values})
+    run = watched(tmp_path)
     for epoch in range(1, reports + 1):
-        folder.write_checkpoint(epoch, b"state")
-        recorder.on_trial_result(0, [], trial, {EPOCH: epoch, METRICS: {"loss": 0.5}})
-    folder.write_checkpoint(reports + 1, b"its report was on the way")
-    recorder.close("the time budget was over")
-    assert (told[0].status, told[0].epochs) == (status, reports)
-    assert [path.name for path in folder.path.glob("checkpoint*")] == [f"checkpoint-{reports:04d}.pt"]
+        run.files.write_checkpoint(epoch, b"state")
+        run.report(epoch)
+    run.files.write_checkpoint(reports + 1, b"its report was on the way")
+    run.recorder.close("the time budget was over")
+    assert (run.told[0].status, run.told[0].epochs) == (status, reports)
+    assert [path.name for path in run.files.path.glob("checkpoint*")] == [f"checkpoint-{reports:04d}.pt"]
 
 
 def test_a_copy_that_diverges_before_its_first_report_has_its_own_values_and_checkpoint(tmp_path: Path) -> None:
-    """Under population-based training: trial 0 takes over the weights of another, six epochs old, after its fourth."""
-    space = space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}, "epochs": 8})
-    ledger = open_journal(space, tmp_path / "run")
-    opened = ask(ledger)
-    told: list[Record] = []
-    recorder = Recorder(ledger, tmp_path / "run", told.append, lambda: None)
-    trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": opened.values})
-    for epoch in range(1, 5):
-        recorder.on_trial_result(0, [], trial, {EPOCH: epoch, METRICS: {"loss": 0.5}})
-    trial.config = {"number": opened.number, "values": {"lr": 0.75}}
-    TrialFolder(tmp_path / "run", opened.number).write_checkpoint(6, b"the other's")
-    trial.last_result = {STATUS: "diverged", REASON: "loss is not finite", EPOCH: 6}
-    recorder.on_trial_complete(0, [], trial)
-    assert (told[0].values, told[0].epochs) == ({"lr": 0.75}, 6)
-    assert json.loads((tmp_path / "run/trials/0000/config.json").read_text()) == {"lr": 0.75, "epochs": 8}
-    saved = TrialFolder(tmp_path / "run", opened.number).checkpoint()
+    """Under population-based training: a trial takes over the weights of another, two epochs old, after its first."""
+    run = watched(tmp_path)
+    run.report(1)
+    run.change(lr=0.75)
+    run.files.write_checkpoint(2, b"the other's")
+    record = run.end("diverged", 2)
+    assert (record.values, record.epochs) == ({"lr": 0.75}, 2)
+    assert json.loads((run.files.path / "config.json").read_text()) == {"lr": 0.75, "epochs": 3}
+    saved = run.files.checkpoint()
     assert saved is not None
     assert saved.path.read_bytes() == b"the other's"
 
 
 def test_a_search_that_is_killed_goes_on_with_the_values_that_a_copy_was_given(tmp_path: Path) -> None:
-    space = space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}, "epochs": 8})
-    ledger = open_journal(space, tmp_path / "run")
-    opened = ask(ledger)
-    recorder = Recorder(ledger, tmp_path / "run", lambda record: None, lambda: None)
-    trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": {"lr": 0.75}})
-    recorder.on_trial_result(0, [], trial, {EPOCH: 4, METRICS: {"loss": 0.5}})
+    run = watched(tmp_path)
+    run.change(lr=0.75)
+    run.report(2)
+    space = space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}, "epochs": 3})
     assert ask(open_journal(space, tmp_path / "run")).values == {"lr": 0.75}
 
 
 def test_the_time_that_a_trial_is_paused_for_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    space = space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}, "epochs": 2})
-    ledger = open_journal(space, tmp_path / "run")
-    opened = ask(ledger)
-    told: list[Record] = []
-    recorder = Recorder(ledger, tmp_path / "run", told.append, lambda: None)
-    trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": opened.values})
+    run = watched(tmp_path)
     for epoch, (start, report) in enumerate([(100.0, 110.0), (500.0, 530.0)], start=1):
         monkeypatch.setattr(time, "monotonic", lambda at=start: at)
-        recorder.on_trial_start(0, [], trial)
+        run.recorder.on_trial_start(0, [], run.trial)
         monkeypatch.setattr(time, "monotonic", lambda at=report: at)
-        recorder.on_trial_result(0, [], trial, {EPOCH: epoch, METRICS: {"loss": 0.5}})
-    assert [row["seconds"] for row in TrialFolder(tmp_path / "run", 0).read_metrics()] == [10.0, 40.0]
+        run.report(epoch)
+    assert [row["seconds"] for row in run.files.read_metrics()] == [10.0, 40.0]
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,8 @@ def unseen_settings(config: Config) -> dict[str, Any]:
     wanted += ["augment", "flip"] if data.split == "legacy" else []  # copies are made before it is drawn
     settings |= {f"data.{name}": getattr(data, name) for name in wanted}
     settings["data.longest_history"] = data.reach  # or data.history: which windows there are
-    return settings | ({"data.simulated": asdict(data.simulated)} if data.root is None else {})
+    settings["data.simulated"] = asdict(data.simulated) if data.root is None else None
+    return settings
 
 
 def _with_settings(state: Callable[[], State], settings: dict[str, Any]) -> State:
