@@ -67,7 +67,7 @@ class _Scan(torch.autograd.Function):
 
     Keeping every state for the backward pass would take N times the memory of the input, and autograd over L steps
     is slower than the mathematics. So only the state at the start of each chunk is kept, and the chunk's states are
-    computed again on the way back, as the CUDA kernel does. A scan of one piece keeps them: they are 4 MB at most.
+    computed again on the way back, as the CUDA kernel does. A short scan of one piece keeps them: 4 MB at most.
     """
 
     @staticmethod
@@ -80,7 +80,7 @@ class _Scan(torch.autograd.Function):
             decay_LBND, h_LBND = _states(u_LBD[piece], delta_LBD[piece], a_ND, b_LBN[piece], h_BND)
             y_LBD[piece] = torch.matmul(c_LBN[piece].unsqueeze(2), h_LBND).squeeze(2)
             h_BND = h_LBND[-1].clone()
-        ctx.in_one = len(kept) == 1
+        ctx.in_one = len(kept) == 1 and h_LBND.numel() <= 2 * CHUNK_NUMBERS  # a GPU's pieces may be larger
         if ctx.in_one:
             kept += [decay_LBND, h_LBND]
         ctx.save_for_backward(u_LBD, delta_LBD, a_ND, b_LBN, c_LBN, *kept)
