@@ -29,8 +29,9 @@ Method = Callable[[Budget], None]
 METHODS: dict[str, Method] = {
     "(a) Ray's OptunaSearch and ASHA": divergence_ray.search,
     "(b) Optuna, NaN is FAIL": divergence_optuna.search,
-    "(c) this platform, `survival: false`": partial(divergence_ours.search, survival=False),
-    "(c) this platform, `survival: true`": partial(divergence_ours.search, survival=True),
+    "(c) this platform, `survival: false`": partial(divergence_ours.search, sampler="tpe", survival=False),
+    "(c) this platform, `tpe`": partial(divergence_ours.search, sampler="tpe"),
+    "(c) this platform, `gp`": partial(divergence_ours.search, sampler="gp"),
 }
 
 

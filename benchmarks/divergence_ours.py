@@ -38,9 +38,9 @@ def space_of(search: Search, grace: int) -> Space:
     )
 
 
-def search(budget: Budget, survival: bool) -> None:
+def search(budget: Budget, sampler: str, survival: bool = True) -> None:
     """Spend the budget: one trial at a time, events in the order of Tune's controller and this project's recorder."""
-    wanted = {"trials": budget.left, "seed": budget.seed, "survival": survival}
+    wanted = {"sampler": sampler, "trials": budget.left, "seed": budget.seed, "survival": survival}
     space = space_of(section(Search, wanted, "search"), budget.grace)
     ledger = Ledger(space, new_study(InMemoryStorage(), space), sampler_maker(space), Path("no results"))
     scheduler = make_scheduler(space)

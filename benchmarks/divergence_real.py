@@ -36,7 +36,8 @@ SPACE = Path(__file__).parents[1] / "search_spaces" / "fusion.yaml"
 METHODS: dict[str, Callable[[Budget], None]] = {
     "(a) Ray's OptunaSearch and ASHA": divergence_ray.search,
     "(b) Optuna, NaN is FAIL": divergence_optuna.search,
-    "(c) this platform": partial(divergence_ours.search, survival=True),
+    "(c) this platform, `tpe`": partial(divergence_ours.search, sampler="tpe"),
+    "(c) this platform, `gp`": partial(divergence_ours.search, sampler="gp"),
 }
 GRACE = 3  # epochs
 PUBLISHED = {"block": "uni", "mamba_init": "legacy", "residual": "false", "n_layer": 2}

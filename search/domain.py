@@ -72,10 +72,16 @@ class Real:
         on_grid = round(self.low + self.step * round((inside - self.low) / self.step), 12)
         return min(on_grid, self.high)
 
+    def part(self, value: float) -> float:
+        """Where in the range a value lies: 0 at its low end, 1 at its high one."""
+        return _part(self, value)
+
+    def at(self, part: float) -> float:
+        """The value of this domain nearest to that part of the range."""
+        return self.nearest(_at(self, part))
+
     def sample(self, rng: random.Random) -> float:
-        if self.log:
-            return self.nearest(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
-        return self.nearest(rng.uniform(self.low, self.high))
+        return self.at(rng.random())
 
     def distribution(self) -> BaseDistribution:
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
@@ -119,9 +125,17 @@ class Integer:
         inside = min(max(value, self.low), self.high)
         return self.low + self.step * round((inside - self.low) / self.step)
 
+    def part(self, value: float) -> float:
+        """Where in the range a value lies: 0 at its low end, 1 at its high one."""
+        return _part(self, value)
+
+    def at(self, part: float) -> int:
+        """The value of this domain nearest to that part of the range."""
+        return self.nearest(_at(self, part))
+
     def sample(self, rng: random.Random) -> int:
         if self.log:
-            return self.nearest(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
+            return self.at(rng.random())
         return rng.randrange(self.low, self.high + 1, self.step)
 
     def distribution(self) -> BaseDistribution:
@@ -292,6 +306,22 @@ def _is_number(value: Any) -> bool:
 def _same(a: Any, b: Any) -> bool:
     """Equal and of the same kind: a choice of 1 does not contain 1.0 or True."""
     return type(a) is type(b) and a == b
+
+
+def _part(domain: Real | Integer, value: float) -> float:
+    if domain.low == domain.high:
+        return 0.0
+    low, high = float(domain.low), float(domain.high)
+    if domain.log:
+        low, high, value = math.log(low), math.log(high), math.log(value)
+    return (value - low) / (high - low)
+
+
+def _at(domain: Real | Integer, part: float) -> float:
+    low, high = float(domain.low), float(domain.high)
+    if domain.log:
+        return math.exp(math.log(low) + (math.log(high) - math.log(low)) * part)
+    return low + (high - low) * part
 
 
 def _check_range(low: float, high: float, log: bool) -> None:

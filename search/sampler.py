@@ -12,9 +12,10 @@ from ray.tune.search import Searcher
 
 from search.space import Space
 from search.study import Ledger, MakeSampler
+from search.surrogate import SurrogateSampler
 from trainables.contract import UserError
 
-WHOLE_TRIALS = ("gp", "cmaes", "nsga2")  # these learn from trials that ran to their end, and from no other
+WHOLE_TRIALS = ("cmaes", "nsga2")  # these learn from trials that ran to their end, and from no other
 STOPPING = ("asha", "hyperband", "median")
 
 
@@ -40,7 +41,7 @@ def sampler_maker(space: Space) -> MakeSampler:
         raise UserError(f"search.sampler: cmaes knows no {why}; use tpe")
     makers: dict[str, MakeSampler] = {
         "tpe": lambda s: optuna.samplers.TPESampler(seed=s),
-        "gp": lambda s: _silent(optuna.samplers.GPSampler, seed=s, n_startup_trials=10),
+        "gp": lambda s: SurrogateSampler(space, s),
         "cmaes": lambda s: _silent(optuna.samplers.CmaEsSampler, seed=s, warn_independent_sampling=False),
         "nsga2": lambda s: optuna.samplers.NSGAIISampler(seed=s),
         "random": lambda s: optuna.samplers.RandomSampler(seed=s),

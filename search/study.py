@@ -25,9 +25,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.folder import TrialFolder
 from search.journal import StudyJournal
+from search.proposals import ASKED_AGAIN, SurvivingSampler
 from search.record import Record, read_record
 from search.space import Space
-from search.survival import CANDIDATES, SurvivingSampler, learn
+from search.survival import learn
 from trainables.contract import UserError
 
 MakeSampler = Callable[[int], BaseSampler]  # from a seed
@@ -173,7 +174,7 @@ class Ledger:
         """What proposes at a place. given: values are known already, some or all; these are not judged."""
         search = self.space.search
         model = None
-        if search.survival and search.sampler in CANDIDATES and not given:
+        if search.survival and search.sampler in ASKED_AGAIN and not given:
             model = learn(self.space, self.study.get_trials(deepcopy=False))
         if model is None:
             return self._make_sampler(proposal_seed(search.seed, place))

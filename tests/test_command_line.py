@@ -376,8 +376,8 @@ def test_an_address_where_nobody_listens_is_told_without_asking_ray(run: Run, ad
 
 
 def test_a_sampler_and_a_scheduler_that_do_not_go_together_are_told(run: Run) -> None:
-    _, told, _ = run(*TOY, "--set", "search.sampler=gp", "--set", "scheduler.name=median", "--dry-run")
-    assert "\nsearch.sampler: gp learns nothing from the trials that median stops, " in told
+    _, told, _ = run(*TOY, "--set", "search.sampler=nsga2", "--set", "scheduler.name=median", "--dry-run")
+    assert "\nsearch.sampler: nsga2 learns nothing from the trials that median stops, " in told
     hyperband = ("--set", "scheduler.name=hyperband", "--set", "scheduler.grace_epochs=2", "--dry-run")
     assert (
         "\nscheduler.grace_epochs: hyperband has brackets of its own and does not heed it" in run(*TOY, *hyperband)[1]

@@ -299,7 +299,7 @@ class TestWarmStart:
         assert finished.constraints.keys() == {"diverged", "out_of_memory", "acc", "size"}
         assert finished.constraints["acc"] == pytest.approx(0.5)  # it had 0.4
         assert finished.constraints["size"] == 1.0  # it was not measured
-        end_toy(ledger, ask(ledger), "finished")  # gp would refuse constraints that differ from trial to trial
+        end_toy(ledger, ask(ledger), "finished")
         assert told(ledger)[-1].constraints.keys() == finished.constraints.keys()
 
     @pytest.mark.parametrize("objective", [{"metric": "loss", "mode": "max"}, {"metric": "acc", "mode": "min"}])

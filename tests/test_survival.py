@@ -14,10 +14,12 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 from spaces import space_of
 
+from search.features import features
+from search.proposals import ASKED_AGAIN
 from search.sampler import sampler_maker
 from search.space import Space
 from search.study import proposal_seed
-from search.survival import CANDIDATES, KNOWN, MAPPED, Survival, demanded, features, learn
+from search.survival import KNOWN, MAPPED, Survival, demanded, learn
 
 CONFIG: dict[str, Any] = {"epochs": 4, "lr": {"log": [1e-4, 1.0]}, "clip": {"float": [0.0, 2.0]}}
 CONDITIONAL: dict[str, Any] = {
@@ -140,7 +142,7 @@ def search_of(sampler: str, folder: Path, config: dict[str, Any], survival: bool
     return space_of(folder, config, search=search, **sections)
 
 
-@pytest.mark.parametrize("sampler", CANDIDATES)
+@pytest.mark.parametrize("sampler", ASKED_AGAIN)
 class TestProposals:
     def test_they_are_the_same_after_an_interruption(self, sampler: str, tmp_path: Path) -> None:
         space = search_of(sampler, tmp_path, CONDITIONAL)
@@ -192,7 +194,7 @@ def test_the_more_has_been_tried_the_likelier_a_proposal_must_be_to_survive() ->
 
 
 def test_the_likeliest_is_taken_where_none_is_likely_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("search.survival.demanded", lambda tried, parameters: 1.0)
+    monkeypatch.setattr("search.proposals.demanded", lambda tried, parameters: 1.0)
     space = search_of("random", tmp_path, CONFIG)
     ledger = open_ledger(space, InMemoryStorage())
     rng = random.Random(5)

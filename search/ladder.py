@@ -1,0 +1,120 @@
+"""What settings will score at the end of a trial, learned from whole trials and from stopped ones.
+
+A score is modelled from rung to rung of the scheduler, each as the one before and what comes to it from there (Kennedy
+and O'Hagan 2000). One rung after the other, as Le Gratiet and Garnier (2014) do, which needs that whoever has reached a
+rung has reached those below: halving sees to it. So a stopped trial teaches what it showed, and no more.
+
+Shapes: N trials, K of them on a rung, M settings, D features.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from optuna.trial import FrozenTrial
+
+from search.features import Array
+from search.health import CHANCE, compared
+from search.regression import Regression
+from search.space import Space
+
+ENOUGH = 3  # trials on a rung above the first, from which on it is modelled
+ALL = 0.05  # how much all objectives count beside the furthest one
+
+Scores = Mapping[int, float]  # by rung, an epoch; the lower the better
+
+
+class Ladder:
+    """The score at the highest rung that enough of the trials have reached. There is at least one trial."""
+
+    def __init__(self, x_ND: Array, trials: Sequence[Scores], rungs: Sequence[int]) -> None:
+        self._steps: list[tuple[float, Regression]] = []  # what is left of the rung before, and what comes to it
+        before_N = np.zeros(len(trials))
+        for rung in rungs:
+            there = [i for i, scores in enumerate(trials) if rung in scores]
+            if len(there) < (ENOUGH if self._steps else 1):
+                continue
+            y_K = np.array([trials[i][rung] for i in there])
+            rest = _slope(before_N[there], y_K) if self._steps else 0.0
+            self._steps.append((rest, Regression(x_ND[there], y_K - rest * before_N[there])))
+            before_N[there] = y_K
+
+    def predict(self, x_MD: Array) -> tuple[Array, Array]:
+        """Means and standard deviations, without the noise of a measurement."""
+        mean_M, variance_M = np.zeros(len(x_MD)), np.zeros(len(x_MD))
+        for rest, regression in self._steps:
+            more_M, deviation_M = regression.predict(x_MD)
+            mean_M = rest * mean_M + more_M
+            variance_M = rest**2 * variance_M + deviation_M**2
+        return mean_M, np.sqrt(variance_M)
+
+    def believe(self, x_MD: Array) -> None:
+        """Take its own means for measured: what runs already is not to be proposed again."""
+        for _, regression in self._steps:
+            mean_M, _ = regression.predict(x_MD)
+            regression.add(x_MD, mean_M)
+
+
+def _slope(x_K: Array, y_K: Array) -> float:
+    """Of y over x by least squares, never falling; one more trial is taken to say 1."""
+    x_K, y_K = x_K - x_K.mean(), y_K - y_K.mean()
+    one = float(np.mean(x_K**2)) or 1.0
+    return max(0.0, (float(x_K @ y_K) + one) / (float(x_K @ x_K) + one))
+
+
+def rungs(space: Space, longest: int) -> list[int]:
+    """The epochs after which scores are compared, up to the last one."""
+    found = [min(space.scheduler.grace_epochs, longest)]
+    while found[-1] < longest:
+        found.append(min(found[-1] * space.scheduler.reduction, longest))
+    return found
+
+
+def scores_of(
+    space: Space, trials: Sequence[FrozenTrial], longest: int, rng: random.Random
+) -> Iterator[tuple[Mapping[str, Any], Scores]]:
+    """The settings of finished and stopped trials that reached the first rung, and their scores.
+
+    A trial that finished before its last epoch keeps its score to the end. Of several objectives, which no scheduler
+    compares, whole trials alone have a score: one of the trade-offs between them, drawn from rng.
+    """
+    if len(space.objectives) > 1:
+        whole = [item for item in trials if item.values]
+        for item, score in zip(whole, _traded_off(space, whole, rng), strict=True):
+            yield item.user_attrs["values"], {longest: score}
+        return
+    for item in trials:
+        reports = _compared(space, item)
+        last = reports[max(reports)] if item.user_attrs["status"] == "finished" and reports else None
+        scores = {rung: reports.get(rung, last) for rung in rungs(space, longest)}
+        reached = {rung: score for rung, score in scores.items() if score is not None}
+        if reached:
+            yield item.user_attrs["values"], reached
+
+
+def _compared(space: Space, trial: FrozenTrial) -> Scores:
+    """By epoch, as schedulers see it."""
+    objective = space.objectives[0]
+    sign = 1.0 if objective.mode == "min" else -1.0
+    chance = {key: value for key, value in trial.user_attrs["metrics"].items() if key == objective.metric + CHANCE}
+    seen = {
+        epoch: compared({objective.metric: value, **chance}, objective)
+        for epoch, value in trial.intermediate_values.items()
+    }
+    return {epoch: sign * value for epoch, value in seen.items() if value is not None}
+
+
+def _traded_off(space: Space, trials: Sequence[FrozenTrial], rng: random.Random) -> list[float]:
+    """The largest weighted distance from the best in each objective (ParEGO: Knowles 2006)."""
+    if not trials:
+        return []
+    signs = [1.0 if item.mode == "min" else -1.0 for item in space.objectives]
+    y_NK = np.array([item.values for item in trials]) * signs
+    span_K = np.ptp(y_NK, axis=0)
+    weights = np.array([rng.expovariate(1.0) for _ in signs])
+    away_NK = (y_NK - y_NK.min(axis=0)) / np.where(span_K > 0, span_K, 1.0) * weights / weights.sum()
+    scores: list[float] = (away_NK.max(axis=1) + ALL * away_NK.sum(axis=1)).tolist()
+    return scores

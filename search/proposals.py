@@ -1,0 +1,84 @@
+"""Settings chosen as a whole, and proposals of Optuna's samplers that are likely to survive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial
+
+from search.space import Space, Values
+from search.survival import Survival, demanded
+
+# Samplers that may be asked for several settings in one trial's place. Of the others, gp heeds the model by itself, and
+# the rest follows a sequence or a generation.
+ASKED_AGAIN = ("tpe", "nsga2", "random")
+CANDIDATES = 16
+
+
+class WholeSampler(BaseSampler):
+    """A sampler that chooses a setting as a whole, where Optuna asks for it value by value."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self._chosen: Values = {}
+
+    def choose(self, study: optuna.Study, trial: FrozenTrial) -> Values:
+        """A value for every active parameter."""
+        raise NotImplementedError
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._chosen = self.choose(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        domain = next(item.domain for item in self._space.parameters if item.name == param_name)
+        return domain.encode(self._chosen[param_name])
+
+
+class SurvivingSampler(WholeSampler):
+    """The first proposal that is likely enough to survive, of those that one sampler makes with different seeds.
+
+    Where none of the candidates is, it is the likeliest. They leave no trace among the trials of the study.
+    """
+
+    def __init__(self, space: Space, model: Survival, candidates: Callable[[int], BaseSampler]) -> None:
+        super().__init__(space)
+        self._model, self._candidates = model, candidates
+
+    def choose(self, study: optuna.Study, trial: FrozenTrial) -> Values:
+        best, chosen, limit = -1.0, Values(), demanded(self._model.tried, len(self._space.parameters))
+        for i in range(CANDIDATES):
+            values = propose(self._space, self._candidates(i), study, trial)
+            survival = self._model.probability(values)
+            if survival > best:
+                best, chosen = survival, values
+            if survival >= limit:
+                break
+        return chosen
+
+
+def propose(space: Space, sampler: BaseSampler, study: optuna.Study, trial: FrozenTrial) -> Values:
+    """A sampler's setting for a trial, without telling the trial."""
+    sampler.before_trial(study, trial)
+    together = sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
+    values: Values = {}
+    for parameter in space.parameters:
+        if space.is_active(parameter, values):
+            name, distribution = parameter.name, parameter.domain.distribution()
+            alone = name not in together
+            stored = sampler.sample_independent(study, trial, name, distribution) if alone else together[name]
+            values[name] = parameter.domain.decode(stored)
+    return values

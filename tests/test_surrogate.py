@@ -1,0 +1,231 @@
+"""The sampler `gp`: what it expects of a setting, and what it proposes."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ledgers import ask, end_toy, open_ledger, told
+from optuna.storages import InMemoryStorage
+from scipy.integrate import quad
+from spaces import LOSS, space_of
+
+from search.features import feature_rows
+from search.ladder import Ladder, rungs, scores_of
+from search.space import Space
+from search.study import Ledger
+from search.surrogate import log_expected_improvement, nearby
+from search.survival import MAPPED
+
+CONFIG: dict[str, Any] = {"epochs": 9, "lr": {"log": [1e-4, 1.0]}, "clip": {"float": [0.0, 2.0]}}
+ASHA = {"name": "asha", "grace_epochs": 1, "reduction": 3}
+
+
+def bowl(values: dict[str, Any]) -> float:
+    return (math.log10(values["lr"]) + 3) ** 2 + 0.5 * (values["clip"] - 0.5) ** 2
+
+
+def search_of(folder: Path, config: dict[str, Any] = CONFIG, trials: int = 40, **sections: Any) -> Space:
+    search = {"sampler": "gp", "trials": trials, "seed": 3, **sections.pop("search", {})}
+    return space_of(folder, config, search=search, **sections)
+
+
+def run(ledger: Ledger, trials: int, score: Callable[[dict[str, Any]], float | None]) -> list[dict[str, Any]]:
+    """Trials of one epoch; None: the setting diverges."""
+    played = []
+    for _ in range(trials):
+        opened = ask(ledger)
+        played.append(opened.values)
+        value = score(opened.values)
+        if value is not None:
+            ledger.report("slot", 1, {item.metric: value for item in ledger.space.objectives} | {"size": value})
+        ledger.end("slot", "diverged" if value is None else "finished", "as the test says")
+    return played
+
+
+class TestLadder:
+    @pytest.mark.parametrize(
+        ("grace", "reduction", "longest", "expected"),
+        [(1, 3, 9, [1, 3, 9]), (5, 3, 8, [5, 8]), (2, 2, 16, [2, 4, 8, 16]), (3, 3, 2, [2]), (1, 4, 1, [1])],
+    )
+    def test_the_rungs_are_the_schedulers(
+        self, grace: int, reduction: int, longest: int, expected: list[int], tmp_path: Path
+    ) -> None:
+        space = space_of(tmp_path, CONFIG, scheduler={"grace_epochs": grace, "reduction": reduction})
+        assert rungs(space, longest) == expected
+
+    def test_stopped_trials_tell_of_what_whole_ones_would_score(self, tmp_path: Path) -> None:
+        """Curves that fall at a rate of their own; a third goes on at each rung."""
+        space = space_of(tmp_path, CONFIG, scheduler=ASHA)
+        rng = random.Random(0)
+        settings = [space.draw(rng) for _ in range(60)]
+
+        def score(values: dict[str, Any], epoch: int) -> float:
+            return bowl(values) + (1 + 0.3 * values["clip"]) / epoch
+
+        settings.sort(key=bowl)
+        trials = []
+        for i, values in enumerate(settings):
+            reached = [1] if i >= 20 else [1, 3] if i >= 7 else [1, 3, 9]
+            trials.append({epoch: score(values, epoch) for epoch in reached})
+        ladder = Ladder(feature_rows(space, settings), trials, [1, 3, 9])
+        unseen = [values for values in (space.draw(rng) for _ in range(200)) if bowl(values) < 1.5]
+        mean, _ = ladder.predict(feature_rows(space, unseen))
+        truth = np.array([score(values, 9) for values in unseen])
+        assert len(unseen) > 30
+        assert np.abs(mean - truth).max() < 0.3
+
+    def test_a_rung_that_few_have_reached_is_left_out(self, tmp_path: Path) -> None:
+        space = space_of(tmp_path, CONFIG)
+        rng = random.Random(0)
+        rows = feature_rows(space, [space.draw(rng) for _ in range(6)])
+        trials = [{1: 1.0 + i / 10} for i in range(6)]
+        low = Ladder(rows, trials, [1, 9]).predict(rows)
+        with_few = Ladder(rows, [{1: 1.0, 9: -5.0}, {1: 1.1, 9: -5.0}, *trials[2:]], [1, 9]).predict(rows)
+        assert with_few[0] == pytest.approx(low[0])
+
+    def test_scores_are_those_that_schedulers_compare(self, tmp_path: Path) -> None:
+        space = search_of(tmp_path, objective={"metric": "acc", "mode": "max"}, scheduler=ASHA)
+        ledger = open_ledger(space, InMemoryStorage())
+        for values in ([0.1, 0.1, 0.11, 0.4], [0.05, 0.5]):
+            ask(ledger)
+            for epoch, value in enumerate(values, 1):
+                ledger.report("slot", epoch, {"acc": value, "acc_chance": 0.2})
+            ledger.end("slot", "finished" if len(values) == 4 else "stopped", "")
+        found = [scores for _, scores in scores_of(space, told(ledger), 9, random.Random(0))]
+        assert found == [{1: -0.2, 3: -0.2, 9: -0.4}, {1: -0.2}], "what is below chance counts as chance"
+
+    def test_of_several_objectives_every_trade_off_may_be_drawn(self, tmp_path: Path) -> None:
+        space = search_of(tmp_path, objective=[LOSS, {"metric": "acc", "mode": "max"}])
+        ledger = open_ledger(space, InMemoryStorage())
+        for loss, acc in ((0.0, 0.0), (1.0, 1.0), (1.0, 0.0)):
+            ask(ledger)
+            ledger.report("slot", 1, {"loss": loss, "acc": acc})
+            ledger.end("slot", "finished", "")
+        best = set()
+        for seed in range(30):
+            scores = [found[9] for _, found in scores_of(space, told(ledger), 9, random.Random(seed))]
+            assert scores[2] == max(scores), "the third is no better than either in anything"
+            best.add(scores.index(min(scores)))
+        assert best == {0, 1}
+
+
+class TestProposals:
+    def test_they_get_closer_to_the_best_than_draws_do(self, tmp_path: Path) -> None:
+        played = run(open_ledger(search_of(tmp_path), InMemoryStorage()), 30, bowl)
+        assert min(map(bowl, played[:MAPPED])) > 5 * min(map(bowl, played))
+        assert min(map(bowl, played)) < 0.01
+
+    def test_they_learn_from_stopped_trials_alone(self, tmp_path: Path) -> None:
+        space = search_of(tmp_path, scheduler=ASHA)
+        ledger = open_ledger(space, InMemoryStorage())
+        for _ in range(30):
+            opened = ask(ledger)
+            ledger.report("slot", 1, {"loss": bowl(opened.values)})
+            ledger.end("slot", "stopped", "as the test says")
+        late = [bowl(trial.user_attrs["values"]) for trial in told(ledger)][20::2]
+        assert min(late) < 0.02
+
+    @pytest.mark.parametrize("survival", [True, False])
+    def test_they_keep_off_what_diverges(self, survival: bool, tmp_path: Path) -> None:
+        """The best lies at 1e-3, all that is above 2e-3 diverges."""
+        space = search_of(tmp_path, search={"survival": survival})
+        played = run(open_ledger(space, InMemoryStorage()), 40, lambda v: None if v["lr"] > 2e-3 else bowl(v))
+        assert sum(values["lr"] > 2e-3 for values in played[:MAPPED]) >= 4
+        assert sum(values["lr"] > 2e-3 for values in played[MAPPED::2]) <= 4
+        assert min(bowl(values) for values in played if values["lr"] <= 2e-3) < 0.02
+
+    def test_they_heed_the_limit_of_a_metric(self, tmp_path: Path) -> None:
+        """The score is best where the limit is broken: the best that keeps it lies on it."""
+        space = search_of(tmp_path, constraints={"size": {"min": 1.0}})
+        played = run(open_ledger(space, InMemoryStorage()), 40, bowl)
+        assert all(bowl(values) > 0.9 for values in played[20::2])
+        assert 1.0 <= min(bowl(values) for values in played if bowl(values) >= 1.0) < 1.1
+
+    def test_what_runs_beside_them_is_taken_for_measured(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def furthest_apart() -> float:
+            ledger = open_ledger(search_of(tmp_path), InMemoryStorage())
+            run(ledger, MAPPED, bowl)
+            beside = feature_rows(ledger.space, [ask(ledger, f"slot {i}").values for i in range(6)][::2])
+            return float(np.ptp(beside, axis=0).max())
+
+        assert furthest_apart() > 0.1
+        monkeypatch.setattr("search.surrogate.Worth.take", lambda worth, running: None)
+        assert furthest_apart() < 0.05
+
+    def test_nothing_is_tried_twice_where_there_is_something_new(self, tmp_path: Path) -> None:
+        config = {"epochs": 9, "lr": {"choice": [1e-4, 1e-3, 1e-2]}, "clip": {"choice": [0.0, 0.5, 1.0, 1.5]}}
+        ledger = open_ledger(search_of(tmp_path, config), InMemoryStorage())
+        run(ledger, MAPPED, bowl)
+        for _ in range(8):
+            before = [str(trial.user_attrs["values"]) for trial in told(ledger)]
+            (values,) = run(ledger, 1, bowl)
+            if told(ledger)[-1].number % 2 == 0 and len(set(before)) < 12:
+                assert str(values) not in before
+
+    def test_parameters_that_come_and_go(self, tmp_path: Path) -> None:
+        config = {**CONFIG, "block": {"choice": ["bi", [1, 2]]}, "state": {"int": [8, 64], "when": {"block": ["bi"]}}}
+        space = search_of(tmp_path, config, trials=24)
+        played = run(open_ledger(space, InMemoryStorage()), 24, lambda v: bowl(v) + v.get("state", 60) / 100)
+        assert all(space.holds(values) for values in played)
+        assert min(values.get("state", 60) for values in played) < 12
+
+    def test_another_takes_its_place_at_once(self, tmp_path: Path) -> None:
+        """A slot waits for it; after a hundred trials of seven parameters it takes a third of a second."""
+        config: dict[str, Any] = {"epochs": 9, **{f"p{i}": {"float": [0.0, 1.0]} for i in range(7)}}
+        ledger = open_ledger(search_of(tmp_path, config, trials=200), InMemoryStorage())
+        for number in range(100):
+            opened = ledger.study.ask({})
+            values = ledger.space.draw(random.Random(number))
+            attrs = {"status": "finished", "values": values, "metrics": {}, "epochs": 9}
+            for key, value in attrs.items():
+                opened.set_user_attr(key, value)
+            score = sum((value - 0.5) ** 2 for value in values.values())
+            for epoch in (1, 3, 9):
+                opened.report(score + 1 / epoch, epoch)
+            ledger.study.tell(opened, score)
+        began = time.process_time()
+        ask(ledger)
+        assert time.process_time() - began < 5.0
+
+
+def test_without_a_score_it_draws(tmp_path: Path) -> None:
+    ledger = open_ledger(search_of(tmp_path), InMemoryStorage())
+    played = run(ledger, MAPPED + 4, lambda values: None)
+    assert len({str(values) for values in played}) == MAPPED + 4
+    end_toy(ledger, ask(ledger), "failed")
+    assert ledger.space.holds(ask(ledger).values)
+
+
+@pytest.mark.parametrize("z", [3.0, 0.0, -2.0, -5.9, -6.1, -20.0])
+def test_the_improvement_is_the_integral(z: float) -> None:
+    """Of what lies below the best; its logarithm stays finite where it itself is nought."""
+    found = float(log_expected_improvement(np.array([z * 0.5]), np.array([0.5]))[0])
+    assert math.isfinite(found)
+    if z > -20:
+        density, _ = quad(lambda t: (z - t) * math.exp(-0.5 * t * t) / math.sqrt(2 * math.pi), -40 + z, z)
+        assert found == pytest.approx(math.log(0.5 * density), abs=0.1)
+
+
+def test_nearby_settings_stay_inside_and_do_not_crowd_the_ends(tmp_path: Path) -> None:
+    config = {
+        **CONFIG,
+        "width": {"int": [8, 64], "log": True},
+        "kind": {"choice": ["a", "b"]},
+        "fixed": {"int": [3, 3]},
+    }
+    space = space_of(tmp_path, config)
+    rng = random.Random(0)
+    centre = {"lr": 1.0, "clip": 0.0, "width": 64, "kind": "a", "fixed": 3}
+    around = [nearby(space, centre, 0.1, rng) for _ in range(300)]
+    assert all(space.holds(values) for values in around)
+    assert not any(values["lr"] == 1.0 or values["clip"] == 0.0 for values in around)
+    assert sum(values["lr"] > 0.1 for values in around) > 280
+    assert {values["kind"] for values in around} == {"a", "b"}
+    assert sum(values["kind"] == "a" for values in around) > 200
