@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial
 
 from search.features import Array
 from search.health import CHANCE, compared
-from search.regression import Regression
+from search.regression import Regression, within_reach
 from search.space import Space
 
 ENOUGH = 3  # trials on a rung above the first, from which on it is modelled
@@ -37,7 +37,7 @@ class Ladder:
             there = [i for i, scores in enumerate(trials) if rung in scores]
             if len(there) < (ENOUGH if self._steps else 1):
                 continue
-            y_K = np.array([trials[i][rung] for i in there])
+            y_K = within_reach(np.array([trials[i][rung] for i in there]))
             rest = _slope(before_N[there], y_K) if self._steps else 0.0
             self._steps.append((rest, Regression(x_ND[there], y_K - rest * before_N[there])))
             before_N[there] = y_K
@@ -78,7 +78,8 @@ def scores_of(
 ) -> Iterator[tuple[Mapping[str, Any], Scores]]:
     """The settings of finished and stopped trials that reached the first rung, and their scores.
 
-    A trial that finished before its last epoch keeps its score to the end. Of several objectives, which no scheduler
+    A trial that finished before its last epoch keeps its score to the end; one of an earlier search, which may have had
+    fewer epochs, does not. Of several objectives, which no scheduler
     compares, whole trials alone have a score: one of the trade-offs between them, drawn from rng.
     """
     if len(space.objectives) > 1:
@@ -88,7 +89,8 @@ def scores_of(
         return
     for item in trials:
         reports = _compared(space, item)
-        last = reports[max(reports)] if item.user_attrs["status"] == "finished" and reports else None
+        early = item.user_attrs["status"] == "finished" and "from" not in item.user_attrs
+        last = reports[max(reports)] if early and reports else None
         scores = {rung: reports.get(rung, last) for rung in rungs(space, longest)}
         reached = {rung: score for rung, score in scores.items() if score is not None}
         if reached:
@@ -112,7 +114,7 @@ def _traded_off(space: Space, trials: Sequence[FrozenTrial], rng: random.Random)
     if not trials:
         return []
     signs = [1.0 if item.mode == "min" else -1.0 for item in space.objectives]
-    y_NK = np.array([item.values for item in trials]) * signs
+    y_NK = np.apply_along_axis(within_reach, 0, np.array([item.values for item in trials]) * signs)
     span_K = np.ptp(y_NK, axis=0)
     weights = np.array([rng.expovariate(1.0) for _ in signs])
     away_NK = (y_NK - y_NK.min(axis=0)) / np.where(span_K > 0, span_K, 1.0) * weights / weights.sum()

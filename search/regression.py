@@ -25,7 +25,7 @@ from search.features import Array
 LENGTH = (0.25, 0.5)  # and half the logarithm of D
 AMPLITUDE = (0.0, 1.0)
 NOISE = (-5.0, 2.0)
-FAR = 4.0  # scores further out than so many times what lies between the best and the worst quarter count so far
+FAR = 8.0  # scores further from the median than so many times what lies between it and the best count as that far
 JITTER = 1e-8
 
 
@@ -33,22 +33,22 @@ class Regression:
     """Scores, the lower the better, as a smooth function of N rows of features. N is 1 or more."""
 
     def __init__(self, x_ND: Array, y_N: Array) -> None:
-        y_N = _within_reach(y_N)
+        y_N = within_reach(y_N)
         self._x_ND, self._mean, self._scale = x_ND, y_N.mean(), y_N.std() or 1.0
         self._y_N = (y_N - self._mean) / self._scale
         self._theta = _likeliest(x_ND, self._y_N)
         self._solve()
 
     def _solve(self) -> None:
-        k_NN, _ = _covariance(self._theta, _squares(self._x_ND, self._x_ND))
+        k_NN = _covariance(self._theta, self._x_ND, self._x_ND)
         self._lower_NN = cholesky(k_NN + _noise(self._theta) * np.eye(len(k_NN)), lower=True)
         self._weight_N = cho_solve((self._lower_NN, True), self._y_N)
 
     def predict(self, x_MD: Array) -> tuple[Array, Array]:
         """Means and standard deviations of M rows, without the noise of a measurement."""
-        k_NM, amplitude = _covariance(self._theta, _squares(self._x_ND, x_MD))
+        k_NM = _covariance(self._theta, self._x_ND, x_MD)
         known_NM = solve_triangular(self._lower_NN, k_NM, lower=True)
-        variance_M = np.maximum(1e-12, amplitude - (known_NM**2).sum(axis=0))
+        variance_M = np.maximum(1e-12, np.exp(self._theta[-2]) - (known_NM**2).sum(axis=0))
         return self._mean + self._scale * (self._weight_N @ k_NM), self._scale * np.sqrt(variance_M)
 
     def add(self, x_KD: Array, y_K: Array) -> None:
@@ -58,24 +58,19 @@ class Regression:
         self._solve()
 
 
-def _within_reach(y_N: Array) -> Array:
-    """A loss of 1e30, finite as it is, would leave no difference to see among the others."""
-    best, worse = np.quantile(y_N, [0.0, 0.75])
-    reach = FAR * (worse - best)
-    return np.minimum(y_N, worse + reach) if reach > 0 else y_N
+def within_reach(y_N: Array) -> Array:
+    """Scores of which none is too far out: a loss of 1e30, finite as it is, would leave no difference to see."""
+    best, median = np.quantile(y_N, [0.0, 0.5])
+    reach = FAR * (median - best)
+    return np.minimum(y_N, median + reach) if reach > 0 else y_N
 
 
-def _squares(a_ND: Array, b_MD: Array) -> Array:
-    squares_DNM: Array = (a_ND.T[:, :, None] - b_MD.T[:, None, :]) ** 2
-    return squares_DNM
-
-
-def _covariance(theta_T: Array, squares_DNM: Array) -> tuple[Array, float]:
-    """The covariances of two sets of rows, and a row's with itself."""
-    amplitude = float(np.exp(theta_T[-2]))
-    inverse_D = np.exp(-2 * theta_T[:-2])
-    k_NM: Array = amplitude * np.exp(-0.5 * np.tensordot(inverse_D, squares_DNM, axes=1))
-    return k_NM, amplitude
+def _covariance(theta_T: Array, a_ND: Array, b_MD: Array) -> Array:
+    """The covariances of two sets of rows."""
+    a_ND, b_MD = a_ND * np.exp(-theta_T[:-2]), b_MD * np.exp(-theta_T[:-2])
+    squares_NM = (a_ND**2).sum(axis=1)[:, None] + (b_MD**2).sum(axis=1) - 2 * a_ND @ b_MD.T
+    k_NM: Array = np.exp(theta_T[-2] - 0.5 * np.maximum(0.0, squares_NM))
+    return k_NM
 
 
 def _noise(theta_T: Array) -> float:
@@ -100,10 +95,11 @@ def _prior(features: int) -> tuple[Array, Array]:
 
 def loss_of(x_ND: Array, y_N: Array) -> Callable[[Array], tuple[float, Array]]:
     """The negative logarithm of likelihood and prior by theta, and its gradient (equations 5.8 and 5.9)."""
-    squares_DNN, (mean_T, deviation_T) = _squares(x_ND, x_ND), _prior(x_ND.shape[1])
+    squares_DNN: Array = (x_ND.T[:, :, None] - x_ND.T[:, None, :]) ** 2
+    mean_T, deviation_T = _prior(x_ND.shape[1])
 
     def loss(theta_T: Array) -> tuple[float, Array]:
-        k_NN, _ = _covariance(theta_T, squares_DNN)
+        k_NN = _covariance(theta_T, x_ND, x_ND)
         lower_NN = cholesky(k_NN + _noise(theta_T) * np.eye(len(y_N)), lower=True)
         weight_N = cho_solve((lower_NN, True), y_N)
         off_T = (theta_T - mean_T) / deviation_T

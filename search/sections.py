@@ -50,7 +50,8 @@ class Search(_Section):
     trials: int = Field(20, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
     time_budget: str | None = None  # such as 90s, 30m, 4h; trials still running then are stopped
-    survival: bool = True  # tpe, nsga2, random: pass over proposals that will probably diverge or run out of memory
+    # tpe, gp, nsga2, random: pass over proposals that will probably diverge or run out of memory
+    survival: bool = True
     retries: int = Field(1, ge=0)  # of a trial that failed by a bug or a fault of the machine
 
     @field_validator("time_budget", mode="before")

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import log_ndtr, ndtr
 
-from search.domain import Choice, Integer, Parameter, Real
+from search.domain import Choice, Domain, Integer, Real
 from search.features import Array, feature_rows
 from search.ladder import Ladder, rungs, scores_of
 from search.proposals import SurvivingSampler, WholeSampler, propose
@@ -33,7 +34,6 @@ ANYWHERE, NEARBY, NEARER = 500, 500, 150  # candidates: in all the space; around
 BEST = 5  # settings, or candidates, around which others are drawn
 STEP = (0.01, 0.5)  # parts of a range, to a candidate nearby; every order of magnitude alike
 FINER = (0.05, 0.015)  # to one nearer, the first and the second time
-DOOMED = -1e9  # the logarithm of what a candidate is worth that is not likely enough to survive
 TAIL = -6.0  # standard deviations below which an improvement is reckoned by its asymptote
 
 
@@ -43,6 +43,16 @@ class SurrogateSampler(WholeSampler):
     def __init__(self, space: Space, seed: int) -> None:
         super().__init__(space)
         self._seed, self._rng = seed, random.Random(seed)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        stored = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+        given = {
+            item.name: item.domain.decode(stored[item.name]) for item in self._space.parameters if item.name in stored
+        }
+        if given:  # a known setting, perhaps in part: the rest is drawn
+            self._chosen = self._space.draw(self._rng, given)
+        else:
+            super().before_trial(study, trial)
 
     def choose(self, study: optuna.Study, trial: FrozenTrial) -> Values:
         others = [item for item in study.get_trials(deepcopy=False) if item.number != trial.number]
@@ -76,8 +86,8 @@ class SurrogateSampler(WholeSampler):
 class Worth:
     """What a candidate is worth.
 
-    scored: settings and what they are expected to score. limits: the excess of each constraint. survival: None where
-    nothing is known of it. taken: settings that run, or ran.
+    scored: settings, and what is expected of them by `ladder`. limits: the excess of each constraint. survival: None
+    where nothing is known of it.
     best: the best of the scored settings, as far as known within all limits.
     """
 
@@ -96,30 +106,43 @@ class Worth:
         order = np.lexsort((mean_N, broken_N))
         self.best = [scored[i] for i in order[:BEST]]
         self._least = mean_N[order[0]]
-        self._taken = {str(dict(values)) for values in scored}
+        self._taken: set[bytes] = set()
 
-    def take(self, running: Sequence[Mapping[str, Any]]) -> None:
+    def run(self, settings: Sequence[Mapping[str, Any]]) -> None:
         """These are being measured; until they are, they are believed to score as expected."""
-        if running:
-            x_KD = feature_rows(self._space, running)
+        if settings:
+            x_KD = feature_rows(self._space, settings)
             self._ladder.believe(x_KD)
             self._least = min(self._least, self._ladder.predict(x_KD)[0].min())
-            self._taken |= {str(dict(values)) for values in running}
+
+    def take(self, settings: Sequence[Mapping[str, Any]]) -> None:
+        """These are not to be tried again, whatever became of them."""
+        self._taken |= {_key(row) for row in feature_rows(self._space, settings)}
 
     def ranked(self, candidates: Sequence[Values]) -> list[Values]:
-        """The best first, and nothing that was tried already where there is anything else."""
-        new = [values for values in candidates if str(values) not in self._taken] or list(candidates)
-        x_MD = feature_rows(self._space, new)
+        """The best first, and nothing that is taken where there is anything else."""
+        x_MD = feature_rows(self._space, candidates)
+        new = [i for i in range(len(candidates)) if _key(x_MD[i]) not in self._taken] or list(range(len(candidates)))
+        likely_M, worth_M = self._judge(x_MD[new])
+        return [candidates[new[i]] for i in np.lexsort((-worth_M, ~likely_M))]
+
+    def _judge(self, x_MD: Array) -> tuple[NDArray[np.bool_], Array]:
+        """Whether candidates are likely enough to survive, and what they are then worth; else, how likely they are."""
         mean_M, deviation_M = self._ladder.predict(x_MD)
         worth_M = log_expected_improvement(self._least - mean_M, deviation_M)
         for limit in self._limits:
             excess_M, doubt_M = limit.predict(x_MD)
             worth_M += log_ndtr(-excess_M / doubt_M)
-        if self._survival is not None:
-            survival_M = self._survival.probabilities(x_MD)
-            enough_M = survival_M >= demanded(self._survival.tried, len(self._space.parameters))
-            worth_M = np.where(enough_M, worth_M, DOOMED * (1 - survival_M))
-        return [new[i] for i in np.argsort(-worth_M, kind="stable")]
+        if self._survival is None:
+            return np.ones(len(x_MD), dtype=bool), worth_M
+        survival_M = self._survival.probabilities(x_MD)
+        likely_M = survival_M >= demanded(self._survival.tried, len(self._space.parameters))
+        return likely_M, np.where(likely_M, worth_M, survival_M)
+
+
+def _key(row_D: Array) -> bytes:
+    """The same for settings that differ by what adding up steps leaves."""
+    return (np.round(row_D, 9) + 0.0).tobytes()  # no -0.0
 
 
 def judge(space: Space, others: Sequence[FrozenTrial], survival: Survival | None, rng: random.Random) -> Worth | None:
@@ -134,16 +157,19 @@ def judge(space: Space, others: Sequence[FrozenTrial], survival: Survival | None
     ladder = Ladder(feature_rows(space, settings), [scores for _, scores in scored], rungs(space, longest))
     worth = Worth(space, settings, ladder, _limits(space, ended, measured), survival)
     running = [read_record(item, space).values for item in others if item.state == TrialState.RUNNING]
-    worth.take([values for values in running if space.holds(values)])
+    worth.run([values for values in running if space.holds(values)])
+    worth.take([values for values in [*running, *(item.user_attrs["values"] for item in ended)] if space.holds(values)])
     return worth
 
 
 def _limits(space: Space, ended: Sequence[FrozenTrial], measured: Sequence[FrozenTrial]) -> list[Regression]:
     """Of metrics, by the trials that measured them; of failures, where no model of survival knows of them."""
     failures = () if space.search.survival else ("diverged", "out_of_memory")
+    told_of = {name: [item for item in ended if name in item.constraints] for name in failures}
+    for name in space.constraints:
+        told_of[name] = [item for item in measured if item.user_attrs["metrics"].get(name) is not None]
     found = []
-    for name, trials in [*((name, measured) for name in space.constraints), *((name, ended) for name in failures)]:
-        told = [item for item in trials if name in item.constraints]
+    for name, told in told_of.items():
         excess = np.array([item.constraints[name] for item in told])
         if (excess > 0).any():
             found.append(Regression(feature_rows(space, [item.user_attrs["values"] for item in told]), excess))
@@ -165,14 +191,12 @@ def nearby(space: Space, centre: Mapping[str, Any], step: float, rng: random.Ran
     values: Values = {}
     for parameter in space.parameters:
         if space.is_active(parameter, values):
-            values[parameter.name] = _moved(parameter, centre.get(parameter.name), step, rng)
+            name, domain = parameter.name, parameter.domain
+            values[name] = _moved(domain, centre[name], step, rng) if name in centre else domain.sample(rng)
     return values
 
 
-def _moved(parameter: Parameter, value: Any, step: float, rng: random.Random) -> Any:
-    domain = parameter.domain
-    if value is None:
-        return domain.sample(rng)
+def _moved(domain: Domain, value: Any, step: float, rng: random.Random) -> Any:
     if isinstance(domain, Choice):
         return domain.sample(rng) if rng.random() < step else value
     assert isinstance(domain, (Real, Integer))

@@ -159,6 +159,21 @@ def test_conditions(sampler: str, tmp_path: Path) -> None:
     assert len(set(states)) > 1 or len(states) < 3
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "qmc", "random"])
+def test_a_known_setting_may_be_given_in_part(sampler: str, tmp_path: Path) -> None:
+    """What it leaves out is sampled, what it brings with it too."""
+    config = {"lr": {"log": [1e-4, 1.0]}, "block": {"choice": ["bi", "uni"]}}
+    config["state"] = {"int": [8, 64], "when": {"block": ["bi"]}}
+    for seed in range(8):
+        search = {"sampler": sampler, "trials": 4, "seed": seed}
+        space = space_of(tmp_path, config, search=search, try_first=[{"block": "bi"}, {"block": "uni", "lr": 0.01}])
+        ledger = open_ledger(space, InMemoryStorage())
+        first, second = play(ledger, 2)
+        assert space.holds(first)
+        assert first["block"] == "bi"
+        assert second == {"block": "uni", "lr": 0.01}
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_known_settings_come_first(sampler: str, tmp_path: Path) -> None:
     known: dict[str, Any] = {"lr": 1e-3, "width": 8, "dropout": 0.1, "layers": [8, 16]}
