@@ -168,17 +168,17 @@ class TestProposals:
         assert min(late) < 0.02
 
     def test_those_of_tpe_keep_off_too(self, tmp_path: Path) -> None:
-        """The score gets better towards where all diverges."""
+        """The score gets better towards where all diverges; three times as far is no search of the edge."""
 
-        def diverged(survival: bool) -> int:
+        def far_beyond(survival: bool) -> int:
             space = search_of(tmp_path, trials=60, search={"survival": survival})
             rate = [v["lr"] for v in run(open_ledger(space, InMemoryStorage()), 60, score)]
-            return sum(lr > 1e-2 for lr in rate[MAPPED + 1 :: 2])
+            return sum(lr > 3e-2 for lr in rate[MAPPED + 1 :: 2])
 
         def score(values: dict[str, Any]) -> float | None:
             return None if values["lr"] > 1e-2 else -math.log10(values["lr"])
 
-        assert diverged(survival=True) < 0.5 * diverged(survival=False)
+        assert far_beyond(survival=True) < 0.5 * far_beyond(survival=False)
 
     @pytest.mark.parametrize("survival", [True, False])
     def test_they_keep_off_what_diverges(self, survival: bool, tmp_path: Path) -> None:
