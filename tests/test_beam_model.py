@@ -303,11 +303,9 @@ def test_a_transformer_starts_as_published_and_ignores_the_switches_of_mamba(ini
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_channels_last_is_another_layout_of_the_same_network(norm: Literal["batch", "group"]) -> None:
     """And its gradients lie as its weights do, which DDP's buckets want; at 64 pixels no map is a single value."""
-    data = replace(small_data(), image_size=64)
+    data, model = replace(small_data(), image_size=64), replace(SMALL, channels=(8, 8, 12, 16), norm=norm)
     torch.manual_seed(0)
-    plain, other = (
-        FusionNetwork(replace(SMALL, norm=norm, channels_last=last), data, GPS_WIDTH) for last in (False, True)
-    )
+    plain, other = (FusionNetwork(replace(model, channels_last=last), data, GPS_WIDTH) for last in (False, True))
     other.load_state_dict(plain.state_dict())
     batch = small_beam.noise(3, data)
     logits, same = plain(batch), other(batch)
@@ -316,7 +314,7 @@ def test_channels_last_is_another_layout_of_the_same_network(norm: Literal["batc
     gradients = torch.autograd.grad(same.sum(), trained)
     strides = {name: (x.stride(), dx.stride()) for name, x, dx in zip(names, trained, gradients, strict=True)}
     assert all(mine == theirs for mine, theirs in strides.values()), strides
-    assert strides["image.resnet.encoder.stages.1.layers.0.layer.0.convolution.weight"][0] == (36, 1, 12, 4)
+    assert strides["image.resnet.encoder.stages.1.layers.0.layer.0.convolution.weight"][0] == (72, 1, 24, 8)
 
 
 @pytest.mark.parametrize("block", ["bi", "transformer"])
@@ -338,6 +336,7 @@ def test_half_precision_gives_nearly_the_same_logits(block: Literal["bi", "trans
         ({"sensor_depths": (1, 0, 1, 1)}, r"model\.sensor_depths = \[1, 0, 1, 1\]"),
         ({"dropout": 1.0}, r"model\.dropout = 1\.0 must lie in \[0, 1\)"),
         ({"block": "transformer", "channels": (4, 8, 12, 18)}, r"model\.channels = .* must be multiples of 4"),
+        ({"channels_last": True, "channels": (4, 8, 16, 32)}, r"model\.channels = .* must be at least 8 each"),
     ],
 )
 def test_models_that_cannot_be_built_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -38,7 +38,8 @@ def test_the_key_of_a_network_is_what_it_was_trained_by(config: rebuild.Config) 
     key = pretrained.key(base, 0, arrays)
     assert key == pretrained.key(replace(base, score_without=()), 0, arrays)
     assert key == pretrained.key(replace(base, data=replace(base.data, prepared="/else")), 0, arrays)
-    assert key == pretrained.key(replace(base, model=replace(base.model, channels_last=True)), 0, arrays)
+    wide, last = (replace(base.model, channels=(8, 8, 12, 16), channels_last=last) for last in (False, True))
+    assert pretrained.key(replace(base, model=wide), 0, arrays) == pretrained.key(replace(base, model=last), 0, arrays)
     stopping = replace(base, optim=replace(base.optim, early_stop=EarlyStop("dba_missing", "max")))
     without = [replace(stopping, score_without=(sensor,)) for sensor in ("image", "radar")]
     assert len({pretrained.key(made, 0, arrays) for made in without}) == 2, "that score ends the training"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ledgers import ask, end_toy, open_ledger, told
 from optuna.storages import InMemoryStorage
 from scipy.integrate import quad
 from spaces import LOSS, space_of
+from timing import thread_s
 
 from search.features import feature_rows
 from search.ladder import Ladder, rungs, scores_of
@@ -258,7 +258,7 @@ class TestProposals:
         assert min(values.get("state", 60) for values in played) < 12
 
     def test_another_takes_its_place_at_once(self, tmp_path: Path) -> None:
-        """A slot waits for it; after a hundred trials of seven parameters it takes a third of a second."""
+        """A slot waits for it; after a hundred trials of seven parameters its own takes a third of a second."""
         config: dict[str, Any] = {"epochs": 9, **{f"p{i}": {"float": [0.0, 1.0]} for i in range(7)}}
         ledger = open_ledger(search_of(tmp_path, config, trials=200), InMemoryStorage())
         for number in range(100):
@@ -271,9 +271,9 @@ class TestProposals:
             for epoch in (1, 3, 9):
                 opened.report(score + 1 / epoch, epoch)
             ledger.study.tell(opened, score)
-        began = time.process_time()
-        ask(ledger)
-        assert time.process_time() - began < 5.0
+        slots = (f"slot {i}" for i in range(10))
+        one_of_each_kind = thread_s(lambda: [ask(ledger, next(slots)) for _ in range(2)])
+        assert one_of_each_kind < 5.0
 
 
 def test_without_a_score_it_draws(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ Modality = Literal["image", "lidar", "radar", "gps"]
 MODALITIES: tuple[Modality, ...] = ("image", "lidar", "radar", "gps")
 SENSORS: tuple[Modality, ...] = ("image", "lidar", "radar")  # those with an encoder; gps is a pair of tokens
 HEADS = 4  # of a transformer block
+# Channels of a map that may lie channels last: oneDNN (in torch 2.13, on processors without AVX-512) writes beyond its
+# memory in the gradient of a 1x1 convolution of stride 2 over fewer, and the process dies.
+NARROWEST = 8
 
 # Windows built from the raw files, as published. In numbers of raw files:
 STRIDE = 2  # between two instants: the development set is sampled at half the rate of its files
@@ -154,6 +157,10 @@ class Model:
         if self.block == "transformer" and any(width % HEADS for width in self.channels):
             raise UserError(
                 f"model.channels = {list(self.channels)} must be multiples of {HEADS}, the heads of block transformer"
+            )
+        if self.channels_last and min(self.channels) < NARROWEST:
+            raise UserError(
+                f"model.channels = {list(self.channels)} must be at least {NARROWEST} each with model.channels_last"
             )
         if self.pretrained_encoders == "none":  # as a command line or a choice has it, where null is another word
             object.__setattr__(self, "pretrained_encoders", None)
