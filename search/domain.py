@@ -81,6 +81,8 @@ class Real:
         return self.nearest(_at(self, part))
 
     def sample(self, rng: random.Random) -> float:
+        if self.step is not None:
+            return self.nearest(self.low + self.step * rng.randint(0, _steps(self.low, self.high, self.step)))
         return self.at(rng.random())
 
     def distribution(self) -> BaseDistribution:
@@ -134,8 +136,8 @@ class Integer:
         return self.nearest(_at(self, part))
 
     def sample(self, rng: random.Random) -> int:
-        if self.log:
-            return self.at(rng.random())
+        if self.log:  # as Optuna draws, so that both ends have their whole share
+            return self.nearest(math.exp(rng.uniform(math.log(self.low - 0.5), math.log(self.high + 0.5))))
         return rng.randrange(self.low, self.high + 1, self.step)
 
     def distribution(self) -> BaseDistribution:

@@ -2,7 +2,7 @@
 
 A score is modelled from rung to rung of the scheduler, each as the one before and what comes to it from there (Kennedy
 and O'Hagan 2000). One rung after the other, as Le Gratiet and Garnier (2014) do, which needs that whoever has reached a
-rung has reached those below: halving sees to it. So a stopped trial teaches what it showed, and no more.
+rung has reached those below: a trial reports every epoch. So a stopped trial teaches what it showed, and no more.
 
 Shapes: N trials, K of them on a rung, M settings, D features.
 """
@@ -28,14 +28,17 @@ Scores = Mapping[int, float]  # by rung, an epoch; the lower the better
 
 
 class Ladder:
-    """The score at the highest rung that enough of the trials have reached. There is at least one trial."""
+    """The score at the highest rung that enough of the trials have reached. There is at least one trial.
+
+    A rung from which all have gone on to the next one tells nothing that this does not.
+    """
 
     def __init__(self, x_ND: Array, trials: Sequence[Scores], rungs: Sequence[int]) -> None:
         self._steps: list[tuple[float, Regression]] = []  # what is left of the rung before, and what comes to it
         before_N = np.zeros(len(trials))
-        for rung in rungs:
-            there = [i for i, scores in enumerate(trials) if rung in scores]
-            if len(there) < (ENOUGH if self._steps else 1):
+        reached = [[i for i, scores in enumerate(trials) if rung in scores] for rung in rungs]
+        for rung, there, beyond in zip(rungs, reached, [*reached[1:], []], strict=True):
+            if len(there) < (ENOUGH if self._steps else 1) or there == beyond:
                 continue
             y_K = within_reach(np.array([trials[i][rung] for i in there]))
             rest = _slope(before_N[there], y_K) if self._steps else 0.0
@@ -79,22 +82,27 @@ def scores_of(
     """The settings of finished and stopped trials that reached the first rung, and their scores.
 
     A trial that finished before its last epoch keeps its score to the end; one of an earlier search, which may have had
-    fewer epochs, does not. Of several objectives, which no scheduler
-    compares, whole trials alone have a score: one of the trade-offs between them, drawn from rng.
+    fewer epochs, does not. Of several objectives, which no scheduler compares, whole trials alone have a score: one of
+    the trade-offs between them, drawn from rng.
     """
     if len(space.objectives) > 1:
-        whole = [item for item in trials if item.values]
+        whole = [item for item in trials if item.values and (_own(item) or item.user_attrs["epochs"] >= longest)]
         for item, score in zip(whole, _traded_off(space, whole, rng), strict=True):
             yield item.user_attrs["values"], {longest: score}
         return
     for item in trials:
         reports = _compared(space, item)
-        early = item.user_attrs["status"] == "finished" and "from" not in item.user_attrs
+        early = item.user_attrs["status"] == "finished" and _own(item)
         last = reports[max(reports)] if early and reports else None
         scores = {rung: reports.get(rung, last) for rung in rungs(space, longest)}
         reached = {rung: score for rung, score in scores.items() if score is not None}
         if reached:
             yield item.user_attrs["values"], reached
+
+
+def _own(trial: FrozenTrial) -> bool:
+    """Whether it is one of this search, and not taken over from an earlier one."""
+    return "from" not in trial.user_attrs
 
 
 def _compared(space: Space, trial: FrozenTrial) -> Scores:

@@ -70,6 +70,11 @@ class SurvivingSampler(WholeSampler):
         return chosen
 
 
+def surviving(space: Space, model: Survival | None, sampler: Callable[[int], BaseSampler]) -> BaseSampler:
+    """A sampler whose proposals are likely to survive, as far as a model knows. sampler: for the i-th candidate."""
+    return sampler(0) if model is None else SurvivingSampler(space, model, sampler)
+
+
 def propose(space: Space, sampler: BaseSampler, study: optuna.Study, trial: FrozenTrial) -> Values:
     """A sampler's setting for a trial, without telling the trial."""
     sampler.before_trial(study, trial)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,11 @@ def read_record(trial: FrozenTrial, space: Space) -> Record:
         epochs=attrs.get("epochs", 0),
         seconds=attrs.get("seconds", 0.0),
     )
+
+
+def longest_of(trials: Iterable[FrozenTrial]) -> int:
+    """How many epochs the longest of these trials took, at least 1: a whole one, where the space does not say."""
+    return max([1, *(trial.user_attrs.get("epochs", 0) for trial in trials)])
 
 
 def best_of(records: Sequence[Record], space: Space) -> list[Record]:

@@ -26,6 +26,7 @@ LENGTH = (0.25, 0.5)  # and half the logarithm of D
 AMPLITUDE = (0.0, 1.0)
 NOISE = (-5.0, 2.0)
 FAR = 8.0  # scores further from the median than so many times what lies between it and the best count as that far
+HUGE = 1e100  # a score beyond it, whose square would be infinite, counts as this
 JITTER = 1e-8
 
 
@@ -59,10 +60,17 @@ class Regression:
 
 
 def within_reach(y_N: Array) -> Array:
-    """Scores of which none is too far out: a loss of 1e30, finite as it is, would leave no difference to see."""
-    best, median = np.quantile(y_N, [0.0, 0.5])
-    reach = FAR * (median - best)
-    return np.minimum(y_N, median + reach) if reach > 0 else y_N
+    """Scores of which none is too far out: a loss of 1e30, finite as it is, would leave no difference to see.
+
+    Where most of them are as far out as that, it stays so.
+    """
+    y_N = np.clip(y_N, -HUGE, HUGE)
+    best = y_N.min()
+    others = y_N[y_N > best]  # of many that share the best, the median would be that, too
+    if not len(others):
+        return y_N
+    median = np.median(others)
+    return np.minimum(y_N, median + FAR * (median - best))
 
 
 def _covariance(theta_T: Array, a_ND: Array, b_MD: Array) -> Array:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import math
 import random
+import sys
 import time
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.folder import TrialFolder
 from search.journal import StudyJournal
-from search.proposals import ASKED_AGAIN, SurvivingSampler
-from search.record import Record, read_record
+from search.proposals import ASKED_AGAIN, surviving
+from search.record import Record, longest_of, read_record
 from search.space import Space
 from search.survival import learn
 from trainables.contract import UserError
@@ -145,7 +146,7 @@ class Ledger:
             given = place < len(trials)
         else:
             place = unfinished.number
-            given = "values" in unfinished.user_attrs or "fixed_params" in unfinished.system_attrs
+            given = bool(unfinished.params) or "fixed_params" in unfinished.system_attrs
         self.study.sampler = self._sampler(place, given)
         with _quiet_optuna():
             study = _AsKnown(self.study)
@@ -176,9 +177,7 @@ class Ledger:
         model = None
         if search.survival and search.sampler in ASKED_AGAIN and not given:
             model = learn(self.space, self.study.get_trials(deepcopy=False))
-        if model is None:
-            return self._make_sampler(proposal_seed(search.seed, place))
-        return SurvivingSampler(self.space, model, lambda i: self._make_sampler(proposal_seed(search.seed, place, i)))
+        return surviving(self.space, model, lambda i: self._make_sampler(proposal_seed(search.seed, place, i)))
 
     def report(self, key: str, epoch: int, metrics: Mapping[str, Any]) -> None:
         """An epoch is over. Only finite objectives get here."""
@@ -240,11 +239,6 @@ def proposal_seed(seed: int, place: int, candidate: int = 0) -> int:
     return random.Random(text).getrandbits(32)
 
 
-def longest_of(trials: Iterable[FrozenTrial]) -> int:
-    """How many epochs the longest of these trials took, at least 1: a whole one, where the space does not say."""
-    return max([1, *(trial.user_attrs.get("epochs", 0) for trial in trials)])
-
-
 def constraints_told(
     space: Space, status: str, epochs: int, longest: int, metrics: Mapping[str, Any]
 ) -> dict[str, float]:
@@ -278,7 +272,8 @@ def penalties(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection
         if len(directions) == 1:
             seen += [sign * value for trial in measured for value in trial.intermediate_values.values()]
         worst, best = (max(seen), min(seen)) if seen else (0.0, 0.0)
-        found.append(sign * (worst + max(0.1 * (worst - best), 1e-3 * max(1.0, abs(worst)))))
+        beyond = worst + max(0.1 * (worst - best), 1e-3 * max(1.0, abs(worst)))
+        found.append(sign * min(beyond, sys.float_info.max))
     return found
 
 

@@ -23,22 +23,22 @@ from scipy.special import log_ndtr, ndtr
 from search.domain import Choice, Domain, Integer, Real
 from search.features import Array, feature_rows
 from search.ladder import Ladder, rungs, scores_of
-from search.proposals import SurvivingSampler, WholeSampler, propose
-from search.record import read_record
-from search.regression import Regression
+from search.proposals import WholeSampler, propose, surviving
+from search.record import longest_of, read_record
+from search.regression import FAR, Regression
 from search.space import Space, Values
-from search.study import longest_of, proposal_seed
-from search.survival import LATEST, MAPPED, Survival, demanded, learn
+from search.study import proposal_seed
+from search.survival import LATEST, MAPPED, SURVIVED, Survival, demanded, learn, tells
 
 ANYWHERE, NEARBY, NEARER = 500, 500, 150  # candidates: in all the space; around the best settings; twice, around theirs
 BEST = 5  # settings, or candidates, around which others are drawn
 STEP = (0.01, 0.5)  # parts of a range, to a candidate nearby; every order of magnitude alike
 FINER = (0.05, 0.015)  # to one nearer, the first and the second time
-TAIL = -6.0  # standard deviations below which an improvement is reckoned by its asymptote
+TAIL = -30.0  # standard deviations below which an improvement is reckoned by its asymptote
 
 
 class SurrogateSampler(WholeSampler):
-    """Draws at random until ten trials have ended and one of them has a score."""
+    """Every other setting is TPE's; the rest are draws until ten trials have ended in any way, and one has a score."""
 
     def __init__(self, space: Space, seed: int) -> None:
         super().__init__(space)
@@ -66,9 +66,7 @@ class SurrogateSampler(WholeSampler):
         def tpe(candidate: int) -> optuna.samplers.TPESampler:
             return optuna.samplers.TPESampler(seed=proposal_seed(self._seed, candidate))
 
-        if survival is None:
-            return propose(self._space, tpe(0), study, trial)
-        return SurvivingSampler(self._space, survival, tpe).choose(study, trial)
+        return propose(self._space, surviving(self._space, survival, tpe), study, trial)
 
     def _best(self, worth: Worth) -> Values:
         anywhere = [self._space.draw(self._rng) for _ in range(ANYWHERE)]
@@ -101,32 +99,37 @@ class Worth:
     ) -> None:
         self._space, self._ladder, self._limits, self._survival = space, ladder, limits, survival
         x_ND = feature_rows(space, scored)
-        mean_N, _ = ladder.predict(x_ND)
-        broken_N = sum((limit.predict(x_ND)[0] > 0 for limit in limits), np.zeros(len(scored)))
-        order = np.lexsort((mean_N, broken_N))
+        order, self._least = self._order(x_ND)
         self.best = [scored[i] for i in order[:BEST]]
-        self._least = mean_N[order[0]]
-        self._taken: set[bytes] = set()
+        self._x_ND = x_ND
+        self._excluded: set[bytes] = set()
 
-    def run(self, settings: Sequence[Mapping[str, Any]]) -> None:
+    def _order(self, x_MD: Array) -> tuple[NDArray[np.intp], float]:
+        """The best first, those that break the fewest limits before all others; and what the first is to score."""
+        mean_M, _ = self._ladder.predict(x_MD)
+        broken_M = sum((limit.predict(x_MD)[0] > 0 for limit in self._limits), np.zeros(len(x_MD)))
+        order = np.lexsort((mean_M, broken_M))
+        return order, float(mean_M[order[0]])
+
+    def expect(self, settings: Sequence[Mapping[str, Any]]) -> None:
         """These are being measured; until they are, they are believed to score as expected."""
         if settings:
             x_KD = feature_rows(self._space, settings)
             self._ladder.believe(x_KD)
-            self._least = min(self._least, self._ladder.predict(x_KD)[0].min())
+            _, self._least = self._order(np.concatenate([self._x_ND, x_KD]))
 
-    def take(self, settings: Sequence[Mapping[str, Any]]) -> None:
+    def exclude(self, settings: Sequence[Mapping[str, Any]]) -> None:
         """These are not to be tried again, whatever became of them."""
-        self._taken |= {_key(row) for row in feature_rows(self._space, settings)}
+        self._excluded |= {_key(row) for row in feature_rows(self._space, settings)}
 
     def ranked(self, candidates: Sequence[Values]) -> list[Values]:
-        """The best first, and nothing that is taken where there is anything else."""
+        """The best first, and nothing that is excluded where there is anything else."""
         x_MD = feature_rows(self._space, candidates)
-        new = [i for i in range(len(candidates)) if _key(x_MD[i]) not in self._taken] or list(range(len(candidates)))
-        likely_M, worth_M = self._judge(x_MD[new])
+        new = [i for i in range(len(candidates)) if _key(x_MD[i]) not in self._excluded] or list(range(len(candidates)))
+        likely_M, worth_M = self._worth(x_MD[new])
         return [candidates[new[i]] for i in np.lexsort((-worth_M, ~likely_M))]
 
-    def _judge(self, x_MD: Array) -> tuple[NDArray[np.bool_], Array]:
+    def _worth(self, x_MD: Array) -> tuple[NDArray[np.bool_], Array]:
         """Whether candidates are likely enough to survive, and what they are then worth; else, how likely they are."""
         mean_M, deviation_M = self._ladder.predict(x_MD)
         worth_M = log_expected_improvement(self._least - mean_M, deviation_M)
@@ -147,32 +150,44 @@ def _key(row_D: Array) -> bytes:
 
 def judge(space: Space, others: Sequence[FrozenTrial], survival: Survival | None, rng: random.Random) -> Worth | None:
     """By all trials but the one to be begun; None where they do not tell enough."""
-    ended = [item for item in others if item.state.is_finished()][-LATEST:]
-    measured = [item for item in ended if item.user_attrs.get("status") in ("finished", "stopped")]
+    tried = [item for item in others if item.state.is_finished()]
+    ended = [item for item in tried if tells(item)][-LATEST:]
+    measured = [item for item in ended if SURVIVED[item.user_attrs["status"]]]
     longest = space.epochs or longest_of(ended)
     scored = list(scores_of(space, measured, longest, rng))
-    if len(ended) < MAPPED or not scored or not space.parameters:
+    if len(tried) < MAPPED or not scored or not space.parameters:
         return None
     settings = [values for values, _ in scored]
     ladder = Ladder(feature_rows(space, settings), [scores for _, scores in scored], rungs(space, longest))
     worth = Worth(space, settings, ladder, _limits(space, ended, measured), survival)
-    running = [read_record(item, space).values for item in others if item.state == TrialState.RUNNING]
-    worth.run([values for values in running if space.holds(values)])
-    worth.take([values for values in [*running, *(item.user_attrs["values"] for item in ended)] if space.holds(values)])
+    running = [item for item in others if item.state == TrialState.RUNNING]
+    worth.expect(_settings(space, running))
+    worth.exclude(_settings(space, [*running, *tried]))
     return worth
 
 
+def _settings(space: Space, trials: Sequence[FrozenTrial]) -> list[Mapping[str, Any]]:
+    """Those that are whole settings of this space."""
+    return [values for item in trials if space.holds(values := read_record(item, space).values)]
+
+
 def _limits(space: Space, ended: Sequence[FrozenTrial], measured: Sequence[FrozenTrial]) -> list[Regression]:
-    """Of metrics, by the trials that measured them; of failures, where no model of survival knows of them."""
+    """Of metrics, by whole trials, as a limit holds at the end; of failures, where no model of survival knows of them.
+
+    Further within its limit than `FAR` times what others break it by counts as that far: a few that are a thousandfold
+    within would leave nothing to see near the limit.
+    """
     failures = () if space.search.survival else ("diverged", "out_of_memory")
     told_of = {name: [item for item in ended if name in item.constraints] for name in failures}
     for name in space.constraints:
-        told_of[name] = [item for item in measured if item.user_attrs["metrics"].get(name) is not None]
+        told_of[name] = [item for item in measured if item.user_attrs["status"] == "finished"]
     found = []
     for name, told in told_of.items():
         excess = np.array([item.constraints[name] for item in told])
         if (excess > 0).any():
-            found.append(Regression(feature_rows(space, [item.user_attrs["values"] for item in told]), excess))
+            far = FAR * np.median(excess[excess > 0])
+            rows = feature_rows(space, [item.user_attrs["values"] for item in told])
+            found.append(Regression(rows, np.clip(excess, -far, far)))
     return found
 
 

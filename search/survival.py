@@ -19,6 +19,7 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.special import expit
 
 from search.features import Array, feature_rows
+from search.record import longest_of
 from search.space import Space
 
 MAPPED = 10  # ended trials before the model speaks: the first settings map the space, its edge included
@@ -95,17 +96,19 @@ def learn(space: Space, trials: Sequence[FrozenTrial]) -> Survival | None:
 
     A trial that the scheduler stopped has survived the epochs it ran, and counts as that part of an observation.
     """
-    ended = [item.user_attrs for item in trials if _tells(item.user_attrs)][-LATEST:]
+    told = [item for item in trials if tells(item)][-LATEST:]
+    ended = [item.user_attrs for item in told]
     survived = [SURVIVED[item["status"]] for item in ended]
     if not space.parameters or len(ended) < MAPPED or len(set(survived)) < 2:
         return None
-    longest = space.epochs or max(1, *(item["epochs"] for item in ended))
+    longest = space.epochs or longest_of(told)
     weights = [min(1.0, item["epochs"] / longest) if item["status"] == "stopped" else 1.0 for item in ended]
     return Survival(space, [item["values"] for item in ended], survived, weights)
 
 
-def _tells(attrs: Mapping[str, Any]) -> bool:
+def tells(trial: FrozenTrial) -> bool:
     """Whether a trial has shown what becomes of its setting; one that the end of the time kept from running has not."""
+    attrs = trial.user_attrs
     return attrs.get("status") in SURVIVED and (attrs["status"] != "stopped" or attrs["epochs"] > 0)
 
 
