@@ -18,20 +18,22 @@ class _Section(BaseModel):
 class Objective(_Section):
     """What is searched for: a metric of the reports, and whether more or less of it is better."""
 
-    metric: str
+    metric: str = Field(min_length=1)
     mode: Literal["min", "max"]
 
 
 class Limit(_Section):
     """Bounds that a metric of the last report must keep for a trial to count as a solution."""
 
-    min: float | None = None
-    max: float | None = None
+    min: float | None = Field(None, allow_inf_nan=False)
+    max: float | None = Field(None, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _some_bound(self) -> Limit:
+    def _can_be_kept(self) -> Limit:
         if self.min is None and self.max is None:
             raise ValueError("name a `min`, a `max` or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"the range is reversed; write {{min: {self.max}, max: {self.min}}}")
         return self
 
     def excess(self, value: float) -> float:

@@ -221,6 +221,9 @@ def _objectives(node: Any) -> tuple[Objective, ...]:
 def _constraints(node: Any) -> dict[str, Limit]:
     if not isinstance(node or {}, dict):
         raise UserError(f"constraints: expected metric: {{min: ..., max: ...}}, got {node!r}")
+    for name in node or {}:
+        if not isinstance(name, str) or not name:
+            raise UserError(f"constraints.{name}: {name!r} is no name of a metric; write the name that reports give it")
     return {name: section(Limit, limit, f"constraints.{name}") for name, limit in (node or {}).items()}
 
 

@@ -93,6 +93,15 @@ def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu:
         ({"objective": [LOSS, LOSS]}, "objective: names a metric twice: ['loss', 'loss']"),
         ({"objective": [LOSS, {"metric": "b"}]}, "objective.1.mode: a value is needed"),
         ({"constraints": {"acc": {}}}, "constraints.acc: {} is refused: name a `min`, a `max` or both"),
+        (
+            {"constraints": {"acc": {"min": 0.9, "max": 0.1}}},
+            "constraints.acc: {'min': 0.9, 'max': 0.1} is refused: the range is reversed; write {min: 0.1, max: 0.9}",
+        ),
+        ({"constraints": {"acc": {"min": float("nan")}}}, "constraints.acc.min: nan is refused: input should be a fin"),
+        ({"constraints": {"acc": {"max": float("inf")}}}, "constraints.acc.max: inf is refused: input should be a fin"),
+        ({"constraints": {1: {"min": 0.5}}}, "constraints.1: 1 is no name of a metric; write the name that reports"),
+        ({"constraints": {"": {"min": 0.5}}}, "constraints.: '' is no name of a metric"),
+        ({"objective": {"metric": "", "mode": "min"}}, "objective.metric: '' is refused: string should have at least"),
         ({"constraints": ["acc"]}, "constraints: expected metric: {min: ..., max: ...}, got ['acc']"),
         ({"config": [1]}, "config: expected a mapping, got [1]"),
         ({"config": {"a.b": 1}}, "config.a.b: a key is a word without dots; nest mappings instead"),
@@ -233,6 +242,7 @@ class TestOverrides:
             ("config.width", "--set config.width: write KEY=VALUE, such as config.optim.lr=1.0e-4"),
             ("config.optim.lr=1e-4", "--set config.optim.lr: line 1: YAML reads 1e-4 as text; write 1.0e-4"),
             ("config.optim.lr={log: [1, 0.5]}", "config.optim.lr: the range [1.0, 0.5] is reversed"),
+            ("constraints.loss={max: 3, min: 5}", "constraints.loss: {'max': 3, 'min': 5} is refused: the range is re"),
             ("profiles.laptop.config.width=3", "--set profiles.laptop.config.width: no such key"),
         ],
     )
