@@ -27,7 +27,8 @@ from search.folder import SPACE, STUDY, running
 from search.loading import where
 from search.mirror import Mirror, above, below, fetch, is_uri, local
 from search.packing import cannot_share, measure
-from search.plan import AT_THE_START, estimate, make_plan
+from search.plan import AT_THE_START, Plan, estimate, make_plan
+from search.record import INTERRUPTED, Record
 from search.results import read_results, summary, why, write_results
 from search.sampler import grid_size, sampler_maker, unlearned
 from search.scheduler import make_scheduler, unheeded
@@ -160,12 +161,13 @@ def search(options: Options) -> engine.Outcome | None:
     space = cap_to_grid(space)
     sampler_maker(space)
     make_scheduler(space)
+    check_folders(options, space)
     alone = cannot_share(space, trainable, nodes)
     plan = make_plan(space, nodes, alone or AT_THE_START)
     told = [f"{space.name}: {describe(space)}", *space.left_out, *unlearned(space), *unheeded(space), f"plan: {plan}"]
     print("\n".join(told), flush=True)
     if options.dry_run:
-        print(f"estimate: {estimate(space, plan, seconds_per_epoch(options.results, space))}\n")
+        print(f"estimate: {estimate_of(options, space, plan)}\n")
         print(yaml_file.dump(space.document()), end="")
         return None
     if trainable.prepare is not None:
@@ -222,29 +224,42 @@ def cap_to_grid(space: Space) -> Space:
     return space.with_trials(min(space.search.trials, grid_size(space) + len(space.try_first)))
 
 
-def open_results(options: Options, space: Space, held: contextlib.ExitStack) -> Path:
-    """The results folder, with the resolved space and the study in it; no other process runs it while it is `held`."""
+def check_folders(options: Options, space: Space) -> None:
+    """Raise UserError where the folders that the command names do not go with this search; changes nothing in them."""
     if options.resume is not None:
         check_same(read_space(options.resume / SPACE), space, options.resume)
+        open_study(options.resume / STUDY, space, create=False)  # one that cannot be read
+    if options.warm_start is not None:
+        check_comparable(read_earlier(options.warm_start), space, str(options.warm_start))
+    if options.resume is None and options.name is not None:
+        _check_unused(options.results / options.name)
+
+
+def _check_unused(results: Path) -> None:
+    if (results / STUDY).exists():
+        raise UserError(f"{results} holds a search already; go on with it by --resume, or choose another --name")
+
+
+def open_results(options: Options, space: Space, held: contextlib.ExitStack) -> Path:
+    """The results folder, with the resolved space and the study in it; no other process runs it while it is `held`.
+
+    What `check_folders` refuses has been told before.
+    """
+    if options.resume is not None:
         _take(options.resume, held)
-        open_study(options.resume / STUDY, space, create=False)  # one that cannot be read is told before Ray starts
         write_space(options.resume, space)
         return options.resume
     results = options.results / (options.name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    earlier = None if options.warm_start is None else read_earlier(options.warm_start)
-    if earlier is not None:
-        check_comparable(earlier, space, str(options.warm_start))
     try:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--results {results}: no folder can be made here: {error.strerror}") from None
     _take(results, held)
-    if (results / STUDY).exists():
-        raise UserError(f"{results} holds a search already; go on with it by --resume, or choose another --name")
+    _check_unused(results)  # another process may have been first
     write_space(results, space)
     study = open_study(results / STUDY, space, create=True)
-    if earlier is not None:
-        taken = take_over(study, space, earlier, str(options.warm_start))
+    if options.warm_start is not None:
+        taken = take_over(study, space, read_earlier(options.warm_start), str(options.warm_start))
         print(f"warm start: {taken} trials of {options.warm_start} lie within this space")
     return results
 
@@ -314,8 +329,27 @@ def commit() -> str | None:
     return told.stdout.strip()
 
 
-def seconds_per_epoch(results: Path, space: Space) -> float | None:
-    """Measured by the newest search of the same trainable and profile under `results`; None where there is none."""
+def estimate_of(options: Options, space: Space, plan: Plan) -> str:
+    """What the search will cost, in words; one that goes on is judged by its own epochs, and by the trials left."""
+    if options.resume is None:
+        return estimate(space, plan, measured_before(options.results, space))
+    _, found = read_results(options.resume)
+    ended = sum(record.status != INTERRUPTED for record in found)
+    left = max(space.search.trials, len(found)) - ended
+    if left == 0:
+        return "no trial is left to run; --trials with a larger number would go on with the search"
+    epoch_s = seconds_per_epoch(found) or measured_before(options.resume.parent, space)
+    return estimate(space.with_trials(left), plan, epoch_s)
+
+
+def seconds_per_epoch(found: Sequence[Record]) -> float | None:
+    """Of the trials of a search; None before their first epoch."""
+    epochs = sum(record.epochs for record in found)
+    return sum(record.seconds for record in found) / epochs if epochs else None
+
+
+def measured_before(results: Path, space: Space) -> float | None:
+    """Seconds per epoch of the newest search of the same trainable and profile under `results`, where there is one."""
     measured = (space.trainable, space.profile)
     folders = sorted(results.glob(f"*/{SPACE}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for file in folders:
@@ -331,7 +365,7 @@ def seconds_per_epoch(results: Path, space: Space) -> float | None:
             _, found = read_results(file.parent)
         except UserError:
             continue
-        epochs = sum(record.epochs for record in found)
-        if epochs:
-            return sum(record.seconds for record in found) / epochs
+        epoch_s = seconds_per_epoch(found)
+        if epoch_s is not None:
+            return epoch_s
     return None

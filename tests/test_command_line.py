@@ -350,6 +350,38 @@ def test_a_dry_run_estimates_from_the_newest_search_of_the_same_trainable(run: R
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*TOY, "--warm-start", "nowhere"], "--warm-start nowhere: there is no space.yaml here"),
+        ([*TOY, "--set", "objective.mode=max", "--warm-start", "results/done"], "not, in the same directions, loss"),
+        (["--resume", "results/done", "--epochs", "9"], "config.epochs cannot change, its trials ran as it was"),
+        ([*TOY, "--name", "done"], "results/done holds a search already"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_dry_run_refuses_what_the_run_refuses(arguments: list[str], message: str, run: Run, tmp_path: Path) -> None:
+    finished_search(tmp_path)
+    told = run(*arguments, "--dry-run")
+    assert (told[0], message in told[2]) == (2, True)
+    assert told == run(*arguments)
+
+
+def test_a_dry_run_of_a_search_that_goes_on_counts_what_is_left_and_takes_its_own_time(
+    run: Run, tmp_path: Path
+) -> None:
+    results = finished_search(tmp_path).rename(tmp_path / "elsewhere")
+    told = run("--resume", str(results), "--dry-run")[1]
+    assert "estimate: at most 12 epochs; " in told
+    assert "s an epoch measured before)" in told
+    before = (results / "study.journal").read_bytes()
+    assert "estimate: at most 20 epochs; " in run("--resume", str(results), "--trials", "6", "--dry-run")[1]
+    assert "estimate: no trial is left to run; " in run("--resume", str(results), "--trials", "1", "--dry-run")[1]
+    assert (results / "study.journal").read_bytes() == before
+    ask(open_journal(load_space(results / "space.yaml")[0], results))  # and its machine goes
+    assert "estimate: at most 12 epochs; " in run("--resume", str(results), "--dry-run")[1]
+
+
+@pytest.mark.parametrize(
     ("quota", "cpus"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 8), ("", 8)]
 )
 def test_a_container_has_the_cpus_that_its_quota_pays_for(
