@@ -1,4 +1,4 @@
-"""Nested mappings addressed by dotted paths. A domain is a leaf."""
+"""Nested mappings addressed by dotted paths. A domain is a leaf; a space's `config` is none, whatever its keys."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from trainables.contract import UserError
 MISSING: Any = object()
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`base` with the entries of `over`; mappings are merged, all else (a domain too) is replaced."""
     merged = dict(base)
     for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if _is_tree(old) and _is_tree(value) else value
+        old, path = merged.get(key), f"{prefix}{key}"
+        merged[key] = merge(old, value, f"{path}.") if _is_tree(old, path) and _is_tree(value, path) else value
     return merged
 
 
-def _is_tree(node: Any) -> TypeGuard[dict[str, Any]]:
-    return isinstance(node, dict) and not is_domain(node)
+def _is_tree(node: Any, path: str) -> TypeGuard[dict[str, Any]]:
+    return isinstance(node, dict) and (path == "config" or not is_domain(node))
 
 
 def get(tree: Mapping[str, Any], path: str) -> Any:
@@ -39,9 +39,8 @@ def put(tree: dict[str, Any], path: str, value: Any) -> None:
     for i, key in enumerate(parents):
         if node.get(key) is None:  # a key with nothing behind it yet
             node[key] = {}
-        child = node[key]
-        if not isinstance(child, dict) or is_domain(child):
-            above = ".".join(parents[: i + 1])
+        child, above = node[key], ".".join(parents[: i + 1])
+        if not _is_tree(child, above):
             raise UserError(f"{path}: {above} is a value, not a mapping of further keys")
         node = child
     node[last] = value
@@ -58,8 +57,9 @@ def drop(tree: dict[str, Any], path: str) -> None:
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
     found = []
     for key, node in tree.items():
-        if isinstance(node, dict) and node and not is_domain(node):
-            found += leaves(node, f"{prefix}{key}.")
+        path = f"{prefix}{key}"
+        if node and _is_tree(node, path):
+            found += leaves(node, f"{path}.")
         else:
-            found.append(f"{prefix}{key}")
+            found.append(path)
     return found

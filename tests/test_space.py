@@ -230,6 +230,13 @@ class TestOverrides:
         space, _ = load_space(write_space(tmp_path, self.CONFIG, search=None), ["search.trials=7"])
         assert space.search.trials == 7
 
+    def test_a_config_with_the_key_of_a_domain_is_a_tree_as_any_other(self, tmp_path: Path) -> None:
+        config = {"log": ["a", "b"], "epochs": 3, "lr": {"log": [0.1, 1.0]}}
+        file = write_space(tmp_path, config, profiles={"small": {"config": {"log": ["c"], "epochs": 1}}})
+        space, _ = load_space(file, ["config.lr=0.5"], "small")
+        assert space.config({}) == {"log": ["c"], "epochs": 1, "lr": 0.5}
+        assert message_of(file, "config.lrr=0.5") == "--set config.lrr: no such key; did you mean `config.lr`?"
+
     @pytest.mark.parametrize(
         ("override", "message"),
         [
