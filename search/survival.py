@@ -23,7 +23,7 @@ from search.record import longest_of
 from search.space import Space
 
 MAPPED = 10  # ended trials before the model speaks: the first settings map the space, its edge included
-KNOWN = 20  # ended trials for each parameter, after which the odds of survival must be two to one
+KNOWN = 20  # ended trials for each parameter, with which the odds of survival that are demanded double
 LATEST = 200  # ended trials that the model learns from: its cost grows with their cube
 BIAS, SLOPE, BEND, BEND_LENGTH = 1.0, 4.0, 1.0, 2.0  # of the kernel; a parameter's range is 2 wide
 SCALES = (1.0, 10.0, 100.0, 1000.0)  # prior variances of the log-odds
@@ -130,4 +130,5 @@ def demanded(tried: int, parameters: int) -> float:
     At first it need only be more likely than not: a strict limit keeps a model that knows little away from the edge,
     and the best settings often lie close to it. Once the edge is known, one more diverged trial teaches nothing.
     """
-    return 1 - 1 / (2 + tried / (KNOWN * parameters))
+    odds: float = 2.0 ** (tried / (KNOWN * parameters))
+    return odds / (1 + odds)
