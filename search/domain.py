@@ -198,7 +198,8 @@ class Parameter:
     """A searched value: its dotted path in the config, its domain, and when it exists at all.
 
     when: by dotted path, the values of another entry under which this one is searched; where they do not hold, the
-        entry is left out of the config, so that a `Config` class falls back on its default.
+        entry is left out of the config, with the mappings around it that hold nothing else, so that a `Config` class
+        falls back on its default.
     """
 
     name: str

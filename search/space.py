@@ -94,7 +94,7 @@ class Space:
         return values
 
     def config(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The config tree with the searched values put in; inactive parameters are left out."""
+        """The config tree with the searched values put in; inactive parameters are left out, as `Parameter` says."""
         tree = copy.deepcopy(dict(self.tree))
         for parameter in self.parameters:
             if parameter.name in values:

@@ -47,11 +47,12 @@ def put(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def drop(tree: dict[str, Any], path: str) -> None:
-    *parents, last = path.split(".")
-    node: Any = tree
-    for key in parents:
-        node = node[key]
-    del node[last]
+    """Take an entry out, and with it the mappings around it that held nothing else."""
+    key, _, rest = path.partition(".")
+    if rest:
+        drop(tree[key], rest)
+    if not rest or not tree[key]:
+        del tree[key]
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:

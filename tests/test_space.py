@@ -202,6 +202,30 @@ class TestConfigClass:
         space, trainable = load_space(file, ["config.optim.momentum=0.5", "config.heads=2"])
         assert trainable.config(space.config({})).optim.momentum == 0.5
 
+    def test_a_mapping_that_when_empties_falls_back_on_its_default(self, tmp_path: Path) -> None:
+        code = """
+        from dataclasses import dataclass
+
+        @dataclass(frozen=True)
+        class Augmentation:
+            strength: float
+
+        @dataclass(frozen=True)
+        class Config:
+            augment: bool
+            augmentation: Augmentation | None = None
+
+        def train(trial):
+            yield {"loss": 0.0}
+        """
+        strength = {"float": [0, 1], "when": {"augment": [True]}}
+        config = {"augment": {"choice": [True, False]}, "augmentation": {"strength": strength}}
+        file = write_space(tmp_path, config, trainable=f"{write_family(tmp_path, code)}:train")
+        space, trainable = load_space(file)
+        assert trainable.config(space.config({"augment": False})).augmentation is None
+        found = trainable.config(space.config({"augment": True, "augmentation.strength": 0.5}))
+        assert found.augmentation.strength == 0.5
+
     def test_what_when_hides_falls_back_on_its_default(self, family: str, tmp_path: Path) -> None:
         config = {"epochs": {"choice": [1, 2]}, "heads": {"choice": [2, 4], "when": {"epochs": [2]}}}
         space, trainable = load_space(write_space(tmp_path, config, trainable=family))
@@ -332,7 +356,16 @@ class TestWhen:
         assert load_space(file)[0].draw(random.Random(0)).keys() == {"deep.state"}
         fixed, _ = load_space(file, ["config.block=uni"])
         assert fixed.draw(random.Random(0)) == {}
-        assert fixed.config({}) == {"block": "uni", "deep": {}}
+        assert fixed.config({}) == {"block": "uni"}
+
+    def test_a_mapping_is_left_out_with_all_that_it_holds_and_not_before(self, tmp_path: Path) -> None:
+        when = {"augment": [True]}
+        inner = {"strength": {"float": [0, 1], "when": when}, "times": {"int": [1, 3], "when": when}}
+        augment: dict[str, Any] = {"augment": {"choice": [True, False]}}
+        assert space_of(tmp_path, {**augment, "data": {"crop": inner}}).config({"augment": False}) == {"augment": False}
+        for node in ({"kind": "crop", **inner}, {"empty": {}, **inner}):
+            kept = space_of(tmp_path, {**augment, "data": node}).config({"augment": False})
+            assert kept["data"] == {key: value for key, value in node.items() if key not in inner}
 
     def test_what_depends_on_the_hidden_is_hidden(self, tmp_path: Path) -> None:
         config = {
