@@ -39,7 +39,8 @@ class Trainable:
 def load(name: str, paths: Sequence[str]) -> Trainable:
     """Import `package.module:function`, looking in `paths` before the rest of sys.path.
 
-    Raises UserError when it cannot be imported, with the reason and the line where a module of its own fails.
+    Raises UserError when it cannot be imported, with the reason and the line where a module of its own fails, and for
+    a `Config` that could not be checked.
     """
     module_name, separator, function = name.partition(":")
     if not separator or not module_name or not function:
@@ -59,14 +60,27 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
     if not callable(train):
         functions = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType)]
         raise UserError(f"trainable: {module_name} has no function {function!r}; {did_you_mean(function, functions)}")
-    config_class = getattr(module, "Config", None)
-    is_dataclass = isinstance(config_class, type) and dataclasses.is_dataclass(config_class)
     return Trainable(
         train,
-        config_class if is_dataclass else None,
+        _config_class(module),
         _of_one_argument(module, "prepare"),
         _of_one_argument(module, "memory_need"),
     )
+
+
+def _config_class(module: types.ModuleType) -> type | None:
+    """The module's `Config` dataclass, or None; one that is imported from elsewhere may mean something else."""
+    found = getattr(module, "Config", None)
+    if not isinstance(found, type):
+        return None
+    if dataclasses.is_dataclass(found):
+        return found
+    if found.__module__ == module.__name__:
+        raise UserError(
+            f"trainable: the class Config of {module.__name__} is no dataclass, so that no config can be checked "
+            "against it; decorate it with @dataclass(frozen=True), or give it another name"
+        )
+    return None
 
 
 def _of_one_argument(module: types.ModuleType, name: str) -> Callable[[Any], Any] | None:

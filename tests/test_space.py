@@ -162,6 +162,18 @@ def test_a_trainable_that_is_not_there_says_where_it_was_looked_for(tmp_path: Pa
     assert str(tmp_path) in told
 
 
+def test_a_config_of_the_module_that_is_no_dataclass_is_refused_and_one_from_elsewhere_is_let_be(
+    tmp_path: Path,
+) -> None:
+    own = "class Config:\n    lr: float = 0.1\n\ndef train(trial):\n    yield {}\n"
+    name = write_family(tmp_path, own)
+    told = message_of(write_space(tmp_path, {"lrr": 0.1}, trainable=f"{name}:train"))
+    assert told.startswith(f"trainable: the class Config of {name} is no dataclass, so that no config can be checked")
+    assert "decorate it with @dataclass(frozen=True), or give it another name" in told
+    other = write_family(tmp_path, f"from {name} import Config, train\n")
+    assert load_space(write_space(tmp_path, {"lrr": 0.1}, trainable=f"{other}:train"))[1].config_class is None
+
+
 class TestConfigClass:
     """A space whose trainable has a Config."""
 
