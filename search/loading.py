@@ -63,7 +63,7 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
     return Trainable(
         train,
         _config_class(module),
-        _of_one_argument(module, "prepare"),
+        _of_one_argument(module, "prepare", called="config"),
         _of_one_argument(module, "memory_need"),
     )
 
@@ -83,16 +83,20 @@ def _config_class(module: types.ModuleType) -> type | None:
     return None
 
 
-def _of_one_argument(module: types.ModuleType, name: str) -> Callable[[Any], Any] | None:
-    """The module's function of that name; one that takes other arguments only happens to be called so."""
+def _of_one_argument(module: types.ModuleType, name: str, called: str | None = None) -> Callable[[Any], Any] | None:
+    """The module's function of that name; one that takes other arguments only happens to be called so.
+
+    called: the name that its argument must have; None: any.
+    """
     function = getattr(module, name, None)
     if not callable(function):
         return None
     try:
-        inspect.signature(function).bind(None)
+        signature = inspect.signature(function)
+        signature.bind(None)
     except (TypeError, ValueError):
         return None
-    return function
+    return function if called in (None, next(iter(signature.parameters))) else None
 
 
 def search_paths(space_file: Path) -> tuple[str, ...]:
