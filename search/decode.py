@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import difflib
 import json
@@ -83,6 +84,10 @@ def _nested(origin: Any, kinds: tuple[Any, ...], value: Any, path: str, default:
     """A value that holds dataclasses, or is one of several: Pydantic would pass over a key that they do not know."""
     if origin in _UNIONS:
         return _one_of(kinds, value, path, default)
+    if origin is collections.abc.Sequence:
+        origin, kinds = tuple, (*kinds, ...)
+    if origin is collections.abc.Mapping:
+        origin = dict
     if origin in (list, tuple) and isinstance(value, list):
         each = kinds * len(value) if origin is list else kinds[:1] * len(value) if kinds[-1] is ... else kinds
         if len(each) != len(value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -135,6 +136,8 @@ class Stack:
     either: Layer | Pool | None = None
     first: list[Layer | str] = field(default_factory=list)
     wide: Layer = Layer(width=99)
+    any_order: Sequence[Layer] = ()
+    any_mapping: Mapping[str, Layer] = field(default_factory=dict)
 
 
 def test_dataclasses_in_lists_mappings_and_unions_are_decoded_as_strictly() -> None:
@@ -145,6 +148,8 @@ def test_dataclasses_in_lists_mappings_and_unions_are_decoded_as_strictly() -> N
         "either": {"size": 7},
         "first": ["relu", {"width": 2}],
         "wide": {"dropout": 0.5},
+        "any_order": [{"width": 5}, {}],
+        "any_mapping": {"b": {"width": 6}},
     }
     assert decode(Stack, tree) == Stack(
         (Layer(4), Layer(8, 1.0)),
@@ -153,6 +158,8 @@ def test_dataclasses_in_lists_mappings_and_unions_are_decoded_as_strictly() -> N
         Pool(7),
         ["relu", Layer(2)],
         Layer(99, 0.5),
+        (Layer(5), Layer(8)),
+        {"b": Layer(6)},
     )
     assert decode(Stack, {"either": None}) == Stack()
 
@@ -167,6 +174,9 @@ def test_dataclasses_in_lists_mappings_and_unions_are_decoded_as_strictly() -> N
         ({"either": {"widht": 1}}, r"config\.either\.widht: no such key in Layer; did you mean `width`"),
         ({"either": 3}, r"config\.either: 3 is refused"),
         ({"first": [3]}, r"config\.first\.0: 3 is refused"),
+        ({"any_order": [{"widht": 4}]}, r"config\.any_order\.0\.widht: no such key in Layer"),
+        ({"any_order": {"width": 4}}, r"config\.any_order: \{'width': 4\} is refused: a tuple belongs here"),
+        ({"any_mapping": {"b": {"size": 1}}}, r"config\.any_mapping\.b\.size: no such key in Layer"),
     ],
 )
 def test_a_slip_inside_them_is_named_too(tree: dict[str, Any], message: str) -> None:
