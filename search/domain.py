@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from trainables.contract import UserError
 
+LARGEST_INT = 2**53  # samplers compute in floats, which tell whole numbers apart up to here
 KINDS = ("log", "float", "int", "choice")
 _OPTIONS = {"log": {"when"}, "float": {"when", "step"}, "int": {"when", "log", "step"}, "choice": {"when"}}
 
@@ -111,6 +113,11 @@ class Integer:
 
     def __post_init__(self) -> None:
         _check_range(self.low, self.high, self.log)
+        if max(-self.low, self.high, self.high - self.low) > LARGEST_INT:
+            raise UserError(
+                f"samplers tell whole numbers, and distances between them, apart up to {LARGEST_INT}; narrow the range "
+                f"[{self.low}, {self.high}]"
+            )
         _check_step(self.low, self.high, self.step)
         if self.log and self.step != 1:
             raise UserError("an int domain takes `log` or `step`, not both")
@@ -119,8 +126,7 @@ class Integer:
         return f"[{self.low}, {self.high}]" + (f" in steps of {self.step}" if self.step > 1 else "")
 
     def contains(self, value: Any) -> bool:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return whole and self.nearest(value) == value
+        return _is_whole(value) and self.nearest(value) == value
 
     def nearest(self, value: float) -> int:
         """The value of this domain that is closest."""
@@ -260,7 +266,9 @@ def parse_domain(name: str, node: Mapping[str, Any]) -> Parameter:
     unknown = set(node) - {kind} - _OPTIONS[kind]
     if unknown:
         allowed = ", ".join(sorted(_OPTIONS[kind]))
-        raise UserError(f"{name}: `{sorted(unknown)[0]}` does not go with `{kind}`; allowed beside it: {allowed}")
+        raise UserError(
+            f"{name}: `{sorted(unknown, key=str)[0]}` does not go with `{kind}`; allowed beside it: {allowed}"
+        )
     try:
         return Parameter(name, _build(kind, node), _conditions(node.get("when", {})))
     except UserError as error:
@@ -271,17 +279,18 @@ def _build(kind: str, node: Mapping[str, Any]) -> Domain:
     values, log, step = node[kind], node.get("log", False), node.get("step")
     if kind == "choice":
         return Choice(tuple(values))
-    if len(values) != 2 or not all(_is_number(value) for value in values):
-        raise UserError(f"`{kind}` takes two numbers [low, high], not {values}")
-    low, high = values
     if kind == "int":
-        if not all(isinstance(value, int) for value in values):
-            raise UserError(f"`int` takes two whole numbers, not {values}")
+        if len(values) != 2 or not all(map(_is_whole, values)):
+            raise UserError(f"`int` takes two whole numbers [low, high], not {values}")
         if not isinstance(log, bool):
             raise UserError(f"`log` is true or false, not {log!r}")
-        if step is not None and not isinstance(step, int):
+        if step is not None and not _is_whole(step):
             raise UserError(f"`step` of an int is a whole number, not {step!r}")
+        low, high = values
         return Integer(low, high, log=log, step=1 if step is None else step)
+    if len(values) != 2 or not all(map(_is_number, values)):
+        raise UserError(f"`{kind}` takes two numbers [low, high], not {values}")
+    low, high = values
     if step is not None and not _is_number(step):
         raise UserError(f"`step` is a number, not {step!r}")
     return Real(float(low), float(high), log=kind == "log", step=step)
@@ -303,7 +312,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number, also as a float."""
+    return (_is_whole(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -55,7 +55,7 @@ class TestDomain:
 
     def test_a_stranger_is_not_contained(self, node: dict[str, Any]) -> None:
         domain = parse_domain("x", node).domain
-        strangers: list[Any] = [1e9, -7.25, "b", [3], False, float("nan")]
+        strangers: list[Any] = [1e9, -7.25, "b", [3], False, float("nan"), 10**400]
         assert not any(domain.contains(stranger) for stranger in strangers)
 
 
@@ -74,6 +74,13 @@ class TestDomain:
         ({"int": [1, 10], "step": 2}, r"steps of 2 from 1 do not meet 10; write \[1, 9\]"),
         ({"float": [0, 1], "step": 0.3}, r"steps of 0\.3 from 0\.0 do not meet 1\.0; write \[0\.0, 0\.9\]"),
         ({"int": [1, 9], "step": 0}, "step 0 must be above 0"),
+        ({"int": [0, 10**19]}, r"apart up to 9007199254740992; narrow the range \[0, 10{19}\]"),
+        ({"int": [-(2**53), 2**53]}, r"narrow the range \[-9007199254740992, 9007199254740992\]"),
+        ({"int": [1, 10**400]}, r"narrow the range \[1, 10{400}\]"),
+        ({"float": [1, 10**400]}, "`float` takes two numbers"),
+        ({"int": [False, 2]}, "`int` takes two whole numbers"),
+        ({"int": [0, 10], "step": True}, "`step` of an int is a whole number, not True"),
+        ({"log": [0.1, 1.0], 1: 2, "a": 3}, "`1` does not go with `log`; allowed beside it: when"),
         ({"int": [1, 9], "step": "two"}, "`step` of an int is a whole number, not 'two'"),
         ({"float": [1, 9], "step": "two"}, "`step` is a number, not 'two'"),
         ({"int": [1, 9], "log": "false"}, "`log` is true or false, not 'false'"),
@@ -91,7 +98,7 @@ class TestDomain:
         ({"log": [1, 2], "when": "model"}, "`when` maps another parameter to the values"),
     ],
 )
-def test_a_domain_that_cannot_be_is_refused(node: dict[str, Any], message: str) -> None:
+def test_a_domain_that_cannot_be_is_refused(node: dict[Any, Any], message: str) -> None:
     with pytest.raises(UserError, match="^x: .*" + message.removeprefix("x: ")):
         parse_domain("x", node)
 
@@ -101,6 +108,15 @@ def test_a_choice_tells_whole_numbers_from_others() -> None:
     assert domain.contains(1)
     assert not domain.contains(1.0)
     assert not domain.contains(True)
+
+
+@pytest.mark.parametrize("low", [0, -(2**52)])
+def test_the_widest_range_of_whole_numbers_contains_what_is_drawn_and_suggested(low: int) -> None:
+    parameter = parse_domain("x", {"int": [low, low + 2**53]})
+    study, rng = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)), random.Random(0)
+    drawn = [parameter.domain.sample(rng) for _ in range(300)]
+    suggested = [parameter.suggest(study.ask()) for _ in range(30)]
+    assert all(map(parameter.domain.contains, [*drawn, *suggested]))
 
 
 def test_a_stepped_range_contains_its_steps_alone() -> None:
