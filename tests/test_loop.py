@@ -150,6 +150,40 @@ def test_scores_are_those_of_the_shadow_and_the_state_holds_both() -> None:
         assert done.metrics[-1][name] == pytest.approx(float(total.detach() / count), rel=1e-5)
 
 
+LAYERS = {"first": 0, "second": 3}  # parts of the toy's model; its last layer is of none
+
+
+def part_of(name: str) -> str | None:
+    return next((part for part, at in LAYERS.items() if name.startswith(f"{at}.")), None)
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("micro_batch", [None, 1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_gradient_of_a_part_is_that_of_the_last_batch_before_it_is_clipped(
+    precision: Any, micro_batch: int | None, lengths: bool
+) -> None:
+    optim = Optim(
+        lr=1e-12, batch_size=8, micro_batch=micro_batch, clip_norm=0.01, weight_decay=0.0, precision=precision
+    )
+    config = Config(optim, lengths=lengths, loudness=0.1)  # too quiet to overflow in fp16
+    done = run(config, replace(TOY, part=part_of))
+    assert len(done.metrics) == 2
+    for epoch, metrics in enumerate(done.metrics):
+        seed_everything(SEED, "model")
+        model = toy_model(config)
+        pairs = toy_loss(model, toy_data(config, "train", Ranks())[order(config, epoch)[-1]], config)
+        torch.stack([total / count for total, count in pairs.values()]).sum().backward()
+        gradients: dict[str, list[Tensor]] = {}
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            gradients.setdefault(str(part_of(name)), []).append(parameter.grad)
+        found = {name: value for name, value in metrics.items() if name.startswith("grad_norm_")}
+        rel = 1e-2 if precision == "fp16" else 1e-4
+        wanted = {f"grad_norm_{part}": float(nn.utils.get_total_norm(gradients[part])) for part in LAYERS}
+        assert found == pytest.approx(wanted, rel=rel)
+
+
 def test_train_metrics_are_means_over_the_samples_of_the_epoch() -> None:
     config = Config(Optim(lr=1e-12, batch_size=8), epochs=1, lengths=True)
     done = run(config)
@@ -200,8 +234,13 @@ def test_weights_that_are_not_finite_are_never_reported() -> None:
 
 
 def test_an_overflow_that_a_smaller_loss_scale_mends_is_no_divergence() -> None:
-    done = run(Config(Optim(lr=0.01, batch_size=8, precision="fp16"), epochs=4, loudness=100.0))
+    config = Config(Optim(lr=0.01, batch_size=8, precision="fp16"), epochs=4, loudness=100.0)
+    done = run(config, replace(TOY, part=part_of))
     assert done.diverged is None
+    stepped = [bool(state["guard"]["norms"][-1].isfinite()) for state in done.states]  # the last step of the epoch
+    assert ["grad_norm_first" in metrics for metrics in done.metrics] == stepped
+    assert not stepped[0]
+    assert stepped[-1]
     assert torch.equal(done.weights[0], done.weights[1])
     assert not torch.equal(done.weights[0], done.weights[-1])
     assert all(math.isfinite(value) for metrics in done.metrics for value in metrics.values())
@@ -279,8 +318,8 @@ def test_a_task_that_breaks_its_promises_is_told_so(wrong: dict[str, Any], messa
         run(Config(), replace(TOY, **wrong))
 
 
-def stalling(scores: Mapping[str, float]) -> dict[str, float]:
-    return {"stalled": 1.0, "twice": 2 * scores["error"]}
+def stalling(scores: Mapping[str, float]) -> dict[str, float | None]:
+    return {"stalled": 1.0, "twice": 2 * scores["error"], "even": None}
 
 
 STALLING = replace(TOY, derived=stalling)
@@ -295,6 +334,7 @@ def test_what_is_derived_is_reported_and_can_end_a_trial_and_lower_its_rate() ->
     rates = [state["optimizer"]["param_groups"][0]["lr"] for state in done.states]
     assert rates == [0.02, 0.02, 0.01, 0.005]  # the first is the best
     assert all(metrics["twice"] == 2 * metrics["error"] for metrics in done.metrics)
+    assert not any("even" in metrics for metrics in done.metrics), "a score that others are derived from alone"
     assert done.diverged is None
 
 

@@ -32,6 +32,7 @@ BAD_LOSS = replace(BAD_LOSS, nan_loss_of=int(order(BAD_LOSS)[1][1]))
 BAD_GRADIENT = replace(BAD_LOSS, nan_loss_of=None, nan_gradient_of=BAD_LOSS.nan_loss_of)
 BAD_FP16 = replace(BAD_LOSS, optim=replace(BAD_LOSS.optim, precision="fp16"))
 BAD = {"loss": BAD_LOSS, "gradient": BAD_GRADIENT, "loss in fp16": BAD_FP16}
+PARTED = replace(TOY, part=lambda name: f"layer_{name[0]}")  # whose gradients are reported one by one
 BATCH_NORM = Config(Optim(lr=0.01, batch_size=8), epochs=3)
 
 
@@ -45,7 +46,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    done = {name: run(config, rank=rank, world_size=2) for name, config in (PAIRED | BAD).items()}
+    done = {name: run(config, PARTED, rank=rank, world_size=2) for name, config in (PAIRED | BAD).items()}
     normed = replace(TOY, model=with_batch_norm)
     done["batch norm"] = run(BATCH_NORM, normed, rank=rank, world_size=2)
     state = done["batch norm"].states[0] if rank == 0 else None
@@ -67,7 +68,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Run]]:
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_two_ranks_train_as_one(name: str, both: list[dict[str, Run]]) -> None:
-    alone, (rank0, rank1) = run(PAIRED[name]), (ranks[name] for ranks in both)
+    alone, (rank0, rank1) = run(PAIRED[name], PARTED), (ranks[name] for ranks in both)
     assert_same(rank0.states, rank1.states)
     assert rank0.metrics == rank1.metrics
     loose = 20 if name == "fp16" else 1

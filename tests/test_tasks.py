@@ -182,6 +182,9 @@ class TestEveryTask:
         for key, value in last.state()["model"].items():
             torch.testing.assert_close(weights[key], value, rtol=0, atol=2e-4)
         assert metrics["loss"] == pytest.approx(last.metrics["loss"], rel=1e-3)
+        signs = {key: last.metrics[key] for key in last.metrics if key.startswith(("grad_norm_", "std_"))}
+        assert {key: metrics.get(key) for key in signs} == pytest.approx(signs, rel=1e-2)
+        assert bool(signs) == (name != "tagging")
 
 
 def without_time(metrics: Any) -> dict[str, float]:

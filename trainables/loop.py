@@ -47,7 +47,9 @@ class Task:
         score whose count is zero over the whole split is left out.
     lr_scale: the learning rate of a parameter, by name, as a ratio of `optim.lr`.
     derived: what follows from the scores of the whole split and is reported with them: a mean of ratios, say, which is
-        no sum over a count itself.
+        no sum over a count itself. None: a score of this name has only served to derive others, and is not reported.
+    part: the part of the model that a parameter, by name, belongs to; None: none. The norm of each part's gradient in
+        the last step of an epoch is reported as grad_norm_<part>, unless fp16 has skipped that step.
 
     `loss` and `score` get the plain module, on several ranks too; they may call any part of it, any number of times.
     """
@@ -58,7 +60,8 @@ class Task:
     loss: Callable[[nn.Module, Batch, Any], Pairs]
     score: Callable[[nn.Module, Batch, Any], Pairs]
     lr_scale: Callable[[str], float] = lambda name: 1.0
-    derived: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda scores: {}
+    derived: Callable[[Mapping[str, float]], Mapping[str, float | None]] = lambda scores: {}
+    part: Callable[[str], str | None] = lambda name: None
 
 
 def fit(task: Task, trial: Trial) -> Iterator[Report]:
@@ -110,6 +113,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             skip, overflow = guard.judge(plain.everyones() / (scale * divisor), norm, scale)
             if index == len(shares) - 1:
                 before = [parameter.detach().clone() for parameter in trained.values()]
+                by_part = part_norms(task.part, trained, divisor)
             fused_step(optimizer, divisor * clip_divisor(norm, optim.clip_norm), skip)
             scaler.update()
             ema.update()
@@ -123,6 +127,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         samples_per_s = sum(share.effective for share in shares) / (time.perf_counter() - began_s)
 
         metrics = train_means(summed.terms, taken, ranks) | {"update_ratio": update_ratio(before, trained)}
+        metrics |= {} if overflow else {name: float(part_norm) for name, part_norm in by_part.items()}
         metrics |= {"lr": lr, "micro_batch": micro_batch, "samples_per_s": samples_per_s}
         broadcast_buffers(model, ranks)
         with evaluating(model, ema):
@@ -232,6 +237,15 @@ def update_ratio(before: Sequence[Tensor], trained: Mapping[str, Tensor]) -> flo
     return float(get_total_norm(moved) / get_total_norm(before).clamp(min=1e-30))
 
 
+def part_norms(part: Callable[[str], str | None], trained: Mapping[str, Tensor], divisor: Tensor) -> dict[str, Tensor]:
+    """The norm of each part's gradient over `divisor`, by the name under which it is reported."""
+    gradients: dict[str, list[Tensor]] = {}
+    for name, parameter in trained.items():
+        if parameter.grad is not None and (of := part(name)) is not None:
+            gradients.setdefault(of, []).append(parameter.grad)
+    return {f"grad_norm_{of}": get_total_norm(found) / divisor for of, found in gradients.items()}
+
+
 def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
     """Give every rank the buffers of rank 0 (batch norm's statistics): all score, and resume, the same model."""
     if ranks.size > 1:
@@ -277,7 +291,8 @@ def evaluate(
     if ranks.size > 1:
         dist.all_reduce(table_N2)
     scores = {name: total / count for name, (total, count) in zip(totals, table_N2.tolist(), strict=True) if count}
-    return {**scores, **task.derived(scores)}
+    reported = {**scores, **task.derived(scores)}
+    return {name: value for name, value in reported.items() if value is not None}
 
 
 def samples_of(task: Task, config: Any, split: str, ranks: Ranks) -> Samples:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainables.beam.config import SENSORS, BeamLoss, Data, Modality, Model
 from trainables.beam.data import describe, gps_width, samples
 from trainables.beam.encoders import pretrained_weights
-from trainables.beam.health import dba_of_guessing, fusion_signs
+from trainables.beam.health import dba_of_guessing, fusion_part, fusion_signs, stage_spreads
 from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss, soft_targets
 from trainables.beam.network import FusionNetwork
 from trainables.contract import Report, State, Trial, UserError
@@ -146,7 +146,7 @@ def by_scenario(
     }
 
 
-TASK = Task(config=Config, model=build, data=samples, loss=loss, score=score)
+TASK = Task(config=Config, model=build, data=samples, loss=loss, score=score, derived=stage_spreads, part=fusion_part)
 
 
 def task_for(config: Config) -> Task:

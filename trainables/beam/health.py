@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from trainables.beam.files import BEAMS
 from trainables.beam.metrics import DELTA_BEAMS, RANKS
 from trainables.beam.network import FusionNetwork
 
+STAGES = range(1, 5)  # of a fusion network
+
 
 @contextlib.contextmanager
 def fusion_signs(network: FusionNetwork) -> Iterator[dict[str, tuple[Tensor, Tensor | int]]]:
@@ -26,6 +30,8 @@ def fusion_signs(network: FusionNetwork) -> Iterator[dict[str, tuple[Tensor, Ten
     zeros_<stage>: the share of exact zeros in what the stage's blocks add to the tokens or, without a residual, put in
         their place. The published initialiser leaves nothing else: such a stage gets no gradient either.
     size_<stage>: the mean absolute value that leaves the blocks, before the LayerNorm hides it.
+    mean_<stage>, square_<stage>: the mean value that leaves the stage, and the mean square; `stage_spreads` makes
+        std_<stage> of them.
     """
     signs: dict[str, tuple[Tensor, Tensor | int]] = {}
 
@@ -35,15 +41,41 @@ def fusion_signs(network: FusionNetwork) -> Iterator[dict[str, tuple[Tensor, Ten
         signs[f"zeros_{stage}"] = (added_BTC == 0).sum(), count
         signs[f"size_{stage}"] = out_BTC.abs().sum(dtype=torch.float32), count
 
+    def look_after(stage: int, module: nn.Module, given: tuple[Tensor, ...], out_BTC: Tensor) -> None:
+        # In double precision, which the difference of two large numbers needs.
+        signs[f"mean_{stage}"] = out_BTC.sum(dtype=torch.float64), out_BTC.numel()
+        squares = torch.linalg.vector_norm(out_BTC, dtype=torch.float64).square()
+        signs[f"square_{stage}"] = squares, out_BTC.numel()
+
     hooks = []
     try:
-        for stage, fusion in enumerate(network.fusions, start=1):
+        for stage, fusion in zip(STAGES, network.fusions, strict=True):
             assert isinstance(fusion, Fusion)
             hooks.append(fusion.blocks.register_forward_hook(functools.partial(look, stage, fusion.residual)))
+            hooks.append(fusion.register_forward_hook(functools.partial(look_after, stage)))
         yield signs
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def stage_spreads(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """std_<stage>, the standard deviation of all values that leave a fusion stage, in the place of what it is made of.
+
+    None where one of them is not finite.
+    """
+    spreads: dict[str, float | None] = {}
+    for stage in STAGES:
+        variance = scores[f"square_{stage}"] - scores[f"mean_{stage}"] ** 2
+        spreads[f"std_{stage}"] = math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else None
+        spreads |= {f"mean_{stage}": None, f"square_{stage}": None}
+    return spreads
+
+
+def fusion_part(name: str) -> str | None:
+    """fusion_1 to fusion_4, by the name of a parameter of a stage, in a fusion network or in one that holds it."""
+    found = re.search(r"(?:^|\.)fusions\.(\d+)\.", name)
+    return f"fusion_{int(found.group(1)) + 1}" if found else None
 
 
 def dba_of_guessing(config: HasData) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trainables.beam import features, fusion
 from trainables.beam.config import Data, Modality, Model, Pretrain, Rebuild, RebuildLoss
-from trainables.beam.health import dba_of_guessing, fusion_signs
+from trainables.beam.health import dba_of_guessing, fusion_part, fusion_signs, stage_spreads
 from trainables.beam.metrics import beam_scores
 from trainables.beam.network import FusionNetwork, Maps
 from trainables.beam.pretrained import Weights, given_weights, trained_once
@@ -237,6 +237,8 @@ def task_for(config: Config, weights: Weights, maps: features.Maps) -> Task:
         loss=loss,
         score=functools.partial(score, scenarios=scenarios),
         lr_scale=functools.partial(lr_scale, ratio=config.rebuild.fusion_lr_ratio),
+        derived=stage_spreads,
+        part=fusion_part,
     )
 
 
