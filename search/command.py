@@ -72,6 +72,8 @@ class Options:
         for option in ("profile", "name", "warm_start", "results"):
             if given.resume and getattr(given, option):
                 raise UserError(f"--{option.replace('_', '-')} does not go with --resume: the folder has settled it")
+        if given.epochs is not None and given.epochs < 1:
+            raise UserError(f"--epochs {given.epochs}: a trial has at least one epoch; write 1 or more")
         shorthand = {
             "search.trials": given.trials,
             "search.time_budget": given.time_budget,

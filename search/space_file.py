@@ -28,6 +28,11 @@ _SECTIONS = (
     "scheduler",
     "resources",
 )
+_OPTIONS = tuple(
+    f"{name}.{field}"
+    for name, model in (("search", Search), ("scheduler", Scheduler), ("resources", Resources))
+    for field in model.model_fields
+)
 _PROFILED = (*_SECTIONS, "tables")
 _KEYS = (*_PROFILED, "profiles", "ran")  # ran: on what and how; stands in a results folder's space.yaml
 
@@ -113,8 +118,15 @@ def _override(document: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {text}: write KEY=VALUE, such as config.optim.lr=1.0e-4")
     if key.split(".")[0] not in _SECTIONS:
-        raise UserError(f"--set {key}: no such key; {did_you_mean(key, trees.leaves(document))}")
+        raise UserError(f"--set {key}: no such key; {_meant(key, document)}")
     trees.put(document, key, yaml_file.parse(value_text, f"--set {key}"))
+
+
+def _meant(key: str, document: Mapping[str, Any]) -> str:
+    """A half sentence that names the key below which `key` stands, or the nearest."""
+    known = dict.fromkeys([*trees.leaves(document), *_OPTIONS])
+    ends = [name for name in known if name.endswith(f".{key}")]
+    return f"did you mean `{ends[0]}`?" if ends else did_you_mean(key, known)
 
 
 def _leave_out(document: dict[str, Any], overrides: Sequence[str]) -> tuple[str, ...]:
@@ -155,7 +167,8 @@ def _check_overrides(written: Sequence[str], overrides: Sequence[str]) -> None:
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key.startswith("config.") and not any(leaf == key or leaf.startswith(f"{key}.") for leaf in written):
-            raise UserError(f"--set {key}: no such key; {did_you_mean(key, written)}")
+            typed = "--epochs, which is --set config.epochs" if key == "config.epochs" else f"--set {key}"
+            raise UserError(f"{typed}: no such key; {did_you_mean(key, written)}")
 
 
 def _check_kinds(tree: Mapping[str, Any], prefix: str = "config") -> None:

@@ -104,6 +104,8 @@ TOY = ("--space", "toy")
         ([*TOY, "--trials", "ten"], "argument --trials: invalid int value: 'ten'"),
         ([*TOY, "--trails", "10"], "unrecognized arguments: --trails 10"),
         ([*TOY, "--trials", "0"], "search_spaces/toy.yaml: search.trials: 0 is refused"),
+        ([*TOY, "--epochs", "0"], "--epochs 0: a trial has at least one epoch; write 1 or more"),
+        ([*TOY, "--epochs", "-1"], "--epochs -1: a trial has at least one epoch; write 1 or more"),
         ([*TOY, "--seed", "-1"], "search_spaces/toy.yaml: search.seed: -1 is refused"),
         ([*TOY, "--time-budget", "90"], "search.time_budget: 90 is refused: '90' is no duration; write a number and"),
         ([*TOY, "--time-budget", "soon"], "search.time_budget: 'soon' is refused: 'soon' is no duration"),
@@ -128,6 +130,15 @@ def test_a_mistake_is_one_line_and_status_2(arguments: list[str], message: str, 
     assert told.count("\n") == 1
     assert message in told
     assert not Path("results").exists()
+
+
+def test_epochs_where_a_space_has_none_are_refused_by_the_option_that_was_typed(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml_file.dump({**SPACE, "config": {"lr": 0.1, "steps": 3}}))
+    status, _, told = run("--space", "mine.yaml", "--epochs", "2")
+    assert status == 2
+    assert told == (
+        "error: mine.yaml: --epochs, which is --set config.epochs: no such key; did you mean `config.steps`?\n"
+    )
 
 
 def test_a_mistake_of_the_data_is_told_before_anything_is_written(run: Run, tmp_path: Path) -> None:
