@@ -43,12 +43,13 @@ def load_space(
     """Read a space file, apply a profile and `KEY=VALUE` overrides, and check the whole.
 
     profile: None takes the profile `laptop` where there is one and `has_gpu` is false.
-    Builds the trainable's Config for 200 random draws, so that a bad corner shows here and not in trial 37.
+    Builds the trainable's Config for 200 random draws, so that a bad corner shows here and not in trial 37, and looks
+    through the profiles that are not chosen, so that a slip in them does not show first on the cluster.
     Raises UserError: one line with the file, the key, the value and the remedy.
     """
-    document = yaml_file.read(file)
+    whole = yaml_file.read(file)
     try:
-        document, chosen = profiled(document, profile, has_gpu)
+        document, chosen = profiled(whole, profile, has_gpu)
         written = trees.leaves(document)
         for override in overrides:
             _override(document, override)
@@ -61,6 +62,7 @@ def load_space(
         _check_conditions(space)
         space = replace(space, left_out=(*left_out, *_never_searched(space)))
         _check_draws(space, trainable)
+        _check_other_profiles(whole, file, chosen)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return space, trainable
@@ -322,6 +324,17 @@ def _never_searched(space: Space) -> list[str]:
             if not (any(map(searched[name].contains, allowed)) if name in searched else fixed in allowed):
                 lines.append(f"never searched: {parameter.name}, as {name} is never {' or '.join(map(str, allowed))}")
     return lines
+
+
+def _check_other_profiles(document: Mapping[str, Any], file: Path, chosen: str | None) -> None:
+    """As far as it goes without a trainable, which may need what is only on the cluster, and without overrides."""
+    for name in document.get("profiles") or {}:
+        if name == chosen:
+            continue
+        try:
+            _check_conditions(_build(profiled(document, name, has_gpu=True)[0], file, name, ()))
+        except UserError as error:
+            raise UserError(f"profiles.{name}: {error}") from None
 
 
 def _check_draws(space: Space, trainable: Trainable) -> None:

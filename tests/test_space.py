@@ -118,6 +118,15 @@ def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu:
         ({"profiles": ["laptop"]}, "profiles: expected a mapping of names, got ['laptop']"),
         ({"profiles": {"laptop": None}}, "profiles.laptop: expected a mapping, got None"),
         ({"profiles": {"laptop": {"confg": {}}}}, "profiles.laptop.confg: no such key; did you mean `config`?"),
+        ({"profiles": {"big": {"search": {"trals": 3}}}}, "profiles.big: search.trals: no such key; did you mean `tri"),
+        (
+            {"profiles": {"a": {}, "b": {"config": {"lr": {"log": [1, 0.1]}}}}},
+            "profiles.b: config.lr: the range [1.0, 0.1] is reversed; write [0.1, 1.0]",
+        ),
+        (
+            {"profiles": {"big": {"config": {"lr": {"log": [0.1, 1.0], "when": {"lrr": [1]}}}}}},
+            "profiles.big: config.lr: `when` names lrr; did you mean `lr`?",
+        ),
         ({"profiles": {"laptop": {"profiles": {}}}}, "profiles.laptop.profiles: no such key"),
     ],
 )
@@ -331,6 +340,13 @@ class TestProfiles:
 
     def test_overrides_come_last(self, file: Path) -> None:
         assert load_space(file, ["config.width=5"], "laptop")[0].tree["width"] == 5
+
+    def test_a_slip_in_one_shows_whichever_is_chosen(self, tmp_path: Path) -> None:
+        profiles = {"laptop": {"search": {"trals": 3}}, "night": {"search": {"trials": 99}}}
+        file = write_space(tmp_path, {"lr": 0.1}, profiles=profiles)
+        told = "search.trals: no such key; did you mean `trials`?"
+        assert message_of(file, has_gpu=False) == told
+        assert message_of(file, has_gpu=True) == message_of(file, profile="night") == f"profiles.laptop: {told}"
 
     def test_an_unknown_one_is_refused(self, file: Path) -> None:
         assert message_of(file, profile="labtop") == "profile 'labtop' is unknown; did you mean `laptop`?"
