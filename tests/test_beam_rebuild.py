@@ -66,7 +66,7 @@ def test_gradient_reaches_what_is_trained_and_nothing_else(
 
 
 # What the lab notes tried, without optim.lr and optim.batch_size. Where they do not say whether encoders were trained,
-# frozen ones count as new in R-S6, which names them.
+# they were where the fusion network was: in R-S3 and R-S4 it was frozen, and R-S6 names frozen encoders as new.
 LATER = RebuildLoss(contrast_form="plain", distance_form="norm")
 EARLIER = RebuildLoss(contrast_form="plain", trans_form="l2_normalised", distance_form="mse")
 NOTES = {
@@ -81,12 +81,12 @@ NOTES = {
         Pretrain(),
     ),
     "R-S3": (
-        Rebuild(source=("image", "radar"), target=("lidar",), encoders="trained", fusion_lr_ratio=0.0),
+        Rebuild(source=("image", "radar"), target=("lidar",), fusion_lr_ratio=0.0),
         replace(EARLIER, alpha_fusion=0.0),
         Pretrain(),
     ),
     "R-S4": (
-        Rebuild(encoders="trained", fusion_lr_ratio=0.0),
+        Rebuild(fusion_lr_ratio=0.0),
         replace(EARLIER, alpha_contrast=0.5, alpha_trans=5.0, alpha_distance=2.0, alpha_fusion=0.0),
         Pretrain(),
     ),
@@ -192,11 +192,28 @@ def test_first_stages_stay_in_eval_mode_while_the_rest_trains(config: rebuild.Co
     assert not encoder.embedder.training
     assert not encoder.encoder.stages[0].training
     assert encoder.encoder.stages[1].training
-    settings = Rebuild(encoders="trained", fusion_lr_ratio=0.0)
-    encoder = network(replace(config, rebuild=settings)).fusion.encoder("lidar").resnet
+    encoder = network(replace(config, rebuild=Rebuild(encoders="trained"))).fusion.encoder("lidar").resnet
     assert encoder.embedder.training
     assert encoder.encoder.stages[0].training
-    assert not encoder.encoder.stages[1].training
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [(Rebuild(fusion_lr_ratio=0.0), RebuildLoss()), (Rebuild(fusion_lr_ratio=1.0), RebuildLoss(alpha_fusion=0.0))],
+)
+def test_a_fusion_network_that_stays_as_it_is_scores_as_it_did(
+    config: rebuild.Config, settings: Rebuild, weights: RebuildLoss
+) -> None:
+    """And so its first stages, which are the encoders, cannot be trained."""
+    config = replace(config, rebuild=settings, loss=weights, pretrain=Pretrain(epochs=0))
+    for report in rebuild.train(Trial(config)):
+        assert report.metrics["dba_full"] == pytest.approx(report.metrics["dba_upper"], rel=1e-6)
+    rule = (
+        r"rebuild\.encoders = trained needs rebuild\.fusion_lr_ratio and loss\.alpha_fusion above 0, not "
+        rf"{settings.fusion_lr_ratio:g} and {weights.alpha_fusion:g}: .*; set rebuild\.encoders to frozen"
+    )
+    with pytest.raises(UserError, match=rule):
+        replace(config, rebuild=replace(settings, encoders="trained"))
 
 
 def test_learning_rates_of_fusion_and_rebuild(config: rebuild.Config) -> None:
@@ -208,7 +225,8 @@ def test_learning_rates_of_fusion_and_rebuild(config: rebuild.Config) -> None:
 
 
 def test_the_target_is_not_trained_to_be_hit(config: rebuild.Config) -> None:
-    config = replace(config, rebuild=Rebuild(encoders="trained"), loss=RebuildLoss(1.0, 0.0, 0.0, 0.0))
+    # The fusion sees no target either, since each is rebuilt.
+    config = replace(config, rebuild=Rebuild(encoders="trained", share=1.0), loss=RebuildLoss(1.0, 0.0, 0.0, 1.0))
     model = network(config)
     total(rebuild.loss(model, batch_of(config), config)).backward()
 

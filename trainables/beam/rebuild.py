@@ -55,11 +55,23 @@ class Config:
                     raise UserError(
                         f"rebuild.{name} names {sensor}, which data.modalities {list(self.data.modalities)} lacks"
                     )
+        if self.rebuild.encoders == "trained" and self.fusion_frozen:
+            raise UserError(
+                "rebuild.encoders = trained needs rebuild.fusion_lr_ratio and loss.alpha_fusion above 0, not "
+                f"{self.rebuild.fusion_lr_ratio:g} and {self.loss.alpha_fusion:g}: the fusion network shares its first "
+                "stages with the encoders, so that one which stays as it is would be ruined by training them; set "
+                "rebuild.encoders to frozen, or let the fusion network train too"
+            )
         if self.rebuild.cache_features and (self.data.augment or self.data.flip):
             raise UserError(
                 f"rebuild.cache_features = true needs data.augment = 0 and data.flip = false, not {self.data.augment} "
                 f"and {str(self.data.flip).lower()}: only frames as they were measured have features that are kept"
             )
+
+    @property
+    def fusion_frozen(self) -> bool:
+        """Whether the fusion network stays as it is. Without its loss only the weight decay would move it."""
+        return self.rebuild.fusion_lr_ratio == 0 or self.loss.alpha_fusion == 0
 
     @property
     def fusion(self) -> fusion.Config:
@@ -87,8 +99,7 @@ class RebuildNetwork(nn.Module):
         self.translators = nn.ModuleDict(
             {sensor: FeatureTrans(len(self.source), width, norm, rebuild.dropout) for sensor in self.target}
         )
-        # Without its loss nothing would move the fusion network but the weight decay.
-        freeze(self.fusion, entirely=rebuild.fusion_lr_ratio == 0 or config.loss.alpha_fusion == 0)
+        freeze(self.fusion, entirely=config.fusion_frozen)
         if rebuild.encoders == "trained":
             for sensor in (*self.source, *self.target):
                 for module in first_stages(self.fusion, sensor):
