@@ -20,6 +20,7 @@ from trainables.beam.split import split
 from trainables.contract import UserError
 
 SIZE, H, P = 8, 7, 3
+LEFT_OUT = "beam data: {} of 9 windows are left out: they lack files, or powers that are not NaN\n"
 SMALL = Simulated(passes=3, frames=18)  # all in one scenario, so that passes follow one another without a gap
 
 
@@ -160,7 +161,7 @@ def test_a_window_that_lacks_a_file_is_not_built(own: Data, capsys: pytest.Captu
     assert newest_of(replace(own, modalities=("image", "gps"))) == [14, 15, *range(30, 34), *range(48, 51)]
     assert "left out" not in capsys.readouterr().out  # those that would straddle two passes are no loss
     assert newest_of(own) == [14, 15, 31, 33, *range(48, 51)]
-    assert capsys.readouterr().out == "beam data: 2 of 9 windows are left out: they lack files\n"
+    assert capsys.readouterr().out == LEFT_OUT.format(2)
     assert newest_of(own) == [14, 15, 31, 33, *range(48, 51)]
     assert capsys.readouterr().out == ""
 
@@ -203,6 +204,15 @@ def test_a_nan_power_is_passed_over_in_every_step(own: Data) -> None:
     power.write_text("\n".join(str(x) for x in powers))
     rows = {number(row["unit1_rgb_7"]): row["unit1_beam"].split("_") for row in rows_of(find_table(own).csvs[0])}
     assert rows[32][0] == rows[31][1] == rows[30][2] == "18"
+
+
+def test_a_sweep_without_a_power_is_lacking_and_none_of_the_others_is(
+    own: Data, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_csv(own).parent / "scenario31/unit1/mmWave_data/mmWave_power_32.txt").write_text("nan\n" * 64)
+    assert newest_of(own) == [14, 15, 33, *range(48, 51)]
+    assert capsys.readouterr().out == LEFT_OUT.format(3)
+    samples(DataConfig(own), "train")  # no window that is built names that sweep
 
 
 def test_what_no_pass_is_long_enough_for_is_a_mistake(long: Data) -> None:

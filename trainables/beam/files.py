@@ -159,9 +159,14 @@ def _text_numbers(path: Path, count: int, what: str) -> NDArray[np.float64]:
     return values
 
 
+def read_sweep(path: Path) -> NDArray[np.float64]:
+    """Received power of each of the 64 beams, linear. Some measurements are NaN, as in the public release, or all."""
+    return _text_numbers(path, BEAMS, "one power per beam")
+
+
 def read_power(path: Path) -> NDArray[np.float64]:
-    """Received power of each of the 64 beams, linear. Some measurements are NaN, as in the public release."""
-    power = _text_numbers(path, BEAMS, "one power per beam")
+    """The powers of a sweep that names a best beam."""
+    power = read_sweep(path)
     if np.isnan(power).all():
         raise UserError(f"{path}: every power is NaN, so there is no best beam")
     return power

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainables.beam.config import POSITIONS_BACK, STRIDE, built_span
-from trainables.beam.files import read_power
+from trainables.beam.files import read_sweep
 from trainables.beam.table import BEAM, DEVELOPMENT, PASS, POWER, SENSOR_COLUMNS, Table
 from trainables.cache import Stamp, stamp_of
 from trainables.contract import UserError
@@ -33,7 +33,8 @@ def write_windows(path: Path, table: Table, history: int, steps: int) -> None:
     """Write the CSV of all windows of the development set, given the table of its own window file.
 
     The folders are those that the table's files lie in, and so are the passes, which no window may straddle. Says how
-    many windows cannot be built because a sensor lacks a file of an instant that another has one of.
+    many windows cannot be built because a sensor lacks a file of an instant that another has one of, or because a sweep
+    of powers is NaN throughout.
     """
     rows: list[Row] = []
     lacking = 0
@@ -46,7 +47,8 @@ def write_windows(path: Path, table: Table, history: int, steps: int) -> None:
             f"in {table.root / DEVELOPMENT} are there {built_span(history, steps)} files in a row of one pass"
         )
     if lacking:
-        print(f"beam data: {lacking} of {lacking + len(rows)} windows are left out: they lack files", flush=True)
+        counts = f"{lacking} of {lacking + len(rows)} windows"
+        print(f"beam data: {counts} are left out: they lack files, or powers that are not NaN", flush=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["index", *rows[0]])
         writer.writeheader()
@@ -83,11 +85,11 @@ def newest_ids(ids: Sequence[int], history: int, steps: int) -> list[int]:
 def _scenario_rows(
     table: Table, here: NDArray[np.bool_], scenario: str, history: int, steps: int
 ) -> tuple[list[Row], int]:
-    """The windows of one scenario, and how many more there would be if no sensor lacked a file."""
+    """The windows of one scenario, and how many more there would be if nothing that was recorded were lacking."""
     names = {group: _listed(table, group, here, scenario) for group in _listed_groups(table)}
     recorded, pass_of = {i for listed in names.values() for i in listed}, _passes(table, here)
     ids = sorted(names[POWER])
-    beams: dict[int, int] = {}
+    beam_of = functools.cache(lambda i: _best_beam(table.root / DEVELOPMENT / names[POWER][i]))  # of a file's number
     rows: list[Row] = []
     lacking = 0
     for k in newest_ids(ids, history, steps):
@@ -100,7 +102,8 @@ def _scenario_rows(
         measured = all(i in recorded for instants in wanted.values() for i in instants)
         if not measured or not _in_one_pass(pass_of, [*seen, *places, *labelled]):
             continue
-        if not all(i in names[group] for group, instants in wanted.items() for i in instants):
+        beams = [beam_of(i) for i in labelled]
+        if None in beams or not all(i in names[group] for group, instants in wanted.items() for i in instants):
             lacking += 1
             continue
         row: Row = {PASS: pass_of[ids[k]]} if pass_of else {}
@@ -110,12 +113,15 @@ def _scenario_rows(
             station = table.groups["unit1_loc"]
             row["unit1_loc"] = _relative(table, station.paths[station.at_NK[here][0, 0]])
         row |= {f"{POWER}_{at}": names[POWER][i] for at, i in enumerate(labelled, start=1)}
-        for i in labelled:
-            if i not in beams:
-                beams[i] = int(np.nanargmax(read_power(table.root / DEVELOPMENT / names[POWER][i]))) + 1
-        row[BEAM] = "_".join(str(beams[i]) for i in labelled)
+        row[BEAM] = "_".join(map(str, beams))
         rows.append(row)
     return rows, lacking
+
+
+def _best_beam(path: Path) -> int | None:
+    """The strongest beam of a sweep, counted from 1; None where every power is NaN."""
+    power = read_sweep(path)
+    return None if np.isnan(power).all() else int(np.nanargmax(power)) + 1
 
 
 def _in_one_pass(pass_of: Mapping[int, str], frames: Sequence[int]) -> bool:
