@@ -233,6 +233,10 @@ def test_without_passes_no_frame_is_on_both_sides(tmp_path: Path) -> None:
     assert {frame // 50 for frame in frames[0]}.isdisjoint({frame // 50 for frame in frames[1]})
     assert 0 < 300 - train.sum() - val.sum() <= 8  # only windows at the two borders of one block are lost
     assert val.sum() >= 40
+    lost = 300 - int(train.sum() + val.sum())
+    line = f"(honest split), scenarios 7; {lost} of 300 windows straddle a border between blocks and are left out"
+    assert describe(Config(data)).endswith(line)
+    assert describe(Config(replace(data, split="legacy"))).endswith("(legacy split), scenarios 7")
 
 
 def test_a_data_set_that_cannot_be_split_says_so(tmp_path: Path) -> None:
@@ -503,7 +507,8 @@ def test_how_far_positions_run_ahead_of_the_beams_is_found(lead: float) -> None:
 
 def test_tables_tell_simulated_from_real_only_by_their_settings(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     table: Table = prepare_data(data)
-    assert describe(Config(data)).startswith("simulated beam data in ")
+    counts = "16 windows to train and 16 to validate (honest split), scenarios 31, 32, 33, 34"
+    assert describe(Config(data)) == f"simulated beam data in {data_root(data)}: {counts}"
     capsys.readouterr()
     prepare_data(data)
     assert capsys.readouterr().out == ""  # nothing was left to do

@@ -20,7 +20,7 @@ from trainables.beam.config import SENSORS, Data, Modality
 from trainables.beam.files import BEAMS
 from trainables.beam.gps import AHEAD, WIDTH, gps_features, mirrored_m, offsets_m
 from trainables.beam.prepare import CHANGED_LIDAR, array_path, labels, prepare_data, wanted_arrays
-from trainables.beam.split import Side, scored_apart, split
+from trainables.beam.split import Side, on_neither_side, scored_apart, split
 from trainables.beam.table import GROUPS, POWER, Table, fixed, frame_numbers
 from trainables.cache import Stamp, stamp_of
 
@@ -197,5 +197,9 @@ def describe(config: HasData) -> str:
     kind = "simulated" if data.root is None else "real"
     numbers = ", ".join(name.removeprefix("scenario") for name in table.scenarios)
     counts = f"{len(train)} windows to train and {len(val)} to validate"
-    left_out = f"; {table.left_out}" if table.left_out else ""
-    return f"{kind} beam data in {table.root}: {counts} ({data.split} split), scenarios {numbers}{left_out}"
+    windows = len(table.beam_NP)
+    astride = on_neither_side(train, val, windows)
+    left_out = [f"{astride} of {windows} windows straddle a border between blocks and are left out"] if astride else []
+    left_out += [table.left_out] if table.left_out else []
+    told = [f"{counts} ({data.split} split), scenarios {numbers}", *left_out]
+    return f"{kind} beam data in {table.root}: {'; '.join(told)}"

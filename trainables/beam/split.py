@@ -69,6 +69,11 @@ def split(table: Table, data: Data) -> tuple[Side, Side]:
     return train, val
 
 
+def on_neither_side(train: Side, val: Side, windows: int) -> int:
+    """How many of the data set's windows straddle a border of the split."""
+    return windows - int((train.holds(windows) | val.holds(windows)).sum())
+
+
 def scored_apart(table: Table, data: Data) -> Bools:
     """Which windows have scores of their own, and no part in the others: the adaptation set, where it only validates.
 
