@@ -464,7 +464,10 @@ def test_published_forms_of_a_position() -> None:
         kind: gps_features(Data(gps_repr=kind), "scenario32", metres, beam, known)
         for kind in ("minmax", "angle2", "sincos")
     }
-    np.testing.assert_allclose(by["sincos"][0, 0], [0.6, 0.8])
+    turned = np.arctan(4 / 3) - np.deg2rad(44.8)
+    np.testing.assert_allclose(by["sincos"][0, 0], [np.cos(turned), np.sin(turned)])
+    elsewhere = gps_features(Data(gps_repr="sincos"), "scenario1", metres, beam, known)  # whose offset nobody knows
+    np.testing.assert_allclose(elsewhere[0, 0], [0.6, 0.8])
     np.testing.assert_allclose(by["angle2"][0, 0], np.deg2rad(np.rad2deg(np.arctan(4 / 3)) - 44.8))  # twice the same
     np.testing.assert_allclose(by["minmax"][0, 0], [(3 + 7.18029715) / 47.3898506, (4 + 97.55563452) / 149.86949593])
     assert np.abs(by["angle2"]).max() <= np.pi / 2

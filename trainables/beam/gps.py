@@ -23,7 +23,7 @@ AHEAD = 3.0  # instants between the second position and the label, in the publis
 LEADS = np.arange(-10.0, 10.5, 0.5)  # instants; receivers' clocks are off by as much as this
 CODEBOOK_LINE = ((BEAMS - 1) / 2, (BEAMS - 1) / (np.pi / 2))  # beams and beams per radian: all of them over 90 degrees
 
-# Legacy forms. Offsets in degrees make the four stations' angles comparable; other scenarios have none.
+# Published forms. Offsets in degrees make the four stations' angles comparable; other scenarios have none.
 ANGLE_OFFSET_DEG = {"scenario31": -50.52, "scenario32": 44.8, "scenario33": 55.6, "scenario34": -60.0}
 MINMAX_LOW_M = np.array([-7.18029715, -97.55563452])
 MINMAX_HIGH_M = np.array([40.20955233, 52.31386139])
@@ -46,12 +46,12 @@ def gps_features(
     """
     if data.gps_repr == "minmax":
         return (metres_N22 - MINMAX_LOW_M) / (MINMAX_HIGH_M - MINMAX_LOW_M)
-    if data.gps_repr == "angle2":
+    if data.gps_repr in ("angle2", "sincos"):
         angle = np.rad2deg(np.arctan2(metres_N22[..., 1], metres_N22[..., 0])) - ANGLE_OFFSET_DEG.get(scenario, 0.0)
+        if data.gps_repr == "sincos":  # the unit vector that the report describes
+            return np.stack([np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))], axis=-1)
         wrapped = (angle + 90) % 180 - 90
         return np.deg2rad(np.stack([wrapped, wrapped], axis=-1))  # the same number twice, as published
-    if data.gps_repr == "sincos":
-        return metres_N22 / _norm(metres_N22)
     return _local(metres_N22, beam_N, known_N, ahead)
 
 

@@ -24,7 +24,7 @@ from trainables.cache import cache_folder
 from trainables.contract import Diverged, State, Trial, UserError
 from trainables.loop import fit
 
-VERSION = 2  # part of the key: raise it whenever the same settings would train another network
+VERSION = 3  # part of the key: raise it whenever the same settings would train another network
 POLL_S = 1.0
 MISSING = "dba_missing"  # the only score that depends on `score_without`
 
