@@ -113,7 +113,9 @@ class Model:
     `time_fusion`, `gps_embedding` and the fields from `mamba_init` on take the published behaviour or its mend, which
     is the default. Published, with `block: bi` or `uni`: time_fusion v1, mamba_init legacy, ln_shape plane,
     align_backward and residual false, missing zerolike or randlike, gps_embedding linear. With `block: transformer`
-    the same, and time_fusion sum.
+    the same, and time_fusion sum. Published encoders start from ImageNet's weights: pretrained_encoders imagenet,
+    which is not the default. The published schedule's floor and restarts have rates of their own, whatever the lr;
+    those of `trainables.optim.Restarts` are ratios of it, and the same at 1.0e-4 only.
     """
 
     channels: tuple[int, int, int, int] = (64, 128, 256, 512)  # of the four stages
