@@ -25,8 +25,8 @@ class Objective(_Section):
 class Limit(_Section):
     """Bounds that a metric of the last report must keep for a trial to count as a solution."""
 
-    min: float | None = Field(None, allow_inf_nan=False)
-    max: float | None = Field(None, allow_inf_nan=False)
+    min: float | None = Field(default=None, allow_inf_nan=False)
+    max: float | None = Field(default=None, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _can_be_kept(self) -> Limit:
