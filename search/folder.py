@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -49,7 +48,8 @@ class TrialFolder:
             return None
 
     def write_divergence(self, found: Mapping[str, Any]) -> None:
-        replace_text(self.path / "divergence.json", json.dumps(_readable(found), indent=2, default=str) + "\n")
+        """The post-mortem of a trial that diverged, as JSON has it."""
+        replace_text(self.path / "divergence.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
 
     def read_divergence(self) -> dict[str, Any] | None:
         """The post-mortem of a trial that diverged; None for any other."""
@@ -129,15 +129,6 @@ def last_checkpoint(folder: Path) -> Saved | None:
 
 def _checkpoints(folder: Path) -> list[Saved]:
     return [Saved(int(path.stem.rpartition("-")[2]), path) for path in folder.glob(CHECKPOINT_PATTERN)]
-
-
-def _readable(value: Any) -> Any:
-    """JSON knows no number that is not finite: such a one becomes a word."""
-    if isinstance(value, Mapping):
-        return {key: _readable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_readable(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -7,7 +7,6 @@ import io
 import math
 import os
 import random
-import textwrap
 import traceback
 import types
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -19,12 +18,12 @@ import torch
 
 from search.loading import Trainable, load
 from search.messages import Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
+from search.plain import one_line, plain
 from trainables.contract import Diverged, Report, State, Trial, UserError, default_device, memory_error
 
 # What PyTorch's allocator may keep of a GPU, as a ratio of `memory_limit_mb`: it rounds up, and holds on to blocks
 # that lie between others. Beyond that a process runs out of memory itself, and not its neighbour on the same GPU.
 ALLOCATOR_ROOM = 1.1
-LONGEST_REASON = 400  # characters; the whole stands in the trial's error.txt
 LEAK_BYTES = 256 * 2**20  # GPU memory a finished trial may leave behind: allocator rounding, cuDNN's and cuBLASLt's own
 
 
@@ -75,16 +74,16 @@ class RankLoop:
         try:
             return act()
         except Diverged as error:
-            return Blew(reason=str(error.reason), step=error.step, details=error.details)
+            return _blew(error)
         except UserError as error:
-            return Broke(reason=str(error), final=True)
+            return Broke(reason=one_line(str(error), type(error).__name__), final=True)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            return RanOut(reason=str(error).splitlines()[0] if str(error) else type(error).__name__)
+            return RanOut(reason=one_line(str(error).strip().split("\n")[0], type(error).__name__))
         except Exception as error:
             if isinstance(error, RuntimeError) and (told := memory_error(str(error))):
                 return RanOut(reason=told)
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            told = textwrap.shorten(f"{type(error).__name__}: {error}", LONGEST_REASON, placeholder=" ...")
+            told = one_line(f"{type(error).__name__}: {error}", "")
             reason = f"{told} ({os.path.basename(frame.filename)}:{frame.lineno})"
             return Broke(clean=False, reason=reason, trace=traceback.format_exc())
 
@@ -141,6 +140,9 @@ class RankLoop:
                 raise Diverged(f"{name} is {metrics[name]}")
         if report.state is None:
             return Reported(metrics=metrics)
+        if not callable(report.state):
+            told = f"the state of a report is a {type(report.state).__name__}"
+            raise UserError(f"{told}; it must be a function that returns the state: state=lambda: {{...}}")
         state = report.state()
         if (where := nan_in(state)) is not None:
             raise Diverged(f"{where} of the state is nan")
@@ -170,6 +172,18 @@ class RankLoop:
             return False
         held = torch.cuda.memory_allocated(self._device)
         return held <= _cached_bytes(self._cache) + LEAK_BYTES
+
+
+def _blew(error: Diverged) -> Blew:
+    """What a trainable raised, in words that reach the driver. A class of its own may lack what `Diverged` has."""
+    said = {name: getattr(error, name, None) for name in ("reason", "step", "details")}
+    reason = one_line(str(said["reason"] or next(iter(error.args), "")), "it diverged, and did not say how")
+    step, details = plain(said["step"]), plain(said["details"] or {})
+    return Blew(
+        reason=reason,
+        step=step if isinstance(step, int) else None,
+        details=details if isinstance(details, dict) else {"details": details},
+    )
 
 
 def bound(device: torch.device, limit_mb: float) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -71,10 +71,11 @@ class Recorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if trial.trial_id in self._ledger.open:
-            # Tune hands its errors on in a file that is now and then not there yet; the slot has kept the reason too.
-            error = trial.get_pickled_error()
-            told = self._folder(trial).read_error() or "failed without a word"
-            self._end(trial.trial_id, "failed", told.split("\n", 1)[0] if error is None else _reason(error))
+            # The slot keeps the reason of its last attempt, unless it died itself; Tune has that of some attempt.
+            error, told = trial.get_pickled_error(), self._folder(trial).read_error()
+            if told is None or isinstance(error, RayActorError):
+                told = "the slot died" if error is None else _reason(error)
+            self._end(trial.trial_id, "failed", told.split("\n", 1)[0])
 
     def close(self, ending: str | None) -> None:
         """The search stops with trials under way: they are stopped for the reason `ending`, or None: interrupted."""

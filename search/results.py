@@ -21,6 +21,8 @@ from search.space_file import read_space
 from search.study import open_study, records
 from trainables.contract import UserError
 
+UNENDED = "it has not ended; where no process runs the search, --resume goes on with it"
+NULL = "null"  # a value that was searched, where an empty cell is a parameter that was not active
 ERROR_LINES = 8  # of a failed trial's error.txt that are told
 
 
@@ -65,7 +67,7 @@ def trials_table(space: Space, found: Sequence[Record]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["trial", "status", "reason", "name", *searched, *columns, "epochs", "seconds"])
     for record in found:
-        values = [record.values.get(name, "") for name in parameters]
+        values = [NULL if (value := record.values.get(name, "")) is None else value for name in parameters]
         measured = ["" if (value := record.metrics.get(name)) is None else value for name in metrics]
         head = [record.number, record.status, record.reason, record.name or ""]
         writer.writerow([*head, *values, *measured, record.epochs, round(record.seconds, 2)])
@@ -143,7 +145,7 @@ def why(results: Path, number: str) -> str:
     record = by_number(found, number, str(results))
     lines = [
         f"trial {record.number}" + (f" ({record.name})" if record.name else "") + f": {record.status}",
-        f"reason: {record.reason or 'it has not ended; where no process runs the search, --resume goes on with it'}",
+        f"reason: {UNENDED if record.status == INTERRUPTED else record.reason}",
         f"after {record.epochs} epochs and {record.seconds:.1f} s",
     ]
     for name, limit in space.constraints.items():

@@ -135,6 +135,7 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
     else:
         arguments |= {"address": address, "runtime_env": {"env_vars": RAY_ENVIRONMENT}}
     if not ray.is_initialized():
+        heeding = signal.getsignal(signal.SIGTERM)
         try:
             if address is not None:
                 _knock(address)
@@ -143,6 +144,7 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
             if address is None:
                 raise
             raise UserError(f"--address {address}: no Ray cluster answers there: {error}") from None
+        signal.signal(signal.SIGTERM, heeding)  # Ray has put its own in its place, under which the process aborts
         if context.dashboard_url:
             print(f"dashboard: http://{context.dashboard_url}", flush=True)
     return tuple(_node(entry["Resources"]) for entry in ray.nodes() if entry["Alive"])
@@ -235,7 +237,7 @@ def _job(space: Space, plan: Plan, results: Path, cold: bool) -> Job:
         memory_limit_mb=plan.memory_limit_mb,
         scratch=str(results / SCRATCH),
     )
-    return Job(space, spec, str(results), cold)
+    return Job(space, spec, str(results), cold, pausing=space.scheduler.name in PAUSING)
 
 
 def _tuner(

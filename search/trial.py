@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from search.folder import TrialFolder, last_checkpoint
 from search.group import Group, GroupDied, GroupSpec
 from search.health import compared
 from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, Leave, RanOut, Reported
+from search.plain import one_line
 from search.record import RAN_TO_END
 from search.space import Space
 
@@ -37,6 +39,7 @@ class Job:
     spec: GroupSpec
     results: str
     cold: bool
+    pausing: bool  # whether the scheduler may have a trial give up its slot, and go on later
 
 
 class Slot(tune.Trainable):
@@ -57,25 +60,36 @@ class Slot(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         try:
+            return self._step()
+        except TrialFailed:
+            raise
+        except Exception as error:  # of this slot itself: a full disk, say
+            raise self._failed(f"{type(error).__name__}: {error}", traceback.format_exc()) from None
+
+    def _step(self) -> dict[str, Any]:
+        try:
             answer = self._advance() if self._begun else self._begin()
         except GroupDied as died:
             self._retire_group()
-            self._folder.write_error(str(died))
-            raise TrialFailed(str(died)) from None
+            raise self._failed(str(died)) from None
         if not answer.clean:
             self._retire_group()
         if isinstance(answer, Reported):
             return self._report(answer)
         if isinstance(answer, Broke) and not answer.final:
-            self._folder.write_error(answer.reason, answer.trace)
-            raise TrialFailed(answer.reason)
+            raise self._failed(answer.reason, answer.trace)
         return self._end(answer)
+
+    def _failed(self, reason: str, trace: str = "") -> TrialFailed:
+        """The error to raise. It is kept in the trial's folder, since Tune hands on the first of several attempts."""
+        reason = one_line(reason, "failed without a word")
+        self._folder.write_error(reason, trace)
+        return TrialFailed(reason)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """For schedulers that pause a trial or copy one into another."""
         saved = self._folder.checkpoint()
-        if saved is None:
-            raise TrialFailed("the scheduler pauses trials, and this trainable's reports have no state to resume from")
+        assert saved is not None, "see `_report`"
         shutil.copy2(saved.path, checkpoint_dir)
 
     def load_checkpoint(self, checkpoint: str) -> None:
@@ -123,6 +137,10 @@ class Slot(tune.Trainable):
         self._epoch += 1
         if answer.state is not None:
             self._folder.write_checkpoint(self._epoch, answer.state)
+        elif self._job.pausing and self._folder.checkpoint() is None:
+            name = self._job.space.scheduler.name
+            told = f"{name} pauses trials, and this trainable's reports have no state to resume from; use asha"
+            return self._end(Broke(reason=told, final=True))
         metrics = {name: value if math.isfinite(value) else None for name, value in (answer.metrics or {}).items()}
         objective = compared(metrics, self._job.space.objectives[0])
         return {EPOCH: self._epoch, OBJECTIVE: objective, METRICS: metrics}
@@ -131,8 +149,8 @@ class Slot(tune.Trainable):
         self._begun = False
         status, reason = verdict(answer)
         if isinstance(answer, Blew):
-            found = {"reason": answer.reason, "step": answer.step, "epochs": self._epoch, **answer.details}
-            self._folder.write_divergence(found)
+            told = {"reason": answer.reason, "step": answer.step, "epochs": self._epoch}
+            self._folder.write_divergence({**told, **answer.details, **told})
         if status == "finished" and self._epoch == 0:
             status, reason = "failed", "ended without a report; a trainable yields one after every epoch"
         return {"done": True, EPOCH: self._epoch, STATUS: status, REASON: reason}

@@ -86,12 +86,6 @@ def test_a_config_is_written_as_json(folder: TrialFolder) -> None:
     assert json.loads((folder.path / "config.json").read_text()) == {"optim": {"lr": 1e-5}, "root": None}
 
 
-def test_a_post_mortem_is_json_whatever_it_holds(folder: TrialFolder) -> None:
-    folder.write_divergence({"loss": float("nan"), "norms": [1.0, float("inf")], "where": {"low": -float("inf")}})
-    found = json.loads((folder.path / "divergence.json").read_text(), parse_constant=pytest.fail)
-    assert found == {"loss": "nan", "norms": [1.0, "inf"], "where": {"low": "-inf"}}
-
-
 def test_the_reason_of_a_failure_is_read_back(tmp_path: Path) -> None:
     folder = TrialFolder(tmp_path, 3)
     assert folder.read_error() is None

@@ -40,6 +40,37 @@ FAMILY = """
         raise Diverged("loss_trans is not finite", step=812)
         yield
 
+    class Bare(Diverged):
+        def __init__(self, why):
+            RuntimeError.__init__(self, why)
+
+    class Thing:
+        def __str__(self):
+            return "a thing"
+
+    def diverge_in_words_of_its_own(trial):
+        raise Diverged("exploded\\nbadly", np.int64(7), {np.int64(3): Thing(), "loss": np.float32("nan"), "step": 99})
+        yield
+
+    def diverge_without_details(trial):
+        raise Diverged("exploded", 3, "some text")
+        yield
+
+    def diverge_as_a_class_of_its_own(trial):
+        raise Bare("exploded")
+        yield
+
+    def diverge_without_a_word(trial):
+        raise Diverged("")
+        yield
+
+    def state_is_no_function(trial):
+        yield Report({"loss": 0.5}, state={"model": 1})
+
+    def mistake_without_a_word(trial):
+        raise UserError("")
+        yield
+
     def memory(trial):
         raise torch.OutOfMemoryError("tried to allocate 2.00 GiB\\nand much more to say")
         yield
@@ -196,6 +227,22 @@ def loop(tmp_path: Path) -> RankLoop:
     [
         ("more", Ended()),
         ("diverge", Blew(reason="loss_trans is not finite", step=812)),
+        (
+            "diverge_in_words_of_its_own",
+            Blew(reason="exploded badly", step=7, details={"3": "a thing", "loss": "nan", "step": 99}),
+        ),
+        ("diverge_without_details", Blew(reason="exploded", step=3, details={"details": "some text"})),
+        ("diverge_as_a_class_of_its_own", Blew(reason="exploded")),
+        ("diverge_without_a_word", Blew(reason="it diverged, and did not say how")),
+        (
+            "state_is_no_function",
+            Broke(
+                reason="the state of a report is a dict; it must be a function that returns the state: "
+                "state=lambda: {...}",
+                final=True,
+            ),
+        ),
+        ("mistake_without_a_word", Broke(reason="UserError", final=True)),
         ("nan", Blew(reason="loss is nan")),
         ("infinite", Blew(reason="loss is inf")),
         ("memory", RanOut(reason="tried to allocate 2.00 GiB")),

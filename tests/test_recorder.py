@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from ledgers import ask, open_journal
+from ray.exceptions import ActorUnavailableError
 from spaces import space_of
 
 from search.folder import TrialFolder
@@ -122,3 +123,20 @@ def test_a_constraint_that_is_never_measured_is_a_mistake_and_no_bad_setting(tmp
     record = ended(tmp_path, [{"loss": 0.5, "full": 0.9}], {"ful": {"min": 0.85}})
     assert record.status == "failed"
     assert record.reason == "the last report has no metric `ful`, a constraint; it has loss, full"
+
+
+def test_a_trial_failed_for_the_reason_of_its_last_attempt(tmp_path: Path) -> None:
+    """Tune hands on the error of any of them."""
+    run = watched(tmp_path)
+    run.files.write_error("ValueError: the last (loop.py:3)", "Traceback ...")
+    run.trial.get_pickled_error = lambda: ValueError("the first")
+    run.recorder.on_trial_error(0, [], run.trial)
+    assert (run.told[0].status, run.told[0].reason) == ("failed", "ValueError: the last (loop.py:3)")
+
+
+def test_a_slot_that_died_left_no_reason_of_its_own(tmp_path: Path) -> None:
+    run = watched(tmp_path)
+    run.files.write_error("ValueError: an earlier attempt")
+    run.trial.get_pickled_error = lambda: ActorUnavailableError("the node is gone", None)
+    run.recorder.on_trial_error(0, [], run.trial)
+    assert "the node is gone" in run.told[0].reason

@@ -283,16 +283,25 @@ class TestProposals:
         assert len(modelled[0]) == 12
 
     def test_what_runs_and_breaks_a_limit_is_nothing_to_beat(self, tmp_path: Path) -> None:
-        """The best within the limit has a score of 1; a slot is busy with one of 0."""
-        space = search_of(tmp_path, constraints={"size": {"min": 1.0}})
+        """The best within the limit is at a rate of 1e-2; a slot is busy with what would be better at 1e-3."""
+        space = search_of(tmp_path, constraints={"size": {"min": -2.0}})
         ledger = open_ledger(space, InMemoryStorage())
-        run(ledger, 20, bowl)
+
+        def play(trials: int) -> list[dict[str, Any]]:
+            played = []
+            for _ in range(trials):
+                opened = ask(ledger)
+                played.append(opened.values)
+                ledger.report("slot", 1, {"loss": bowl(opened.values), "size": math.log10(opened.values["lr"])})
+                ledger.end("slot", "finished", "")
+            return played
+
+        play(20)
         busy = ledger.study.ask({})
         for name, domain in ((item.name, item.domain) for item in space.parameters):
             value, number = {"lr": 1e-3, "clip": 0.5}[name], busy._trial_id
             ledger.study._storage.set_trial_param(number, name, value, domain.distribution())
-        played = run(ledger, 19, bowl)
-        assert min(bowl(values) for values in played[1::2] if bowl(values) >= 1.0) < 1.1
+        assert min(bowl(values) for values in play(18)[1::2] if values["lr"] >= 1e-2) < 1.2
 
     def test_what_was_tried_long_ago_or_failed_is_remembered(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

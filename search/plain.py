@@ -1,0 +1,40 @@
+"""What somebody's code says of a trial, as JSON and a table can hold it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+DEEPEST = 20  # containers inside each other; what holds itself would have no end
+LONGEST_TEXT = 400  # characters
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """The same in JSON's words.
+
+    Keys become text; scalars and arrays of NumPy and PyTorch numbers and lists; a number that is not finite, which JSON
+    does not know, becomes a word, and so does any other object.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, int):
+        return int(value)
+    if depth < DEEPEST:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [plain(item, depth + 1) for item in value]
+        if callable(getattr(value, "tolist", None)):
+            return plain(value.tolist(), depth + 1)
+    return one_line(str(value), type(value).__name__)
+
+
+def one_line(text: str, otherwise: str) -> str:
+    """A text in one line, cut where it is long; `otherwise` where there is nothing in it."""
+    words = " ".join(text.split())
+    if len(words) > LONGEST_TEXT:
+        words = words[: LONGEST_TEXT - 4].rstrip() + " ..."
+    return words or otherwise
