@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -49,7 +50,7 @@ def load_space(
     """
     whole = yaml_file.read(file)
     try:
-        document, chosen = profiled(whole, profile, has_gpu)
+        document, chosen = profiled(copy.deepcopy(whole), profile, has_gpu)
         written = trees.leaves(document)
         for override in overrides:
             _override(document, override)

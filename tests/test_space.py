@@ -348,6 +348,12 @@ class TestProfiles:
         assert message_of(file, has_gpu=False) == told
         assert message_of(file, has_gpu=True) == message_of(file, profile="night") == f"profiles.laptop: {told}"
 
+    def test_an_override_says_nothing_of_the_others(self, tmp_path: Path) -> None:
+        profiles = {"laptop": {"try_first": [{"optim.lr": 0.01}]}}
+        config = {"optim": {"lr": {"log": [1e-3, 1.0]}, "momentum": {"float": [0.0, 0.9]}}}
+        file = write_space(tmp_path, config, profiles=profiles)
+        assert load_space(file, ["config.optim.lr=0.1"])[0].tree["optim"]["lr"] == 0.1
+
     def test_an_unknown_one_is_refused(self, file: Path) -> None:
         assert message_of(file, profile="labtop") == "profile 'labtop' is unknown; did you mean `laptop`?"
 
