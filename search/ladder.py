@@ -2,9 +2,13 @@
 
 A score is modelled from rung to rung of the scheduler, each as the one before and what comes to it from there (Kennedy
 and O'Hagan 2000). One rung after the other, as Le Gratiet and Garnier (2014) do, which needs that whoever has reached a
-rung has reached those below: a trial reports every epoch. So a stopped trial teaches what it showed, and no more.
+rung has reached those below: a trial reports every epoch.
 
-Shapes: N trials, K of them on a rung, M settings, D features.
+Of a trial that was stopped nothing is known of the rungs above. It is taken to get there as expected, and no better
+than the best did. Were it left open, it would stay the most promising place of all: whatever is tried there is stopped
+again, and shows nothing of its end.
+
+Shapes: N trials, K of them on a rung, G gone before it, M settings, D features.
 """
 
 from __future__ import annotations
@@ -42,8 +46,15 @@ class Ladder:
                 continue
             y_K = within_reach(np.array([trials[i][rung] for i in there]))
             rest = _slope(before_N[there], y_K) if self._steps else 0.0
-            self._steps.append((rest, Regression(x_ND[there], y_K - rest * before_N[there])))
+            regression = Regression(x_ND[there], y_K - rest * before_N[there])
+            gone = np.setdiff1d(np.arange(len(trials)), there)
+            if self._steps and len(gone):
+                expected_G, _ = regression.predict(x_ND[gone])
+                come_G = np.maximum(expected_G, y_K.min() - rest * before_N[gone])
+                regression.add(x_ND[gone], come_G)
+                before_N[gone] = rest * before_N[gone] + come_G
             before_N[there] = y_K
+            self._steps.append((rest, regression))
 
     def predict(self, x_MD: Array) -> tuple[Array, Array]:
         """Means and standard deviations, without the noise of a measurement."""

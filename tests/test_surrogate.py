@@ -125,6 +125,21 @@ class TestLadder:
         with_few = Ladder(rows, [{1: 1.0, 9: -5.0}, {1: 1.1, 9: -5.0}, *trials[2:]], [1, 9]).predict(rows)
         assert with_few[0] == pytest.approx(low[0])
 
+    def test_what_was_stopped_is_not_the_most_promising_of_all(self, tmp_path: Path) -> None:
+        """Nothing but rates below 1e-3 has got to the end, and the scores of these still fall towards higher ones."""
+        space = space_of(tmp_path, CONFIG)
+        rng = random.Random(0)
+        settings = [space.draw(rng) for _ in range(80)]
+        low = [values for values in settings if values["lr"] < 1e-3]
+        high = [values for values in settings if values["lr"] > 1e-2]
+        trials = [{1: 1.0, 9: -math.log10(values["lr"])} for values in low] + [{1: 1.2} for _ in high]
+        ladder = Ladder(feature_rows(space, [*low, *high]), trials, [1, 9])
+        mean, deviation = ladder.predict(feature_rows(space, high))
+        best = min(scores[9] for scores in trials if 9 in scores)
+        assert len(low) > 8 < len(high)
+        assert (mean > best - 0.05).all()
+        assert (deviation < 0.5 * np.ptp([scores[9] for scores in trials if 9 in scores])).all()
+
     def test_a_rung_that_all_have_left_behind_adds_nothing(self, tmp_path: Path) -> None:
         space = space_of(tmp_path, CONFIG)
         rng = random.Random(0)
