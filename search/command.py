@@ -178,7 +178,10 @@ def search(options: Options) -> engine.Outcome | None:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{space.trainable}: its module's `prepare` failed: {where(error)}") from error
+            raise UserError(
+                f"{space.trainable}: its module's `prepare` failed: {where(error)}. It is called with the config before "
+                "a search (trainables/contract.py); a helper that only happens to be called so wants another name"
+            ) from error
         if described is not None:
             space = replace(space, data=str(described))
             print(space.data, flush=True)

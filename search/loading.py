@@ -63,7 +63,7 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
     return Trainable(
         train,
         _config_class(module),
-        _of_one_argument(module, "prepare", called="config"),
+        _of_one_argument(module, "prepare"),
         _of_one_argument(module, "memory_need"),
     )
 
@@ -83,20 +83,16 @@ def _config_class(module: types.ModuleType) -> type | None:
     return None
 
 
-def _of_one_argument(module: types.ModuleType, name: str, called: str | None = None) -> Callable[[Any], Any] | None:
-    """The module's function of that name; one that takes other arguments only happens to be called so.
-
-    called: the name that its argument must have; None: any.
-    """
+def _of_one_argument(module: types.ModuleType, name: str) -> Callable[[Any], Any] | None:
+    """The module's function of that name; one that takes other arguments only happens to be called so."""
     function = getattr(module, name, None)
     if not callable(function):
         return None
     try:
-        signature = inspect.signature(function)
-        signature.bind(None)
+        inspect.signature(function).bind(None)
     except (TypeError, ValueError):
         return None
-    return function if called in (None, next(iter(signature.parameters))) else None
+    return function
 
 
 def search_paths(space_file: Path) -> tuple[str, ...]:

@@ -183,16 +183,6 @@ def test_a_config_of_the_module_that_is_no_dataclass_is_refused_and_one_from_els
     assert load_space(write_space(tmp_path, {"lrr": 0.1}, trainable=f"{other}:train"))[1].config_class is None
 
 
-@pytest.mark.parametrize(
-    ("parameters", "is_hook"),
-    [("config", True), ("model", False), ("config, model", False), ("", False), ("model, config=None", False)],
-)
-def test_prepare_is_known_by_its_parameter(parameters: str, is_hook: bool, tmp_path: Path) -> None:
-    code = f"def train(trial):\n    yield {{}}\n\ndef prepare({parameters}):\n    return 'prepared'\n"
-    _, trainable = load_space(write_space(tmp_path, {}, trainable=f"{write_family(tmp_path, code)}:train"))
-    assert (trainable.prepare is not None) == is_hook
-
-
 class TestConfigClass:
     """A space whose trainable has a Config."""
 

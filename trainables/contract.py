@@ -13,8 +13,7 @@ holds a trainable may also define
     Config     a frozen dataclass; `trial.config` is then an instance of it, and the plain dict otherwise
     prepare    a function of the config, called once on the driver before any worker starts: look at the data, build
                what all trials share, and raise `UserError` for what a person must mend. A line that it returns, on
-               what the data are and how they are split, stands in every result. It is known by the name of its one
-               argument, `config`; any other function that is called prepare is left alone
+               what the data are and how they are split, stands in every result
     memory_need
                a function of a trial: the bytes of its device's memory that training takes at its peak, with weights,
                gradients and the optimizer's state, and with no batch cut up to save memory. Called for some settings
