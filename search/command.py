@@ -179,8 +179,8 @@ def search(options: Options) -> engine.Outcome | None:
             raise
         except Exception as error:
             raise UserError(
-                f"{space.trainable}: its module's `prepare` failed: {where(error)}. It is called with the config before "
-                "a search (trainables/contract.py); a helper that only happens to be called so wants another name"
+                f"{space.trainable}: its module's `prepare` failed: {where(error)}. It is called with the config, "
+                "before a search (trainables/contract.py); a helper that happens to be called so wants another name"
             ) from error
         if described is not None:
             space = replace(space, data=str(described))

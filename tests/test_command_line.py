@@ -176,7 +176,7 @@ def test_a_bug_in_prepare_is_a_line_and_names_the_place(run: Run, tmp_path: Path
     status, _, told = run("--space", "mine.yaml")
     assert status == 2
     assert told.startswith(f"error: {name}:train: its module's `prepare` failed: KeyError: 'root' (")
-    assert told.rstrip().endswith("a helper that only happens to be called so wants another name")
+    assert told.rstrip().endswith("a helper that happens to be called so wants another name")
     assert told.count("\n") == 1
 
 
