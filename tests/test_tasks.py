@@ -180,7 +180,7 @@ class TestEveryTask:
         *_, last = fit(alone.task, Trial(alone.config))
         assert last.state is not None
         for key, value in last.state()["model"].items():
-            # A quarter of a step of Adam's: what two ranks add up in another order may turn a gradient that is next to nothing.
+            # A quarter of a step of Adam's, which a gradient that is next to nothing may turn, added up otherwise.
             torch.testing.assert_close(weights[key], value, rtol=0, atol=5e-4)
         assert metrics["loss"] == pytest.approx(last.metrics["loss"], rel=1e-3)
         signs = {key: last.metrics[key] for key in last.metrics if key.startswith(("grad_norm_", "std_"))}
