@@ -14,11 +14,12 @@ from optuna.trial import TrialState
 from spaces import space_of
 from timing import thread_s
 
+from search.domain import Parameter
 from search.features import features
 from search.proposals import ASKED_AGAIN
 from search.sampler import sampler_maker
 from search.space import Space
-from search.study import proposal_seed
+from search.study import Ledger, OpenTrial, proposal_seed
 from search.survival import KNOWN, MAPPED, Survival, demanded, learn
 
 CONFIG: dict[str, Any] = {"epochs": 4, "lr": {"log": [1e-4, 1.0]}, "clip": {"float": [0.0, 2.0]}}
@@ -157,6 +158,41 @@ class TestProposals:
         assert lost.values == whole[MAPPED + 2]
         assert parts == whole
         assert all(space.holds(values) for values in whole)
+
+    def test_one_that_was_written_in_part_is_gone_on_with(
+        self, sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The driver died between two values; by what has ended since, another block would be proposed."""
+        config = {
+            "epochs": 3,
+            "block": {"choice": ["bi", "uni"]},
+            "rate": {"log": [1, 10], "when": {"block": ["bi"]}},
+            "share": {"float": [0, 1], "when": {"block": ["uni"]}},
+        }
+
+        def end(ledger: Ledger, opened: OpenTrial, key: str) -> None:
+            diverged = opened.values.get("share", 0.0) > 0.7
+            if not diverged:
+                ledger.report(key, 1, {"loss": opened.values.get("share", 0.4)})
+            ledger.end(key, "diverged" if diverged else "finished", "")
+
+        for seed in range(4):
+            space = space_of(tmp_path, config, search={"sampler": sampler, "trials": 60, "seed": seed})
+            storage = InMemoryStorage()
+            ledger = open_ledger(space, storage)
+            for _ in range(20):
+                end(ledger, ask(ledger), "slot")
+            ask(ledger, "beside")
+            with monkeypatch.context() as dying:
+                suggest = Parameter.suggest
+                dying.setattr(Parameter, "suggest", lambda own, trial: {"block": suggest}[own.name](own, trial))
+                with pytest.raises(KeyError):
+                    ask(ledger, "half")
+            resumed = open_ledger(space, storage)
+            beside = ask(resumed, "beside")
+            resumed.report("beside", 1, {"loss": 0.0 if "rate" in beside.values else 9.0})
+            resumed.end("beside", "finished", "")
+            assert space.holds(ask(resumed, "half").values)
 
     def test_candidates_leave_no_trials(self, sampler: str, tmp_path: Path) -> None:
         ledger = open_ledger(search_of(sampler, tmp_path, CONFIG), InMemoryStorage())
