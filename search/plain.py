@@ -29,12 +29,15 @@ def plain(value: Any, depth: int = 0) -> Any:
             return [plain(item, depth + 1) for item in value]
         if callable(getattr(value, "tolist", None)):
             return plain(value.tolist(), depth + 1)
-    return one_line(str(value), type(value).__name__)
+    return short_line(str(value), type(value).__name__)
 
 
 def one_line(text: str, otherwise: str) -> str:
-    """A text in one line, cut where it is long; `otherwise` where there is nothing in it."""
-    words = " ".join(text.split())
-    if len(words) > LONGEST_TEXT:
-        words = words[: LONGEST_TEXT - 4].rstrip() + " ..."
-    return words or otherwise
+    """A text in one line; `otherwise` where there is nothing in it."""
+    return " ".join(text.split()) or otherwise
+
+
+def short_line(text: str, otherwise: str) -> str:
+    """The same, cut where it is long: what a library says, of which the whole stands elsewhere."""
+    line = one_line(text, otherwise)
+    return line if len(line) <= LONGEST_TEXT else line[: LONGEST_TEXT - 4].rstrip() + " ..."

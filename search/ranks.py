@@ -18,7 +18,7 @@ import torch
 
 from search.loading import Trainable, load
 from search.messages import Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
-from search.plain import one_line, plain
+from search.plain import one_line, plain, short_line
 from trainables.contract import Diverged, Report, State, Trial, UserError, default_device, memory_error
 
 # What PyTorch's allocator may keep of a GPU, as a ratio of `memory_limit_mb`: it rounds up, and holds on to blocks
@@ -83,7 +83,7 @@ class RankLoop:
             if isinstance(error, RuntimeError) and (told := memory_error(str(error))):
                 return RanOut(reason=told)
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            told = one_line(f"{type(error).__name__}: {error}", "")
+            told = short_line(f"{type(error).__name__}: {error}", "")
             reason = f"{told} ({os.path.basename(frame.filename)}:{frame.lineno})"
             return Broke(clean=False, reason=reason, trace=traceback.format_exc())
 

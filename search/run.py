@@ -237,7 +237,7 @@ def _job(space: Space, plan: Plan, results: Path, cold: bool) -> Job:
         memory_limit_mb=plan.memory_limit_mb,
         scratch=str(results / SCRATCH),
     )
-    return Job(space, spec, str(results), cold, pausing=space.scheduler.name in PAUSING)
+    return Job(space, spec, str(results), cold)
 
 
 def _tuner(

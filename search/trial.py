@@ -19,7 +19,7 @@ from search.folder import TrialFolder, last_checkpoint
 from search.group import Group, GroupDied, GroupSpec
 from search.health import compared
 from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, Leave, RanOut, Reported
-from search.plain import one_line
+from search.plain import short_line
 from search.record import RAN_TO_END
 from search.space import Space
 
@@ -39,7 +39,6 @@ class Job:
     spec: GroupSpec
     results: str
     cold: bool
-    pausing: bool  # whether the scheduler may have a trial give up its slot, and go on later
 
 
 class Slot(tune.Trainable):
@@ -64,14 +63,14 @@ class Slot(tune.Trainable):
         except TrialFailed:
             raise
         except Exception as error:  # of this slot itself: a full disk, say
-            raise self._failed(f"{type(error).__name__}: {error}", traceback.format_exc()) from None
+            raise self._failed(short_line(f"{type(error).__name__}: {error}", ""), traceback.format_exc()) from None
 
     def _step(self) -> dict[str, Any]:
         try:
             answer = self._advance() if self._begun else self._begin()
         except GroupDied as died:
             self._retire_group()
-            raise self._failed(str(died)) from None
+            raise self._failed(short_line(str(died), type(died).__name__)) from None
         if not answer.clean:
             self._retire_group()
         if isinstance(answer, Reported):
@@ -82,14 +81,16 @@ class Slot(tune.Trainable):
 
     def _failed(self, reason: str, trace: str = "") -> TrialFailed:
         """The error to raise. It is kept in the trial's folder, since Tune hands on the first of several attempts."""
-        reason = one_line(reason, "failed without a word")
         self._folder.write_error(reason, trace)
         return TrialFailed(reason)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """For schedulers that pause a trial or copy one into another."""
         saved = self._folder.checkpoint()
-        assert saved is not None, "see `_report`"
+        if saved is None:
+            raise self._failed(
+                "the scheduler pauses trials, and this trainable's reports have no state to resume from; use asha"
+            )
         shutil.copy2(saved.path, checkpoint_dir)
 
     def load_checkpoint(self, checkpoint: str) -> None:
@@ -137,10 +138,6 @@ class Slot(tune.Trainable):
         self._epoch += 1
         if answer.state is not None:
             self._folder.write_checkpoint(self._epoch, answer.state)
-        elif self._job.pausing and self._folder.checkpoint() is None:
-            name = self._job.space.scheduler.name
-            told = f"{name} pauses trials, and this trainable's reports have no state to resume from; use asha"
-            return self._end(Broke(reason=told, final=True))
         metrics = {name: value if math.isfinite(value) else None for name, value in (answer.metrics or {}).items()}
         objective = compared(metrics, self._job.space.objectives[0])
         return {EPOCH: self._epoch, OBJECTIVE: objective, METRICS: metrics}
