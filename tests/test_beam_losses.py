@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from trainables.beam.config import BeamLoss
 from trainables.beam.fusion import beam_loss
 from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss, soft_targets
+from trainables.contract import UserError
 
 
 def brute_force_dba(logits: list[list[float]], beams: list[int]) -> dict[str, float]:
@@ -92,6 +93,20 @@ def test_soft_targets_are_the_published_ones() -> None:
         target[10, 8:13], torch.tensor([3.3e-4, 0.1350, 0.9974, 0.1350, 3.3e-4]), atol=1e-4, rtol=0
     )
     assert target[0, 63] == target[10, 4] == target[10, 16] == 0  # beams 0 and 63 are not neighbours
+
+
+def test_a_scale_lowers_the_whole_target() -> None:
+    torch.testing.assert_close(soft_targets(0.7, scale=0.5), soft_targets(0.7) * 0.5 / 1.25)
+    logits, beam = torch.zeros(1, 64), torch.tensor([20])
+    expected = focal_loss(logits, soft_targets(0.5)[beam] * 0.4)
+    torch.testing.assert_close(beam_loss(logits, beam, BeamLoss(scale=0.5)), expected)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.3])
+def test_a_scale_leaves_a_target_between_0_and_1(scale: float) -> None:
+    with pytest.raises(UserError, match=f"loss.scale = {scale} must be above 0 and at most 1.25"):
+        BeamLoss(scale=scale)
+    assert soft_targets(0.3, scale=1.25).max() < 1
 
 
 def test_the_target_is_the_published_one_by_default_and_only_wider_otherwise() -> None:

@@ -65,6 +65,27 @@ def test_gradient_reaches_what_is_trained_and_nothing_else(
     assert not [name for name in asked if any(part in name for part in first) or "absent" in name]
 
 
+@pytest.mark.parametrize(("ratio", "shared"), [(0.25, 2), (0.5, 4), (0.8, 6)])
+def test_a_projection_is_divided_as_the_ratio_says(config: rebuild.Config, ratio: float, shared: int) -> None:
+    config = replace(config, rebuild=Rebuild(shared_ratio=ratio))
+    model, batch = network(config), batch_of(config)
+    maps = model.fusion.first_maps(batch)
+    parts = model.parts(maps)
+    assert {(common.shape[1], own.shape[1]) for common, own in parts.values()} == {(shared, 8 - shared)}
+    for common, own in parts.values():
+        length_FP = torch.cat([common, own], 1).norm(dim=1)
+        torch.testing.assert_close(length_FP, torch.ones_like(length_FP))
+    assert model.translate(parts)["image"].shape == maps["image"].flatten(2).shape
+    total(rebuild.loss(model, batch, config)).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.99])
+def test_each_part_of_a_projection_has_a_channel(config: rebuild.Config, ratio: float) -> None:
+    with pytest.raises(UserError, match=f"rebuild.shared_ratio = {ratio} leaves . of a projection's 8 channels"):
+        replace(config, rebuild=Rebuild(shared_ratio=ratio))
+
+
 # What the lab notes tried, without optim.lr and optim.batch_size. Where they do not say whether encoders were trained,
 # they were where the fusion network was: in R-S3 and R-S4 it was frozen, and R-S6 names frozen encoders as new.
 LATER = RebuildLoss(contrast_form="plain", distance_form="norm")

@@ -180,7 +180,8 @@ class BeamLoss:
     kind: Literal["focal", "ce"] = "focal"
     alpha: float = 0.25  # focal: weight of the wanted beams against all others
     gamma: float = 2.0  # focal: how much less an easy beam counts
-    sigma: float = 0.5  # width of the target, beams; its height stays the published 0.997
+    sigma: float = 0.5  # width of the target, beams
+    scale: float = 1.25  # focal: 0.8 times this is the target's height at the best beam, whatever its width
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
@@ -189,6 +190,8 @@ class BeamLoss:
             raise UserError(f"loss.gamma = {self.gamma} must not be negative")
         if self.sigma <= 0:
             raise UserError(f"loss.sigma = {self.sigma} must be a positive number of beams")
+        if not 0 < self.scale <= 1.25:
+            raise UserError(f"loss.scale = {self.scale} must be above 0 and at most 1.25, a target of almost 1")
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,7 @@ class Rebuild:
     share: float = 0.5  # of the training windows whose target is the rebuilt one; published: 0.25 of the batches
     mix: Literal["complete", "stand_in"] = "complete"  # the other windows' target: the real one, or as if missing
     dropout: float = 0.5
+    shared_ratio: float = 0.5  # of a projection's channels, those that the sensors share; the rest is a sensor's own
     encoders: Literal["frozen", "trained"] = "frozen"  # first stages of sources and targets; trained: at optim.lr
     fusion_lr_ratio: float = 0.01  # the fusion network's learning rate over optim.lr; 0: it stays as it is
     pretrained: str | None = None  # checkpoint of a fusion network; None: one is trained once and kept
@@ -226,6 +230,8 @@ class Rebuild:
             raise UserError(f"rebuild.share = {self.share} must be above 0 and at most 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"rebuild.dropout = {self.dropout} must lie in [0, 1)")
+        if not 0 < self.shared_ratio < 1:
+            raise UserError(f"rebuild.shared_ratio = {self.shared_ratio} must lie between 0 and 1")
         if self.fusion_lr_ratio < 0:
             raise UserError(f"rebuild.fusion_lr_ratio = {self.fusion_lr_ratio} must not be negative")
 

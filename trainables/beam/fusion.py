@@ -73,7 +73,7 @@ def beam_loss(logits_K: Tensor, beam: Tensor, settings: BeamLoss) -> Tensor:
 
     `logits_K` is (B, 64) or (B, P, 64), `beam` (B,) or (B, P).
     """
-    target_K = soft_targets(settings.sigma, logits_K.device)[beam]
+    target_K = soft_targets(settings.sigma, settings.scale, logits_K.device)[beam]
     if settings.kind == "ce":
         losses = cross_entropy(logits_K, target_K)
     else:

@@ -36,15 +36,15 @@ def beam_scores(logits_K: Tensor, beam: Tensor) -> dict[str, Tensor]:
     return scores
 
 
-def soft_targets(sigma: float, device: torch.device | None = None) -> Tensor:
+def soft_targets(sigma: float, scale: float = 1.25, device: torch.device | None = None) -> Tensor:
     """Target over all beams for each best beam, (64, 64): a normal density, cut at 5 beams, not renormalised.
 
-    It is scaled to the height of the published one, of sigma 0.5 and times 1.25, whatever its width.
+    It is scaled to the height of the published one, of sigma 0.5 and times `scale`, whatever its width.
     """
     beams = torch.arange(BEAMS, dtype=torch.float32, device=device)  # made there: a copy to a GPU would be waited for
     distance = (beams[:, None] - beams[None, :]).abs()
     density = torch.exp(-0.5 * (distance / sigma) ** 2) / (sigma * (2 * torch.pi) ** 0.5)
-    return 2.5 * sigma * density * (distance <= TARGET_REACH_BEAMS)
+    return 2 * scale * sigma * density * (distance <= TARGET_REACH_BEAMS)
 
 
 def focal_loss(logits_K: Tensor, target_K: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:

@@ -55,6 +55,11 @@ class Config:
                     raise UserError(
                         f"rebuild.{name} names {sensor}, which data.modalities {list(self.data.modalities)} lacks"
                     )
+        if not 0 < self.shared < 2 * self.model.channels[0]:
+            raise UserError(
+                f"rebuild.shared_ratio = {self.rebuild.shared_ratio:g} leaves {self.shared} of a projection's "
+                f"{2 * self.model.channels[0]} channels to share; at least one must be shared, and one not"
+            )
         if self.rebuild.encoders == "trained" and self.fusion_frozen:
             raise UserError(
                 "rebuild.encoders = trained needs rebuild.fusion_lr_ratio and loss.alpha_fusion above 0, not "
@@ -67,6 +72,11 @@ class Config:
                 f"rebuild.cache_features = true needs data.augment = 0 and data.flip = false, not {self.data.augment} "
                 f"and {str(self.data.flip).lower()}: only frames as they were measured have features that are kept"
             )
+
+    @property
+    def shared(self) -> int:
+        """How many of the channels of a projection, which are twice those of a first map, the sensors share."""
+        return round(2 * self.model.channels[0] * self.rebuild.shared_ratio)
 
     @property
     def fusion_frozen(self) -> bool:
@@ -91,13 +101,15 @@ class RebuildNetwork(nn.Module):
 
     def __init__(self, config: Config, weights: Weights) -> None:
         super().__init__()
-        rebuild, width, norm = config.rebuild, config.model.channels[0], config.model.norm
+        rebuild, width, norm, shared = config.rebuild, config.model.channels[0], config.model.norm, config.shared
         self.source, self.target, self.history = rebuild.source, rebuild.target, config.data.history
         self.fusion = fusion.build(config.fusion)
         self.fusion.load_state_dict(weights)
-        self.heads = nn.ModuleDict({sensor: ProjectHead(width, norm) for sensor in (*self.source, *self.target)})
+        self.heads = nn.ModuleDict(
+            {sensor: ProjectHead(width, shared, norm) for sensor in (*self.source, *self.target)}
+        )
         self.translators = nn.ModuleDict(
-            {sensor: FeatureTrans(len(self.source), width, norm, rebuild.dropout) for sensor in self.target}
+            {sensor: FeatureTrans(len(self.source), shared, width, norm, rebuild.dropout) for sensor in self.target}
         )
         freeze(self.fusion, entirely=config.fusion_frozen)
         if rebuild.encoders == "trained":
@@ -106,7 +118,7 @@ class RebuildNetwork(nn.Module):
                     module.train().requires_grad_(True)
 
     def parts(self, maps: Maps) -> dict[Modality, tuple[Tensor, Tensor]]:
-        """Shared and own part, (F, C, P) each, of every sensor that has a head and a map."""
+        """Shared and own part, (F, S, P) and (F, 2 C - S, P), of every sensor that has a head and a map."""
         return {sensor: self.heads[sensor](maps[sensor].flatten(2)) for sensor in maps if sensor in self.heads}
 
     def translate(self, parts: Mapping[Modality, tuple[Tensor, Tensor]]) -> dict[Modality, Tensor]:

@@ -4,7 +4,8 @@ Every sensor's features are projected into a part that it shares with the others
 parts of one window are pulled together (contrast), the sensors' own parts pushed apart (distance), and the shared
 parts of the sources are translated into the target's features (trans). After SimMMDG (Dong et al., 2023).
 
-Shape suffixes: B windows, H history, F = B H frames, C channels of a first map, P positions of it, V = H C.
+Shape suffixes: B windows, H history, F = B H frames, C channels of a first map or of a part of its projection, S those
+of the shared part, P positions of the map, V = H C.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ def _norm(norm: str, width: int) -> nn.Module:
 
 
 class ProjectHead(nn.Module):
-    """(F, C, P) -> the shared and the own part, (F, C, P) each; together of unit length at every position."""
+    """(F, C, P) -> the shared part, (F, S, P), and the own one, (F, 2 C - S, P); together of unit length everywhere."""
 
-    def __init__(self, width: int, norm: str) -> None:
+    def __init__(self, width: int, shared: int, norm: str) -> None:
         super().__init__()
+        self.shared = shared
         self.layers = nn.Sequential(
             nn.Conv1d(width, width, 1),
             _norm(norm, width),
@@ -40,17 +42,17 @@ class ProjectHead(nn.Module):
         )
 
     def forward(self, x_FCP: Tensor) -> tuple[Tensor, Tensor]:
-        shared_FCP, own_FCP = F.normalize(self.layers(x_FCP), dim=1).chunk(2, dim=1)
-        return shared_FCP, own_FCP
+        both_FCP = F.normalize(self.layers(x_FCP), dim=1)
+        return both_FCP[:, : self.shared], both_FCP[:, self.shared :]
 
 
 class FeatureTrans(nn.Module):
-    """The shared parts of the sources, (F, C, P) each -> the target's features, (F, C, P)."""
+    """The shared parts of the sources, (F, S, P) each -> the target's features, (F, C, P)."""
 
-    def __init__(self, sources: int, width: int, norm: str, dropout: float) -> None:
+    def __init__(self, sources: int, shared: int, width: int, norm: str, dropout: float) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv1d(sources * width, 2 * width, 1),
+            nn.Conv1d(sources * shared, 2 * width, 1),
             _norm(norm, 2 * width),
             nn.LeakyReLU(),
             nn.Conv1d(2 * width, 2 * width, 1),
