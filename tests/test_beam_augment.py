@@ -13,9 +13,9 @@ import torch
 from small_beam import DataConfig, raw_files
 from torch import Tensor
 
-from trainables.beam import augment, health
+from trainables.beam import augment, decode, health
 from trainables.beam.augment import Change, change_of, changed_pictures, changed_points, changed_radar, mirrored
-from trainables.beam.background import background, without
+from trainables.beam.background import FRAMES, background, without
 from trainables.beam.config import MODALITIES, Data, Simulated
 from trainables.beam.data import samples
 from trainables.beam.files import radar_maps
@@ -270,6 +270,17 @@ def test_filtered_lidar_holds_less_and_is_an_array_of_its_own(data: Data) -> Non
     )
     assert (less <= full).all()
     assert 0 < less.sum() < full.sum() / 2
+
+
+def test_a_background_tells_how_far_it_is(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(decode, "QUIET_S", -1.0)
+    data = Data(root=str(written), prepared=str(tmp_path), modalities=("lidar",), image_size=32, lidar="filtered")
+    table = prepare_data(data)
+    told = [line for line in capsys.readouterr().out.splitlines() if "background of scenario31" in line]
+    count = min(len(table.groups["unit1_lidar_"].paths), FRAMES)
+    assert told == [f"beam data: background of scenario31: {i} of {count} files" for i in range(1, count + 1)]
 
 
 def test_the_adaptation_set_is_scored_apart_where_it_only_validates(written: Path, tmp_path: Path) -> None:

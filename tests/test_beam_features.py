@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_beam import SMALL, simulated
 
-from trainables.beam import features, fusion, rebuild
+from trainables.beam import decode, features, fusion, rebuild
 from trainables.beam.config import Pretrain, Rebuild
 from trainables.beam.data import samples
 from trainables.beam.network import FusionNetwork
@@ -59,6 +59,17 @@ def test_kept_maps_are_those_of_the_frames(
     for sensor, map_FCYX in computed.items():
         # Other numbers of frames may be added up in another order: an error of the last digits, and a bfloat16 has few.
         torch.testing.assert_close(read[sensor], map_FCYX, rtol=1e-5 if precision == "fp32" else 1e-2, atol=1e-5)
+
+
+def test_the_making_of_the_maps_tells_how_far_it_is(
+    config: rebuild.Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(decode, "QUIET_S", -1.0)
+    maps = features.first_maps(config.data, network(config, seed=3), config.optim, Trial(config))
+    told = capsys.readouterr().out.splitlines()
+    for sensor, maps_NCYX in maps.items():
+        last = [line for line in told if f"first maps of {sensor}" in line][-1]
+        assert last == f"beam data: first maps of {sensor}: {len(maps_NCYX)} of {len(maps_NCYX)} files"
 
 
 def test_a_rebuild_from_kept_maps_is_the_rebuild_from_frames(config: rebuild.Config) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -19,6 +20,7 @@ from trainables.contract import UserError
 
 CHUNK = 256  # files; what an interruption loses at most
 QUIET_S = 30.0  # between two lines of progress where there is no terminal
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ def _replace_text(path: Path, text: str) -> None:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line every so often, and none where all is done before."""
+    """Of so many files: a bar on a terminal; elsewhere a line every so often, and none where all is done before."""
 
-    def __init__(self, name: str, total: int, done: int) -> None:
+    def __init__(self, name: str, total: int, done: int = 0) -> None:
         self.name, self.total, self.done = name, total, done
         self.told_s = time.monotonic()
         self.bar = tqdm(
@@ -94,9 +96,15 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def step(self) -> None:
-        self.done += 1
-        self.bar.update()
+    def over(self, files: Iterable[Item]) -> Iterator[Item]:
+        """The same, each of which counts as done once the next is asked for."""
+        for file in files:
+            yield file
+            self.step()
+
+    def step(self, files: int = 1) -> None:
+        self.done += files
+        self.bar.update(files)
         if self.bar.disable and time.monotonic() - self.told_s > QUIET_S:
             print(f"beam data: {self.name}: {self.done} of {self.total} files", flush=True)
             self.told_s = time.monotonic()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trainables.beam import data as frames
 from trainables.beam.config import SENSORS, Data, Modality, Model
+from trainables.beam.decode import Progress
 from trainables.beam.encoders import map_sides
 from trainables.beam.network import FusionNetwork, map_key
 from trainables.beam.prepare import array_path, check_room, prepare_data
@@ -94,8 +95,11 @@ def _maps_of(
         shape = (len(frames_N), *maps.shape[1:])
         check_room(path.parent, math.prod(shape) * maps.dtype.itemsize, [])
         kept = np.lib.format.open_memmap(unfinished, "w+", maps.dtype, shape)
-        for start in range(0, len(frames_N), AT_ONCE):
-            kept[start : start + AT_ONCE] = _as_kept(made(start))
+        with Progress(f"first maps of {sensor}", len(frames_N)) as progress:
+            for start in range(0, len(frames_N), AT_ONCE):
+                maps = _as_kept(made(start))
+                kept[start : start + len(maps)] = maps
+                progress.step(len(maps))
         kept.flush()
 
     make_once(path, make)

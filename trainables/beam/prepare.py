@@ -22,7 +22,7 @@ from trainables.beam import multistep, simulator
 from trainables.beam.augment import changed_points
 from trainables.beam.background import FRAMES, background, without
 from trainables.beam.config import Data
-from trainables.beam.decode import Decoder, decode
+from trainables.beam.decode import Decoder, Progress, decode
 from trainables.beam.files import (
     BEAMS,
     fov_of,
@@ -200,9 +200,9 @@ def _make_backgrounds(data: Data, table: Table) -> None:
         here = [path for path in paths if scenario_of(path) == scenario]
         some = [here[i] for i in np.unique(np.linspace(0, len(here) - 1, FRAMES).astype(int))]
 
-        def make(unfinished: Path, some: list[Path] = some) -> None:
-            with unfinished.open("wb") as file:
-                np.save(file, background(read_points(path) for path in some))
+        def make(unfinished: Path, some: list[Path] = some, name: str = f"background of {scenario}") -> None:
+            with Progress(name, len(some)) as progress, unfinished.open("wb") as file:
+                np.save(file, background(progress.over(read_points(path) for path in some)))
 
         make_once(_background_path(data, table, scenario), make)
 
