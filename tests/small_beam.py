@@ -63,7 +63,7 @@ def noise(count: int, data: Data) -> dict[str, Tensor]:
     whole = {
         "image": torch.randint(256, (count, history, 3, size, size), dtype=torch.uint8),
         "lidar": torch.randint(6, (count, history, 1, size, size), dtype=torch.uint8),
-        "radar": torch.rand(count, history, 2, size, size).half(),
+        "radar": torch.rand(count, history, data.channels("radar"), size, size).half(),
         "gps": torch.randn(count, 2, GPS_WIDTH),
     }
     beam = torch.randint(64, (count,) if data.steps == 1 else (count, data.steps))

@@ -67,7 +67,7 @@ def test_published_networks_of_fewer_sensors_kept_the_tokens_of_all(
 )
 def test_encoders_are_whole_resnets(sensor: Modality, count: int) -> None:
     with torch.device("meta"):
-        assert parameters(Encoder(sensor, Model())) == count
+        assert parameters(Encoder(sensor, Data().channels(sensor), Model())) == count
 
 
 @pytest.mark.parametrize(("history", "tokens"), [(5, 962), (10, 1922), (20, 3842)])

@@ -181,6 +181,16 @@ def test_only_the_wanted_sensors_and_the_newest_instants_are_read(data: Data) ->
     torch.testing.assert_close(few["lidar"], full["lidar"][:, -2:])
 
 
+def test_a_radar_without_velocities_is_its_map_of_angles(data: Data) -> None:
+    """Read, changed, mirrored, and from the same prepared files."""
+    more = replace(data, modalities=("radar",), augment=1, flip=True)
+    both, angle = (samples(Config(replace(more, radar=kind)), "train") for kind in ("angle_velocity", "angle"))
+    plain, changed = (torch.from_numpy(np.flatnonzero(chosen)) for chosen in (both.side.copy_S == 0, both.side.copy_S))
+    assert both.side.mirrored_S[plain.numpy()].any()
+    torch.testing.assert_close(angle[plain]["radar"], both[plain]["radar"][:, :, :1])
+    assert angle[changed]["radar"].shape == (len(changed), data.history, 1, data.image_size, data.image_size)
+
+
 @pytest.mark.parametrize("kind", ["honest", "legacy"])
 def test_every_window_is_on_one_side_and_stays_there(data: Data, kind: Literal["honest", "legacy"]) -> None:
     chosen = replace(data, split=kind)

@@ -43,7 +43,7 @@ def config_from(folder: Path, data: Data | None = None) -> fusion.Config:
 
 @pytest.mark.parametrize("sensor", SENSORS)
 def test_the_stages_give_what_the_whole_resnet_gives(sensor: Modality) -> None:
-    encoder = Encoder(sensor, SMALL)
+    encoder = Encoder(sensor, Data().channels(sensor), SMALL)
     x = torch.randn(2, encoder.resnet.config.num_channels, 64, 64)
     whole = encoder.resnet(x).last_hidden_state
     x = encoder.first(x)
@@ -64,8 +64,9 @@ def test_every_encoder_starts_from_its_resnet(folder: Path) -> None:
 
 @pytest.mark.parametrize("sensor", ["lidar", "radar"])
 def test_an_input_that_is_alike_on_all_channels_gives_the_map_of_a_grey_picture(sensor: Any, folder: Path) -> None:
-    encoder = Encoder(sensor, model_from(folder)).eval()
-    encoder.resnet.load_state_dict(pretrained_weights(sensor, model_from(folder)))
+    model, channels = model_from(folder), Data().channels(sensor)
+    encoder = Encoder(sensor, channels, model).eval()
+    encoder.resnet.load_state_dict(pretrained_weights(sensor, channels, model))
     of_pictures = ResNetModel.from_pretrained(folder / "resnet-18").eval()
     grey = torch.randn(2, 1, 32, 32)
     expected = of_pictures(grey.expand(-1, 3, -1, -1)).last_hidden_state
@@ -110,20 +111,20 @@ def test_only_the_sensors_in_use_need_weights(folder: Path, tmp_path: Path) -> N
 def test_a_folder_without_weights_or_with_too_few_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "resnet-18").mkdir()
     with pytest.raises(UserError, match=r"resnet-18 must be as `save_pretrained` writes it, but .*no file"):
-        pretrained_weights("lidar", model_from(tmp_path))
+        pretrained_weights("lidar", 1, model_from(tmp_path))
     resnet = ResNetModel(RESNET)
     weights = resnet.state_dict()
     del weights[STEM]
     resnet.save_pretrained(tmp_path / "resnet-18", state_dict=weights)
     with pytest.raises(UserError, match=f"resnet-18 must be .* but it lacks {STEM}"):
-        pretrained_weights("lidar", model_from(tmp_path))
+        pretrained_weights("lidar", 1, model_from(tmp_path))
 
 
 def test_a_file_from_before_batches_were_counted_is_taken(tmp_path: Path) -> None:
     resnet = ResNetModel(RESNET)
     weights = {key: value for key, value in resnet.state_dict().items() if not key.endswith("num_batches_tracked")}
     resnet.save_pretrained(tmp_path / "resnet-18", state_dict=weights)
-    taken = pretrained_weights("lidar", model_from(tmp_path))[STEM]
+    taken = pretrained_weights("lidar", 1, model_from(tmp_path))[STEM]
     torch.testing.assert_close(taken.sum(1), resnet.state_dict()[STEM].sum(1))
 
 

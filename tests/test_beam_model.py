@@ -69,6 +69,18 @@ def test_gradient_reaches_every_parameter(model: Model, modalities: tuple[Modali
     assert not without
 
 
+@pytest.mark.parametrize("missing", ["token", "zerolike"])
+def test_a_network_for_radar_without_velocities(missing: Literal["token", "zerolike"]) -> None:
+    data = replace(small_data(), radar="angle")
+    config = Config(data=data, model=replace(SMALL, missing=missing), missing_prob=0.7)
+    built, batch = FusionNetwork(config.model, data, GPS_WIDTH), small_beam.noise(8, data)
+    pairs = loss(built, batch, config)
+    torch.stack([total for total, _ in pairs.values()]).sum().backward()
+    assert built.encoder("radar").resnet.config.num_channels == batch["radar"].shape[2] == 1
+    gone = built.withhold(built.first_maps(batch), everywhere(["radar"], batch["beam"]))
+    assert not torch.allclose(built.fuse(gone, batch["gps"]), built(batch))
+
+
 def test_tokens_of_missing_sensors_take_part_even_when_nothing_is_missing() -> None:
     built = network()
     pairs = loss(built, windows(2), Config(data=small_data(), model=SMALL))

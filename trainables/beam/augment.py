@@ -3,7 +3,7 @@
 What a copy looks like follows from its window and its number alone, so that a sample is the same whenever it is drawn.
 Factors are drawn once for all instants of a window: a scene does not flicker.
 
-Legend: H instants, P pixels of a side, N lidar points.
+Legend: H instants, C maps of a radar frame, P pixels of a side, N lidar points.
 """
 
 from __future__ import annotations
@@ -120,13 +120,13 @@ def changed_points(points_N3: NDArray[np.float64], kind: int, rng: Generator) ->
     return points_N3 + rng.uniform(-LIDAR_SHAKEN_M, LIDAR_SHAKEN_M, points_N3.shape)
 
 
-def changed_radar(radar_H2PP: Tensor, rng: Generator) -> Tensor:
-    """Maps (H, 2, P, P) float16 with every cell a little stronger, each map scaled to 0..1 again."""
+def changed_radar(radar_HCPP: Tensor, rng: Generator) -> Tensor:
+    """Maps (H, C, P, P) float16 with every cell a little stronger, each map scaled to 0..1 again."""
     low, high = RADAR_NOISE
-    noise = torch.from_numpy(rng.random(radar_H2PP.shape, dtype=np.float32))
-    x = radar_H2PP.float() * (1 + low + (high - low) * noise)
+    noise = torch.from_numpy(rng.random(radar_HCPP.shape, dtype=np.float32))
+    x = radar_HCPP.float() * (1 + low + (high - low) * noise)
     least, most = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    return ((x - least) / (most - least).clamp(min=1e-9)).to(radar_H2PP.dtype)
+    return ((x - least) / (most - least).clamp(min=1e-9)).to(radar_HCPP.dtype)
 
 
 def mirrored(name: Modality, x: Tensor) -> Tensor:
@@ -137,5 +137,5 @@ def mirrored(name: Modality, x: Tensor) -> Tensor:
     """
     if name != "radar":
         return x.flip(-1)
-    angle, velocity = x.split(1, dim=-3)
+    angle, velocity = x[..., :1, :, :], x[..., 1:, :, :]
     return torch.cat([angle.flip(-1).roll(1, -1), velocity], dim=-3)

@@ -55,6 +55,7 @@ class Data:
     gps_repr: Literal["local", "sincos", "minmax", "angle2"] = "local"
     scenario_fov: bool = True  # lidar field of view cut per scenario
     lidar: Literal["full", "filtered"] = "full"  # filtered: without what stands still in the scenario's frames
+    radar: Literal["angle_velocity", "angle"] = "angle_velocity"  # maps of range against these; angle: that one alone
     # Changed copies of each training window; the legacy split's are of the adaptation set alone, 47 as published.
     augment: int = 0
     flip: bool = False  # mirrored windows beside what trains; in the legacy split beside all, before it is drawn
@@ -99,6 +100,10 @@ class Data:
     def reach(self) -> int:
         """How many instants a window needs to have, though it may be read with fewer."""
         return self.longest_history or self.history
+
+    def channels(self, sensor: Modality) -> int:
+        """Of a frame of a sensor, as the network takes it."""
+        return {"image": 3, "lidar": 1, "radar": 2 if self.radar == "angle_velocity" else 1}[sensor]
 
 
 def built_span(history: int, steps: int) -> int:

@@ -41,9 +41,10 @@ class Samples:
     """The windows of one side of the split, in batches.
 
     A batch holds, of data.modalities only: image (B,H,3,P,P) uint8 0..255, lidar (B,H,1,P,P) uint8 counts 0..5, radar
-    (B,H,2,P,P) float16 0..1, gps (B,2,G) float32. And always: beam (B,) int64 0..63, scenario (B,) int64, an index
-    into `scenarios`, apart (B,) bool, whether only that scenario's score counts the window, and index (B,) int64, the
-    window's number in the data set. Where several steps are predicted, beam is (B,K), and so is `beam_N` (N,K).
+    (B,H,2,P,P) float16 0..1, with a 1 for the 2 where `data.radar` is angle, gps (B,2,G) float32. And always: beam (B,)
+    int64 0..63, scenario (B,) int64, an index into `scenarios`, apart (B,) bool, whether only that scenario's score
+    counts the window, and index (B,) int64, the window's number in the data set. Where several steps are predicted,
+    beam is (B,K), and so is `beam_N` (N,K).
     Bytes become floats on the device, which moves a quarter of the bytes there.
     """
 
@@ -123,7 +124,7 @@ def _sides(data: Data, table: Table, stamps: tuple[Stamp, ...]) -> dict[str, Sam
     for name in SENSORS:
         if name in data.modalities:
             group = GROUPS[name][0]
-            arrays[name] = np.load(array_path(data, table, group), mmap_mode="r")
+            arrays[name] = frames_of(data, table, name)
             at_NH[name] = table.groups[group].at_NK[:, -data.history :]
     train, val = split(table, data)
     train_N = train.holds(len(beam_NK))
@@ -145,6 +146,12 @@ def _sides(data: Data, table: Table, stamps: tuple[Stamp, ...]) -> dict[str, Sam
         seed=data.split_seed,
     )
     return {"train": opened(side=train), "val": opened(side=val)}
+
+
+def frames_of(data: Data, table: Table, sensor: Modality) -> NDArray[np.generic]:
+    """All prepared frames of a sensor, (N, channels, P, P), memory-mapped."""
+    decoded: NDArray[np.generic] = np.load(array_path(data, table, GROUPS[sensor][0]), mmap_mode="r")
+    return decoded[:, : data.channels(sensor)]
 
 
 def _scored_as(table: Table, apart_N: Bools) -> tuple[tuple[str, ...], Ints]:

@@ -35,12 +35,12 @@ FORM = ("layer_type", "hidden_act", "embedding_size", "hidden_sizes", "depths", 
 class Encoder(nn.Module):
     """Raw frames of one sensor -> the maps of four stages, at 1/4, 1/8, 1/16 and 1/32 of the input's side."""
 
-    def __init__(self, sensor: Modality, model: Model) -> None:
+    def __init__(self, sensor: Modality, channels: int, model: Model) -> None:
         super().__init__()
-        offset_I, scale_I = (torch.tensor(x).view(-1, 1, 1) for x in OFFSET_AND_SCALE[sensor])
+        offset_I, scale_I = (torch.tensor(x[:channels]).view(-1, 1, 1) for x in OFFSET_AND_SCALE[sensor])
         self.register_buffer("offset_I11", offset_I, persistent=False)
         self.register_buffer("scale_I11", scale_I, persistent=False)
-        self.resnet = ResNetModel(_resnet_config(sensor, model))
+        self.resnet = ResNetModel(_resnet_config(sensor, channels, model))
         if model.norm == "group":
             _group_norms(self.resnet)
 
@@ -58,17 +58,17 @@ class Encoder(nn.Module):
         return out_FCYX
 
 
-def _resnet_config(sensor: Modality, model: Model) -> ResNetConfig:
+def _resnet_config(sensor: Modality, channels: int, model: Model) -> ResNetConfig:
     return ResNetConfig(
         layer_type="basic",
-        num_channels=len(OFFSET_AND_SCALE[sensor][0]),
+        num_channels=channels,
         embedding_size=model.channels[0],
         hidden_sizes=list(model.channels),
         depths=list(model.image_depths if sensor == "image" else model.sensor_depths),
     )
 
 
-def pretrained_weights(sensor: Modality, model: Model) -> dict[str, Tensor]:
+def pretrained_weights(sensor: Modality, channels: int, model: Model) -> dict[str, Tensor]:
     """What `model.pretrained_encoders` names, as weights of the sensor's ResNet; `UserError` where they do not fit.
 
     A stem made for red, green and blue becomes one for the sensor's channels: each gets the colours' mean, scaled so
@@ -76,7 +76,7 @@ def pretrained_weights(sensor: Modality, model: Model) -> dict[str, Tensor]:
     """
     source, name = str(model.pretrained_encoders), "resnet-34" if sensor == "image" else "resnet-18"
     theirs, weights = _pretrained_resnet(source, name)
-    ours = _resnet_config(sensor, model)
+    ours = _resnet_config(sensor, channels, model)
     for field in FORM:
         if getattr(theirs, field) != getattr(ours, field):
             raise UserError(
@@ -130,10 +130,10 @@ def map_sides(image_size: int) -> list[int]:
 
 
 def stand_in_input(
-    kind: Literal["zerolike", "randlike"], sensor: Modality, frames: int, size: int, device: torch.device
+    kind: Literal["zerolike", "randlike"], frames: int, channels: int, size: int, device: torch.device
 ) -> Tensor:
     """What the published evaluation feeds to the encoder of a missing sensor, in place of its normalised input."""
-    shape = (frames, len(OFFSET_AND_SCALE[sensor][0]), size, size)
+    shape = (frames, channels, size, size)
     return torch.zeros(shape, device=device) if kind == "zerolike" else torch.rand(shape, device=device)
 
 

@@ -74,8 +74,7 @@ def first_maps(data: Data, network: FusionNetwork, optim: Optim, trial: Trial) -
 def _maps_of(
     data: Data, table: Table, sensor: Modality, network: FusionNetwork, optim: Optim, trial: Trial
 ) -> NDArray[np.generic]:
-    decoded = array_path(data, table, GROUPS[sensor][0])
-    frames_N = np.load(decoded, mmap_mode="r")
+    decoded, frames_N = array_path(data, table, GROUPS[sensor][0]), frames.frames_of(data, table, sensor)
     weights = hashlib.sha256()
     for name, tensor in network.encoder(sensor).resnet.state_dict().items():
         if name.startswith(("embedder.", "encoder.stages.0.")):

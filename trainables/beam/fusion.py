@@ -54,7 +54,8 @@ def build(config: Config) -> FusionNetwork:
     network = FusionNetwork(config.model, config.data, gps_width(config))
     if config.model.pretrained_encoders is not None:
         for sensor in network.sensors:
-            network.encoder(sensor).resnet.load_state_dict(pretrained_weights(sensor, config.model))
+            weights = pretrained_weights(sensor, network.channels[sensor], config.model)
+            network.encoder(sensor).resnet.load_state_dict(weights)
     return network
 
 
@@ -160,7 +161,7 @@ def prepare(config: Config) -> str:
     if config.model.pretrained_encoders is not None:
         for sensor in SENSORS:
             if sensor in config.data.modalities:
-                pretrained_weights(sensor, config.model)
+                pretrained_weights(sensor, config.data.channels(sensor), config.model)
     return describe(config)
 
 

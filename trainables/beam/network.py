@@ -41,7 +41,8 @@ class FusionNetwork(nn.Module):
         self.sensors = [sensor for sensor in SENSORS if sensor in data.modalities]
         self.history, self.image_size = data.history, data.image_size
         self.missing, self.swap = model.missing, model.block == "cs_bi"
-        self.encoders = nn.ModuleDict({sensor: Encoder(sensor, model) for sensor in self.sensors})
+        self.channels = {sensor: data.channels(sensor) for sensor in self.sensors}
+        self.encoders = nn.ModuleDict({name: Encoder(name, count, model) for name, count in self.channels.items()})
         self.absent = nn.ParameterDict(
             {
                 sensor: nn.Parameter(torch.zeros(model.channels[0]))
@@ -82,7 +83,7 @@ class FusionNetwork(nn.Module):
                 raise UserError(
                     f"weights of another fusion network: {name} is {theirs.get(name, 'not among them')}, and "
                     f"{ours.get(name, 'not wanted')} here; model, data.history, data.steps, data.modalities, "
-                    "data.image_size and data.gps_repr must be those it was trained with"
+                    "data.image_size, data.radar and data.gps_repr must be those it was trained with"
                 )
 
     def first_maps(self, batch: Mapping[str, Tensor], gone: Mapping[Modality, Tensor] = {}) -> Maps:
@@ -135,7 +136,7 @@ class FusionNetwork(nn.Module):
     def _nothing(self, sensor: Modality, like_F: Tensor) -> Tensor:
         """What an encoder is given, normalised, in the place of missing frames."""
         assert self.missing != "token", "a token takes the place of a map"
-        return stand_in_input(self.missing, sensor, len(like_F), self.image_size, like_F.device)
+        return stand_in_input(self.missing, len(like_F), self.channels[sensor], self.image_size, like_F.device)
 
     def _frames(self, windows_B: Tensor) -> Tensor:
         """What is true of the windows, (B,), for each of their frames, (F, 1, 1, 1)."""
