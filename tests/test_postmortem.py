@@ -106,11 +106,11 @@ def loss_of(net: nn.Module, batch: Batch) -> Tensor:
 def examined(net: nn.Module, *batches: Batch, loss: Callable[[nn.Module, Batch], Tensor] = loss_of) -> Findings:
     """The findings on a step with these micro-batches."""
 
-    def replay() -> list[Tensor]:
+    def replay(tell: Callable[[Tensor], object]) -> None:
         losses = [loss(net, batch) for batch in batches or [batch_of()]]
         for each in losses:
+            tell(each.detach())
             each.backward()
-        return [each.detach() for each in losses]
 
     findings = examine(net, replay)
     json.dumps(dataclasses.asdict(findings), allow_nan=False)
@@ -410,9 +410,38 @@ def test_the_gradient_under_examination_is_that_of_the_step() -> None:
     twin = copy.deepcopy(net)
     loss_of(net, batch_of()).backward()
     found: list[Tensor] = []
-    examine(net, lambda: found.extend(gradients(net)))
+    examine(net, lambda tell: found.extend(gradients(net)))
     for mine, its in zip(found, gradients(twin), strict=True):
         assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("where", ["forward", "loss", "backward"])
+def test_the_step_is_broken_off_once_nothing_more_can_be_found(where: str) -> None:
+    net = Net()
+    reached: list[str] = []
+    for name in ("heads.far", "stem.conv"):  # the last and the first of the forward pass
+        weight = net.get_parameter(f"{name}.weight")
+        weight.register_post_accumulate_grad_hook(lambda _, name=name: reached.append(name))
+    if where == "forward":
+        net.heads["far"].register_forward_hook(lambda part, args, output: output * math.nan)
+
+    def replay(tell: Callable[[Tensor], object]) -> None:
+        for seed in (1, 2):
+            loss = loss_of(net, batch_of(seed)) * (math.nan if where == "loss" else 1.0)
+            tell(loss.detach())
+            (spoiled_gradient(loss) if where == "backward" else loss).backward()
+            reached.append("the next")
+
+    findings = examine(net, replay)
+    sentences = {
+        "forward": "the output of heads.far was first not finite",
+        "loss": "the loss, outside the model, was first not finite",
+        "backward": "the gradient that the loss function passed to the model was first not finite",
+    }
+    assert findings.sentence == sentences[where]
+    assert findings.parameter is not None
+    assert "stem.conv" not in reached
+    assert "the next" not in reached
 
 
 def test_what_the_step_raises_is_raised_and_no_hook_stays() -> None:
@@ -421,7 +450,7 @@ def test_what_the_step_raises_is_raised_and_no_hook_stays() -> None:
     def fail(module: nn.Module, args: Any) -> None:
         raise RuntimeError("the disk is full")
 
-    def replay() -> None:
+    def replay(tell: Callable[[Tensor], object]) -> None:
         loss_of(net, batch_of()).backward()
         handle = net.shared.register_forward_pre_hook(fail)
         try:
@@ -439,7 +468,7 @@ def test_nothing_of_the_step_is_kept_alive() -> None:
     net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
     kept: list[weakref.ref[Any]] = []
 
-    def replay() -> None:
+    def replay(tell: Callable[[Tensor], object]) -> None:
         y = spoiled_gradient(net(torch.ones(1, WIDTH)))
         y = net(y)
 

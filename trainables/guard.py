@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,11 +64,14 @@ class Replay:
     device: torch.device
 
     def findings(self, step: Step) -> Findings:
-        def again() -> Tensor:
+        def again(tell: Callable[[Tensor], object]) -> None:
             set_generators(step.generators, self.device)
             batches = on_device(self.samples, step.share.micros, self.device)
-            summed = backward(self.loss, batches, step.share, self.scaler, autocast(self.device, self.optim))
-            return summed.sums_T
+            telling = self.loss.register_forward_hook(lambda loss, args, result: tell(result[1].detach()))
+            try:
+                backward(self.loss, batches, step.share, self.scaler, autocast(self.device, self.optim))
+            finally:
+                telling.remove()
 
         try:
             return examine(self.loss.model, again)

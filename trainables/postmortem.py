@@ -5,6 +5,7 @@ A step that failed is run once more under hooks, so that the steps that do not f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -37,21 +38,23 @@ class Findings:
     reproduced: bool
 
 
-def examine(module: nn.Module, replay: Callable[[], object]) -> Findings:
-    """Run a step again and return what in it was first not finite.
+def examine(module: nn.Module, replay: Callable[[Callable[[Tensor], object]], object]) -> Findings:
+    """Run a step again, as far as is needed, and return what in it was first not finite.
 
     replay: runs forward and backward through `module` or through any of its submodules, in any order, for one or for
-        several micro-batches. It sets the random generators itself. Tensors in what it returns are taken for the loss.
+        several micro-batches. It sets the random generators itself, and tells what it is given each loss before it goes
+        backward from it. It is broken off, by an exception of ours, when what is sought has been found.
 
     Gradients are cleared before and after; buffers are put back. What `replay` raises is raised. A constant made of 0
     and -inf is a mask and counts as finite; so does an -inf that a module takes in and turns into something finite.
     """
-    witness = _Witness(module)
+    witness, losses = _Witness(module), list[Tensor]()
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     module.zero_grad(set_to_none=True)
     try:
         witness.watch()
-        returned = replay()
+        with contextlib.suppress(_Found):
+            replay(losses.append)
     finally:
         for handle in witness.handles:
             handle.remove()
@@ -60,7 +63,11 @@ def examine(module: nn.Module, replay: Callable[[], object]) -> Findings:
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
-    return witness.findings(loss_is_finite=_all_finite(_tensors(returned)))
+    return witness.findings(loss_is_finite=_all_finite(losses))
+
+
+class _Found(Exception):
+    """Both an event and a parameter have been seen: nothing that is still to come can change the findings."""
 
 
 class _Event(NamedTuple):
@@ -161,10 +168,16 @@ class _Witness:
         if module is None or (not came_finite and node in self.outermost):
             module, subject = None, "the gradient that the loss function passed to the model"
         self.first = _Event(module, subject, backward=True)
+        self.leave()
 
     def on_parameter(self, name: str, parameter: Tensor) -> None:
         if self.parameter is None and not _all_finite([parameter.grad]):
             self.parameter = name
+            self.leave()
+
+    def leave(self) -> None:
+        if self.first and self.parameter is not None:
+            raise _Found
 
     def spoken(self, name: str) -> str:
         return name or f"the model itself ({type(self.model).__name__})"
