@@ -11,10 +11,11 @@ import traceback
 import types
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from search.loading import Trainable, load
 from search.messages import Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
@@ -144,8 +145,8 @@ class RankLoop:
             told = f"the state of a report is a {type(report.state).__name__}"
             raise UserError(f"{told}; it must be a function that returns the state: state=lambda: {{...}}")
         state = report.state()
-        if (where := nan_in(state)) is not None:
-            raise Diverged(f"{where} of the state is nan")
+        if (found := blown_up(state)) is not None:
+            raise Diverged(f"{found.where} of the state is {found.value}")
         return Reported(metrics=metrics, state=save_state(state))
 
     def _close(self) -> Answer:
@@ -205,24 +206,47 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def nan_in(state: Any, path: str = "") -> str | None:
-    """Where in nested mappings and sequences a tensor or an array holds a NaN; None where none does.
+class BlownUp(NamedTuple):
+    """Of a state, the keys to a tensor or an array, joined by dots, and what is in it: nan, inf or -inf."""
 
-    Infinities may belong there: masks are made of them.
+    where: str
+    value: float
+
+
+def blown_up(state: Any, path: str = "") -> BlownUp | None:
+    """The first tensor or array in nested mappings and sequences that training has blown up; None where it has none.
+
+    Not every infinity is a sign of that. Masks are made of zeros, or of negative biases, and -inf; a smallest or
+    largest value of what has not been seen yet is infinite throughout.
     """
-    if isinstance(state, torch.Tensor):
-        numbers = state.is_floating_point() or state.is_complex()
-        return path if numbers and bool(state.isnan().any()) else None
-    if isinstance(state, np.ndarray):
-        return path if state.dtype.kind in "fc" and bool(np.isnan(state).any()) else None
+    if isinstance(state, (torch.Tensor, np.ndarray)):
+        value = _blown_up_value(state)
+        return None if value is None else BlownUp(path, value)
     if isinstance(state, Mapping):
         items: Iterable[tuple[Any, Any]] = state.items()
     elif isinstance(state, (list, tuple)):
         items = enumerate(state)
     else:
         return None
-    inside = (nan_in(item, f"{path}.{key}" if path else str(key)) for key, item in items)
-    return next((where for where in inside if where is not None), None)
+    inside = (blown_up(item, f"{path}.{key}" if path else str(key)) for key, item in items)
+    return next((found for found in inside if found is not None), None)
+
+
+def _blown_up_value(numbers: torch.Tensor | NDArray[Any]) -> float | None:
+    if isinstance(numbers, np.ndarray):
+        if numbers.dtype.kind not in "fc":
+            return None
+        numbers = torch.from_numpy(numbers.astype(np.complex128 if numbers.dtype.kind == "c" else np.float64))
+    if not (numbers.is_floating_point() or numbers.is_complex()):
+        return None
+    if bool(numbers.isnan().any()):
+        return math.nan
+    if numbers.is_complex() or numbers.layout != torch.strided:
+        return None
+    above, below = numbers == math.inf, numbers == -math.inf
+    if bool(above.any()) and not bool(above.all()):
+        return math.inf
+    return -math.inf if bool(below.any()) and bool((numbers.float() > 0).any()) else None
 
 
 def save_state(state: State) -> bytes:

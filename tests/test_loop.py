@@ -27,7 +27,7 @@ from toy_task import (
     weights_of,
 )
 
-from search.ranks import nan_in
+from search.ranks import blown_up
 from trainables.contract import State, Trial, UserError
 from trainables.loop import fit
 from trainables.optim import EarlyStop, Optim, Plateau
@@ -244,7 +244,7 @@ def test_an_overflow_that_a_smaller_loss_scale_mends_is_no_divergence() -> None:
     assert torch.equal(done.weights[0], done.weights[1])
     assert not torch.equal(done.weights[0], done.weights[-1])
     assert all(math.isfinite(value) for metrics in done.metrics for value in metrics.values())
-    assert [nan_in(state) for state in done.states] == [None] * 4  # one would end the trial as diverged
+    assert [blown_up(state) for state in done.states] == [None] * 4  # one would end the trial as diverged
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
