@@ -22,8 +22,8 @@ import launch
 from search import command, folder, yaml_file
 from search import run as engine
 from search.folder import TrialFolder, running
-from search.ranks import save_state
 from search.space_file import load_space, read_space
+from search.states import save_state
 
 ROOT = Path(__file__).parents[1]
 SPACE: dict[str, Any] = {

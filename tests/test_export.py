@@ -16,8 +16,8 @@ from search import yaml_file
 from search.export import export, export_trial
 from search.folder import TrialFolder
 from search.mirror import Mirror
-from search.ranks import save_state
 from search.space import Space
+from search.states import save_state
 from trainables.contract import State, UserError
 
 RAN = {"space": "toy", "commit": "0cb57c5", "versions": {"torch": "2.13.0"}}

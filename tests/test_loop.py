@@ -27,7 +27,7 @@ from toy_task import (
     weights_of,
 )
 
-from search.ranks import blown_up
+from search.states import blown_up
 from trainables.contract import State, Trial, UserError
 from trainables.loop import fit
 from trainables.optim import EarlyStop, Optim, Plateau

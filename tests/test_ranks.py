@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import weakref
 from collections.abc import Iterator
@@ -10,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from spaces import write_family
 
 from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, Leave, RanOut, Reported
-from search.ranks import RankLoop, blown_up, load_state, numbers
+from search.ranks import RankLoop, numbers
+from search.states import load_state
 from trainables.contract import UserError
 
 FAMILY = """
@@ -332,41 +331,6 @@ def test_a_verdict_of_one_rank_closes_no_trial_before_all_are_told(loop: RankLoo
     assert loop._cache["log"] == []
     loop.handle(Leave())
     assert loop._cache["log"] == ["nan"]
-
-
-def test_what_has_blown_up_is_found_wherever_it_is_in_a_state() -> None:
-    nan, inf = torch.tensor(math.nan), math.inf
-    weights = torch.tensor([1.0, -2.0])
-    found = {
-        "optimizer.state.0.exp_avg": {"optimizer": {"state": {0: {"exp_avg": nan}}}},
-        "ema.1.0": {"ema": [torch.ones(1), (nan.half(),)]},
-        "w": {"w": np.array([1.0, np.nan]), "names": np.array(["w"])},
-        "phase": {"phase": torch.tensor(complex(0, math.nan))},
-    }
-    for where, state in found.items():
-        told = blown_up(state)
-        assert told is not None
-        assert (told.where, str(told.value)) == (where, "nan")
-    assert blown_up({"model": {"w": torch.tensor([1.0, -2.0, inf])}}) == ("model.w", inf)
-    assert blown_up([weights, torch.tensor([-inf, inf]).half()]) == ("1", inf)
-    assert blown_up({"w": np.array([3.0, -inf], dtype=np.float32)}) == ("w", -inf)
-
-
-def test_infinities_that_mean_something_are_no_sign_of_a_blow_up() -> None:
-    inf = math.inf
-    state = {
-        "epoch": 3,
-        "name": "x",
-        "order": torch.arange(3),
-        "w": torch.ones(2).to(torch.float8_e4m3fn),
-        "sparse": torch.eye(2).to_sparse(),
-        "mask": torch.full((3, 3), -inf).triu(1),
-        "bias and mask": torch.tensor([[0.0, -inf], [-0.5, 0.0]]),
-        "least so far": torch.full((2,), inf),
-        "most so far": np.array([-inf, -inf]),
-        "best": inf,
-    }
-    assert blown_up(state) is None
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(0.0, "cpu"), (0.5, "cuda:0"), (1.0, "cuda:0")])
