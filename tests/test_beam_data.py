@@ -20,7 +20,7 @@ from PIL import Image
 from trainables.beam.config import Data, Modality, Simulated
 from trainables.beam.data import describe, gps_width, samples
 from trainables.beam.decode import Decoder, decode
-from trainables.beam.files import radar_maps
+from trainables.beam.files import fov_of, radar_maps
 from trainables.beam.gps import gps_features
 from trainables.beam.prepare import array_path, data_root, prepare_data
 from trainables.beam.simulator import simulate
@@ -481,6 +481,24 @@ def test_published_forms_of_a_position() -> None:
     np.testing.assert_allclose(by["angle2"][0, 0], np.deg2rad(np.rad2deg(np.arctan(4 / 3)) - 44.8))  # twice the same
     np.testing.assert_allclose(by["minmax"][0, 0], [(3 + 7.18029715) / 47.3898506, (4 + 97.55563452) / 149.86949593])
     assert np.abs(by["angle2"]).max() <= np.pi / 2
+
+
+@pytest.mark.parametrize(
+    ("scenario", "expected_deg"),
+    [("31", 80 + 50.52 - 180), ("32", 80 - 44.8), ("33", 80 - 55.6), ("34", 80 + 60 - 180)],
+)
+def test_the_published_angle_is_turned_for_each_station_and_wrapped(scenario: str, expected_deg: float) -> None:
+    metres = np.tile([np.cos(np.deg2rad(80)), np.sin(np.deg2rad(80))], (3, 2, 1))
+    known, beam = np.ones(3, dtype=bool), np.arange(3)
+    angle = gps_features(Data(gps_repr="angle2"), f"scenario{scenario}", metres, beam, known)
+    np.testing.assert_allclose(np.rad2deg(angle), expected_deg)
+    opposite = gps_features(Data(gps_repr="angle2"), f"scenario{scenario}", -metres, beam, known)
+    np.testing.assert_allclose(opposite, angle)  # an arc tangent of dy / dx cannot tell them apart
+
+
+def test_the_lidar_s_field_of_view_where_it_is_not_cut_per_scenario() -> None:
+    assert fov_of("scenario31", per_scenario=False) == ((-50, 0), (-50, 50))
+    assert fov_of("scenario7", per_scenario=True) == ((-50, 0), (-50, 50))
 
 
 @pytest.mark.slow

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from trainables.beam.blocks import BiBlock, Fusion, TransformerBlock, UniBlock, legacy_init, swap_channels
 from trainables.beam.config import MODALITIES, SENSORS, Data, Modality, Model
+from trainables.beam.encoders import Encoder
 from trainables.beam.fusion import Config, draw_missing, everywhere, loss
-from trainables.beam.network import FusionNetwork
+from trainables.beam.network import FusionNetwork, OverTime
 from trainables.contract import UserError
 from trainables.optim import Optim
 
@@ -267,6 +268,88 @@ def test_an_aligned_block_treats_both_directions_alike() -> None:
     forward, backward = block.forwards(u), block.forwards(u.flip(1)).flip(1)
     gate = torch.nn.functional.leaky_relu(block.gate(u), 0.2)
     torch.testing.assert_close(block(x), backward * gate + forward * backward)
+
+
+def test_the_published_block_multiplies_tokens_from_opposite_ends() -> None:
+    block = BiBlock(6, 8, replace(SMALL, residual=False, align_backward=False)).eval()
+    x = torch.randn(1, 6, 8)
+    u = block.input(block.norm(x))
+    forward, backward = block.forwards(u), block.backwards(u.flip(1))
+    gate = block.gate(u.flip(1))
+    gate = torch.where(gate > 0, gate, 0.2 * gate)
+    torch.testing.assert_close(block(x), backward * gate + forward * backward)
+
+
+class Times(nn.Module):
+    """Stands for a Mamba layer whose result is known."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+def weighed(x_BTC: Tensor, linear: nn.Linear) -> Tensor:
+    """The published weights of instants, one window after the other."""
+    rows = []
+    for x_TC in x_BTC:
+        asked = torch.stack([row.max() + row.sum() / len(row) for row in x_TC])
+        scores = (linear.weight @ asked + linear.bias).exp()
+        rows.append(sum(score / scores.sum() * row for score, row in zip(scores, x_TC, strict=True)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kind", ["sum", "v1", "v2"])
+def test_time_fusion_by_hand(kind: Literal["sum", "v1", "v2"], residual: bool) -> None:
+    over_time = OverTime(3, sensors=True, gps=True, model=replace(SMALL, time_fusion=kind, residual=residual))
+    image, lidar, positions = torch.randn(2, 3, 16), torch.randn(2, 3, 16), torch.randn(2, 2, 16)
+    if kind == "sum":
+        expected = image.sum(1) + lidar.sum(1) + positions.sum(1)
+    else:
+        over_time.mamba = Times(2.0)
+        image_mixed, lidar_mixed = ((3 if residual else 2) * x for x in (image, lidar))
+        expected = image_mixed.sum(1) + lidar_mixed.sum(1) + positions.sum(1)
+        if kind == "v2":
+            frames, places = over_time.frame_weights, over_time.position_weights
+            assert frames is not None
+            assert places is not None
+            expected = weighed(image_mixed, frames) + weighed(lidar_mixed, frames) + weighed(positions, places)
+    torch.testing.assert_close(over_time([image, lidar], positions), expected)
+
+
+def test_tokens_are_the_frames_of_each_sensor_row_by_row_and_then_the_positions() -> None:
+    built = network(replace(SMALL, block="bi", gps_embedding="linear")).eval()
+    seen: list[tuple[Tensor, Tensor]] = []
+    for fusion in built.fusions:
+        fusion.register_forward_hook(lambda part, args, output: seen.append((args[0], output)))
+    batch = windows(2)
+    maps = built.first_maps(batch)
+    built.fuse(maps, batch["gps"])
+    rows = [
+        torch.nn.functional.adaptive_avg_pool2d(maps[sensor], 2)[2 * b + instant, :, y, x]
+        for b in range(2)
+        for sensor in SENSORS
+        for instant in range(HISTORY)
+        for y in range(2)
+        for x in range(2)
+    ]
+    tokens = seen[0][0]
+    assert built.positions is not None
+    torch.testing.assert_close(tokens[:, :-2].flatten(0, 1), torch.stack(rows))
+    torch.testing.assert_close(tokens[:, -2:], built.positions.tokens[0](batch["gps"]))
+    for stage in (1, 2, 3):  # each Linear takes what left the stage before
+        linear = built.positions.tokens[stage]
+        torch.testing.assert_close(seen[stage][0][:, -2:], linear(seen[stage - 1][1][:, -2:]))
+
+
+def test_pictures_are_normalised_as_imagenet_s() -> None:
+    white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    normalised = Encoder("image", 3, SMALL).normalise(white)[0, :, 0, 0]
+    expected = [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    torch.testing.assert_close(normalised, torch.tensor(expected))
 
 
 def test_a_transformer_block_is_the_usual_pre_norm_one() -> None:
