@@ -18,7 +18,7 @@ import torch
 from search.loading import Trainable, load
 from search.messages import Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
 from search.plain import one_line, plain, short_line
-from search.states import blown_up, load_state, save_state
+from search.states import Watch, load_state, save_state
 from trainables.contract import Diverged, Report, Trial, UserError, default_device, memory_error
 
 # What PyTorch's allocator may keep of a GPU, as a ratio of `memory_limit_mb`: it rounds up, and holds on to blocks
@@ -56,6 +56,7 @@ class RankLoop:
         self._cache: dict[Any, Any] = {}
         self._trainable: Trainable | None = None
         self._reports: Generator[Any, None, None] | None = None
+        self._watch = Watch()
         if self._device.type == "cuda" and spec.memory_limit_mb is not None:
             bound(self._device, spec.memory_limit_mb)
 
@@ -120,7 +121,7 @@ class RankLoop:
                 f"{self._spec.trainable} returned {type(reports).__name__}; a trainable is a generator: "
                 "yield a report after every epoch"
             )
-        self._reports = reports
+        self._reports, self._watch = reports, Watch()
 
     def _advance(self) -> Answer:
         assert self._reports is not None, "a trial is begun before it is advanced"
@@ -144,7 +145,7 @@ class RankLoop:
             told = f"the state of a report is a {type(report.state).__name__}"
             raise UserError(f"{told}; it must be a function that returns the state: state=lambda: {{...}}")
         state = report.state()
-        if (found := blown_up(state)) is not None:
+        if (found := self._watch.look(state)) is not None:
             raise Diverged(f"{found.where} of the state is {found.value}")
         return Reported(metrics=metrics, state=save_state(state))
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from trainables.contract import State
 
@@ -21,40 +20,51 @@ class BlownUp(NamedTuple):
     value: float
 
 
-def blown_up(state: Any, path: str = "") -> BlownUp | None:
-    """The first tensor or array in nested mappings and sequences that training has blown up; None where it has none.
+class Watch:
+    """Looks through the states of one trial for what training has blown up.
 
-    Not every infinity is a sign of that. Masks are made of zeros, or of negative biases, and -inf; a smallest or
-    largest value of what has not been seen yet is infinite throughout.
+    That is a NaN, and an infinity where all was finite in an earlier state. Others may belong where they are: masks,
+    the edges of bins and distances hold some, and so does the least of what has not been seen yet.
     """
-    if isinstance(state, (torch.Tensor, np.ndarray)):
-        value = _blown_up_value(state)
-        return None if value is None else BlownUp(path, value)
+
+    def __init__(self) -> None:
+        self._finite: set[str] = set()  # where all was, in an earlier state
+
+    def look(self, state: Any) -> BlownUp | None:
+        """The first tensor or array, in nested mappings, sequences and modules, that has blown up; None: none has."""
+        for where, numbers in numbers_in(state):
+            if bool(numbers.isnan().any()):
+                return BlownUp(where, math.nan)
+            if not numbers.is_floating_point() or numbers.layout != torch.strided:
+                continue
+            above, below = bool((numbers == math.inf).any()), bool((numbers == -math.inf).any())
+            if not above and not below:
+                self._finite.add(where)
+            elif where in self._finite:
+                return BlownUp(where, math.inf if above else -math.inf)
+        return None
+
+
+def numbers_in(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor and array of real or complex numbers in a state, as a tensor, with the keys to it."""
+    if isinstance(state, torch.Tensor):
+        if state.is_floating_point() or state.is_complex():
+            yield path, state
+        return
+    if isinstance(state, np.ndarray):
+        if state.dtype.kind in "fc":
+            yield path, torch.from_numpy(state.astype(np.float64 if state.dtype.kind == "f" else np.complex128))
+        return
+    if isinstance(state, torch.nn.Module):
+        state = state.state_dict()
     if isinstance(state, Mapping):
         items: Iterable[tuple[Any, Any]] = state.items()
     elif isinstance(state, (list, tuple)):
         items = enumerate(state)
     else:
-        return None
-    inside = (blown_up(item, f"{path}.{key}" if path else str(key)) for key, item in items)
-    return next((found for found in inside if found is not None), None)
-
-
-def _blown_up_value(numbers: torch.Tensor | NDArray[Any]) -> float | None:
-    if isinstance(numbers, np.ndarray):
-        if numbers.dtype.kind not in "fc":
-            return None
-        numbers = torch.from_numpy(numbers.astype(np.complex128 if numbers.dtype.kind == "c" else np.float64))
-    if not (numbers.is_floating_point() or numbers.is_complex()):
-        return None
-    if bool(numbers.isnan().any()):
-        return math.nan
-    if numbers.is_complex() or numbers.layout != torch.strided:
-        return None
-    above, below = numbers == math.inf, numbers == -math.inf
-    if bool(above.any()) and not bool(above.all()):
-        return math.inf
-    return -math.inf if bool(below.any()) and bool((numbers.float() > 0).any()) else None
+        return
+    for key, item in items:
+        yield from numbers_in(item, f"{path}.{key}" if path else str(key))
 
 
 def save_state(state: State) -> bytes:

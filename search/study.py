@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.study import StudyDirection
@@ -35,6 +36,7 @@ from trainables.contract import UserError
 MakeSampler = Callable[[int], BaseSampler]  # from a seed
 _NAME = "search"  # of the one study in a journal
 _ENDED = "ended"
+_CHANGED = "changed"  # of a trial: not the values that Optuna proposed, but others have been trained
 FEASIBLE = -1.0  # the constraint of a trial that neither diverged nor ran out of memory
 
 
@@ -149,7 +151,7 @@ class Ledger:
             given = bool(unfinished.params) or "fixed_params" in unfinished.system_attrs
         self.study.sampler = self._sampler(place, given)
         with _quiet_optuna():
-            study = _AsKnown(self.study)
+            study = _AsKnown(self.study, self.space)
             trial = study.ask() if unfinished is None else optuna.Trial(study, unfinished._trial_id)
             attrs = trial.user_attrs
             values = attrs.get("values") or self.space.suggest(trial)
@@ -195,6 +197,7 @@ class Ledger:
         opened = self.open[key]
         opened.values = dict(values)
         opened.trial.set_user_attr("values", opened.values)
+        opened.trial.set_user_attr(_CHANGED, True)
 
     def interrupt(self, key: str) -> None:
         """The search stops here; the trial stays open in the study, and a resumed search goes on with it."""
@@ -247,9 +250,11 @@ def constraints_told(
         "diverged": severity(epochs, longest) if status == "diverged" else FEASIBLE,
         "out_of_memory": 1.0 if status == "out_of_memory" else FEASIBLE,
     }
+    never_ran = status == "stopped" and not epochs  # the time was over before its first report
     for name, limit in space.constraints.items():
         value = metrics.get(name)
-        told[name] = 1.0 if value is None else limit.excess(value)
+        unknown = FEASIBLE if never_ran else 1.0
+        told[name] = unknown if value is None else limit.excess(value)
     return told
 
 
@@ -304,7 +309,6 @@ def take_over(study: optuna.Study, space: Space, earlier: optuna.Study, source: 
     objectives are others.
     """
     check_comparable(earlier, space, source)
-    domains = {item.name: item.domain for item in space.parameters}
     longest = space.epochs or longest_of(earlier.get_trials(deepcopy=False))
     taken = 0
     for trial in earlier.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
@@ -314,8 +318,8 @@ def take_over(study: optuna.Study, space: Space, earlier: optuna.Study, source: 
             continue
         copied = create_trial(
             state=trial.state,
-            params={name: domains[name].encode(value) for name, value in values.items()},
-            distributions={name: domains[name].distribution() for name in values},
+            params=_params(space, values),
+            distributions=_distributions(space, values),
             values=trial.values if trial.state == TrialState.COMPLETE else None,
             intermediate_values=trial.intermediate_values,
             user_attrs={**attrs, "from": source},
@@ -326,28 +330,43 @@ def take_over(study: optuna.Study, space: Space, earlier: optuna.Study, source: 
     return taken
 
 
-class _AsKnown(optuna.Study):
-    """A study as a sampler should see it: its penalties are those that all measurements to this day ask for.
+def _params(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A setting as Optuna keeps it."""
+    return {item.name: item.domain.encode(values[item.name]) for item in space.parameters if item.name in values}
 
-    A penalty is told when its trial ends, perhaps before anything was measured, and Optuna keeps what it was told.
+
+def _distributions(space: Space, values: Mapping[str, Any]) -> dict[str, BaseDistribution]:
+    return {item.name: item.domain.distribution() for item in space.parameters if item.name in values}
+
+
+class _AsKnown(optuna.Study):
+    """A study as a sampler should see it, where Optuna keeps what it was told or had proposed at the time.
+
+    Its penalties are those that all measurements to this day ask for: one is told when its trial ends, perhaps before
+    anything was measured. Its settings are those that were trained: population-based training changes some on the way.
     """
 
-    def __init__(self, study: optuna.Study) -> None:
+    def __init__(self, study: optuna.Study, space: Space) -> None:
         super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
+        self._space = space
         self._penalties = penalties(study.get_trials(deepcopy=False), study.directions)
 
     def _get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
-        return [
-            self._renewed(trial) if trial.values and is_penalised(trial) else trial
-            for trial in super()._get_trials(deepcopy, states, use_cache)
-        ]
+        return [self._renewed(trial) for trial in super()._get_trials(deepcopy, states, use_cache)]
 
     def _renewed(self, trial: FrozenTrial) -> FrozenTrial:
-        trial = copy.copy(trial)
-        trial.values = self._penalties
-        return trial
+        penalised, changed = trial.values and is_penalised(trial), trial.user_attrs.get(_CHANGED)
+        if not (penalised or changed):
+            return trial
+        renewed = copy.copy(trial)
+        if penalised:
+            renewed.values = self._penalties
+        if changed:
+            values = trial.user_attrs["values"]
+            renewed.params, renewed.distributions = _params(self._space, values), _distributions(self._space, values)
+        return renewed
 
 
 class _quiet_optuna:

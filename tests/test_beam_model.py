@@ -309,7 +309,7 @@ def test_time_fusion_by_hand(kind: Literal["sum", "v1", "v2"], residual: bool) -
     if kind == "sum":
         expected = image.sum(1) + lidar.sum(1) + positions.sum(1)
     else:
-        over_time.mamba = Times(2.0)
+        over_time.mamba = Times(2.0)  # type: ignore[assignment]
         image_mixed, lidar_mixed = ((3 if residual else 2) * x for x in (image, lidar))
         expected = image_mixed.sum(1) + lidar_mixed.sum(1) + positions.sum(1)
         if kind == "v2":

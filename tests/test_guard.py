@@ -125,6 +125,7 @@ def test_a_spike_ends_a_trial_only_where_the_rule_is_on(times: float, ends: bool
         assert done.diverged.step == 16, "the second step in a row"
         assert done.diverged.reason.startswith("the loss was above 8 times its running median for 2 steps, ")
         assert "found" not in done.diverged.details, "nothing is not finite, so there is nothing to find"
+        assert sorted(done.diverged.details["batch"]) == sorted(order(config, epoch=5)[1].tolist())
         assert torch.equal(done.weights[-1], done.weights[16]), "not even this step was taken"
     assert run(replace(config, optim=replace(optim, spike=None)), loud_from(15, times)).diverged is None
 
@@ -151,6 +152,18 @@ def test_a_loss_scale_that_keeps_collapsing_is_a_divergence() -> None:
     assert details["loss_scale"] <= 1.0
     assert done.diverged is not None
     assert (done.diverged.step or 0) > 3, "every step before halved the scale"
+
+
+def test_a_step_is_run_again_at_the_scale_at_which_it_failed() -> None:
+    """One that fails by less than a factor of 1.3, so that half the scale, which the next step has, would mend it."""
+    runs = (
+        run(Config(Optim(lr=1e-9, batch_size=8, precision="fp16"), epochs=12, loudness=1e3 * 1.3**power))
+        for power in range(40)
+    )
+    done = next(done for done in runs if done.diverged is not None)
+    details = diverged(done)
+    assert details["loss_scale"] == 1.0
+    assert details["found"]["reproduced"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 10])

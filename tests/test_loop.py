@@ -27,7 +27,7 @@ from toy_task import (
     weights_of,
 )
 
-from search.states import blown_up
+from search.states import Watch
 from trainables.contract import State, Trial, UserError
 from trainables.loop import fit
 from trainables.optim import EarlyStop, Optim, Plateau
@@ -230,21 +230,49 @@ def test_weights_that_are_not_finite_are_never_reported() -> None:
     done = run(Config(Optim(lr=3e38, batch_size=27)))
     assert done.diverged is not None
     assert "the weights are not finite after an update at lr 3e+38" in str(done.diverged)
+    assert done.diverged.step == 0, "the only one"
+    assert math.isfinite(done.diverged.details["losses"][-1])
+    assert sorted(done.diverged.details["batch"]) == list(range(27))
     assert not done.states
+
+
+def test_a_state_of_other_settings_is_taken_over() -> None:
+    """As population-based training hands it on, where precision and patience are searched."""
+    plain = Config(Optim(lr=0.01, batch_size=8), epochs=3)
+    state = run(replace(plain, epochs=1)).states[0]
+    other = replace(plain.optim, precision="fp16", early_stop=EarlyStop("error", "min", 2), ema=0.9)
+    for config, taken in ((replace(plain, optim=other), state), (plain, run(replace(plain, optim=other)).states[0])):
+        done = run(config, resume=taken)
+        assert done.diverged is None
+        assert len(done.metrics) == 2
+
+
+def test_a_late_overflow_that_is_mended_does_not_look_like_a_blow_up() -> None:
+    """The scale grows again in a long training, and is at times too large."""
+    config = Config(Optim(lr=0.01, batch_size=8, precision="fp16"), epochs=2)
+    watch, (first, *_) = Watch(), run(config).states
+    assert watch.look(first) is None
+    first["scaler"]["scale"] = 2.0**40
+    late = run(replace(config, epochs=3), resume=first).states[0]
+    assert math.inf in late["guard"]["norms"]
+    assert watch.look(late) is None
 
 
 def test_an_overflow_that_a_smaller_loss_scale_mends_is_no_divergence() -> None:
     config = Config(Optim(lr=0.01, batch_size=8, precision="fp16"), epochs=4, loudness=100.0)
     done = run(config, replace(TOY, part=part_of))
     assert done.diverged is None
-    stepped = [bool(state["guard"]["norms"][-1].isfinite()) for state in done.states]  # the last step of the epoch
+    stepped = [math.isfinite(state["guard"]["norms"][-1]) for state in done.states]  # the last step of the epoch
     assert ["grad_norm_first" in metrics for metrics in done.metrics] == stepped
     assert not stepped[0]
     assert stepped[-1]
+    assert "grad_norm" not in done.metrics[0], "of no step in the first epoch"
+    assert all({"loss", "loss_square"} <= metrics.keys() for metrics in done.metrics), "they may be the objective"
     assert torch.equal(done.weights[0], done.weights[1])
     assert not torch.equal(done.weights[0], done.weights[-1])
     assert all(math.isfinite(value) for metrics in done.metrics for value in metrics.values())
-    assert [blown_up(state) for state in done.states] == [None] * 4  # one would end the trial as diverged
+    watch = Watch()
+    assert [watch.look(state) for state in done.states] == [None] * 4  # one would end the trial as diverged
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

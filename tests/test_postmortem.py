@@ -415,8 +415,9 @@ def test_the_gradient_under_examination_is_that_of_the_step() -> None:
         assert torch.equal(mine, its)
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("where", ["forward", "loss", "backward"])
-def test_the_step_is_broken_off_once_nothing_more_can_be_found(where: str) -> None:
+def test_the_step_is_broken_off_once_nothing_more_can_be_found(where: str, whole: bool) -> None:
     net = Net()
     reached: list[str] = []
     for name in ("heads.far", "stem.conv"):  # the last and the first of the forward pass
@@ -432,7 +433,7 @@ def test_the_step_is_broken_off_once_nothing_more_can_be_found(where: str) -> No
             (spoiled_gradient(loss) if where == "backward" else loss).backward()
             reached.append("the next")
 
-    findings = examine(net, replay)
+    findings = examine(net, replay, whole)
     sentences = {
         "forward": "the output of heads.far was first not finite",
         "loss": "the loss, outside the model, was first not finite",
@@ -440,8 +441,8 @@ def test_the_step_is_broken_off_once_nothing_more_can_be_found(where: str) -> No
     }
     assert findings.sentence == sentences[where]
     assert findings.parameter is not None
-    assert "stem.conv" not in reached
-    assert "the next" not in reached
+    assert ("stem.conv" in reached) == whole
+    assert reached.count("the next") == 2 * whole
 
 
 def test_what_the_step_raises_is_raised_and_no_hook_stays() -> None:

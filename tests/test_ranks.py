@@ -120,7 +120,8 @@ FAMILY = """
         yield Report({"loss": 0.5}, state=lambda: {"model": {"w": torch.tensor([1.0, float("nan")])}})
 
     def infinite_state(trial):
-        yield Report({"loss": 0.5}, state=lambda: {"model": {"w": torch.tensor([1.0, float("inf")])}})
+        for last in (1.0, float("inf")):
+            yield Report({"loss": 0.5}, state=lambda: {"model": {"w": torch.tensor([1.0, last])}})
 
     def lines(trial):
         yield {"loss": 0.5}

@@ -5,31 +5,42 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 
-from search.states import blown_up
+from search.states import Watch
 
 
-def test_what_has_blown_up_is_found_wherever_it_is_in_a_state() -> None:
-    nan, inf = torch.tensor(math.nan), math.inf
-    weights = torch.tensor([1.0, -2.0])
+def test_a_nan_is_found_wherever_it_is_in_a_state() -> None:
+    nan = torch.tensor(math.nan)
+    layer = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(layer.bias, math.nan)
     found = {
         "optimizer.state.0.exp_avg": {"optimizer": {"state": {0: {"exp_avg": nan}}}},
         "ema.1.0": {"ema": [torch.ones(1), (nan.half(),)]},
         "w": {"w": np.array([1.0, np.nan]), "names": np.array(["w"])},
         "phase": {"phase": torch.tensor(complex(0, math.nan))},
+        "model.bias": {"model": layer},
     }
     for where, state in found.items():
-        told = blown_up(state)
+        told = Watch().look(state)
         assert told is not None
         assert (told.where, str(told.value)) == (where, "nan")
-    assert blown_up({"model": {"w": torch.tensor([1.0, -2.0, inf])}}) == ("model.w", inf)
-    assert blown_up([weights, torch.tensor([-inf, inf]).half()]) == ("1", inf)
-    assert blown_up({"w": np.array([3.0, -inf], dtype=np.float32)}) == ("w", -inf)
 
 
-def test_infinities_that_mean_something_are_no_sign_of_a_blow_up() -> None:
-    inf = math.inf
+@pytest.mark.parametrize("spoilt", [torch.tensor(math.inf), torch.tensor([-math.inf, -1.0]).half()])
+def test_what_was_finite_and_is_no_more_has_blown_up(spoilt: torch.Tensor) -> None:
+    watch, healthy = Watch(), torch.zeros_like(spoilt)
+    assert watch.look({"model": {"w": healthy, "v": np.ones(2)}}) is None
+    assert watch.look({"model": {"w": spoilt, "v": np.ones(2)}}) == (
+        "model.w",
+        spoilt.min() if spoilt.dim() else math.inf,
+    )
+    assert watch.look({"model": {"w": healthy, "v": np.array([1.0, math.inf])}}) == ("model.v", math.inf)
+
+
+def test_infinities_that_were_always_there_are_no_sign_of_it() -> None:
+    inf, watch = math.inf, Watch()
     state = {
         "epoch": 3,
         "name": "x",
@@ -37,9 +48,11 @@ def test_infinities_that_mean_something_are_no_sign_of_a_blow_up() -> None:
         "w": torch.ones(2).to(torch.float8_e4m3fn),
         "sparse": torch.eye(2).to_sparse(),
         "mask": torch.full((3, 3), -inf).triu(1),
-        "bias and mask": torch.tensor([[0.0, -inf], [-0.5, 0.0]]),
+        "edges": torch.tensor([-inf, -1.0, 1.0, inf]),
+        "thresholds": np.array([inf, 0.9, 0.1]),
         "least so far": torch.full((2,), inf),
-        "most so far": np.array([-inf, -inf]),
         "best": inf,
     }
-    assert blown_up(state) is None
+    for _ in range(2):
+        assert watch.look(state) is None
+    assert watch.look({**state, "least so far": torch.tensor([0.3, inf])}) is None

@@ -106,6 +106,24 @@ class TestJournal:
         end_toy(ledger, opened, "finished")
         assert records(ledger.study, space)[0].values == {"lr": 0.5, "shape": [8, 16]}
 
+    def test_values_that_changed_on_the_way_are_the_ones_that_the_sampler_sees(
+        self, space: Space, tmp_path: Path
+    ) -> None:
+        seen: list[dict[str, Any]] = []
+
+        class Watch(optuna.samplers.RandomSampler):
+            def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+                seen[:] = [item.params for item in study.get_trials() if item.state.is_finished()]
+
+        study = open_ledger(space, InMemoryStorage()).study
+        ledger = Ledger(space, study, lambda seed: Watch(seed=seed), tmp_path)
+        first = dict(ask(ledger).values)
+        ledger.change("slot", {**first, "lr": 0.5})
+        ledger.end("slot", "diverged", "")
+        ask(ledger)
+        assert [params["lr"] for params in seen] == [0.5]
+        assert first["lr"] != 0.5
+
     def test_an_extended_search_goes_on(self, space: Space, tmp_path: Path) -> None:
         play(open_journal(space, tmp_path), 6)
         assert open_journal(space, tmp_path).left == 0
@@ -141,6 +159,9 @@ class TestConstraints:
 
     def test_a_limit_that_was_not_measured_is_broken(self, space: Space) -> None:
         assert self.excess(space, "diverged", None)["acc"] == 1.0
+
+    def test_a_trial_that_was_stopped_before_it_reported_has_broken_no_limit(self, space: Space) -> None:
+        assert max(self.excess(space, "stopped", None).values()) < 0
 
     def test_the_earlier_a_trial_diverges_the_worse_it_is(self, space: Space) -> None:
         measured = {"loss": 1.0, "acc": 0.75}

@@ -12,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,15 +28,20 @@ from trainables.step import Loss, Summed, autocast, backward
 
 KEPT = 50  # steps whose loss and gradient norm a post-mortem shows, and over which the running median is taken
 SETTLED = 10  # steps before the running median means anything
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Step:
-    """What identifies a step, so that it can be run again. `number` counts from the start of the trial."""
+    """What identifies a step, so that it can be run again. `number` counts from the start of the trial.
+
+    scale: what fp16 multiplied the loss with, a scalar; 1 elsewhere.
+    """
 
     number: int
     epoch: int
     lr: float
+    scale: Tensor
     share: Share
     generators: tuple[Tensor, ...]
     summed: Summed
@@ -48,6 +53,7 @@ class Asked(NamedTuple):
 
     step: Step
     diverged: Tensor  # on the host, once `ready`
+    spiked: Tensor  # whether that was by the spike rule
     ready: torch.cuda.Event | None
     losses: tuple[Tensor, ...]
     norms: tuple[Tensor, ...]
@@ -55,26 +61,32 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Replay:
-    """Runs a step again on the weights as they are, on this rank alone."""
+    """Runs a step again on the weights as they are, on every rank for itself."""
 
     loss: Loss
     samples: Samples
-    scaler: torch.amp.GradScaler
     optim: Optim
     device: torch.device
+    ranks: Ranks
+
+    @property
+    def scales(self) -> bool:
+        """Whether losses are scaled."""
+        return self.optim.precision == "fp16"
 
     def findings(self, step: Step) -> Findings:
         def again(tell: Callable[[Tensor], object]) -> None:
             set_generators(step.generators, self.device)
             batches = on_device(self.samples, step.share.micros, self.device)
+            scaler = torch.amp.GradScaler(self.device.type, init_scale=float(step.scale), enabled=self.scales)
             telling = self.loss.register_forward_hook(lambda loss, args, result: tell(result[1].detach()))
             try:
-                backward(self.loss, batches, step.share, self.scaler, autocast(self.device, self.optim))
+                backward(self.loss, batches, step.share, scaler, autocast(self.device, self.optim))
             finally:
                 telling.remove()
 
         try:
-            return examine(self.loss.model, again)
+            return examine(self.loss.model, again, whole=self.ranks.size > 1)
         except Exception as error:  # on one rank perhaps, and the others wait for what it found
             return Findings(f"running the step again raised {type(error).__name__}: {error}", None, None, None, False)
 
@@ -82,15 +94,17 @@ class Replay:
 class Guard:
     """Watches every step. Its state is part of a checkpoint, so that a resumed trial is judged as if uninterrupted."""
 
-    def __init__(self, optim: Optim, replay: Replay, ranks: Ranks) -> None:
-        self._spike = optim.spike
+    def __init__(self, replay: Replay) -> None:
+        self._spike = replay.optim.spike
         self._replay = replay
-        self._ranks = ranks
+        self._ranks = replay.ranks
         self._diverged = torch.zeros((), dtype=torch.bool, device=replay.device)
+        self._spiked = torch.zeros((), dtype=torch.bool, device=replay.device)
         self._streak = torch.zeros((), dtype=torch.int64, device=replay.device)  # steps above the median, in a row
         self._losses: deque[Tensor] = deque(maxlen=KEPT)
         self._norms: deque[Tensor] = deque(maxlen=KEPT)
         self._asked: Asked | None = None
+        self._latest: Asked | None = None
 
     def judge(self, loss: Tensor, norm: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Whether a step must be skipped, and whether it is an overflow of fp16, which a smaller scale may mend.
@@ -99,15 +113,16 @@ class Guard:
         """
         bad = ~norm.isfinite()
         overflow = bad & loss.isfinite() & (scale > 1)
-        self._diverged = self._diverged | (bad & ~overflow)
+        blown_up = bad & ~overflow
+        self._diverged = self._diverged | blown_up
         if self._spike is not None and len(self._losses) >= SETTLED:
             median = _nanmedian(torch.stack(tuple(self._losses)))
             above = (median > 0) & (loss > self._spike.factor * median)
             self._streak = (self._streak + 1) * above
-            self._diverged = self._diverged | (self._streak >= self._spike.patience)
+            self._spiked = (self._streak >= self._spike.patience) & ~blown_up
+            self._diverged = self._diverged | self._spiked
         self._losses.append(loss)
-        # A mended overflow leaves a NaN as often as an infinity, and a state that holds a NaN would end the trial.
-        self._norms.append(torch.where(overflow, math.inf, norm))
+        self._norms.append(torch.where(overflow, math.inf, norm))  # NaN as often, where one was mended
         return self._diverged | bad, overflow
 
     def follow(self, step: Step) -> None:
@@ -116,7 +131,7 @@ class Guard:
         ready = torch.cuda.Event() if self._diverged.is_cuda else None
         if ready is not None:
             ready.record()
-        self._asked = Asked(step, on_host, ready, tuple(self._losses), tuple(self._norms))
+        self._asked = self._latest = Asked(step, on_host, self._spiked, ready, tuple(self._losses), tuple(self._norms))
 
     def check(self) -> None:
         """Raise `Diverged`, with the same reason and post-mortem on every rank, if that was the verdict."""
@@ -128,51 +143,69 @@ class Guard:
         if asked.diverged:
             raise self._post_mortem(asked)
 
+    def weights_blown_up(self) -> Diverged:
+        """What to raise where the step that was followed last, healthy itself, has left weights that are not finite."""
+        assert self._latest is not None, "a step comes first"
+        step, details = self._latest.step, self._details(self._latest)
+        details["batch"] = self._everyones_samples(step)
+        return Diverged(f"the weights are not finite after an update at lr {step.lr:.3g}", step.number, details)
+
     def _post_mortem(self, asked: Asked) -> Diverged:
-        step, terms = asked.step, asked.step.summed.terms
-        sums_T = step.summed.sums_T.clone()
-        if self._ranks.size > 1:
-            dist.all_reduce(sums_T)
-        values = dict(zip(terms, (sums_T / step.count).tolist(), strict=True))
-        losses_S, norms_S = (torch.stack(kept).tolist() for kept in (asked.losses, asked.norms))
-        details: dict[str, Any] = {
-            "epoch": step.epoch,
-            "lr": step.lr,
-            "terms": {name: readable(value) for name, value in values.items()},
-            "losses": [readable(value) for value in losses_S],
-            "grad_norms": [readable(value) for value in norms_S],
-            "loss_scale": self._replay.scaler.get_scale() if self._replay.scaler.is_enabled() else None,
-        }
-        wrong = [f"loss_{name}" for name, value in values.items() if not math.isfinite(value)]
-        if not wrong and math.isfinite(norms_S[-1]):
-            return Diverged(f"{self._spiked(losses_S)} at lr {step.lr:.3g}", step.number, details)
+        step, details = asked.step, self._details(asked)
+        if asked.spiked:
+            details["batch"] = self._everyones_samples(step)
+            return Diverged(f"{self._spike_in_words(details['losses'][-1])} at lr {step.lr:.3g}", step.number, details)
+        wrong = [f"loss_{name}" for name, value in details["terms"].items() if isinstance(value, str)]
         what = f"{' and '.join(wrong)} {'are' if wrong[1:] else 'is'}" if wrong else "the gradient norm is"
         rank, findings, batch = self._culprit(step)
         details |= {"found": dataclasses.asdict(findings), "rank": rank, "batch": batch}
         return Diverged(f"{what} not finite at lr {step.lr:.3g}; {findings.sentence}", step.number, details)
 
-    def _spiked(self, losses_S: Sequence[float]) -> str:
-        assert self._spike is not None, "what is finite ends a trial by the spike rule only"
+    def _details(self, asked: Asked) -> dict[str, Any]:
+        """What is known of a step without running it again. Every rank must ask."""
+        step, sums_T = asked.step, asked.step.summed.sums_T.clone()
+        if self._ranks.size > 1:
+            dist.all_reduce(sums_T)
+        terms = dict(zip(step.summed.terms, (sums_T / step.count).tolist(), strict=True))
+        return {
+            "epoch": step.epoch,
+            "lr": step.lr,
+            "terms": {name: readable(value) for name, value in terms.items()},
+            "losses": [readable(value) for value in torch.stack(asked.losses).tolist()],
+            "grad_norms": [readable(value) for value in torch.stack(asked.norms).tolist()],
+            "loss_scale": float(step.scale) if self._replay.scales else None,
+        }
+
+    def _spike_in_words(self, loss: float) -> str:
+        assert self._spike is not None
         rule = f"above {self._spike.factor:g} times its running median for {self._spike.patience} steps"
-        return f"the loss was {rule}, {losses_S[-1]:.4g} at last,"
+        return f"the loss was {rule}, {loss:.4g} at last,"
 
     def _culprit(self, step: Step) -> tuple[int, Findings, list[int]]:
         """The first rank on which the step fails when it is run again, what was found there, and its samples."""
-        own = (self._ranks.rank, self._replay.findings(step), torch.cat(step.share.micros).tolist())
+        everyone = self._everyones((self._ranks.rank, self._replay.findings(step), samples_of(step)))
+        return next((item for item in everyone if item[1].reproduced), everyone[0])
+
+    def _everyones_samples(self, step: Step) -> list[int]:
+        return [index for samples in self._everyones(samples_of(step)) for index in samples]
+
+    def _everyones(self, own: T) -> list[T]:
+        """What every rank has, in their order."""
         if self._ranks.size == 1:
-            return own
+            return [own]
         everyone: list[Any] = [None] * self._ranks.size
         dist.all_gather_object(everyone, own)
-        found: tuple[int, Findings, list[int]] = next((item for item in everyone if item[1].reproduced), everyone[0])
-        return found
+        return everyone
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": list(self._losses), "norms": list(self._norms), "streak": self._streak}
+        # Numbers and no tensors: that a norm was infinite once is no sign of a state that has blown up.
+        losses, norms = ([float(value) for value in kept] for kept in (self._losses, self._norms))
+        return {"losses": losses, "norms": norms, "streak": self._streak}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self._replay.device
         for kept, saved in ((self._losses, state["losses"]), (self._norms, state["norms"])):
-            kept.extend(value.to(device) for value in saved)
+            kept.extend(torch.as_tensor(value, dtype=torch.float32, device=device) for value in saved)
         self._streak = state["streak"].to(device)
 
 
@@ -181,6 +214,12 @@ def _nanmedian(values_S: Tensor) -> Tensor:
     sorted_S = values_S.sort().values  # NaN comes last
     middle = ((~sorted_S.isnan()).sum() - 1).clamp(min=0) // 2
     return sorted_S.gather(0, middle.view(1))[0]
+
+
+def samples_of(step: Step) -> list[int]:
+    """The numbers of this rank's samples."""
+    indices: list[int] = torch.cat(step.share.micros).tolist()
+    return indices
 
 
 def readable(value: float) -> float | str:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from trainables.contract import Diverged, Report, Trial, UserError
+from trainables.contract import Report, Trial, UserError
 from trainables.guard import Guard, Replay, Step, generators
 from trainables.memory import MIB, Memory, Tried, fitting_micro_batch, shape_key, switches, try_step
 from trainables.optim import Ema, Patience, adamw, clip_divisor, fused_step, lr_factor, set_lr
@@ -82,7 +82,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     optimizer = adamw(trained, task.lr_scale, optim)
     scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
     ema = Ema(trained, optim.ema)
-    guard = Guard(optim, Replay(plain, train, scaler, optim, device), ranks)
+    guard = Guard(Replay(plain, train, optim, device, ranks))
     patience, best = Patience(optim), Best({"model": model, "ema": ema})
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": ema, "guard": guard, "patience": patience}
     parts |= {"best": best} if optim.early_stop is not None else {}
@@ -120,10 +120,10 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
 
             taken.append(Taken(summed.sums_T, count, norm, overflow))
             guard.check()  # the step before this one
-            guard.follow(Step(epoch * len(shares) + index, epoch, lr, share, drawn, summed, count))
+            guard.follow(Step(epoch * len(shares) + index, epoch, lr, scale, share, drawn, summed, count))
         guard.check()
         if not get_total_norm(trained.values()).isfinite():
-            raise Diverged(f"the weights are not finite after an update at lr {lr:.3g}", (epoch + 1) * len(shares))
+            raise guard.weights_blown_up()
         samples_per_s = sum(share.effective for share in shares) / (time.perf_counter() - began_s)
 
         metrics = train_means(summed.terms, taken, ranks) | {"update_ratio": update_ratio(before, trained)}
@@ -213,16 +213,21 @@ class Taken(NamedTuple):
 
 
 def train_means(terms: Sequence[str], taken: Sequence[Taken], ranks: Ranks) -> dict[str, float]:
-    """Return the means over samples and steps; none where fp16 has skipped every step of a short epoch."""
+    """Return the means over samples and over the steps that were taken.
+
+    Where fp16 has skipped every step of a short epoch, the losses, which are finite, are those of all, and there is no
+    gradient norm.
+    """
     sums_ST, count_S, norm_S, overflow_S = (torch.stack(column) for column in zip(*taken, strict=True))
-    if overflow_S.all():
-        return {}
-    sums_T = sums_ST[~overflow_S].double().sum(0)
+    none_taken = bool(overflow_S.all())
+    counts_S = overflow_S if none_taken else ~overflow_S
+    sums_T = sums_ST[counts_S].double().sum(0)
     if ranks.size > 1:
         dist.all_reduce(sums_T)
-    means_T = sums_T / count_S[~overflow_S].double().sum()
+    means_T = sums_T / count_S[counts_S].double().sum()
     means = {f"loss_{term}": mean for term, mean in zip(terms, means_T.tolist(), strict=True)}
-    return {"loss": float(means_T.sum()), **means, "grad_norm": float(norm_S[~overflow_S].double().mean())}
+    norm = {} if none_taken else {"grad_norm": float(norm_S[counts_S].double().mean())}
+    return {"loss": float(means_T.sum()), **means, **norm}
 
 
 def joined(metrics: Mapping[str, float], scores: Mapping[str, float]) -> dict[str, float]:

@@ -38,17 +38,18 @@ class Findings:
     reproduced: bool
 
 
-def examine(module: nn.Module, replay: Callable[[Callable[[Tensor], object]], object]) -> Findings:
+def examine(module: nn.Module, replay: Callable[[Callable[[Tensor], object]], object], whole: bool = False) -> Findings:
     """Run a step again, as far as is needed, and return what in it was first not finite.
 
     replay: runs forward and backward through `module` or through any of its submodules, in any order, for one or for
         several micro-batches. It sets the random generators itself, and tells what it is given each loss before it goes
         backward from it. It is broken off, by an exception of ours, when what is sought has been found.
+    whole: it is not broken off. Other ranks, where nothing may be found, run it too, and may wait for this one in it.
 
     Gradients are cleared before and after; buffers are put back. What `replay` raises is raised. A constant made of 0
     and -inf is a mask and counts as finite; so does an -inf that a module takes in and turns into something finite.
     """
-    witness, losses = _Witness(module), list[Tensor]()
+    witness, losses = _Witness(module, whole), list[Tensor]()
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     module.zero_grad(set_to_none=True)
     try:
@@ -84,8 +85,8 @@ class _Witness:
     send back, and so would accuse every module that shares an input with the one to blame.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, whole: bool) -> None:
+        self.model, self.whole = model, whole
         self.handles: list[RemovableHandle] = []
         self.running: list[tuple[str, _Event | None]] = []  # each with what was known when its forward began
         self.nodes: set[Node] = set()
@@ -176,7 +177,7 @@ class _Witness:
             self.leave()
 
     def leave(self) -> None:
-        if self.first and self.parameter is not None:
+        if self.first and self.parameter is not None and not self.whole:
             raise _Found
 
     def spoken(self, name: str) -> str:

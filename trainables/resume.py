@@ -39,7 +39,11 @@ def restore(parts: Mapping[str, Any], state: State | None) -> int:
     if state is None:
         return 0
     for name, part in parts.items():
-        part.load_state_dict(on_cpu(state[name]))  # a copy: an optimizer would go on to write into the state's tensors
+        saved = state.get(name)
+        # Of a trial with other settings, whose state another takes over: one that scales no loss has nothing to say of
+        # a scale, one that never stops early no best epoch.
+        if saved is not None and (saved or not isinstance(part, torch.amp.GradScaler)):
+            part.load_state_dict(on_cpu(saved))  # a copy: an optimizer would go on to write into the state's tensors
     return int(state["epoch"]) + 1
 
 
