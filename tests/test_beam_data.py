@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainables.beam.config import Data, Modality, Simulated
-from trainables.beam.data import describe, gps_width, samples
+from trainables.beam.data import describe, gps_width, samples, timing_of
 from trainables.beam.decode import Decoder, decode
 from trainables.beam.files import fov_of, radar_maps
-from trainables.beam.gps import gps_features
+from trainables.beam.gps import Timing, gps_features
 from trainables.beam.prepare import array_path, data_root, prepare_data
 from trainables.beam.simulator import simulate
 from trainables.beam.split import split
@@ -534,6 +534,41 @@ def test_how_far_positions_run_ahead_of_the_beams_is_found(lead: float) -> None:
     windows_N22 = np.stack([place_N2 - step_N2, place_N2], axis=1)
     told = gps_features(Data(), "scenario1", windows_N22, beam_N, np.arange(300) < 200)
     np.testing.assert_allclose(31.5 + 16 * told[:, 0, 8], beam_N, atol=0.6)
+
+
+@pytest.mark.parametrize("late", [-1.5, 0.0, 1.0])
+def test_windows_at_another_rate_are_told_the_same_of_the_same_car(late: float) -> None:
+    """Of each car two windows with one label: at every other file, as those that train, and at every file.
+
+    By the second one's numbers its positions are half as far apart, and half as long before the label.
+    """
+    rng = np.random.default_rng(0)
+    cars, files_late = 200, 2 * late
+    at_label_N2 = np.stack([rng.uniform(-15, 15, cars), np.full(cars, 12.0)], axis=1)
+    per_file_N2 = np.stack([rng.uniform(-1, 1, cars), np.zeros(cars)], axis=1)
+    slow, fast = (
+        np.stack([at_label_N2 - (files + files_late) * per_file_N2 for files in before], axis=1)
+        for before in ((8, 6), (4, 3))
+    )
+    beam_N = np.round(31.5 + 20 * np.arctan2(at_label_N2[:, 0], at_label_N2[:, 1])).astype(np.int64)
+    timing = Timing(np.repeat([1.0, 0.5], cars), np.repeat([3.0, 1.5], cars))
+    known_N = np.arange(2 * cars) < cars
+    told = gps_features(Data(), "scenario1", np.concatenate([slow, fast]), np.tile(beam_N, 2), known_N, timing)
+    np.testing.assert_allclose(told[:cars, :, -9:], told[cars:, :, -9:], atol=1e-6)
+    np.testing.assert_allclose(31.5 + 16 * told[:, 0, 8], np.tile(beam_N, 2), atol=0.6)
+
+
+def test_the_rate_of_a_window_is_read_off_its_files(own: Data) -> None:
+    usual = timing_of(prepare_data(own))
+    assert (set(usual.interval_N), set(usual.ahead_N)) == ({1.0}, {3.0})
+    rows = rows_of(own)
+    newest, place = (rows[0][column].rpartition("_") for column in ("unit1_pwr_60ghz", "unit2_loc_1"))
+    number = int(newest[2].removesuffix(".txt"))
+    rows[0] |= {f"unit2_loc_{k}": f"{place[0]}_{number - back}.txt" for k, back in ((1, 4), (2, 2))}
+    rewrite(own, rows)
+    timing = timing_of(prepare_data(own))
+    np.testing.assert_array_equal(timing.interval_N, [2.0] + [1.0] * (len(rows) - 1))
+    np.testing.assert_array_equal(timing.ahead_N, [2.0] + [3.0] * (len(rows) - 1))
 
 
 def test_tables_tell_simulated_from_real_only_by_their_settings(data: Data, capsys: pytest.CaptureFixture[str]) -> None:

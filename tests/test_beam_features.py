@@ -6,14 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from small_beam import SMALL, simulated
 
 from trainables.beam import decode, features, fusion, rebuild
 from trainables.beam.config import Pretrain, Rebuild
-from trainables.beam.data import samples
+from trainables.beam.data import frames_of, samples
 from trainables.beam.network import FusionNetwork
+from trainables.beam.prepare import prepare_data
 from trainables.contract import Report, Trial, UserError
 from trainables.optim import Optim
 
@@ -36,6 +38,10 @@ def network(config: rebuild.Config, seed: int = 0) -> FusionNetwork:
             assert module.running_mean is not None
             module.running_mean.normal_()  # as if trained: no longer what a fresh one has
     return built.eval()
+
+
+def images_of(config: rebuild.Config) -> Any:
+    return np.array(frames_of(config.data, prepare_data(config.data), "image"))
 
 
 def kept(config: rebuild.Config) -> set[Path]:
@@ -70,6 +76,31 @@ def test_the_making_of_the_maps_tells_how_far_it_is(
     for sensor, maps_NCYX in maps.items():
         last = [line for line in told if f"first maps of {sensor}" in line][-1]
         assert last == f"beam data: first maps of {sensor}: {len(maps_NCYX)} of {len(maps_NCYX)} files"
+
+
+def test_the_making_of_the_maps_goes_on_where_it_was_interrupted(
+    config: rebuild.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "CHUNK", 8)
+    built, before, passed = network(config, seed=4), kept(config), list[int]()
+    first_map = built.first_map
+
+    def counted(sensor: Any, batch: Any) -> Any:
+        passed.append(len(batch[sensor]))
+        if len(passed) == 4:  # one to see the shape, then two chunks
+            raise KeyboardInterrupt
+        return first_map(sensor, batch)
+
+    monkeypatch.setattr(built, "first_map", counted)
+    with pytest.raises(KeyboardInterrupt):
+        features.first_maps(config.data, built, config.optim, Trial(config))
+    assert kept(config) == before
+    maps = features.first_maps(config.data, built, config.optim, Trial(config))
+    frames = len(maps["image"])
+    assert sum(passed[4 : 4 + 1 + -(-(frames - 16) // 8)]) == 1 + frames - 16, "of the first sensor what was left"
+    with torch.no_grad():
+        again = built.first_map("image", {"image": torch.from_numpy(images_of(config)[:20]).unsqueeze(1)})
+    torch.testing.assert_close(torch.from_numpy(np.array(maps["image"][:20])), again, rtol=1e-5, atol=1e-5)
 
 
 def test_a_rebuild_from_kept_maps_is_the_rebuild_from_frames(config: rebuild.Config) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -314,6 +314,15 @@ def test_a_checkpoint_of_fusion_training_can_be_given(config: rebuild.Config, ch
     assert len(list(rebuild.train(Trial(given)))) == 1
 
 
+@pytest.mark.parametrize("missing", ["zerolike", "randlike"])
+def test_a_checkpoint_with_tokens_serves_a_network_without(
+    config: rebuild.Config, checkpoint: Path, missing: Literal["zerolike", "randlike"]
+) -> None:
+    """As the tables want it: fusion training has tokens, and what stands in there are zeros and noise."""
+    model = replace(config.model, missing=missing)
+    rebuild.prepare(replace(config, model=model, rebuild=Rebuild(pretrained=str(checkpoint))))
+
+
 @pytest.fixture(scope="module")
 def checkpoint(config: rebuild.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of an epoch of fusion training."""
@@ -330,6 +339,7 @@ def checkpoint(config: rebuild.Config, tmp_path_factory: pytest.TempPathFactory)
         ("data", {"gps_repr": "minmax"}, "data.gps_repr = local, and here that is minmax"),
         ("data", {"split_seed": 1}, "data.split_seed = 290, and here that is 1"),
         ("data", {"holdout": 0.5}, "data.holdout = 0.2, and here that is 0.5"),
+        ("data", {"steps": 2, "simulated": Simulated(passes=8, frames=15)}, "data.steps = 1, and here that is 2"),
         (
             "data",
             {"simulated": Simulated(passes=9)},

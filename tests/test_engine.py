@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,18 @@ import optuna
 import pytest
 import torch
 import yaml
+from ray.tune.schedulers import TrialScheduler
 
 from search import run as engine
 from search.command import Options, open_results
+from search.folder import TrialFolder
 from search.plan import Node, make_plan
 from search.results import trials_table, why
+from search.scheduler import make_scheduler
 from search.space_file import load_space
+from search.states import load_state
 from search.study import open_study
+from search.trial import METRICS
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 HERE = Path(__file__).parent
@@ -189,25 +197,58 @@ def test_the_same_seed_proposes_the_same_settings_one_trial_at_a_time(tmp_path: 
 @pytest.mark.parametrize(
     ("scheduler", "machine"), [("asha", ONE_CPU), ("hyperband", TWO_CPUS), ("median", ONE_CPU), ("pbt", TWO_CPUS)]
 )
-def test_every_scheduler_ends_every_trial(tmp_path: Path, scheduler: str, machine: tuple[Node, ...]) -> None:
+def test_every_scheduler_ends_every_trial_and_hears_of_finite_numbers_alone(
+    tmp_path: Path, scheduler: str, machine: tuple[Node, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[tuple[str, dict[str, Any]]] = []
+
+    def overheard(*arguments: Any) -> TrialScheduler:
+        made = make_scheduler(*arguments)
+        for name in ("on_trial_result", "on_trial_complete"):
+            monkeypatch.setattr(made, name, partial(listen, name, getattr(made, name)))
+        return made
+
+    def listen(name: str, act: Any, controller: Any, trial: Any, result: dict[str, Any]) -> Any:
+        heard.append((name, dict(result)))
+        return act(controller, trial, result)
+
+    monkeypatch.setattr(engine, "make_scheduler", overheard)
     space = toy(
         "misbehave",
         config={
             "epochs": 9,
             "lr": {"log": [0.001, 0.4]},
             "flag": "unused",
-            "kind": {"choice": ["none", "none ", "nan", "diverge"]},
+            "kind": {"choice": ["none", "aside", "nan", "diverge"]},
         },
         scheduler={"name": scheduler, "grace_epochs": 1, "reduction": 3},
         search={"trials": 12, "sampler": "random", "seed": 1},
     )
-    outcome, _ = search(tmp_path, space, machine)
+    outcome, results = search(tmp_path, space, machine)
     assert len(outcome.records) == 12
+    assert {name for name, _ in heard} == {"on_trial_result", "on_trial_complete"}
+    assert all(math.isfinite(number) for _, result in heard for number in numbers_of(result))
+    assert any(result.get(METRICS, {}).get("aside", 0) is None for _, result in heard), "what was infinite is left out"
+    for record in outcome.records:
+        if record.status == "diverged":
+            last = TrialFolder(results, record.number).checkpoint()
+            assert last is not None
+            assert last.epoch == 2
+            assert math.isfinite(load_state(last.path.read_bytes())["w"])
     statuses = {record.status for record in outcome.records}
     assert "finished" in statuses
     assert statuses <= {"finished", "stopped", "diverged"}, [(r.status, r.reason) for r in outcome.records]
     if scheduler in ("asha", "hyperband"):
         assert "stopped" in statuses
+
+
+def numbers_of(tree: Any) -> Iterator[float]:
+    """Every number in nested dicts."""
+    if isinstance(tree, dict):
+        for value in tree.values():
+            yield from numbers_of(value)
+    elif isinstance(tree, float):
+        yield tree
 
 
 def test_asha_keeps_what_falls_below_chance_before_it_learns(tmp_path: Path) -> None:

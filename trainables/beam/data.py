@@ -18,7 +18,7 @@ from torch import Tensor
 from trainables.beam.augment import change_of, changed_pictures, changed_radar, mirrored
 from trainables.beam.config import SENSORS, Data, Modality
 from trainables.beam.files import BEAMS
-from trainables.beam.gps import AHEAD, WIDTH, gps_features, mirrored_m, offsets_m
+from trainables.beam.gps import WIDTH, Timing, gps_features, mirrored_m, offsets_m, usual_timing
 from trainables.beam.prepare import CHANGED_LIDAR, array_path, labels, prepare_data, wanted_arrays
 from trainables.beam.split import Side, on_neither_side, scored_apart, split
 from trainables.beam.table import GROUPS, POWER, Table, fixed, frame_numbers
@@ -174,26 +174,30 @@ def _gps(data: Data, table: Table, beam_N: Ints, train_N: Bools) -> Floats:
     """
     station_N2 = np.load(array_path(data, table, "unit1_loc"))[table.groups["unit1_loc"].at_NK[:, 0]]
     car_N22 = np.load(array_path(data, table, "unit2_loc_"))[table.groups["unit2_loc_"].at_NK[:, :2]]
-    ahead = _ahead(table)
+    timing = timing_of(table)
     out = np.empty((2, *car_N22.shape[:2], WIDTH[data.gps_repr]), dtype=np.float32)
     for number, scenario in enumerate(table.scenarios):
         here = table.scenario_N == number
         metres = np.stack([offsets_m(station_N2[here], car_N22[here, k]) for k in range(2)], axis=1)
-        beam, known = beam_N[here], train_N[here]
-        turned = mirrored_m(metres, beam, known, ahead)
-        out[0, here] = gps_features(data, scenario, metres, beam, known, ahead)
-        out[1, here] = gps_features(data, scenario, turned, BEAMS - 1 - beam, known, ahead)
+        beam, known, when = beam_N[here], train_N[here], timing.of(here)
+        turned = mirrored_m(metres, beam, known, when)
+        out[0, here] = gps_features(data, scenario, metres, beam, known, when)
+        out[1, here] = gps_features(data, scenario, turned, BEAMS - 1 - beam, known, when)
     return out
 
 
-def _ahead(table: Table) -> float:
-    """How long after the second position the newest instant is, in intervals between the two positions."""
+def timing_of(table: Table) -> Timing:
+    """By the files' numbers: the adaptation set, for one, was recorded at twice the rate of the development set."""
     places_N2, label_NP = (frame_numbers(table.groups[name]) for name in ("unit2_loc_", POWER))
     if places_N2 is None or label_NP is None:
-        return AHEAD
+        return usual_timing(len(table.beam_NP))
     interval_N = places_N2[:, 1] - places_N2[:, 0]
-    moved = interval_N > 0
-    return float(np.median((label_NP[:, 0] - places_N2[:, 1])[moved] / interval_N[moved])) if moved.any() else AHEAD
+    told_N = interval_N > 0
+    if not told_N.any():
+        return usual_timing(len(table.beam_NP))
+    usual = float(np.median(interval_N[told_N]))
+    ahead_N = (label_NP[:, 0] - places_N2[:, 1]) / usual
+    return Timing(np.where(told_N, interval_N, usual) / usual, ahead_N)
 
 
 def describe(config: HasData) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -20,6 +21,7 @@ from trainables.contract import UserError
 
 CHUNK = 256  # files; what an interruption loses at most
 QUIET_S = 30.0  # between two lines of progress where there is no terminal
+Array = np.memmap[Any, np.dtype[Any]]
 Item = TypeVar("Item")
 
 
@@ -37,11 +39,44 @@ class Decoder:
 
 
 def decode(unfinished: Path, decoder: Decoder, paths: tuple[Path, ...], name: str, where: Callable[[int], str]) -> None:
-    """Write the rows of all `paths` to the .npy file `unfinished`, or those that an earlier call did not come to.
+    """Write the rows of all `paths` to the .npy file `unfinished`, as `fill` does.
 
-    name: what the progress is called. where: says of the i-th file who names it. Rows count as written once they are
-    on the disk, so that even a power cut leaves no zeros behind that would pass for data. Raises `UserError` for a file
-    that cannot be read whole, and for a full disk.
+    where: says of the i-th file who names it. Raises `UserError` for a file that cannot be read whole as well.
+    """
+
+    def one(array: Array, i: int) -> int:
+        try:
+            array[i] = decoder.read(paths[i])
+        except UserError as error:
+            raise UserError(f"{error}; {where(i)} names it: restore the file or remove the row") from None
+        return 1
+
+    # Threads: pictures, numbers in text and FFTs, which take the time, are decoded outside Python's lock. (While one
+    # thread decoded, another waited for the lock 6 % of the time, and 20 % beside point clouds.)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def some(array: Array, chunk: range) -> Iterator[int]:
+            try:
+                yield from pool.map(functools.partial(one, array), chunk)
+            except BaseException:  # a mistake in a file, or Ctrl-C: do not go on to the last file
+                pool.shutdown(cancel_futures=True)
+                raise
+
+        fill(unfinished, decoder.array_shape(len(paths)), decoder.dtype, name, some)
+
+
+def fill(
+    unfinished: Path,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    name: str,
+    write: Callable[[Array, range], Iterable[int]],
+) -> None:
+    """Write the rows of an array to the .npy file `unfinished`, or those that an earlier call did not come to.
+
+    name: what the progress is called. write: writes a range of the array's rows, and says how many more are done as it
+    goes. Rows count as written once they are on the disk, so that even a power cut leaves no zeros behind that would
+    pass for data. Raises `UserError` for a full disk.
     """
     written = unfinished.with_name(f"{unfinished.name}.rows")
     if unfinished.exists() and written.exists():
@@ -50,25 +85,12 @@ def decode(unfinished: Path, decoder: Decoder, paths: tuple[Path, ...], name: st
     else:
         done = 0
         written.unlink(missing_ok=True)  # of another array, which somebody removed
-        array = reserved_array(unfinished, decoder.array_shape(len(paths)), np.dtype(decoder.dtype))
-
-    def one(i: int) -> None:
-        try:
-            array[i] = decoder.read(paths[i])
-        except UserError as error:
-            raise UserError(f"{error}; {where(i)} names it: restore the file or remove the row") from None
-
-    # Threads: pictures, numbers in text and FFTs, which take the time, are decoded outside Python's lock. (While one
-    # thread decoded, another waited for the lock 6 % of the time, and 20 % beside point clouds.)
-    with Progress(name, len(paths), done) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(done, len(paths), CHUNK):
-            chunk = range(first, min(first + CHUNK, len(paths)))
-            try:
-                for _ in pool.map(one, chunk):
-                    progress.step()
-            except BaseException:  # a mistake in a file, or Ctrl-C: do not go on to the last file
-                pool.shutdown(cancel_futures=True)
-                raise
+        array = reserved_array(unfinished, shape, np.dtype(dtype))
+    with Progress(name, shape[0], done) as progress:
+        for first in range(done, shape[0], CHUNK):
+            chunk = range(first, min(first + CHUNK, shape[0]))
+            for count in write(array, chunk):
+                progress.step(count)
             array.flush()
             _replace_text(written, str(chunk.stop))
     written.unlink(missing_ok=True)

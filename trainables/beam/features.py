@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trainables.beam import data as frames
 from trainables.beam.config import SENSORS, Data, Modality, Model
-from trainables.beam.decode import Progress
+from trainables.beam.decode import fill
 from trainables.beam.encoders import map_sides
 from trainables.beam.network import FusionNetwork, map_key
 from trainables.beam.prepare import array_path, check_room, prepare_data
@@ -84,24 +84,24 @@ def _maps_of(
     path = cache_folder(data.prepared) / "features" / f"{sensor}-{digest}.npy"
 
     @torch.no_grad()
-    def made(start: int) -> Tensor:
-        some = torch.from_numpy(np.array(frames_N[start : start + AT_ONCE])).unsqueeze(1).to(trial.device)
+    def made(chosen: slice) -> NDArray[np.generic]:
+        some = torch.from_numpy(np.array(frames_N[chosen])).unsqueeze(1).to(trial.device)
         with autocast(trial.device, optim):
-            return network.first_map(sensor, {str(sensor): some}).cpu()
+            return _as_kept(network.first_map(sensor, {str(sensor): some}).cpu())
+
+    def some(kept: NDArray[np.generic], chunk: range) -> Iterator[int]:
+        for start in range(chunk.start, chunk.stop, AT_ONCE):
+            chosen = slice(start, min(start + AT_ONCE, chunk.stop))
+            kept[chosen] = made(chosen)
+            yield chosen.stop - start
 
     def make(unfinished: Path) -> None:
-        maps = _as_kept(made(0))
-        shape = (len(frames_N), *maps.shape[1:])
-        check_room(path.parent, math.prod(shape) * maps.dtype.itemsize, [])
-        kept = np.lib.format.open_memmap(unfinished, "w+", maps.dtype, shape)
-        with Progress(f"first maps of {sensor}", len(frames_N)) as progress:
-            for start in range(0, len(frames_N), AT_ONCE):
-                maps = _as_kept(made(start))
-                kept[start : start + len(maps)] = maps
-                progress.step(len(maps))
-        kept.flush()
+        one = made(slice(0, 1))
+        shape = (len(frames_N), *one.shape[1:])
+        check_room(path.parent, math.prod(shape) * one.dtype.itemsize, [unfinished])
+        fill(unfinished, shape, one.dtype, f"first maps of {sensor}", some)
 
-    make_once(path, make)
+    make_once(path, make, resumes=True)
     found: NDArray[np.generic] = np.load(path, mmap_mode="r")
     return found
 

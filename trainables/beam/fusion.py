@@ -192,7 +192,8 @@ def unseen_settings(config: Config) -> dict[str, Any]:
     wanted += ["lidar", "scenario_fov"] if "lidar" in data.modalities else []
     wanted += ["augment", "flip"] if data.split == "legacy" else []  # copies are made before it is drawn
     settings |= {f"data.{name}": getattr(data, name) for name in wanted}
-    settings["data.longest_history"] = data.reach  # or data.history: which windows there are
+    settings["data.longest_history"] = data.reach  # or data.history: with the steps, which windows there are
+    settings["data.steps"] = data.steps
     settings["data.simulated"] = asdict(data.simulated) if data.root is None else None
     return settings
 
