@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from search.space_file import load_space
+from trainables.contract import Diverged, Trial
 from trainables.optim import Optim, lr_factor
 
 SPACES = Path(__file__).parents[1] / "search_spaces"
+EPOCHS = 6
 
 
 @pytest.mark.parametrize("name", ["blocks", "fusion", "rebuild"])
@@ -29,3 +33,17 @@ def test_a_search_over_the_history_scores_all_on_the_same_windows(profile: str |
     space, _ = load_space(SPACES / "blocks.yaml", profile=profile, has_gpu=profile is None)
     (history,) = (item.domain for item in space.parameters if item.name == "data.history")
     assert space.tree["data"]["longest_history"] == max(history.grid() or [])
+
+
+@pytest.mark.slow
+def test_the_first_known_block_blows_up_as_published_and_not_in_its_fixed_form() -> None:
+    """P1 of the notes, at the rate that the small network takes: as far as the epoch after that of the NaN."""
+    space, trainable = load_space(SPACES / "blocks.yaml", profile="laptop", has_gpu=False)
+    config = trainable.config(space.config(space.try_first[0].values))
+    model = replace(config.model, mamba_init="mamba", residual=True)
+    assert config.model.block == "uni"
+    with pytest.raises(Diverged) as blown_up:
+        list(islice(trainable.train(Trial(config)), EPOCHS))
+    assert blown_up.value.details["found"]["reproduced"]
+    reports = list(islice(trainable.train(Trial(replace(config, model=model))), EPOCHS))
+    assert len(reports) == EPOCHS
