@@ -114,6 +114,7 @@ def test_the_named_files_need_the_dependency(dependency: re.Match[str]) -> None:
             assert re.search(rf"\b{dependency['name']}\b", path.read_text()), f"{file} does not use it"
 
 
+@pytest.mark.slow
 def test_every_foreign_import_is_declared() -> None:
     known = sys.stdlib_module_names | {"launch", "benchmarks", "tests", *OURS}
     known |= {name for dependency in declared() for name in import_names(dependency["name"])}

@@ -205,6 +205,7 @@ def test_each_epoch_gives_the_mirror_its_turn(tmp_path: Path) -> None:
     assert [len(rows) for rows in kept] == [1, 2], "the epoch is on the disk when its turn comes"
 
 
+@pytest.mark.slow
 def test_a_bucket_is_a_mirror_too(results: Path, tmp_path: Path, store: Store) -> None:
     """The checkpoint is larger than what pyarrow sends in one piece."""
     (results / "trials/0000/checkpoint-0001.pt").write_bytes(bytes(range(256)) * 50_000)

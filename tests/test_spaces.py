@@ -77,6 +77,7 @@ def test_rebuild_searches_what_the_project_promises() -> None:
     } <= {item.name for item in space.parameters}
 
 
+@pytest.mark.slow
 def test_every_cell_of_every_table_is_a_search(subtests: pytest.Subtests) -> None:
     for file, profile in CASES:
         if not yaml_file.read(file).get("tables"):

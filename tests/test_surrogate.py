@@ -187,6 +187,7 @@ class TestLadder:
         assert best == {0, 1, 3}
 
 
+@pytest.mark.slow
 class TestProposals:
     def test_they_get_closer_to_the_best_than_draws_do(self, tmp_path: Path) -> None:
         played = run(open_ledger(search_of(tmp_path), InMemoryStorage()), 30, bowl)
