@@ -122,7 +122,9 @@ class Guard:
             self._spiked = (self._streak >= self._spike.patience) & ~blown_up
             self._diverged = self._diverged | self._spiked
         self._losses.append(loss)
-        self._norms.append(torch.where(overflow, math.inf, norm))  # NaN as often, where one was mended
+        self._norms.append(
+            torch.where(overflow, math.inf, norm)
+        )  # a mended overflow shows as one, also where it left a NaN
         return self._diverged | bad, overflow
 
     def follow(self, step: Step) -> None:
