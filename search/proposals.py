@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +27,9 @@ class WholeSampler(BaseSampler):
         self._space = space
         self._chosen: Values = {}
 
+    @abstractmethod
     def choose(self, study: optuna.Study, trial: FrozenTrial) -> Values:
         """A value for every active parameter."""
-        raise NotImplementedError
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         self._chosen = self.choose(study, trial)

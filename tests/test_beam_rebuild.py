@@ -320,7 +320,13 @@ def test_a_checkpoint_with_tokens_serves_a_network_without(
 ) -> None:
     """As the tables want it: fusion training has tokens, and what stands in there are zeros and noise."""
     model = replace(config.model, missing=missing)
-    rebuild.prepare(replace(config, model=model, rebuild=Rebuild(pretrained=str(checkpoint))))
+    given = replace(config, model=model, rebuild=Rebuild(pretrained=str(checkpoint)))
+    rebuild.prepare(given)
+    theirs, taken = torch.load(checkpoint)["model"], rebuild.initial_weights(given, Trial(given))
+    assert {name for name in theirs if name not in taken} == {
+        f"absent.{sensor}" for sensor in ("image", "lidar", "radar")
+    }
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in taken.items())
 
 
 @pytest.fixture(scope="module")
