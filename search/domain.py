@@ -38,8 +38,11 @@ class Domain(Protocol):
 
     def decode(self, stored: Any) -> Any: ...
 
-    def grid(self) -> list[Any] | None:
-        """Every value, as Optuna stores it; None where there is no end of them."""
+    def size(self) -> int | None:
+        """How many values there are; None where there is no end of them."""
+
+    def grid(self) -> list[Any]:
+        """Every value, as Optuna stores it, where there is an end of them."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,11 @@ class Real:
     def decode(self, stored: Any) -> Any:
         return stored
 
-    def grid(self) -> list[Any] | None:
-        if self.step is None:
-            return None
+    def size(self) -> int | None:
+        return None if self.step is None else _steps(self.low, self.high, self.step) + 1
+
+    def grid(self) -> list[Any]:
+        assert self.step is not None, "a range without a step has no end"
         return [self.nearest(self.low + self.step * i) for i in range(_steps(self.low, self.high, self.step) + 1)]
 
 
@@ -155,7 +160,10 @@ class Integer:
     def decode(self, stored: Any) -> Any:
         return stored
 
-    def grid(self) -> list[Any] | None:
+    def size(self) -> int:
+        return len(range(self.low, self.high + 1, self.step))
+
+    def grid(self) -> list[Any]:
         return list(range(self.low, self.high + 1, self.step))
 
 
@@ -195,7 +203,10 @@ class Choice:
     def decode(self, stored: Any) -> Any:
         return next(value for value in self.values if _same(self.encode(value), stored))
 
-    def grid(self) -> list[Any] | None:
+    def size(self) -> int:
+        return len(self.values)
+
+    def grid(self) -> list[Any]:
         return [self.encode(value) for value in self.values]
 
 

@@ -34,7 +34,7 @@ def _features(parameter: Parameter, values: Mapping[str, Any]) -> list[float]:
     domain, active = parameter.domain, parameter.name in values
     flag = [float(active)] if parameter.when else []
     if isinstance(domain, Choice):
-        return flag + [float(active and domain.encode(values[parameter.name]) == item) for item in domain.grid() or []]
+        return flag + [float(active and domain.encode(values[parameter.name]) == item) for item in domain.grid()]
     assert isinstance(domain, (Real, Integer))
     if not active or domain.low == domain.high:
         return [*flag, 0.0]

@@ -17,6 +17,7 @@ from trainables.contract import UserError
 
 WHOLE_TRIALS = ("cmaes", "nsga2")  # these learn from trials that ran to their end, and from no other
 STOPPING = ("asha", "hyperband", "median")
+LARGEST_GRID = 100_000  # settings; Optuna makes a list of them for each proposal
 
 
 def sampler_maker(space: Space) -> MakeSampler:
@@ -61,29 +62,32 @@ def unlearned(space: Space) -> list[str]:
 
 
 def grid_size(space: Space) -> int:
-    """How many settings the grid of a space has."""
-    size = 1
-    for values in _grid(space).values():
-        size *= len(values)
-    return size
+    """How many settings the grid of a space has; UserError where there is no such grid, or no end of it."""
+    settings = 1
+    for parameter in space.parameters:
+        if parameter.when:
+            raise UserError(f"search.sampler: grid knows no `when` ({parameter.name}); use tpe or random")
+        size = parameter.domain.size()
+        if size is None:
+            raise UserError(
+                f"search.sampler: grid needs finitely many values of {parameter.name}; write a choice, an int or a step"
+            )
+        settings *= size
+    if settings > LARGEST_GRID:
+        raise UserError(
+            f"search.sampler: a grid of {settings} settings is more than the {LARGEST_GRID} that grid takes; give "
+            "fewer values, or use qmc, which spreads its settings as evenly"
+        )
+    return settings
 
 
 def _grid(space: Space) -> dict[str, list[Any]]:
-    grid = {}
     for i, known in enumerate(space.try_first):
         missing = [item.name for item in space.parameters if item.name not in known.values]
         if missing:
             raise UserError(f"try_first.{i}: grid fills in no values; give {', '.join(missing)} a value there too")
-    for parameter in space.parameters:
-        values = parameter.domain.grid()
-        if values is None:
-            raise UserError(
-                f"search.sampler: grid needs finitely many values of {parameter.name}; write a choice, an int or a step"
-            )
-        if parameter.when:
-            raise UserError(f"search.sampler: grid knows no `when` ({parameter.name}); use tpe or random")
-        grid[parameter.name] = values
-    return grid
+    grid_size(space)
+    return {parameter.name: parameter.domain.grid() for parameter in space.parameters}
 
 
 class _Grid(optuna.samplers.GridSampler):

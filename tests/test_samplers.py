@@ -19,7 +19,7 @@ from search.study import Ledger
 from trainables.contract import UserError
 
 SAMPLERS = ["tpe", "gp", "cmaes", "nsga2", "qmc", "random", "grid"]
-TRIALS = 15  # gp draws at random until ten have ended: two of the last five are its own
+TRIALS = 15  # gp draws at random until six have ended
 CONFIG: dict[str, Any] = {
     "epochs": 2,
     "optim": {"lr": 0.0},
@@ -205,6 +205,7 @@ class TestGrid:
         [
             ({"lr": {"log": [0.1, 1.0]}}, "grid needs finitely many values of lr; write a choice, an int or a step"),
             ({"a": {"choice": [1, 2]}, "b": {"choice": [1], "when": {"a": [1]}}}, r"grid knows no `when` \(b\)"),
+            ({"a": {"int": [1, 10**9]}, "b": {"choice": [1, 2]}}, "grid of 2000000000 settings is more than the 1000"),
         ],
     )
     def test_what_has_no_grid_is_refused(self, config: dict[str, Any], message: str, tmp_path: Path) -> None:
