@@ -97,7 +97,13 @@ NOTES = {
         Pretrain(epochs=0),
     ),
     "R-S2": (
-        Rebuild(source=("image", "radar"), target=("lidar",), encoders="trained", fusion_lr_ratio=1.0),
+        Rebuild(
+            source=("image", "radar"),
+            target=("lidar",),
+            encoders="trained",
+            fusion_lr_ratio=1.0,
+            pretrained_part="first_stages",
+        ),
         EARLIER,
         Pretrain(),
     ),
@@ -184,6 +190,29 @@ def test_a_rebuild_from_scratch_starts_from_the_seed_of_the_pretraining(config: 
 
     assert torch.equal(initial(Pretrain(epochs=0)), initial(Pretrain(epochs=0)))
     assert not torch.equal(initial(Pretrain(epochs=0)), initial(Pretrain(epochs=0, seed=1)))
+
+
+def test_a_rebuild_may_start_from_the_first_stages_alone(config: rebuild.Config) -> None:
+    given = fusion.build(config.fusion).state_dict()
+    whole, part = (
+        rebuild.build(replace(config, rebuild=Rebuild(pretrained_part=kept)), given).fusion.state_dict()
+        for kept in ("network", "first_stages")
+    )
+    assert all(torch.equal(whole[name], tensor) for name, tensor in given.items())
+    kept = {name for name, tensor in given.items() if torch.equal(part[name], tensor)}
+    first = re.compile(r"encoders\.(image|lidar|radar)\.resnet\.(embedder|encoder\.stages\.0)\.")
+    assert {name for name in given if first.match(name)} <= kept
+    drawn = {name for name in given if name.endswith("weight") and given[name].ndim > 1 and not first.match(name)}
+    assert drawn
+    assert not drawn & kept
+
+
+@pytest.mark.parametrize("frozen", ["fusion_lr_ratio", "alpha_fusion"])
+def test_what_starts_from_noise_has_to_train(config: rebuild.Config, frozen: str) -> None:
+    settings = Rebuild(pretrained_part="first_stages", fusion_lr_ratio=0.0 if frozen == "fusion_lr_ratio" else 1.0)
+    loss = RebuildLoss(alpha_fusion=0.0 if frozen == "alpha_fusion" else 1.0)
+    with pytest.raises(UserError, match=r"pretrained_part = first_stages needs rebuild\.fusion_lr_ratio and"):
+        replace(config, rebuild=settings, loss=loss)
 
 
 def test_windows_whose_target_is_not_rebuilt_hold_it_or_its_stand_in(config: rebuild.Config) -> None:

@@ -12,7 +12,7 @@ from small_beam import GPS_WIDTH, SMALL, noise
 from test_beam_losses import brute_force_dba
 from torch import Tensor
 
-from trainables.beam.config import SENSORS, BeamLoss, Data, Model
+from trainables.beam.config import SENSORS, BeamLoss, Data, Modality, Model
 from trainables.beam.fusion import Config, beam_loss, by_scenario, draw_missing, everywhere, loss, score
 from trainables.beam.metrics import beam_scores
 from trainables.beam.network import Ahead, FusionNetwork
@@ -106,7 +106,7 @@ def flat_dba(logits: Tensor, beam: Tensor) -> float:
 @torch.no_grad()
 def test_a_score_counts_every_step_and_batches_of_any_size_add_up() -> None:
     data = data_of(2, 3)
-    config = Config(data=data, model=SMALL, score_without=("image",))
+    config = Config(data=data, model=SMALL, score_without=("image", "lidar"), score_each=True)
     built, batch = network(SMALL, data).eval(), held_out(7, data)
     sums: dict[str, list[float]] = {}
     for rows in (slice(0, 2), slice(2, 7)):
@@ -116,10 +116,16 @@ def test_a_score_counts_every_step_and_batches_of_any_size_add_up() -> None:
             sums[name] = [before[0] + float(summed), before[1] + float(count)]
 
     logits, beam = built(batch), batch["beam"]
-    less = built.fuse(built.withhold(built.first_maps(batch), everywhere(["image"], beam)), batch["gps"])
+    maps = built.first_maps(batch)
+    gone: dict[str, list[Modality]] = {"missing": ["image", "lidar"], **{f"without_{x}": [x] for x in built.sensors}}
+    less = {
+        name: built.fuse(built.withhold(maps, everywhere(sensors, beam)), batch["gps"])
+        for name, sensors in gone.items()
+    }
+    assert less.keys() == {"missing", "without_image", "without_lidar", "without_radar"}
     expected = {
         "dba": (flat_dba(logits, beam), 21),
-        "dba_missing": (flat_dba(less, beam), 21),
+        **{f"dba_{name}": (flat_dba(without, beam), 21) for name, without in less.items()},
         **{f"dba_step{p + 1}": (flat_dba(logits[:, p], beam[:, p]), 7) for p in range(3)},
         "dba_31": (flat_dba(logits[::2], beam[::2]), 12),
         "dba_32": (flat_dba(logits[1::2], beam[1::2]), 9),
@@ -133,14 +139,14 @@ def test_a_score_counts_every_step_and_batches_of_any_size_add_up() -> None:
 @torch.no_grad()
 def test_windows_that_are_kept_apart_count_towards_their_own_scenario_alone(steps: int) -> None:
     data = data_of(2, steps)
-    config = Config(data=data, model=SMALL, score_without=("image",))
+    config = Config(data=data, model=SMALL, score_without=("image",), score_each=True)
     built, batch = network(SMALL, data).eval(), noise(6, data)
     batch["apart"] = torch.tensor([False, True, True, False, False, True])
     batch["scenario"] = batch["apart"].long()
     pooled = {name: tensor[~batch["apart"]] for name, tensor in batch.items()}
     both, alone = (score(built, part, config, ("scenario31", "adaptation_31")) for part in (batch, pooled))
     of_windows = {name for name in both if not name.startswith(("zeros", "size", "mean", "square"))}
-    assert {"dba", "top1", "top2", "top3", "dba_missing", "dba_31"} <= of_windows
+    assert {"dba", "top1", "top2", "top3", "dba_missing", "dba_without_radar", "dba_31"} <= of_windows
     for name in of_windows - {"dba_adaptation_31"}:
         for with_others, without in zip(both[name], alone[name], strict=True):
             torch.testing.assert_close(with_others, without)

@@ -212,6 +212,7 @@ class Rebuild:
     encoders: Literal["frozen", "trained"] = "frozen"  # first stages of sources and targets; trained: at optim.lr
     fusion_lr_ratio: float = 0.01  # the fusion network's learning rate over optim.lr; 0: it stays as it is
     pretrained: str | None = None  # checkpoint of a fusion network; None: one is trained once and kept
+    pretrained_part: Literal["network", "first_stages"] = "network"  # what starts from it; the rest, from noise
     cache_features: bool = False  # what the frozen first stages make of each frame is kept on disk, for all trials
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ class Config:
     epochs: int = 30
     missing_prob: float = 0.0  # share of training windows that lack one sensor, any as often
     score_without: tuple[Modality, ...] = ()  # sensors; when any, dba_missing is the DBA without them
+    score_each: bool = False  # the DBA without each sensor alone, too: dba_without_image and so on
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -95,24 +96,31 @@ def draw_missing(
 
 
 def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[str] = ()) -> Pairs:
-    """DBA and top-k accuracy, the DBA of each scenario and without `score_without`, and the fusion stages' health.
+    """DBA and top-k accuracy, the DBA of each scenario and of what `lacking` names, and the fusion stages' health.
 
     Windows of several steps count once for each step; `dba_step1` and so on are the DBA of one step. Windows that are
     kept apart count towards their scenario alone.
     """
     assert isinstance(model, FusionNetwork)
-    maps = model.first_maps(batch)
+    maps, gps, beam = model.first_maps(batch), batch.get("gps"), batch["beam"]
     with fusion_signs(model) as signs:
-        full = beam_scores(model.fuse(maps, batch.get("gps")), batch["beam"])
+        full = beam_scores(model.fuse(maps, gps), beam)
     pooled_B = ~batch["apart"]
     pairs: dict[str, tuple[Tensor, Tensor | int]] = {name: total(full[name], pooled_B) for name in REPORTED}
     pairs |= signs
     pairs |= by_step(full["dba"], pooled_B)
     pairs |= by_scenario(full["dba"], batch["scenario"], scenarios)
-    if config.score_without:
-        less = model.withhold(maps, everywhere(config.score_without, batch["beam"]))
-        pairs["dba_missing"] = total(beam_scores(model.fuse(less, batch.get("gps")), batch["beam"])["dba"], pooled_B)
+    for name, sensors in lacking(config, model.sensors).items():
+        less = model.withhold(maps, everywhere(sensors, beam))
+        pairs[name] = total(beam_scores(model.fuse(less, gps), beam)["dba"], pooled_B)
     return pairs
+
+
+def lacking(config: Config, sensors: Sequence[Modality]) -> dict[str, tuple[Modality, ...]]:
+    """By the name of a score, which of the network's sensors are missing in it."""
+    together = {"dba_missing": config.score_without} if config.score_without else {}
+    alone = {f"dba_without_{sensor}": (sensor,) for sensor in sensors} if config.score_each else {}
+    return {**together, **alone}
 
 
 def everywhere(sensors: Sequence[Modality], like: Tensor) -> dict[Modality, Tensor]:

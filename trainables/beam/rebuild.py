@@ -67,6 +67,12 @@ class Config:
                 "stages with the encoders, so that one which stays as it is would be ruined by training them; set "
                 "rebuild.encoders to frozen, or let the fusion network train too"
             )
+        if self.rebuild.pretrained_part == "first_stages" and self.fusion_frozen:
+            raise UserError(
+                "rebuild.pretrained_part = first_stages needs rebuild.fusion_lr_ratio and loss.alpha_fusion above 0, "
+                f"not {self.rebuild.fusion_lr_ratio:g} and {self.loss.alpha_fusion:g}: the rest of the fusion network "
+                "starts from noise, and would stay untrained"
+            )
         if self.rebuild.cache_features and (self.data.augment or self.data.flip):
             raise UserError(
                 f"rebuild.cache_features = true needs data.augment = 0 and data.flip = false, not {self.data.augment} "
@@ -104,7 +110,9 @@ class RebuildNetwork(nn.Module):
         rebuild, width, norm, shared = config.rebuild, config.model.channels[0], config.model.norm, config.shared
         self.source, self.target, self.history = rebuild.source, rebuild.target, config.data.history
         self.fusion = fusion.build(config.fusion)
-        self.fusion.load_state_dict(weights)
+        anew = {} if rebuild.pretrained_part == "network" else self.fusion.state_dict()
+        begun = {name: tensor for name, tensor in anew.items() if not of_first_stage(name)}
+        self.fusion.load_state_dict({**weights, **begun})
         self.heads = nn.ModuleDict(
             {sensor: ProjectHead(width, shared, norm) for sensor in (*self.source, *self.target)}
         )
@@ -143,6 +151,11 @@ def first_stages(network: FusionNetwork, sensor: Modality) -> list[nn.Module]:
     """What makes a sensor's first map."""
     resnet = network.encoder(sensor).resnet
     return [resnet.embedder, resnet.encoder.stages[0]]
+
+
+def of_first_stage(name: str) -> bool:
+    """Whether a parameter, by its name, is one of `first_stages`."""
+    return ".resnet.embedder." in name or ".resnet.encoder.stages.0." in name
 
 
 def build(config: Config, weights: Weights) -> RebuildNetwork:
@@ -267,8 +280,7 @@ def task_for(config: Config, weights: Weights, maps: features.Maps) -> Task:
 
 def lr_scale(name: str, ratio: float) -> float:
     """First stages, where they are trained, learn as fast as the rebuild; the network after them at its own rate."""
-    first = ".resnet.embedder." in name or ".resnet.encoder.stages.0." in name
-    return ratio if name.startswith("fusion.") and not first else 1.0
+    return ratio if name.startswith("fusion.") and not of_first_stage(name) else 1.0
 
 
 def prepare(config: Config) -> str:
