@@ -36,7 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> rebuild.Config:
 def test_the_key_of_a_network_is_what_it_was_trained_by(config: rebuild.Config) -> None:
     base, arrays = config.fusion, ["image-1.npy"]
     key = pretrained.key(base, 0, arrays)
-    assert key == pretrained.key(replace(base, score_without=()), 0, arrays)
+    assert key == pretrained.key(replace(base, score_without=(), score_each=True), 0, arrays)
     assert key == pretrained.key(replace(base, data=replace(base.data, prepared="/else")), 0, arrays)
     wide, last = (replace(base.model, channels=(8, 8, 12, 16), channels_last=last) for last in (False, True))
     assert pretrained.key(replace(base, model=wide), 0, arrays) == pretrained.key(replace(base, model=last), 0, arrays)
