@@ -2,7 +2,7 @@
 
 Proposed is the setting, likely enough to survive, of the largest expected improvement of the score of a whole trial
 (in logarithms: Ament et al., Unexpected Improvements to Expected Improvement, 2023). A smooth model that is wrong is
-sure of itself, and would ask for the same place again and again; so every third proposal is TPE's.
+sure of itself, and would ask for the same place again and again; so every other proposal is TPE's.
 
 Shapes: N scored trials, M candidates, D features.
 """
@@ -28,10 +28,8 @@ from search.record import longest_of, read_record
 from search.regression import FAR, Regression
 from search.space import Space, Values
 from search.study import proposal_seed
-from search.survival import LATEST, SURVIVED, Survival, demanded, learn, tells
+from search.survival import LATEST, MAPPED, SURVIVED, Survival, demanded, learn, tells
 
-BEGUN = 6  # ended trials before this model speaks; it asks that of survival from then on, too
-TURNS = 3  # the second of so many is TPE's
 ANYWHERE, NEARBY, NEARER = 500, 500, 150  # candidates: in all the space; around the best settings; twice, around theirs
 BEST = 5  # settings, or candidates, around which others are drawn
 STEP = (0.01, 0.5)  # parts of a range, to a candidate nearby; every order of magnitude alike
@@ -40,7 +38,7 @@ TAIL = -30.0  # standard deviations below which an improvement is reckoned by it
 
 
 class SurrogateSampler(WholeSampler):
-    """Every third setting is TPE's; the rest are draws until six trials have ended in any way, and one has a score."""
+    """Every other setting is TPE's; the rest are draws until ten trials have ended in any way, and one has a score."""
 
     def __init__(self, space: Space, seed: int) -> None:
         super().__init__(space)
@@ -58,15 +56,13 @@ class SurrogateSampler(WholeSampler):
 
     def choose(self, study: optuna.Study, trial: FrozenTrial) -> Values:
         others = [item for item in study.get_trials(deepcopy=False) if item.number != trial.number]
-        if is_tpes(trial.number):
-            return self._of_tpe(others, study, trial)
-        survival = learn(self._space, others, BEGUN) if self._space.search.survival else None
+        survival = learn(self._space, others) if self._space.search.survival else None
+        if trial.number % 2:
+            return self._of_tpe(survival, study, trial)
         worth = judge(self._space, others, survival, self._rng)
         return self._space.draw(self._rng) if worth is None else self._best(worth)
 
-    def _of_tpe(self, others: Sequence[FrozenTrial], study: optuna.Study, trial: FrozenTrial) -> Values:
-        survival = learn(self._space, others) if self._space.search.survival else None
-
+    def _of_tpe(self, survival: Survival | None, study: optuna.Study, trial: FrozenTrial) -> Values:
         def tpe(candidate: int) -> optuna.samplers.TPESampler:
             return optuna.samplers.TPESampler(seed=proposal_seed(self._seed, candidate))
 
@@ -147,11 +143,6 @@ class Worth:
         return likely_M, np.where(likely_M, worth_M, survival_M)
 
 
-def is_tpes(number: int) -> bool:
-    """Whether TPE proposes the setting of the trial of that number."""
-    return number % TURNS == 1
-
-
 def _key(row_D: Array) -> bytes:
     """The same for settings that differ by what adding up steps leaves."""
     return (np.round(row_D, 9) + 0.0).tobytes()  # no -0.0
@@ -164,7 +155,7 @@ def judge(space: Space, others: Sequence[FrozenTrial], survival: Survival | None
     measured = [item for item in ended if SURVIVED[item.user_attrs["status"]]]
     longest = space.epochs or longest_of(ended)
     scored = list(scores_of(space, measured, longest, rng))
-    if len(tried) < BEGUN or not scored or not space.parameters:
+    if len(tried) < MAPPED or not scored or not space.parameters:
         return None
     settings = [values for values, _ in scored]
     ladder = Ladder(feature_rows(space, settings), [scores for _, scores in scored], rungs(space, longest))

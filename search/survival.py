@@ -91,15 +91,15 @@ def _fit(scale: float, k_NN: Array, survived_N: Array, weight_N: Array) -> _Fit:
     return _Fit(scale, weight_N * (survived_N - expit(f_N)), root_N, lower_NN, log_evidence)
 
 
-def learn(space: Space, trials: Sequence[FrozenTrial], enough: int = MAPPED) -> Survival | None:
-    """The model of a study's ended trials; None where they are not enough, or have all come to the same.
+def learn(space: Space, trials: Sequence[FrozenTrial]) -> Survival | None:
+    """The model of a study's ended trials; None where they do not yet tell what survives from what does not.
 
     A trial that the scheduler stopped has survived the epochs it ran, and counts as that part of an observation.
     """
     told = [item for item in trials if tells(item)][-LATEST:]
     ended = [item.user_attrs for item in told]
     survived = [SURVIVED[item["status"]] for item in ended]
-    if not space.parameters or len(ended) < enough or len(set(survived)) < 2:
+    if not space.parameters or len(ended) < MAPPED or len(set(survived)) < 2:
         return None
     longest = space.epochs or longest_of(told)
     weights = [min(1.0, item["epochs"] / longest) if item["status"] == "stopped" else 1.0 for item in ended]
