@@ -110,9 +110,10 @@ class RebuildNetwork(nn.Module):
         rebuild, width, norm, shared = config.rebuild, config.model.channels[0], config.model.norm, config.shared
         self.source, self.target, self.history = rebuild.source, rebuild.target, config.data.history
         self.fusion = fusion.build(config.fusion)
-        anew = {} if rebuild.pretrained_part == "network" else self.fusion.state_dict()
-        begun = {name: tensor for name, tensor in anew.items() if not of_first_stage(name)}
-        self.fusion.load_state_dict({**weights, **begun})
+        if rebuild.pretrained_part == "first_stages":
+            taken = {name: tensor for name, tensor in weights.items() if of_first_stage(name)}
+            weights = {**self.fusion.state_dict(), **taken}
+        self.fusion.load_state_dict(weights)
         self.heads = nn.ModuleDict(
             {sensor: ProjectHead(width, shared, norm) for sensor in (*self.source, *self.target)}
         )
