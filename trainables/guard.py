@@ -122,9 +122,8 @@ class Guard:
             self._spiked = (self._streak >= self._spike.patience) & ~blown_up
             self._diverged = self._diverged | self._spiked
         self._losses.append(loss)
-        self._norms.append(
-            torch.where(overflow, math.inf, norm)
-        )  # a mended overflow shows as one, also where it left a NaN
+        # A mended overflow shows as one, also where it left a NaN.
+        self._norms.append(torch.where(overflow, math.inf, norm))
         return self._diverged | bad, overflow
 
     def follow(self, step: Step) -> None:

@@ -155,7 +155,7 @@ def first_stages(network: FusionNetwork, sensor: Modality) -> list[nn.Module]:
 
 
 def of_first_stage(name: str) -> bool:
-    """Whether a parameter, by its name, is one of `first_stages`."""
+    """Whether a parameter or buffer, by its name, is one of `first_stages`."""
     return ".resnet.embedder." in name or ".resnet.encoder.stages.0." in name
 
 
