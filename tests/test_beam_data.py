@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from PIL import Image
 from trainables.beam.config import Data, Modality, Simulated
 from trainables.beam.data import describe, gps_width, samples, timing_of
 from trainables.beam.decode import Decoder, decode
-from trainables.beam.files import fov_of, radar_maps
+from trainables.beam.files import fov_of, radar_maps, read_points
 from trainables.beam.gps import Timing, gps_features
 from trainables.beam.prepare import array_path, data_root, prepare_data
 from trainables.beam.simulator import simulate
@@ -78,10 +79,22 @@ def rows_of(data: Data) -> list[Row]:
 
 
 def rewrite(data: Data, rows: list[Row]) -> None:
-    with csv_of(data).open("w", newline="") as file:
+    write_rows(csv_of(data), rows)
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def adapt(data: Data, rows: list[Row]) -> None:
+    """Give the data set an adaptation set of these rows, with copies of all files."""
+    folder = data_root(data) / "Adaptation_dataset_multi_modal"
+    shutil.copytree(data_root(data) / "Multi_Modal", folder)
+    (folder / csv_of(data).name).unlink()
+    write_rows(folder / "ml_challenge_data_adaptation_multi_modal.csv", rows)
 
 
 def slow_counts(path: Path, x: tuple[float, float], y: tuple[float, float]) -> NDArray[np.int64]:
@@ -256,10 +269,7 @@ def test_a_data_set_that_cannot_be_split_says_so(tmp_path: Path) -> None:
 
 
 def test_the_adaptation_set_only_validates_where_the_split_is_honest(own: Data) -> None:
-    assert own.root is not None
-    adaptation = Path(own.root) / "Adaptation_dataset_multi_modal"
-    shutil.copytree(Path(own.root) / "Multi_Modal", adaptation)
-    (adaptation / csv_of(own).name).rename(adaptation / "ml_challenge_data_adaptation_multi_modal.csv")
+    adapt(own, rows_of(own))
     table = prepare_data(own)
     assert table.adaptation_N.sum() == len(table.adaptation_N) / 2
     train, val = sides_of(table, own)
@@ -267,6 +277,22 @@ def test_the_adaptation_set_only_validates_where_the_split_is_honest(own: Data) 
     assert (val >= table.adaptation_N).all()
     train, _ = sides_of(table, replace(own, split="legacy"))
     assert (train & table.adaptation_N).any()
+
+
+def test_an_adaptation_set_without_passes_leaves_those_of_the_development_set(own: Data) -> None:
+    before = sides_of(prepare_data(own), own)
+    adapt(own, [{name: x for name, x in row.items() if name != "seq_index"} for row in rows_of(own)])
+    table = prepare_data(own)
+    assert table.passes_N is not None
+    for side, was in zip(sides_of(table, own), before, strict=True):
+        np.testing.assert_array_equal(side[~table.adaptation_N], was)
+
+
+def test_labels_of_an_adaptation_set_alone_that_count_from_zero_are_a_mistake(own: Data) -> None:
+    rows = [row | {"unit1_beam": str(int(row["unit1_beam"]) - 1)} for row in rows_of(own)]
+    adapt(own, [row for row in rows if row["unit1_beam"] != "0"][:1])
+    with pytest.raises(UserError, match=r"data_adaptation_multi_modal\.csv: unit1_beam names .* in 1 of 1 labels"):
+        prepare_data(own)
 
 
 def test_a_nan_power_is_relabelled_by_the_strongest_of_the_others(
@@ -295,6 +321,11 @@ def text(content: str) -> Spoil:
     return lambda path: path.write_text(content)
 
 
+def zipped(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, cube=np.zeros(3))
+
+
 @pytest.mark.parametrize(
     ("column", "spoil", "message"),
     [
@@ -302,11 +333,14 @@ def text(content: str) -> Spoil:
         ("unit1_rgb_1", text(""), "image_BS1_0.jpg: not a whole image"),
         ("unit1_radar_1", cut(0.9), "radar_data_0.npy: not a whole .npy file"),
         ("unit1_radar_1", text("zeros"), "radar_data_0.npy: not a whole .npy file"),
+        ("unit1_radar_1", zipped, "radar_data_0.npy: an archive of arrays"),
+        ("unit1_radar_1", lambda path: path.write_bytes(b"PK\3\4"), "radar_data_0.npy: not a whole .npy file"),
         ("unit1_radar_1", lambda path: np.save(path, np.zeros((4, 8))), r"float64 of shape \(4, 8\), not a complex"),
         ("unit1_lidar_1", cut(0.9), "lidar_data_0.ply: the header promises"),
         ("unit1_lidar_1", text("ply\nformat ascii 1.0\n"), "lidar_data_0.ply: not a PLY file"),
         ("unit1_lidar_1", text("ply\nformat binary_little_endian 1.0\nend_header\n"), "lidar_data_0.ply: a binary PLY"),
         ("unit1_lidar_1", lambda path: text(path.read_text().replace("vertex", "vortex"))(path), "is not `vertex`"),
+        ("unit1_lidar_1", text("ply\nformat ascii 1.0\nelement vertex\nend_header\n"), "is not `vertex` and a number"),
         ("unit1_lidar_1", lambda path: text(path.read_text() + "oops")(path), "lidar_data_0.ply: .* not a number"),
         ("unit2_loc_1", text("33.4\n"), "GPS_location_0.txt: 1 numbers instead of 2"),
         ("unit2_loc_1", text("33.4\nwest\n"), "GPS_location_0.txt: not 2 numbers"),
@@ -346,6 +380,56 @@ def test_a_missing_column_names_the_modality_to_leave_out(own: Data, group: str,
         prepare_data(own)
     others: tuple[Modality, ...] = tuple(name for name in own.modalities if name != modality)
     prepare_data(replace(own, modalities=others))
+
+
+@pytest.mark.parametrize("column", ["unit1_rgb_5", "unit1_radar_3", "unit1_lidar_1", "unit2_loc_1", "unit2_loc_2"])
+def test_a_single_missing_column_is_named_and_no_other_instant_taken_for_it(own: Data, column: str) -> None:
+    rewrite(own, [{name: x for name, x in row.items() if name != column} for row in rows_of(own)])
+    with pytest.raises(UserError, match=rf"\.csv has no column {column}; take (image|radar|lidar|gps) out of"):
+        prepare_data(replace(own, history=1))
+
+
+def test_a_label_column_for_each_step_is_a_mistake(own: Data) -> None:
+    rewrite(own, [row | {"unit1_beam_1": row["unit1_beam"]} for row in rows_of(own)])
+    words = csv_of(own).read_text()
+    csv_of(own).write_text(words.replace(",unit1_beam,", ",unit1_beam_2,", 1))
+    with pytest.raises(UserError, match=r"\.csv has no column unit1_beam; every window needs its label"):
+        prepare_data(own)
+
+
+def test_a_csv_is_read_behind_a_byte_order_mark_and_refused_in_another_encoding(own: Data) -> None:
+    rewrite(own, [{"unit1_rgb_1": row["unit1_rgb_1"], **row} for row in rows_of(own)])
+    words, table = csv_of(own).read_text(), prepare_data(own)
+    csv_of(own).write_text(words, encoding="utf-8-sig")
+    assert prepare_data(own).groups["unit1_rgb_"].paths == table.groups["unit1_rgb_"].paths
+    csv_of(own).write_text(words, encoding="utf-16")
+    with pytest.raises(UserError, match=r"\.csv is no CSV in UTF-8 \(.*; save it as one"):
+        prepare_data(own)
+
+
+def test_points_that_are_not_finite_are_no_points_and_a_cloud_may_be_empty(own: Data) -> None:
+    path = csv_of(own).parent / rows_of(own)[0]["unit1_lidar_1"]
+    head, end, body = path.read_text().partition("end_header\n")
+    points = read_points(path)
+    first, *others = body.splitlines(keepends=True)
+    path.write_text(head + end + "".join([" ".join(["nan"] * len(first.split())) + "\n", *others]))
+    np.testing.assert_array_equal(read_points(path), points[1:])
+    prepare_data(replace(own, lidar="filtered"))
+    path.write_text(re.sub(r"vertex \d+", "vertex 0", head) + end)
+    assert read_points(path).shape == (0, 3)
+    prepare_data(replace(own, lidar="filtered", prepared=f"{own.prepared}2", augment=1))
+
+
+def test_a_broken_point_cloud_is_named_with_its_row_where_the_background_is_made(own: Data) -> None:
+    cut(0.9)(csv_of(own).parent / rows_of(own)[0]["unit1_lidar_1"])
+    with pytest.raises(UserError, match=r"lidar_data_0.ply: the header promises .*; row 1 of .* names it: restore"):
+        prepare_data(replace(own, lidar="filtered"))
+
+
+def test_a_file_that_breaks_its_reader_is_named_with_its_row(own: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    with pytest.raises(UserError, match=r"jpg: DecompressionBombError: .*; row \d of .* names it: restore the file"):
+        prepare_data(own)
 
 
 def test_a_short_row_and_a_missing_folder_are_mistakes(own: Data, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,10 +46,8 @@ def decode(unfinished: Path, decoder: Decoder, paths: tuple[Path, ...], name: st
     """
 
     def one(array: Array, i: int) -> int:
-        try:
+        with naming(paths[i], where(i)):
             array[i] = decoder.read(paths[i])
-        except UserError as error:
-            raise UserError(f"{error}; {where(i)} names it: restore the file or remove the row") from None
         return 1
 
     # Threads: pictures, numbers in text and FFTs, which take the time, are decoded outside Python's lock. (While one
@@ -63,6 +62,18 @@ def decode(unfinished: Path, decoder: Decoder, paths: tuple[Path, ...], name: st
                 raise
 
         fill(unfinished, decoder.array_shape(len(paths)), decoder.dtype, name, some)
+
+
+@contextmanager
+def naming(path: Path, row: str) -> Iterator[None]:
+    """While the file is read: whatever it does to its reader is a mistake that names it and the row that names it."""
+    remedy = f"{row} names it: restore the file or remove the row"
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
+    except Exception as error:  # a broken file can make a library fail in any way
+        raise UserError(f"{path}: {type(error).__name__}: {error}; {remedy}") from error
 
 
 def fill(

@@ -8,6 +8,7 @@ Legend: N points, A antennas, S samples of a chirp, C chirps, P pixels of a side
 from __future__ import annotations
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,8 @@ def read_image(path: Path, size: int) -> NDArray[np.uint8]:
 
 
 def _numbers(path: Path, text: bytes) -> NDArray[np.float64]:
+    if not text.strip():
+        return np.empty(0)
     try:
         return np.fromstring(text, dtype=np.float64, sep=" ")
     except (ValueError, DeprecationWarning):  # older numpy warns and returns what it could read, caught by its count
@@ -48,7 +51,10 @@ def _numbers(path: Path, text: bytes) -> NDArray[np.float64]:
 
 
 def read_points(path: Path) -> NDArray[np.float64]:
-    """The points of an ASCII PLY, (N, 3): x, y, z in metres. Its first element must be `vertex`, as lidars write it."""
+    """The points of an ASCII PLY, (N, 3): x, y, z in metres. Its first element must be `vertex`, as lidars write it.
+
+    A beam that met nothing may be there as a point that is not finite, which is left out.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -60,9 +66,10 @@ def read_points(path: Path) -> NDArray[np.float64]:
     if ["format", "ascii", "1.0"] not in lines:
         raise UserError(f"{path}: a binary PLY; write it as `format ascii 1.0`")
     elements = [i for i, line in enumerate(lines) if line[:1] == ["element"]]
-    if not elements or lines[elements[0]][1] != "vertex":
-        raise UserError(f"{path}: the first element of the PLY is not `vertex`")
-    count = int(lines[elements[0]][2])
+    first = lines[elements[0]][1:] if elements else []
+    if len(first) != 2 or first[0] != "vertex" or not first[1].isdecimal():
+        raise UserError(f"{path}: the first element of the PLY is not `vertex` and a number of them")
+    count = int(first[1])
     upto = elements[1] if len(elements) > 1 else len(lines)
     names = [line[-1] for line in lines[elements[0] : upto] if line[:1] == ["property"]]
     if not {"x", "y", "z"} <= set(names):
@@ -71,7 +78,8 @@ def read_points(path: Path) -> NDArray[np.float64]:
     if len(values) < count * len(names) or (len(elements) == 1 and len(values) > count * len(names)):
         raise UserError(f"{path}: the header promises {count} points of {len(names)} numbers, {len(values)} are there")
     table = values[: count * len(names)].reshape(count, len(names))
-    return table[:, [names.index("x"), names.index("y"), names.index("z")]]
+    points_N3 = table[:, [names.index("x"), names.index("y"), names.index("z")]]
+    return points_N3[np.isfinite(points_N3).all(axis=1)]
 
 
 def lidar_counts(points_N3: NDArray[np.float64], size: int, fov: tuple[Range, Range]) -> NDArray[np.uint8]:
@@ -89,9 +97,12 @@ def fov_of(scenario: str, per_scenario: bool) -> tuple[Range, Range]:
 def read_cube(path: Path) -> NDArray[np.complex64]:
     """Raw radar samples, (A, S, C)."""
     try:
-        cube_ASC = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            cube_ASC = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"{path}: not a whole .npy file ({error})") from None
+    if not isinstance(cube_ASC, np.ndarray):
+        raise UserError(f"{path}: an archive of arrays (np.savez), not one array (np.save)")
     if cube_ASC.ndim != 3 or not np.iscomplexobj(cube_ASC) or 0 in cube_ASC.shape:
         raise UserError(
             f"{path}: {cube_ASC.dtype} of shape {cube_ASC.shape}, not a complex (antennas, samples, chirps)"

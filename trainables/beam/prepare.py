@@ -22,7 +22,7 @@ from trainables.beam import multistep, simulator
 from trainables.beam.augment import changed_points
 from trainables.beam.background import FRAMES, background, without
 from trainables.beam.config import Data
-from trainables.beam.decode import Decoder, Progress, decode
+from trainables.beam.decode import Decoder, Progress, decode, naming
 from trainables.beam.files import (
     BEAMS,
     fov_of,
@@ -134,14 +134,15 @@ def labels(table: Table, power: NDArray[np.float64]) -> NDArray[np.int64]:
     `UserError` where the labels count from 0, which none of them may say: 0 is the rarest.
     """
     power_NPB = power[table.groups[POWER].at_NK]
-    broken_NP = np.isnan(power_NPB).any(axis=2)
+    broken_NP = np.asarray(np.isnan(power_NPB).any(axis=2))
     strongest_NP = np.nanargmax(power_NPB, axis=2)
-    low = int((table.beam_NP == strongest_NP - 1)[~broken_NP].sum())
-    if 2 * low > (~broken_NP).sum():
-        raise UserError(
-            f"{table.csvs[0]}: {BEAM} names the beam below the strongest in {low} of {broken_NP.size} labels; "
-            f"it must count beams from 1 to {BEAMS}: add 1 to each"
-        )
+    low_NP = np.asarray(table.beam_NP == strongest_NP - 1) & ~broken_NP
+    for path, of_N in ((table.csvs[0], ~table.adaptation_N), (table.csvs[-1], table.adaptation_N)):
+        if 2 * (low := int(low_NP[of_N].sum())) > (~broken_NP[of_N]).sum():
+            raise UserError(
+                f"{path}: {BEAM} names the beam below the strongest in {low} of {broken_NP[of_N].size} labels; "
+                f"it must count beams from 1 to {BEAMS}: add 1 to each"
+            )
     return np.where(broken_NP, strongest_NP, table.beam_NP)
 
 
@@ -195,14 +196,19 @@ def _background_path(data: Data, table: Table, scenario: str) -> Path:
 
 def _make_backgrounds(data: Data, table: Table) -> None:
     """What stands still in the frames of each scenario; those that validate take part, for nothing in it is a label."""
-    paths = table.groups[GROUPS["lidar"][0]].paths
+    files = table.groups[GROUPS["lidar"][0]]
+
+    def read(i: int) -> NDArray[np.float64]:
+        with naming(files.paths[i], table.lines[files.row[i]]):
+            return read_points(files.paths[i])
+
     for scenario in table.scenarios:
-        here = [path for path in paths if scenario_of(path) == scenario]
+        here = [i for i, path in enumerate(files.paths) if scenario_of(path) == scenario]
         some = [here[i] for i in np.unique(np.linspace(0, len(here) - 1, FRAMES).astype(int))]
 
-        def make(unfinished: Path, some: list[Path] = some, name: str = f"background of {scenario}") -> None:
+        def make(unfinished: Path, some: list[int] = some, name: str = f"background of {scenario}") -> None:
             with Progress(name, len(some)) as progress, unfinished.open("wb") as file:
-                np.save(file, background(progress.over(read_points(path) for path in some)))
+                np.save(file, background(progress.over(map(read, some))))
 
         make_once(_background_path(data, table, scenario), make)
 

@@ -65,7 +65,7 @@ class Table:
     beam_NP: Ints  # 0-based, as the CSV says
     groups: dict[str, Files]
     frame_NK: Ints  # numbers of the frames that a window sees, its label's included
-    passes_N: tuple[str, ...] | None  # which pass of the car; None where the CSV does not say
+    passes_N: tuple[str, ...] | None  # which pass of the car; None where the development set's CSV does not say
     adaptation_N: NDArray[np.bool_]
     left_out: str  # which of the CSV files are not read, and why
 
@@ -123,7 +123,7 @@ def _read(root: Path, data: Data, development: Path, stamps: tuple[Stamp, Stamp]
         beam_NP=fixed(np.array(labels)),
         groups=groups,
         frame_NK=fixed(_frames(groups)),
-        passes_N=tuple(row[PASS] for row in every) if all(PASS in row for row in every) else None,
+        passes_N=tuple(row.get(PASS, "") for row in every) if PASS in found[0][0] else None,
         adaptation_N=fixed(np.arange(len(every)) >= len(found[0])),
         left_out=left_out,
     )
@@ -153,26 +153,49 @@ def _is_file(column: str) -> bool:
 
 def _read_csv(path: Path, modalities: Sequence[Modality]) -> list[Row]:
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             header = list(reader.fieldnames or [])
             rows = list(reader)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; data.root must hold the development set's CSV") from None
-    for name in (POWER, BEAM):
-        if not _columns(dict.fromkeys(header, ""), name):
-            raise UserError(f"{path} has no column {name}; every window needs its power and its label")
-    for modality in modalities:
-        for name in GROUPS[modality]:
-            if not _columns(dict.fromkeys(header, ""), name):
-                column = f"{name}1" if name.endswith("_") else name
-                raise UserError(f"{path} has no column {column}; take {modality} out of data.modalities")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV in UTF-8 ({error}); save it as one") from None
+    _check_header(path, header, modalities)
     if not rows:
         raise UserError(f"{path} has no rows; give a data set with at least one window")
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():  # DictReader's mark of too many or too few fields
             raise UserError(f"{path}: row {number} does not have the header's {len(header)} fields; mend the row")
     return rows
+
+
+def _check_header(path: Path, header: list[str], modalities: Sequence[Modality]) -> None:
+    """Every instant of what is asked for has its column: where one lacks, sensors would be read at other instants."""
+    columns = dict.fromkeys(header, "")
+    if BEAM not in columns:
+        raise UserError(f"{path} has no column {BEAM}; every window needs its label")
+    groups = [(POWER, "")] + [(name, modality) for modality in modalities for name in GROUPS[modality]]
+    instants = max([1, *(_newest(columns, name) for name, _ in groups if name in SENSOR_COLUMNS)])
+    least_of = {"unit2_loc_": 2, **dict.fromkeys(SENSOR_COLUMNS, instants)}
+    for name, modality in groups:
+        least = least_of.get(name, 0)
+        for column in _expected(columns, name, least):
+            if column not in columns:
+                remedy = f"take {modality} out of data.modalities" if modality else "every window needs its power"
+                raise UserError(f"{path} has no column {column}; {remedy}")
+
+
+def _expected(columns: Row, group: str, least: int) -> list[str]:
+    """The columns that a group has where none lacks; as many instants as are there, and at least so many."""
+    instants = max(_newest(columns, group), least)
+    return [group] if group in columns or not instants else [f"{group.rstrip('_')}_{k}" for k in range(1, instants + 1)]
+
+
+def _newest(columns: Row, group: str) -> int:
+    """The number of a group's newest instant; 0 where none is numbered."""
+    names = [name for name in _columns(columns, group) if name != group]
+    return int(names[-1].rsplit("_", 1)[1]) if names else 0
 
 
 def _columns(row: Row, group: str) -> list[str]:
