@@ -28,7 +28,7 @@ from search.record import longest_of, read_record
 from search.regression import FAR, Regression
 from search.space import Space, Values
 from search.study import proposal_seed
-from search.survival import LATEST, MAPPED, SURVIVED, Survival, demanded, learn, tells
+from search.survival import MAPPED, SURVIVED, Survival, demanded, learn, remembered, tells
 
 ANYWHERE, NEARBY, NEARER = 500, 500, 150  # candidates: in all the space; around the best settings; twice, around theirs
 BEST = 5  # settings, or candidates, around which others are drawn
@@ -151,7 +151,8 @@ def _key(row_D: Array) -> bytes:
 def judge(space: Space, others: Sequence[FrozenTrial], survival: Survival | None, rng: random.Random) -> Worth | None:
     """By all trials but the one to be begun; None where they do not tell enough."""
     tried = [item for item in others if item.state.is_finished()]
-    ended = [item for item in tried if tells(item)][-LATEST:]
+    best = _incumbents(space, tried)
+    ended = remembered([item for item in tried if tells(item)], lambda item: item.number in best)
     measured = [item for item in ended if SURVIVED[item.user_attrs["status"]]]
     longest = space.epochs or longest_of(ended)
     scored = list(scores_of(space, measured, longest, rng))
@@ -164,6 +165,16 @@ def judge(space: Space, others: Sequence[FrozenTrial], survival: Survival | None
     worth.expect(_settings(space, running))
     worth.exclude(_settings(space, [*running, *tried]))
     return worth
+
+
+def _incumbents(space: Space, tried: Sequence[FrozenTrial]) -> set[int]:
+    """The numbers of the trials that ended with the best of each objective."""
+    found: set[int] = set()
+    whole = [item for item in tried if item.user_attrs.get("status") == "finished"]
+    for k, objective in enumerate(space.objectives):
+        whole.sort(key=lambda item: item.values[k], reverse=objective.mode == "max")
+        found |= {item.number for item in whole[:BEST]}
+    return found
 
 
 def _settings(space: Space, trials: Sequence[FrozenTrial]) -> list[Mapping[str, Any]]:

@@ -9,7 +9,7 @@ Shapes: N tried settings, D features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,7 @@ def learn(space: Space, trials: Sequence[FrozenTrial]) -> Survival | None:
 
     A trial that the scheduler stopped has survived the epochs it ran, and counts as that part of an observation.
     """
-    told = [item for item in trials if tells(item)][-LATEST:]
+    told = remembered([item for item in trials if tells(item)], lambda item: not SURVIVED[item.user_attrs["status"]])
     ended = [item.user_attrs for item in told]
     survived = [SURVIVED[item["status"]] for item in ended]
     if not space.parameters or len(ended) < MAPPED or len(set(survived)) < 2:
@@ -104,6 +104,15 @@ def learn(space: Space, trials: Sequence[FrozenTrial]) -> Survival | None:
     longest = space.epochs or longest_of(told)
     weights = [min(1.0, item["epochs"] / longest) if item["status"] == "stopped" else 1.0 for item in ended]
     return Survival(space, [item["values"] for item in ended], survived, weights)
+
+
+def remembered(ended: Sequence[FrozenTrial], dear: Callable[[FrozenTrial], bool]) -> list[FrozenTrial]:
+    """The latest, `LATEST` in all, of which a quarter may be older ones that are dear to the model."""
+    dear_ones = {item.number for item in ended if dear(item)}
+    kept = set(sorted(dear_ones)[-(LATEST // 4) :])
+    left = [item.number for item in ended if item.number not in kept]
+    kept |= set(left[-(LATEST - len(kept)) :])
+    return [item for item in ended if item.number in kept]
 
 
 def tells(trial: FrozenTrial) -> bool:

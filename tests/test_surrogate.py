@@ -322,7 +322,7 @@ class TestProposals:
     def test_what_was_tried_long_ago_or_failed_is_remembered(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("search.surrogate.LATEST", MAPPED)
+        monkeypatch.setattr("search.survival.LATEST", MAPPED)
         config = {"epochs": 9, "lr": {"choice": [1e-4, 1e-3]}, "clip": {"int": [0, 19]}}
         ledger = open_ledger(search_of(tmp_path, config), InMemoryStorage())
         known = []
@@ -337,6 +337,16 @@ class TestProposals:
             ask(ledger)
             ledger.end("slot", "failed", "as the test says")
         assert judge(ledger.space, told(ledger), None, random.Random(0)) is not None
+
+    def test_the_best_is_remembered_however_long_ago(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("search.survival.LATEST", 2 * MAPPED)
+        best = {"lr": 1e-3, "clip": 0.5}
+        space = search_of(tmp_path, try_first=[best], search={"sampler": "random", "survival": False})
+        ledger = open_ledger(space, InMemoryStorage())
+        assert min(run(ledger, 4 * MAPPED, bowl), key=bowl) == best
+        worth = judge(space, told(ledger), None, random.Random(0))
+        assert worth is not None
+        assert worth.best[0] == best
 
     def test_a_trial_that_another_tool_ended_is_no_obstacle(self, tmp_path: Path) -> None:
         ledger = open_ledger(search_of(tmp_path), InMemoryStorage())

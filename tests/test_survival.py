@@ -20,7 +20,7 @@ from search.proposals import ASKED_AGAIN
 from search.sampler import sampler_maker
 from search.space import Space
 from search.study import Ledger, OpenTrial, proposal_seed
-from search.survival import KNOWN, MAPPED, Survival, demanded, learn
+from search.survival import KNOWN, MAPPED, Survival, demanded, learn, remembered
 
 CONFIG: dict[str, Any] = {"epochs": 4, "lr": {"log": [1e-4, 1.0]}, "clip": {"float": [0.0, 2.0]}}
 CONDITIONAL: dict[str, Any] = {
@@ -120,6 +120,20 @@ class TestModel:
         model = learn(ledger.space, told(ledger))
         assert model is not None
         assert model.tried == MAPPED
+
+    def test_divergences_of_long_ago_are_remembered_and_little_else(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("search.survival.LATEST", 2 * MAPPED)
+        ledger = open_ledger(space_of(tmp_path, CONFIG, search={"trials": 100}), InMemoryStorage())
+        for status in ("diverged", "finished") * MAPPED + ("finished",) * 3 * MAPPED:
+            end_toy(ledger, ask(ledger), status)
+        model = learn(ledger.space, told(ledger))
+        assert model is not None
+        assert model.tried == 2 * MAPPED
+        kept = remembered(told(ledger), lambda trial: trial.user_attrs["status"] == "diverged")
+        assert [trial.number for trial in kept][: MAPPED // 2] == [10, 12, 14, 16, 18]
+        assert [trial.number for trial in kept][MAPPED // 2 :] == list(range(5 * MAPPED - 15, 5 * MAPPED))
 
     def test_there_is_none_where_nothing_is_searched(self, tmp_path: Path) -> None:
         ledger = open_ledger(space_of(tmp_path, {"lr": 0.1}), InMemoryStorage())
