@@ -21,9 +21,10 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray.exceptions import RayActorError
 
 from search.mailbox import Mailbox
-from search.messages import Answer, Begin, Blew, Broke, Command, Quit, RanOut, Reported
+from search.messages import Answer, Begin, Blew, Broke, Command, Leave, Quit, RanOut, Reported
 from search.ranks import RankLoop
 
 POLL_S = 1.0  # how often a wait looks whether the group still lives
@@ -31,6 +32,7 @@ GRACE_S = 20.0  # for the other ranks to answer, once one of them has failed
 LAST_WORK_S = 600.0  # the same, once one has come to its end: another may still be saving or scoring
 FAILURES = (Broke, RanOut, Blew)  # the worst first
 QUIT_S = 10.0  # for a group to leave by itself
+STARTS = 10  # attempts at starting the ranks, each of which waits a minute for its resources
 
 
 class GroupDied(RuntimeError):
@@ -123,6 +125,12 @@ class Group:
         When one rank fails and another has not answered `GRACE_S` later, the answer says that the group is not clean:
         the silent rank sits in a collective that nobody joins. Raises GroupDied when the group ends.
         """
+        try:
+            return self._ask(command)
+        except RayActorError as error:
+            raise GroupDied(f"the group's mailbox died: {_last_lines(str(error), 1)}") from None
+
+    def _ask(self, command: Command) -> Answer:
         ray.get(self._mailbox.post.remote(_packed(command)))
         answers: dict[int, Answer] = {}
         give_up = math.inf
@@ -134,19 +142,22 @@ class Group:
                 rank, answer = received
                 answers[rank] = _unpacked(answer)
                 if answer.ends:
-                    grace_s = GRACE_S if isinstance(answer, FAILURES) else LAST_WORK_S
+                    grace_s = GRACE_S if isinstance(answer, FAILURES) or isinstance(command, Leave) else LAST_WORK_S
                     give_up = min(give_up, time.monotonic() + grace_s)
         worst = worst_of(answers)
         return worst if len(answers) == self._workers else replace(worst, clean=False)
 
     def stop(self) -> None:
         """End the group: politely, and by force where a rank does not listen."""
-        if self._thread.is_alive():
-            ray.get(self._mailbox.post.remote(Quit()))
-            self._thread.join(QUIT_S)
-        if self._thread.is_alive():
-            for member in ray.get(self._mailbox.members.remote()):
-                ray.kill(member)
+        try:
+            if self._thread.is_alive():
+                ray.get(self._mailbox.post.remote(Quit()))
+                self._thread.join(QUIT_S)
+            if self._thread.is_alive():
+                for member in ray.get(self._mailbox.members.remote()):
+                    ray.kill(member)
+                self._thread.join(QUIT_S)
+        except RayActorError:  # without a mailbox the ranks end by themselves
             self._thread.join(QUIT_S)
         ray.kill(self._mailbox)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -165,7 +176,14 @@ class Group:
                     use_gpu=spec.gpus_per_worker > 0,
                     resources_per_worker=resources,
                 ),
-                run_config=ray.train.RunConfig(name="group", storage_path=str(self._folder)),
+                run_config=ray.train.RunConfig(
+                    name="group",
+                    storage_path=str(self._folder),
+                    # Ray Train would start other ranks in the place of preempted ones, which know nothing of the trial.
+                    failure_config=ray.train.FailureConfig(
+                        max_failures=0, max_preemption_failures=0, controller_failure_limit=STARTS
+                    ),
+                ),
             ).fit()
         except BaseException as error:  # kept for whoever waits on this group
             self._error = error

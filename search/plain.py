@@ -8,6 +8,7 @@ from typing import Any
 
 DEEPEST = 20  # containers inside each other; what holds itself would have no end
 LONGEST_TEXT = 400  # characters
+LONGEST_REASON = 4000  # of a trial's end, as its trainable gives it; readers of CSV stop at 131072
 
 
 def plain(value: Any, depth: int = 0) -> Any:
@@ -37,7 +38,7 @@ def one_line(text: str, otherwise: str) -> str:
     return " ".join(text.split()) or otherwise
 
 
-def short_line(text: str, otherwise: str) -> str:
+def short_line(text: str, otherwise: str, longest: int = LONGEST_TEXT) -> str:
     """The same, cut where it is long: what a library says, of which the whole stands elsewhere."""
     line = one_line(text, otherwise)
-    return line if len(line) <= LONGEST_TEXT else line[: LONGEST_TEXT - 4].rstrip() + " ..."
+    return line if len(line) <= longest else line[: longest - 4].rstrip() + " ..."

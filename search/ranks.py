@@ -17,7 +17,7 @@ import torch
 
 from search.loading import Trainable, load
 from search.messages import Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
-from search.plain import one_line, plain, short_line
+from search.plain import LONGEST_REASON, one_line, plain, short_line
 from search.states import Watch, load_state, save_state
 from trainables.contract import Diverged, Report, Trial, UserError, default_device, memory_error
 
@@ -57,6 +57,8 @@ class RankLoop:
         self._trainable: Trainable | None = None
         self._reports: Generator[Any, None, None] | None = None
         self._watch = Watch()
+        self._joined = torch.distributed.is_initialized()
+        self._surroundings = Surroundings()
         if self._device.type == "cuda" and spec.memory_limit_mb is not None:
             bound(self._device, spec.memory_limit_mb)
 
@@ -77,7 +79,7 @@ class RankLoop:
         except Diverged as error:
             return _blew(error)
         except UserError as error:
-            return Broke(reason=one_line(str(error), type(error).__name__), final=True)
+            return Broke(reason=short_line(str(error), type(error).__name__, LONGEST_REASON), final=True)
         except (torch.OutOfMemoryError, MemoryError) as error:
             return RanOut(reason=one_line(str(error).strip().split("\n")[0], type(error).__name__))
         except Exception as error:
@@ -103,6 +105,8 @@ class RankLoop:
         if self._trainable is None:
             self._trainable = load(self._spec.trainable, self._spec.paths)
             gc.freeze()  # what was imported stays; looking through it after every trial would take a fifth of a second
+            self._surroundings = Surroundings()
+        self._surroundings.restore()
         settle(begin.seed, self._spec.cpus_per_worker)
         reports = self._trainable.train(
             Trial(
@@ -164,7 +168,9 @@ class RankLoop:
         return Ended()
 
     def _is_clean(self) -> bool:
-        """Whether no more GPU memory is held than the cache accounts for."""
+        """Whether the ranks are still joined, and no more GPU memory is held than the cache accounts for."""
+        if torch.distributed.is_initialized() != self._joined:
+            return False
         if self._device.type != "cuda":
             return True
         try:
@@ -178,7 +184,8 @@ class RankLoop:
 def _blew(error: Diverged) -> Blew:
     """What a trainable raised, in words that reach the driver. A class of its own may lack what `Diverged` has."""
     said = {name: getattr(error, name, None) for name in ("reason", "step", "details")}
-    reason = one_line(str(said["reason"] or next(iter(error.args), "")), "it diverged, and did not say how")
+    told = str(said["reason"] or next(iter(error.args), ""))
+    reason = short_line(told, "it diverged, and did not say how", LONGEST_REASON)
     step, details = plain(said["step"]), plain(said["details"] or {})
     return Blew(
         reason=reason,
@@ -200,10 +207,34 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for name, value in metrics.items():
         try:
+            if isinstance(value, torch.Tensor) and value.numel() != 1:
+                raise TypeError
             found[str(name)] = float(value)
-        except (TypeError, ValueError):
-            raise UserError(f"the metric `{name}` is {value!r}; a metric is a number") from None
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"the metric `{name}` is {short_line(repr(value), '')}; a metric is a number") from None
     return found
+
+
+class Surroundings:
+    """The working directory and the environment of the process, as they are now."""
+
+    def __init__(self) -> None:
+        self._folder, self._environment = _folder(), dict(os.environ)
+
+    def restore(self) -> None:
+        if self._folder is not None and _folder() != self._folder:
+            os.chdir(self._folder)
+        for name in os.environ.keys() - self._environment.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in self._environment.items() if os.environ.get(name) != value})
+
+
+def _folder() -> str | None:
+    """The working directory; None where it has been removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
 
 
 def settle(seed: int, threads: int) -> None:
@@ -227,18 +258,35 @@ def settle(seed: int, threads: int) -> None:
 _DEAD_ENDS = (str, bytes, int, float, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 
 
+# What holds a sparse tensor's memory, which has no storage of its own.
+_COMPRESSED = {"row": ("crow_indices", "col_indices", "values"), "column": ("ccol_indices", "row_indices", "values")}
+_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _COMPRESSED["row"],
+    torch.sparse_bsr: _COMPRESSED["row"],
+    torch.sparse_csc: _COMPRESSED["column"],
+    torch.sparse_bsc: _COMPRESSED["column"],
+}
+
+
+def storages_of(tensor: torch.Tensor) -> set[torch.UntypedStorage]:
+    """Where a tensor's numbers lie, which other tensors may share."""
+    parts = [getattr(tensor, name)() for name in _PARTS.get(tensor.layout, ())] or [tensor]
+    return {part.untyped_storage() for part in parts}
+
+
 def _cached_bytes(cache: Mapping[Any, Any]) -> int:
     """GPU memory of the tensors that can be reached from a trainable's cache."""
     seen: set[int] = set()
     stack: list[Any] = [cache]
-    total = 0
+    held: set[torch.UntypedStorage] = set()
     while stack:
         item = stack.pop()
         if id(item) in seen or isinstance(item, _DEAD_ENDS):
             continue
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
-            total += item.untyped_storage().nbytes() if item.is_cuda else 0
+            held |= storages_of(item) if item.is_cuda else set()
         else:
             stack += gc.get_referents(item)
-    return total
+    return sum(storage.nbytes() for storage in held)

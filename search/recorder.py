@@ -37,6 +37,7 @@ class Recorder(tune.Callback):
         if not opened.started:
             self._folder(trial).write_config(self._ledger.space.config(opened.values))
         opened.started = time.monotonic()  # anew where the scheduler had paused it
+        self._follow(trial)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -67,6 +68,7 @@ class Recorder(tune.Callback):
             self._follow(trial)
             self._end(trial.trial_id, result[STATUS], result[REASON])
         else:
+            self._ledger.open[trial.trial_id].started = 0.0  # it may have been paused since its last report
             self._end(trial.trial_id, *self._stopped(trial.trial_id, self._scheduler_verdict(trial.trial_id)))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

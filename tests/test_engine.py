@@ -14,6 +14,7 @@ from typing import Any
 
 import optuna
 import pytest
+import ray
 import torch
 import yaml
 from ray.tune.schedulers import TrialScheduler
@@ -21,6 +22,8 @@ from ray.tune.schedulers import TrialScheduler
 from search import run as engine
 from search.command import Options, open_results
 from search.folder import TrialFolder
+from search.group import Group, GroupDied, GroupSpec
+from search.messages import Advance, Begin, Reported
 from search.plan import Node, make_plan
 from search.results import trials_table, why
 from search.scheduler import make_scheduler
@@ -308,3 +311,16 @@ def test_relative_paths_mean_the_working_directory(tmp_path: Path) -> None:
     space = toy("descend", trainable="where:train", config={"here": os.getcwd()}, search={"trials": 1})
     outcome, _ = search(tmp_path, space)
     assert outcome.records[0].metrics["loss"] == 1.0
+
+
+def test_a_group_whose_mailbox_died_is_dead_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """As when the node that the mailbox ran on has gone."""
+    spec = GroupSpec("toys:descend", (str(HERE),), ("loss",), 1, 1, 0.0, None, str(tmp_path))
+    group = Group(spec)
+    assert isinstance(group.ask(Begin({"epochs": 3, "lr": 0.1}, 0)), Reported)
+    ray.kill(group._mailbox)
+    with pytest.raises(GroupDied, match="the group's mailbox died: "):
+        group.ask(Advance())
+    group.stop()
+    assert not group._thread.is_alive()
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import weakref
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from spaces import write_family
 
 from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, Leave, RanOut, Reported
-from search.ranks import RankLoop, numbers
+from search.ranks import RankLoop, numbers, storages_of
 from search.states import load_state
 from trainables.contract import UserError
 
@@ -62,6 +63,10 @@ FAMILY = """
 
     def diverge_without_a_word(trial):
         raise Diverged("")
+        yield
+
+    def diverge_at_length(trial):
+        raise Diverged("w " * 100_000)
         yield
 
     def state_is_no_function(trial):
@@ -204,7 +209,11 @@ def begin(ending: str, seed: int = 3) -> Begin:
 
 def run(loop: RankLoop, command: Begin) -> list[Answer]:
     """All answers of a trial, after which the process is free for the next one."""
-    answers = [loop.handle(command)]
+    return run_on(loop, loop.handle(command))
+
+
+def run_on(loop: RankLoop, *answers_before: Answer) -> list[Answer]:
+    answers = [*answers_before] or [loop.handle(Advance())]
     while not answers[-1].ends:
         answers.append(loop.handle(Advance()))
     left = loop.handle(Leave())
@@ -257,6 +266,7 @@ def loop(tmp_path: Path) -> RankLoop:
         ("mistake", Broke(reason="data.root: there is nothing in /data; name the folder", final=True)),
         ("without", Broke(reason="the report has no metric `loss`; it has lost", final=True)),
         ("not_numbers", Broke(reason="the metric `loss` is 'low'; a metric is a number", final=True)),
+        ("diverge_at_length", Blew(reason=("w " * 2000)[:3995] + " ...")),
         ("not_metrics", Broke(reason="a trainable yields a Report or a dict of metrics, not float", final=True)),
     ],
 )
@@ -410,8 +420,48 @@ def test_a_trial_is_gone_when_its_memory_is_counted(tmp_path: Path) -> None:
 
 def test_metrics_are_numbers_by_name() -> None:
     assert numbers({"a": 1, 2: torch.tensor(0.5)}) == {"a": 1.0, "2": 0.5}  # type: ignore[dict-item]
-    with pytest.raises(UserError, match=r"the metric `a` is \[1\]; a metric is a number"):
-        numbers({"a": [1]})
+    values: tuple[Any, ...] = ([1], torch.ones(2), 10**400, None, {})
+    for value in values:
+        with pytest.raises(
+            UserError, match=rf"the metric `a` is {re.escape(repr(value))[:50]}.*; a metric is a number"
+        ):
+            numbers({"a": value})
+    with pytest.raises(UserError) as told:
+        numbers({"a": [0.1] * 100_000})
+    assert len(str(told.value)) < 1000
+
+
+def test_a_process_is_where_it_was_whatever_a_trial_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEPT", "as it was")
+    family = """
+        import os
+        os.environ["OF_THE_MODULE"] = "set when it was imported"
+
+        def train(trial):
+            yield {"loss": float(len(os.environ.get("LEFT", ""))), "same": float(os.environ["KEPT"] == "as it was")}
+            os.environ.update(LEFT="behind", KEPT="no more")
+            os.mkdir("work")
+            os.chdir("work")
+            yield {"loss": 1.0}
+        """
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    loop = rank_of(tmp_path, "train", family=family)
+    for _ in range(2):
+        assert loop.handle(begin("")) == Reported(metrics={"loss": 0.0, "same": 1.0})
+        assert run_on(loop)[-1] == Ended()
+        os.chdir(tmp_path / "home")
+        os.rmdir("work")
+    assert os.environ["OF_THE_MODULE"] == "set when it was imported"
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_memory_that_tensors_share_counts_once_and_a_sparse_one_has_some() -> None:
+    whole = torch.zeros(100)
+    assert storages_of(whole) == storages_of(whole[3:7])
+    dense = torch.eye(4)
+    for sparse in (dense.to_sparse(), dense.to_sparse_csr(), dense.to_sparse_csc(), dense.to_sparse_bsr((2, 2))):
+        assert sum(storage.nbytes() for storage in storages_of(sparse)) >= 4 * 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
