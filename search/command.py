@@ -23,7 +23,7 @@ from search import tree as trees
 from search import yaml_file
 from search.decode import did_you_mean
 from search.export import BEST_TRIAL, empty_folder, export, export_trial
-from search.folder import SPACE, STUDY, running
+from search.folder import SPACE, STUDY, is_there, running
 from search.loading import where
 from search.mirror import Mirror, above, below, fetch, is_uri, local
 from search.packing import cannot_share, measure
@@ -86,7 +86,7 @@ class Options:
         if given.resume and is_uri(given.resume):
             uri = above(given.resume)
         for file in (SPACE, STUDY):
-            if resume is not None and not (resume / file).exists():
+            if resume is not None and not is_there(resume / file):
                 raise UserError(f"--resume {resume}: there is no {file} here; name the folder of an earlier search")
         return Options(
             file=find_space(given.space, spaces) if resume is None else resume / SPACE,
@@ -118,7 +118,7 @@ def results_folder(text: str) -> Path:
 def find_space(name: str, spaces: Path) -> Path:
     """The file of a space given by path or by name; raises UserError with the nearest known name."""
     for path in (Path(name), spaces / f"{name}.yaml"):
-        if path.is_file():
+        if is_there(path) and path.is_file():
             return path
     known = [path.stem for path in sorted(spaces.glob("*.yaml"))]
     raise UserError(f"--space {name}: no such file and no such space; {did_you_mean(name, known)}")
@@ -202,12 +202,17 @@ def search(options: Options) -> engine.Outcome | None:
         print(f"kept at: {mirror.uri}")
     if outcome.interrupted:
         kept = str(results) if mirror is None else mirror.uri
-        again = ["--resume", kept, *(["--cold"] if options.cold else [])]
+        again = [sys.argv[0], "--resume", kept, *(["--cold"] if options.cold else [])]
         if options.address and options.address != os.environ.get("RAY_ADDRESS"):
             again += ["--address", options.address]
-        print(f"interrupted; go on with: python launch.py {shlex.join(again)}")
+        if options.export is not None:
+            again += ["--export", BEST_TRIAL, str(options.export)]
+        print(f"interrupted; go on with: python {shlex.join(again)}")
     elif options.export is not None and outcome.best:
-        print(export_trial(results, BEST_TRIAL, options.export))
+        try:
+            print(export_trial(results, BEST_TRIAL, options.export))
+        except (UserError, OSError) as error:  # the search itself has ended well, and nothing of it is lost
+            print(f"error: not exported: {error}", file=sys.stderr)
     return outcome
 
 
@@ -241,7 +246,7 @@ def check_folders(options: Options, space: Space) -> None:
 
 
 def _check_unused(results: Path) -> None:
-    if (results / STUDY).exists():
+    if is_there(results / STUDY):
         raise UserError(f"{results} holds a search already; go on with it by --resume, or choose another --name")
 
 
@@ -294,7 +299,7 @@ def check_same(earlier: Space, space: Space, folder: Path) -> None:
 
 
 def read_earlier(folder: Path) -> optuna.Study:
-    if not (folder / SPACE).exists():
+    if not is_there(folder / SPACE):
         raise UserError(f"--warm-start {folder}: there is no {SPACE} here; name the folder of a finished search")
     return open_study(folder / STUDY, read_space(folder / SPACE), create=False)
 

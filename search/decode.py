@@ -130,7 +130,7 @@ _UNIONS = (typing.Union, type(int | str))
 def _types(cls: type) -> dict[str, Any]:
     try:
         return typing.get_type_hints(cls)
-    except NameError as error:
+    except (NameError, AttributeError, TypeError, SyntaxError) as error:
         raise UserError(f"{cls.__name__}: {error}; its fields' types must be there when it is used") from None
 
 

@@ -12,11 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainables.contract import UserError
+
 SPACE, STUDY, TRIALS_CSV, BEST, REPORT = "space.yaml", "study.journal", "trials.csv", "best.yaml", "report.html"
 ERROR = "error.txt"  # in a trial's folder
 SCRATCH = ".ray"  # Ray's own files; removed when the search ends
 _CHECKPOINT = "checkpoint-{:04d}.pt"  # the epochs it has behind it; torch.load gives the trainable's own state
 CHECKPOINT_PATTERN = "checkpoint-*.pt"
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path that somebody named exists; raises UserError where it cannot be looked at."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.machinery
 import inspect
+import os
 import sys
 import traceback
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os.path import samefile
 from pathlib import Path
 from typing import Any
 
+import search
+import trainables
 from search.decode import decode, did_you_mean
 from trainables.contract import UserError
 
@@ -45,9 +49,7 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
     module_name, separator, function = name.partition(":")
     if not separator or not module_name or not function:
         raise UserError(f"trainable: {name!r} is no import path; write package.module:function")
-    for path in reversed(paths):
-        if path not in sys.path:
-            sys.path.insert(0, path)
+    _look_in(paths, module_name.split(".")[0])
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -66,6 +68,19 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
         _of_one_argument(module, "prepare"),
         _of_one_argument(module, "memory_need"),
     )
+
+
+def _look_in(paths: Sequence[str], package: str) -> None:
+    """Let imports look in `paths` first, in the same order in every process, whatever Ray has put before them.
+
+    A folder of the name of a package that is imported already, as `trainables` is, adds its modules to that package.
+    """
+    sys.path[:] = [*paths, *(path for path in sys.path if path not in paths)]
+    places = getattr(sys.modules.get(package), "__path__", None)
+    for path in paths:
+        folder = os.path.join(path, package)
+        if places is not None and os.path.isdir(folder) and folder not in places:
+            places.append(folder)
 
 
 def _config_class(module: types.ModuleType) -> type | None:
@@ -93,6 +108,14 @@ def _of_one_argument(module: types.ModuleType, name: str) -> Callable[[Any], Any
     except (TypeError, ValueError):
         return None
     return function
+
+
+def check_not_hidden() -> None:
+    """Raise UserError for a module in the working directory that a worker would take for one of this platform."""
+    for package in (search, trainables):
+        found = importlib.machinery.PathFinder.find_spec(package.__name__, [str(Path.cwd())])
+        if found is not None and found.origin is not None and not samefile(found.origin, str(package.__file__)):
+            raise UserError(f"trainable: {found.origin} hides a package of this platform; give it another name")
 
 
 def search_paths(space_file: Path) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from search import yaml_file
 from search.decode import did_you_mean
-from search.folder import BEST, ERROR, REPORT, SPACE, STUDY, TRIALS_CSV, TrialFolder, replace_text
+from search.folder import BEST, ERROR, REPORT, SPACE, STUDY, TRIALS_CSV, TrialFolder, is_there, replace_text
 from search.patterns import patterns
 from search.record import INTERRUPTED, RAN_TO_END, STATUSES, Record, best_of
 from search.space import Space
@@ -28,7 +28,7 @@ ERROR_LINES = 8  # of a failed trial's error.txt that are told
 
 def read_results(results: Path) -> tuple[Space, list[Record]]:
     """The space and the trials of a results folder; raises UserError where it is none."""
-    if not (results / SPACE).exists():
+    if not is_there(results / SPACE):
         raise UserError(f"{results}: there is no {SPACE} here; name a results folder of an earlier search")
     space = read_space(results / SPACE)
     found = records(open_study(results / STUDY, space, create=False), space)

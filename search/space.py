@@ -54,7 +54,7 @@ class Space:
     def epochs(self) -> int | None:
         """`config.epochs`, where it is fixed."""
         epochs = self.tree.get("epochs")
-        return epochs if isinstance(epochs, int) else None
+        return epochs if isinstance(epochs, int) and not isinstance(epochs, bool) else None
 
     def with_trials(self, trials: int) -> Space:
         """The same search with so many trials."""

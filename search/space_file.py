@@ -13,7 +13,7 @@ from search import tree as trees
 from search import yaml_file
 from search.decode import did_you_mean
 from search.domain import Parameter, is_domain, nearly_domain, parse_domain
-from search.loading import Trainable, load, search_paths
+from search.loading import Trainable, check_not_hidden, load, search_paths
 from search.sections import Limit, Objective, Resources, Scheduler, Search, section
 from search.space import KnownSetting, Space
 from trainables.contract import UserError
@@ -56,6 +56,7 @@ def load_space(
             _override(document, override)
         left_out = _leave_out(document, overrides)
         space = _build(document, file, chosen, left_out)
+        check_not_hidden()
         trainable = load(space.trainable, space.paths)
         if trainable.config_class is None:
             _check_overrides(written, overrides)
@@ -205,6 +206,8 @@ def _build(document: dict[str, Any], file: Path, profile: str | None, left_out: 
     for name, node in (("config", tree), ("ran", ran)):
         if not isinstance(node, dict):
             raise UserError(f"{name}: expected a mapping, got {node!r}")
+    if isinstance(epochs := tree.get("epochs"), int) and epochs < 1:
+        raise UserError(f"config.epochs: {epochs}: a trial has at least one epoch; write 1 or more")
     parameters = _ordered(_parameters(tree))
     return Space(
         name=ran.get("space", file.stem),
@@ -287,7 +290,8 @@ def _try_first(node: Any, tree: Mapping[str, Any], parameters: tuple[Parameter, 
                 raise UserError(f"try_first.{i}.{name}: no such parameter; {did_you_mean(name, by_name)}")
             _check_known(f"try_first.{i}.{name}", value, by_name.get(name), trees.get(tree, name))
         searched = {name: value for name, value in values.items() if name in by_name}
-        settings.append(KnownSetting(entry.get("name"), searched))
+        called = entry.get("name")
+        settings.append(KnownSetting(None if called is None else str(called), searched))
     return tuple(settings)
 
 
@@ -322,8 +326,11 @@ def _never_searched(space: Space) -> list[str]:
     for parameter in space.parameters:
         for name, allowed in parameter.when.items():
             fixed = trees.get(space.tree, name)
-            if not (any(map(searched[name].contains, allowed)) if name in searched else fixed in allowed):
+            never = [value for value in allowed if name in searched and not searched[name].contains(value)]
+            if len(never) == len(allowed) or (name not in searched and fixed not in allowed):
                 lines.append(f"never searched: {parameter.name}, as {name} is never {' or '.join(map(str, allowed))}")
+            elif never:
+                lines.append(f"never searched: {parameter.name} at {name} = {' or '.join(map(str, never))}")
     return lines
 
 

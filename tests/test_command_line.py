@@ -22,8 +22,11 @@ import launch
 from search import command, folder, yaml_file
 from search import run as engine
 from search.folder import TrialFolder, running
+from search.record import best_of
+from search.space import Space
 from search.space_file import load_space, read_space
 from search.states import save_state
+from search.study import records
 
 ROOT = Path(__file__).parents[1]
 SPACE: dict[str, Any] = {
@@ -48,6 +51,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     monkeypatch.setattr(ray, "init", no_ray)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(sys, "argv", ["platform/launch.py"])
     monkeypatch.setattr(launch, "HERE", tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "search_spaces").mkdir()
@@ -106,6 +110,10 @@ TOY = ("--space", "toy")
         ([*TOY, "--trials", "0"], "search_spaces/toy.yaml: search.trials: 0 is refused"),
         ([*TOY, "--epochs", "0"], "--epochs 0: a trial has at least one epoch; write 1 or more"),
         ([*TOY, "--epochs", "-1"], "--epochs -1: a trial has at least one epoch; write 1 or more"),
+        ([*TOY, "--set", "config.epochs=-1"], "toy.yaml: config.epochs: -1: a trial has at least one epoch; write 1"),
+        (["--space", "a" * 300], f"{'a' * 300}: File name too long"),
+        (["--report", "a" * 300], f"{'a' * 300}/space.yaml: File name too long"),
+        (["--resume", "a" * 300], f"{'a' * 300}/space.yaml: File name too long"),
         ([*TOY, "--seed", "-1"], "search_spaces/toy.yaml: search.seed: -1 is refused"),
         ([*TOY, "--time-budget", "90"], "search.time_budget: 90 is refused: '90' is no duration; write a number and"),
         ([*TOY, "--time-budget", "soon"], "search.time_budget: 'soon' is refused: 'soon' is no duration"),
@@ -247,6 +255,24 @@ def test_a_trial_without_a_checkpoint_is_not_exported(what: str, run: Run, tmp_p
     assert not (tmp_path / "model").exists()
 
 
+def test_an_export_that_fails_leaves_the_search_its_exit_status(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ran(space: Space, *_: object) -> engine.Outcome:
+        ledger = open_journal(space, tmp_path / "results/mine")
+        end_toy(ledger, ask(ledger), "finished")
+        found = records(ledger.study, space)
+        return engine.Outcome(tuple(found), tuple(best_of(found, space)), interrupted=False)
+
+    monkeypatch.setattr(engine, "start_ray", lambda address: None)
+    monkeypatch.setattr(engine, "run", ran)
+    status, _, told = run(*TOY, "--name", "mine", "--export", "best", "model")
+    assert status == 0
+    assert (
+        told == "error: not exported: --export best: trial 0 (finished) has no checkpoint: its reports have no state\n"
+    )
+
+
 def test_an_export_prints_where_it_went_and_changes_no_results(run: Run, tmp_path: Path) -> None:
     results = finished_search(tmp_path)
     TrialFolder(results, 0).write_checkpoint(2, save_state({"w": 0.5}))
@@ -316,10 +342,12 @@ def test_ctrl_c_while_ray_starts_leaves_a_search_to_go_on_with(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(engine, "start_ray", lambda address: os.kill(os.getpid(), signal.SIGINT))
-    status, out, told = run(*TOY, "--name", "early", "--cold")
+    status, out, told = run(*TOY, "--name", "early", "--cold", "--export", "best", "my model")
     assert (status, told) == (130, "")
     assert "no trial was run" in out
-    assert out.endswith("interrupted; go on with: python launch.py --resume results/early --cold\n")
+    assert out.endswith(
+        "interrupted; go on with: python platform/launch.py --resume results/early --cold --export best 'my model'\n"
+    )
     assert (tmp_path / "results/early/trials.csv").exists()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import random
+import sys
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 from spaces import LOSS, space_of, write_family, write_space
 
+import trainables
 from search import yaml_file
 from search.space import KnownSetting, Space
 from search.space_file import load_space
@@ -169,6 +172,35 @@ def test_a_trainable_that_is_not_there_says_where_it_was_looked_for(tmp_path: Pa
     told = message_of(write_space(tmp_path, {}, trainable="no_such_package.module:train"))
     assert told.startswith("trainable: no module 'no_such_package' in ")
     assert str(tmp_path) in told
+
+
+def test_a_module_beside_the_space_goes_before_one_of_the_same_name_elsewhere_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a worker Ray puts folders before all others, the command's own among them."""
+    for folder in ("cwd", "beside", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "which_one.py").write_text(f"def train(trial):\n    yield {{}}\n\nname = {folder!r}\n")
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "elsewhere"), *sys.path, str(tmp_path / "cwd")])
+    _, trainable = load_space(write_space(tmp_path / "beside", {}, trainable="which_one:train"))
+    assert trainable.train.__globals__["name"] == "cwd"
+    assert sys.path[:3] == [str(tmp_path / "cwd"), str(tmp_path / "beside"), str(tmp_path / "elsewhere")]
+
+
+def test_a_folder_named_as_our_package_adds_to_it_and_a_package_that_would_hide_ours_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainables, "__path__", list(trainables.__path__))
+    (tmp_path / "trainables").mkdir()
+    (tmp_path / "trainables/brought.py").write_text("def train(trial):\n    yield {}\n")
+    file = write_space(tmp_path, {}, trainable="trainables.brought:train")
+    assert load_space(file)[1].train.__module__ == "trainables.brought"
+    (tmp_path / "trainables/__init__.py").touch()
+    load_space(file)
+    monkeypatch.chdir(tmp_path)
+    told = f"trainable: {tmp_path}/trainables/__init__.py hides a package of this platform; give it another name"
+    assert message_of(file) == told
 
 
 def test_a_config_of_the_module_that_is_no_dataclass_is_refused_and_one_from_elsewhere_is_let_be(
@@ -373,6 +405,8 @@ class TestKnownSettings:
     def test_one_may_leave_values_to_the_sampler_and_repeat_fixed_ones(self, tmp_path: Path) -> None:
         space = space_of(tmp_path, self.CONFIG, try_first=[{"name": "notes", "lr": 1e-3, "width": 8}])
         assert space.try_first == (KnownSetting("notes", {"lr": 1e-3}),)
+        dated = space_of(tmp_path, self.CONFIG, try_first=[{"name": datetime.date(2024, 5, 1), "lr": 1e-3}])
+        assert dated.try_first[0].name == "2024-05-01"
         assert space.draw(random.Random(0), space.try_first[0].values)["lr"] == 1e-3
 
 
@@ -434,6 +468,7 @@ class TestWhen:
             return write_space(tmp_path, {"block": {"choice": ["bi", "uni"]}, "state": state})
 
         assert load_space(file_of("bii", "b"))[0].left_out == ("never searched: state, as block is never bii or b",)
+        assert load_space(file_of("bi", "b"))[0].left_out == ("never searched: state at block = b",)
         file = file_of("bi")
         assert load_space(file)[0].left_out == ()
         assert load_space(file, ["config.block=bi"])[0].left_out == ()
