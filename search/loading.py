@@ -11,7 +11,6 @@ import traceback
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os.path import samefile
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ def check_not_hidden() -> None:
     """Raise UserError for a module in the working directory that a worker would take for one of this platform."""
     for package in (search, trainables):
         found = importlib.machinery.PathFinder.find_spec(package.__name__, [str(Path.cwd())])
-        if found is not None and found.origin is not None and not samefile(found.origin, str(package.__file__)):
+        if found is not None and found.origin is not None and not os.path.samefile(found.origin, str(package.__file__)):
             raise UserError(f"trainable: {found.origin} hides a package of this platform; give it another name")
 
 
