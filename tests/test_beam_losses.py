@@ -15,14 +15,14 @@ from trainables.contract import UserError
 
 
 def brute_force_dba(logits: list[list[float]], beams: list[int]) -> dict[str, float]:
-    """The published definition with loops, and with top-k accuracy."""
+    """The published definition with loops, and with top-k accuracy in percent."""
     names = ("y1", "y2", "y3", "top1", "top2", "top3")
     sums = dict.fromkeys(names, 0.0)
     for row, beam in zip(logits, beams, strict=True):
         ranked = sorted(range(len(row)), key=lambda k: -row[k])
         for k in (1, 2, 3):
             sums[f"y{k}"] += 1 - min(min(abs(guess - beam) / 5, 1) for guess in ranked[:k])
-            sums[f"top{k}"] += beam in ranked[:k]
+            sums[f"top{k}"] += 100 * (beam in ranked[:k])
     means = {name: total / len(beams) for name, total in sums.items()}
     return means | {"dba": (means["y1"] + means["y2"] + means["y3"]) / 3}
 

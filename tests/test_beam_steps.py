@@ -96,7 +96,7 @@ def test_a_step_that_is_not_finite_costs_only_itself() -> None:
     logits = torch.zeros(1, 2, 64)
     logits[0, :, 7] = 1.0
     logits[0, 1, 3] = torch.nan
-    assert beam_scores(logits, torch.tensor([[7, 7]]))["top1"].tolist() == [[1.0, 0.0]]
+    assert beam_scores(logits, torch.tensor([[7, 7]]))["top1"].tolist() == [[100.0, 0.0]]
 
 
 def flat_dba(logits: Tensor, beam: Tensor) -> float:

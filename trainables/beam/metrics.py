@@ -20,15 +20,16 @@ ALMOST_SURE = 2**-24  # how close to 1 a number of single precision gets below i
 def beam_scores(logits_K: Tensor, beam: Tensor) -> dict[str, Tensor]:
     """Scores by name, each of the shape of `beam`, (...); `logits_K` is (..., K).
 
-    They are dba, y1 to y3, and whether the beam is among the top1 to top3 guesses. Y_k scores the best of the first k
-    guesses, 1 - min(|guess - beam| / 5, 1); DBA is the mean of Y_1, Y_2 and Y_3. Beams are no circle: 0 and 63 are not
-    neighbours. Logits that are not finite score 0: their order would be that of the beams' numbers, which is no guess.
+    They are dba, y1 to y3, and top1 to top3: 100 where the beam is among as many guesses, else 0, so that their means
+    are in percent. Y_k scores the best of the first k guesses, 1 - min(|guess - beam| / 5, 1); DBA is the mean of Y_1,
+    Y_2 and Y_3. Beams are no circle: 0 and 63 are not neighbours. Logits that are not finite score 0: their order would
+    be that of the beams' numbers, which is no guess.
     """
     off_R = (logits_K.topk(RANKS, dim=-1).indices - beam[..., None]).abs()
     best_R = off_R.cummin(dim=-1).values
     counts_1 = logits_K.isfinite().all(dim=-1, keepdim=True)
     y_R = (1 - best_R / DELTA_BEAMS).clamp(min=0) * counts_1
-    hit_R = (best_R == 0) * counts_1.float()
+    hit_R = (best_R == 0) * counts_1 * 100.0
     scores = {"dba": y_R.mean(-1)}
     for k in range(RANKS):
         scores[f"y{k + 1}"] = y_R[..., k]
@@ -63,7 +64,8 @@ def focal_loss(logits_K: Tensor, target_K: Tensor, alpha: float = 0.25, gamma: f
 def cross_entropy(logits_K: Tensor, target_K: Tensor) -> Tensor:
     """Cross-entropy, (...) from (..., K), against the target as a distribution over beams.
 
-    The targets' sum is divided out: it would only weigh beams at the edge, whose targets are cut off, less.
+    The targets' sum is divided out, which the published code does not: it would weigh beams at the edge, whose targets
+    are cut off, less, and a wide target more.
     """
     share_K = target_K / target_K.sum(-1, keepdim=True)
     return -(share_K * logits_K.log_softmax(-1)).sum(-1)
