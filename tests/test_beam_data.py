@@ -407,6 +407,29 @@ def test_a_csv_is_read_behind_a_byte_order_mark_and_refused_in_another_encoding(
         prepare_data(own)
 
 
+def test_pictures_are_taken_from_a_folder_beside_the_cameras_where_there_is_one(tmp_path: Path) -> None:
+    simulate(tmp_path / "root", SMALL)
+    plain = Data(root=str(tmp_path / "root"), prepared=str(tmp_path / "cache"), modalities=("image",), image_size=SIZE)
+    chosen = replace(plain, camera="camera_data_mask")
+    with pytest.raises(
+        UserError, match=r"data\.camera = camera_data_mask: there is no such folder beside .*scenario31"
+    ):
+        prepare_data(chosen)
+    cameras = sorted({(csv_of(plain).parent / row["unit1_rgb_1"]).parent for row in rows_of(plain)})
+    first, other = (camera.with_name("camera_data_mask") for camera in cameras[:2])
+    shutil.copytree(cameras[0], first)
+    for path in first.iterdir():
+        Image.new("RGB", (96, 54), "black").save(path)
+    before, after = (samples(Config(data), "train")[torch.arange(12)] for data in (plain, chosen))
+    masked = before["scenario"] == 0
+    assert 0 < masked.sum() < len(masked)
+    torch.testing.assert_close(after["image"], before["image"] * ~masked.view(-1, 1, 1, 1, 1))
+    assert describe(Config(chosen)).endswith(f"; pictures from {first.relative_to(tmp_path / 'root')}")
+    other.mkdir()
+    with pytest.raises(UserError, match=rf"{other} holds none of the \d+ files that scenario32 needs"):
+        prepare_data(chosen)
+
+
 def test_points_that_are_not_finite_are_no_points_and_a_cloud_may_be_empty(own: Data) -> None:
     path = csv_of(own).parent / rows_of(own)[0]["unit1_lidar_1"]
     head, end, body = path.read_text().partition("end_header\n")

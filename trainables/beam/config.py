@@ -53,6 +53,7 @@ class Data:
     steps: int = 1  # consecutive instants whose beams are predicted; the first is the window's newest
     image_size: int = 256  # side of the camera picture, the lidar histogram and the radar maps, pixels
     gps_repr: Literal["local", "sincos", "minmax", "angle2"] = "local"
+    camera: str | None = None  # folder beside camera_data/ to take pictures from, in each scenario that has one
     scenario_fov: bool = True  # lidar field of view cut per scenario
     lidar: Literal["full", "filtered"] = "full"  # filtered: without what stands still in the scenario's frames
     radar: Literal["angle_velocity", "angle"] = "angle_velocity"  # maps of range against these; angle: that one alone
@@ -83,6 +84,8 @@ class Data:
             raise UserError(f"data.steps = {self.steps} must be at least 1")
         if self.image_size < 1:
             raise UserError(f"data.image_size = {self.image_size} must be at least 1 pixel")
+        if self.camera is not None and ("/" in self.camera or self.camera in ("", ".", "..")):
+            raise UserError(f"data.camera = {self.camera!r} is no name of a folder beside camera_data/")
         if self.split_seed < 0:
             raise UserError(f"data.split_seed = {self.split_seed} must not be negative")
         if self.augment < 0:

@@ -19,7 +19,7 @@ from trainables.beam.augment import change_of, changed_pictures, changed_radar, 
 from trainables.beam.config import SENSORS, Data, Modality
 from trainables.beam.files import BEAMS
 from trainables.beam.gps import WIDTH, Timing, gps_features, mirrored_m, offsets_m, usual_timing
-from trainables.beam.prepare import CHANGED_LIDAR, array_path, labels, prepare_data, wanted_arrays
+from trainables.beam.prepare import CHANGED_LIDAR, array_path, elsewhere, labels, prepare_data, wanted_arrays
 from trainables.beam.split import Side, on_neither_side, scored_apart, split
 from trainables.beam.table import GROUPS, POWER, Table, fixed, frame_numbers
 from trainables.cache import Stamp, stamp_of
@@ -201,7 +201,7 @@ def timing_of(table: Table) -> Timing:
 
 
 def describe(config: HasData) -> str:
-    """One line on the data: real or simulated, how many windows of which scenarios, their split, what is left out."""
+    """One line on the data: real or simulated, how many windows of which scenarios, their split, what is special."""
     data = config.data
     table = prepare_data(data)
     train, val = split(table, data)
@@ -210,7 +210,8 @@ def describe(config: HasData) -> str:
     counts = f"{len(train)} windows to train and {len(val)} to validate"
     windows = len(table.beam_NP)
     astride = on_neither_side(train, val, windows)
-    left_out = [f"{astride} of {windows} windows straddle a border between blocks and are left out"] if astride else []
-    left_out += [table.left_out] if table.left_out else []
-    told = [f"{counts} ({data.split} split), scenarios {numbers}", *left_out]
+    notes = [f"{astride} of {windows} windows straddle a border between blocks and are left out"] if astride else []
+    notes += [table.left_out] if table.left_out else []
+    notes += [f"pictures from {folder.relative_to(table.root)}" for folder in elsewhere(data, table).values()]
+    told = [f"{counts} ({data.split} split), scenarios {numbers}", *notes]
     return f"{kind} beam data in {table.root}: {'; '.join(told)}"

@@ -197,6 +197,7 @@ def unseen_settings(config: Config) -> dict[str, Any]:
     settings = {f"model.{name}": getattr(model, name) for name in wanted}
     wanted = ["image_size", "csv", "split", "holdout", "split_seed"]
     wanted += ["gps_repr"] if "gps" in data.modalities else []
+    wanted += ["camera"] if "image" in data.modalities else []
     wanted += ["lidar", "scenario_fov"] if "lidar" in data.modalities else []
     wanted += ["augment", "flip"] if data.split == "legacy" else []  # copies are made before it is drawn
     settings |= {f"data.{name}": getattr(data, name) for name in wanted}

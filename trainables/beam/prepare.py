@@ -87,7 +87,7 @@ def prepare_data(data: Data) -> Table:
     if not missing:
         return table
     for name in missing:
-        _check_files(table, _group(name))
+        _check_files(data, table, _group(name))
     kind = "simulated" if data.root is None else "real"
     size = sum(_size(data, table, name) for name in missing)
     names = ", ".join(name.strip("_") for name in missing)
@@ -174,7 +174,8 @@ def _decoder(data: Data, table: Table, array: str) -> Decoder:
     if array == CHANGED_LIDAR:
         return Decoder(changed, (2, 1, size, size), np.uint8, f"{lidar} changed")
     if group in GROUPS["image"]:
-        return Decoder(lambda path: read_image(path, size), (3, size, size), np.uint8, f"{size}")
+        others = sorted(str(folder.relative_to(table.root)) for folder in elsewhere(data, table).values())
+        return Decoder(lambda path: read_image(path, size), (3, size, size), np.uint8, " ".join([f"{size}", *others]))
     if group in GROUPS["lidar"]:
         return Decoder(lambda path: seen(path, points(path)), (1, size, size), np.uint8, lidar)
     if group in GROUPS["radar"]:
@@ -182,6 +183,27 @@ def _decoder(data: Data, table: Table, array: str) -> Decoder:
     if group == POWER:
         return Decoder(read_power, (BEAMS,), np.float64, "")
     return Decoder(read_position, (2,), np.float64, "")
+
+
+def _sources(data: Data, table: Table, group: str) -> tuple[Path, ...]:
+    """The files to decode: those that the table names or, of pictures, their namesakes in `data.camera`."""
+    paths = table.groups[group].paths
+    folders = elsewhere(data, table) if group in GROUPS["image"] else {}
+    return tuple(folders.get(path.parent, path.parent) / path.name for path in paths) if folders else paths
+
+
+def elsewhere(data: Data, table: Table) -> dict[Path, Path]:
+    """By folder of pictures, the one beside it that they are taken from, where `data.camera` names such a folder.
+
+    Raises `UserError` where it names none at all.
+    """
+    if data.camera is None or "image" not in data.modalities:
+        return {}
+    folders = dict.fromkeys(path.parent for path in table.groups[GROUPS["image"][0]].paths)
+    found = {folder: beside for folder in folders if (beside := folder.with_name(data.camera)).is_dir()}
+    if not found:
+        raise UserError(f"data.camera = {data.camera}: there is no such folder beside {', '.join(map(str, folders))}")
+    return found
 
 
 def scenario_of(path: Path) -> str:
@@ -220,17 +242,17 @@ def _size(data: Data, table: Table, array: str) -> int:
     return math.prod(shape) * np.dtype(decoder.dtype).itemsize
 
 
-def _check_files(table: Table, group: str) -> None:
+def _check_files(data: Data, table: Table, group: str) -> None:
     """Every file must be there before the long work begins."""
-    files = table.groups[group]
-    lacking = [i for i, path in enumerate(files.paths) if not path.is_file()]
+    paths, rows = _sources(data, table, group), table.groups[group].row
+    lacking = [i for i, path in enumerate(paths) if not path.is_file()]
     if not lacking:
         return
-    first, row = files.paths[lacking[0]], files.row[lacking[0]]
-    scenario_of = table.scenario_N[list(files.row)]
-    alike = [i for i in range(len(files.paths)) if scenario_of[i] == scenario_of[lacking[0]]]
+    first, row = paths[lacking[0]], rows[lacking[0]]
+    scenario_of_row = table.scenario_N[list(rows)]
+    alike = [i for i in range(len(paths)) if scenario_of_row[i] == scenario_of_row[lacking[0]]]
     if len(lacking) > 1 and set(alike) <= set(lacking):  # as in copies of the data set that lack a part of a scenario
-        scenario, modality = table.scenarios[scenario_of[lacking[0]]], _modality(group)
+        scenario, modality = table.scenarios[scenario_of_row[lacking[0]]], _modality(group)
         out = f", take {modality} out of data.modalities," if modality else ""
         raise UserError(
             f"{first.parent} holds none of the {len(alike)} files that {scenario} needs, {table.lines[row]} the first: "
@@ -250,4 +272,5 @@ def _maker(data: Data, table: Table, array: str) -> Callable[[Path], None]:
     def where(i: int) -> str:
         return table.lines[files.row[i]]
 
-    return lambda unfinished: decode(unfinished, _decoder(data, table, array), files.paths, array.strip("_"), where)
+    paths = _sources(data, table, _group(array))
+    return lambda unfinished: decode(unfinished, _decoder(data, table, array), paths, array.strip("_"), where)
