@@ -19,9 +19,18 @@ from trainables.beam.augment import change_of, changed_pictures, changed_radar, 
 from trainables.beam.config import SENSORS, Data, Modality
 from trainables.beam.files import BEAMS
 from trainables.beam.gps import WIDTH, Timing, gps_features, mirrored_m, offsets_m, usual_timing
-from trainables.beam.prepare import CHANGED_LIDAR, array_path, elsewhere, labels, prepare_data, wanted_arrays
+from trainables.beam.prepare import (
+    CHANGED_LIDAR,
+    array_path,
+    elsewhere,
+    find_table,
+    labels,
+    prepare_arrays,
+    prepare_data,
+    wanted_arrays,
+)
 from trainables.beam.split import Side, on_neither_side, scored_apart, split
-from trainables.beam.table import GROUPS, POWER, Table, fixed, frame_numbers
+from trainables.beam.table import GROUPS, POWER, SENSOR_COLUMNS, Table, fixed, frame_numbers
 from trainables.cache import Stamp, stamp_of
 
 Ints = NDArray[np.int64]
@@ -172,32 +181,78 @@ def _gps(data: Data, table: Table, beam_N: Ints, train_N: Bools) -> Floats:
 
     beam_N: at the newest instant. A mirrored street is a street of its own.
     """
-    station_N2 = np.load(array_path(data, table, "unit1_loc"))[table.groups["unit1_loc"].at_NK[:, 0]]
-    car_N22 = np.load(array_path(data, table, "unit2_loc_"))[table.groups["unit2_loc_"].at_NK[:, :2]]
+    out = np.empty((2, len(beam_N), 2, WIDTH[data.gps_repr]), dtype=np.float32)
     timing = timing_of(table)
-    out = np.empty((2, *car_N22.shape[:2], WIDTH[data.gps_repr]), dtype=np.float32)
     for number, scenario in enumerate(table.scenarios):
         here = table.scenario_N == number
-        metres = np.stack([offsets_m(station_N2[here], car_N22[here, k]) for k in range(2)], axis=1)
-        beam, known, when = beam_N[here], train_N[here], timing.of(here)
+        metres, beam, known, when = _metres(data, table, here), beam_N[here], train_N[here], timing.of(here)
         turned = mirrored_m(metres, beam, known, when)
         out[0, here] = gps_features(data, scenario, metres, beam, known, when)
         out[1, here] = gps_features(data, scenario, turned, BEAMS - 1 - beam, known, when)
     return out
 
 
-def timing_of(table: Table) -> Timing:
-    """By the files' numbers: the adaptation set, for one, was recorded at twice the rate of the development set."""
-    places_N2, label_NP = (frame_numbers(table.groups[name]) for name in ("unit2_loc_", POWER))
-    if places_N2 is None or label_NP is None:
-        return usual_timing(len(table.beam_NP))
-    interval_N = places_N2[:, 1] - places_N2[:, 0]
+def gps_of_others(data: Data, others: Table) -> Floats:
+    """Positions of windows without labels, (N, 2, G), in the form in which training on `data` saw its own.
+
+    Only `gps_repr: local` needs the windows of `data` for that, whose positions and powers are then prepared.
+    """
+    table = find_table(data) if data.gps_repr == "local" else None
+    beam_N, train_N = np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
+    if table is not None:
+        prepare_arrays(data, table, [POWER, *GROUPS["gps"]])
+        beam_N = labels(table, np.load(array_path(data, table, POWER)))[:, 0]
+        train_N = split(table, data)[0].holds(len(beam_N))
+    out = np.empty((len(others.lines), 2, WIDTH[data.gps_repr]), dtype=np.float32)
+    timing = timing_of(others, table)
+    for number, scenario in enumerate(others.scenarios):
+        here = others.scenario_N == number
+        metres, when = _metres(data, others, here), timing.of(here)
+        beam, known = np.zeros(len(metres), dtype=np.int64), np.zeros(len(metres), dtype=bool)
+        if table is not None and scenario in table.scenarios:
+            there = table.scenario_N == table.scenarios.index(scenario)
+            metres = np.concatenate([_metres(data, table, there), metres])
+            beam, known = np.concatenate([beam_N[there], beam]), np.concatenate([train_N[there], known])
+            when = timing_of(table).of(there).before(when)
+        out[here] = gps_features(data, scenario, metres, beam, known, when)[-here.sum() :]
+    return out
+
+
+def _metres(data: Data, table: Table, here: Bools) -> NDArray[np.float64]:
+    """Metres from the station of the chosen windows' two positions, (N, 2, 2)."""
+    station_N2 = np.load(array_path(data, table, "unit1_loc"))[table.groups["unit1_loc"].at_NK[here, 0]]
+    car_N22 = np.load(array_path(data, table, "unit2_loc_"))[table.groups["unit2_loc_"].at_NK[here, :2]]
+    return np.stack([offsets_m(station_N2, car_N22[:, k]) for k in range(2)], axis=1)
+
+
+def timing_of(table: Table, like: Table | None = None) -> Timing:
+    """By the files' numbers: the adaptation set, for one, was recorded at twice the rate of the development set.
+
+    In the interval that is usual in `like`; None: in the table itself.
+    """
+    windows = len(table.lines)
+    interval_N, ahead_N = _intervals(table)
+    usual = _usual(_intervals(like or table)[0])
+    if usual is None or not (interval_N > 0).any():
+        return usual_timing(windows)
+    return Timing(np.where(interval_N > 0, interval_N, usual) / usual, ahead_N / usual)
+
+
+def _usual(interval_N: NDArray[np.float64]) -> float | None:
     told_N = interval_N > 0
-    if not told_N.any():
-        return usual_timing(len(table.beam_NP))
-    usual = float(np.median(interval_N[told_N]))
-    ahead_N = (label_NP[:, 0] - places_N2[:, 1]) / usual
-    return Timing(np.where(told_N, interval_N, usual) / usual, ahead_N)
+    return float(np.median(interval_N[told_N])) if told_N.any() else None
+
+
+def _intervals(table: Table) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """In file numbers: between each window's positions, and from the second to its label or, without one, its newest
+    frame; empty where the files' names do not tell."""
+    newest = next((name for name in (POWER, *SENSOR_COLUMNS) if name in table.groups), None)
+    places_N2 = frame_numbers(table.groups["unit2_loc_"])
+    frames_NK = None if newest is None else frame_numbers(table.groups[newest])
+    if places_N2 is None or frames_NK is None:
+        return np.empty(0), np.empty(0)
+    then_N = frames_NK[:, 0] if newest == POWER else frames_NK[:, -1]
+    return (places_N2[:, 1] - places_N2[:, 0]).astype(float), (then_N - places_N2[:, 1]).astype(float)
 
 
 def describe(config: HasData) -> str:

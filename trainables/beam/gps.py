@@ -41,6 +41,10 @@ class Timing(NamedTuple):
     def of(self, chosen_N: Bools) -> Timing:
         return Timing(self.interval_N[chosen_N], self.ahead_N[chosen_N])
 
+    def before(self, others: Timing) -> Timing:
+        """These windows, and then the others."""
+        return Timing(*(np.concatenate(pair) for pair in zip(self, others, strict=True)))
+
 
 def usual_timing(windows: int) -> Timing:
     return Timing(np.ones(windows), np.full(windows, AHEAD))

@@ -11,7 +11,7 @@ import hashlib
 import math
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
@@ -82,16 +82,22 @@ def prepare_data(data: Data) -> Table:
     Raises `UserError` with file, row and remedy for what cannot be read. Several processes may call it at once.
     """
     table = find_table(data)
-    wanted = {name: array_path(data, table, name) for name in wanted_arrays(data, table)}
+    prepare_arrays(data, table, wanted_arrays(data, table))
+    return table
+
+
+def prepare_arrays(data: Data, table: Table, names: Sequence[str]) -> None:
+    """The same of some arrays of a table."""
+    wanted = {name: array_path(data, table, name) for name in names}
     missing = {name: path for name, path in wanted.items() if not path.exists()}
     if not missing:
-        return table
+        return
     for name in missing:
         _check_files(data, table, _group(name))
     kind = "simulated" if data.root is None else "real"
     size = sum(_size(data, table, name) for name in missing)
-    names = ", ".join(name.strip("_") for name in missing)
-    print(f"beam data: preparing {kind} data of {table.root}: {names}, {size / 2**20:.0f} MiB", flush=True)
+    told = ", ".join(name.strip("_") for name in missing)
+    print(f"beam data: preparing {kind} data of {table.root}: {told}, {size / 2**20:.0f} MiB", flush=True)
     check_room(cache_folder(data.prepared), size, [unfinished_of(path) for path in missing.values()])
     for name, path in missing.items():
         if data.lidar == "filtered" and _group(name) in GROUPS["lidar"]:
@@ -102,7 +108,6 @@ def prepare_data(data: Data) -> Table:
         if broken.any():
             print(f"beam data: {broken.sum()} windows relabelled, because a power is NaN", flush=True)
         labels(table, np.load(wanted[POWER]))
-    return table
 
 
 def wanted_arrays(data: Data, table: Table) -> list[str]:

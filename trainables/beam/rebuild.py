@@ -213,6 +213,15 @@ def insert(maps: Maps, rebuilt: Mapping[Modality, Tensor], replaced_B: Tensor) -
     return out
 
 
+def logits_without_targets(model: RebuildNetwork, batch: Batch) -> Tensor:
+    """What the fusion network makes of a batch that lacks the targets, with their rebuilt maps in it."""
+    sensors = model.fusion.sensors
+    maps = {sensor: model.fusion.first_map(sensor, batch) for sensor in sensors if sensor not in model.target}
+    rebuilt, like = model.translate(model.parts(maps)), maps[model.source[0]]
+    every = {sensor: maps[sensor] if sensor in maps else rebuilt[sensor].view_as(like).to(like) for sensor in sensors}
+    return model.fusion.fuse(every, batch.get("gps"))
+
+
 def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[str] = ()) -> Pairs:
     """DBA with nothing missing, with the targets rebuilt, and with their stand-ins; the error of the rebuilt features.
 

@@ -54,7 +54,7 @@ class Files:
 
 @dataclass(frozen=True, eq=False)  # equal to itself alone: what is computed from a table is kept by it
 class Table:
-    """All labelled windows of a data set, in the order of its CSV files. Nobody can write into its arrays."""
+    """All windows of a data set, in the order of its CSV files. Nobody can write into its arrays."""
 
     root: Path
     csvs: tuple[Path, ...]
@@ -62,7 +62,7 @@ class Table:
     lines: tuple[str, ...]  # "row 3 of a.csv" for every window, for messages
     scenarios: tuple[str, ...]  # "scenario31", ... in the order of their numbers
     scenario_N: Ints
-    beam_NP: Ints  # 0-based, as the CSV says
+    beam_NP: Ints  # 0-based, as the CSV says; of windows without labels P is 0, and there is no group of powers
     groups: dict[str, Files]
     frame_NK: Ints  # numbers of the frames that a window sees, its label's included
     passes_N: tuple[str, ...] | None  # which pass of the car; None where the development set's CSV does not say
@@ -71,8 +71,12 @@ class Table:
 
     def reaches(self, data: Data) -> bool:
         """Whether the windows hold as many instants, and as many beams, as are asked for."""
-        instants = [self.groups[name].at_NK.shape[1] for name in SENSOR_COLUMNS if name in self.groups]
-        return self.beam_NP.shape[1] >= data.steps and all(count >= data.reach for count in instants)
+        return self.beam_NP.shape[1] >= data.steps and self.spans(data.reach)
+
+    def spans(self, instants: int) -> bool:
+        """Whether the windows hold as many instants of every sensor."""
+        found = [self.groups[name].at_NK.shape[1] for name in SENSOR_COLUMNS if name in self.groups]
+        return all(count >= instants for count in found)
 
 
 def read_table(root: Path, data: Data, built: Path | None = None) -> Table:
@@ -96,22 +100,48 @@ def _read(root: Path, data: Data, development: Path, stamps: tuple[Stamp, Stamp]
         short = _short(root.joinpath(*ADAPTATION), data)
         left_out = f"{'/'.join(ADAPTATION)} is left out: {short}" if short else ""
         sets += [] if short else [(ADAPTATION[0], root.joinpath(*ADAPTATION))]
+    return _table(root, sets, data.modalities, left_out)
+
+
+def read_unlabelled(path: Path, data: Data) -> tuple[Table, tuple[str, ...]]:
+    """The windows of a CSV without labels, as those of the challenge's test set, and what its column `index` says.
+
+    Files are named relative to the CSV's folder. Labels that are there all the same are not read. Raises `UserError`
+    for what is missing.
+    """
+    path = path.resolve()
+    table = _table(path.parent.parent, [(path.parent.name, path)], data.modalities, labelled=False)
+    if not table.spans(data.history):
+        raise UserError(f"{path}: its windows have fewer instants than the {data.history} that the model sees")
+    rows = _read_csv(path, data.modalities, labelled=False)
+    return table, tuple(row.get("index", str(number)) for number, row in enumerate(rows, start=1))
+
+
+def _table(
+    root: Path,
+    sets: Sequence[tuple[str, Path]],
+    modalities: Sequence[Modality],
+    left_out: str = "",
+    labelled: bool = True,
+) -> Table:
+    """Of CSV files below `root`, each with the name of the folder that its paths are relative to."""
     found: list[list[Row]] = []
     lines: list[str] = []
     digest = hashlib.sha256()
     for folder, path in sets:
-        rows = _read_csv(path, data.modalities)
+        rows = _read_csv(path, modalities, labelled)
         digest.update(path.read_bytes())
         found.append([{k: f"{folder}/{value}" if _is_file(k) else value for k, value in row.items()} for row in rows])
         lines += [f"row {number} of {path}" for number in range(1, len(rows) + 1)]
     every = [row for rows in found for row in rows]
     groups = {}
-    for name in (POWER, *(name for modality in data.modalities for name in GROUPS[modality])):
+    for name in _groups(modalities, labelled):
         groups[name] = _files(root, found, name, lines)
-    steps = groups[POWER].at_NK.shape[1]
-    labels = [_labels(row, line)[:steps] for row, line in zip(every, lines, strict=True)]
-    powers = [groups[POWER].paths[at].relative_to(root) for at in groups[POWER].at_NK[:, 0]]
-    scenario_of = [_scenario(path, line) for path, line in zip(powers, lines, strict=True)]
+    steps = groups[POWER].at_NK.shape[1] if labelled else 0
+    labels = [_labels(row, line)[:steps] if labelled else [] for row, line in zip(every, lines, strict=True)]
+    told = next(iter(groups.values()))  # a file that names the scenario: where there are labels, that of the powers
+    places = [told.paths[at].relative_to(root) for at in told.at_NK[:, 0]]
+    scenario_of = [_scenario(path, line) for path, line in zip(places, lines, strict=True)]
     scenarios = sorted(set(scenario_of), key=lambda name: int(name.removeprefix("scenario")))
     return Table(
         root=root,
@@ -120,7 +150,7 @@ def _read(root: Path, data: Data, development: Path, stamps: tuple[Stamp, Stamp]
         lines=tuple(lines),
         scenarios=tuple(scenarios),
         scenario_N=fixed(np.array([scenarios.index(name) for name in scenario_of])),
-        beam_NP=fixed(np.array(labels)),
+        beam_NP=fixed(np.array(labels, dtype=np.int64)),
         groups=groups,
         frame_NK=fixed(_frames(groups)),
         passes_N=tuple(row.get(PASS, "") for row in every) if PASS in found[0][0] else None,
@@ -151,17 +181,23 @@ def _is_file(column: str) -> bool:
     return column.startswith(("unit1_", "unit2_")) and column != BEAM
 
 
-def _read_csv(path: Path, modalities: Sequence[Modality]) -> list[Row]:
+def _groups(modalities: Sequence[Modality], labelled: bool) -> tuple[str, ...]:
+    """The column groups that are read."""
+    return ((POWER,) if labelled else ()) + tuple(name for modality in modalities for name in GROUPS[modality])
+
+
+def _read_csv(path: Path, modalities: Sequence[Modality], labelled: bool = True) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             header = list(reader.fieldnames or [])
             rows = list(reader)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; data.root must hold the development set's CSV") from None
+        remedy = "data.root must hold the development set's CSV" if labelled else "name the CSV of the windows"
+        raise UserError(f"{path}: {error.strerror}; {remedy}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is no CSV in UTF-8 ({error}); save it as one") from None
-    _check_header(path, header, modalities)
+    _check_header(path, header, modalities, labelled)
     if not rows:
         raise UserError(f"{path} has no rows; give a data set with at least one window")
     for number, row in enumerate(rows, start=1):
@@ -170,12 +206,13 @@ def _read_csv(path: Path, modalities: Sequence[Modality]) -> list[Row]:
     return rows
 
 
-def _check_header(path: Path, header: list[str], modalities: Sequence[Modality]) -> None:
+def _check_header(path: Path, header: list[str], modalities: Sequence[Modality], labelled: bool) -> None:
     """Every instant of what is asked for has its column: where one lacks, sensors would be read at other instants."""
     columns = dict.fromkeys(header, "")
-    if BEAM not in columns:
+    if labelled and BEAM not in columns:
         raise UserError(f"{path} has no column {BEAM}; every window needs its label")
-    groups = [(POWER, "")] + [(name, modality) for modality in modalities for name in GROUPS[modality]]
+    modality_of = {name: modality for modality in modalities for name in GROUPS[modality]}
+    groups = [(name, modality_of.get(name, "")) for name in _groups(modalities, labelled)]
     instants = max([1, *(_newest(columns, name) for name, _ in groups if name in SENSOR_COLUMNS)])
     least_of = {"unit2_loc_": 2, **dict.fromkeys(SENSOR_COLUMNS, instants)}
     for name, modality in groups:
@@ -183,6 +220,7 @@ def _check_header(path: Path, header: list[str], modalities: Sequence[Modality])
         for column in _expected(columns, name, least):
             if column not in columns:
                 remedy = f"take {modality} out of data.modalities" if modality else "every window needs its power"
+                remedy = remedy if labelled else "the model needs it"
                 raise UserError(f"{path} has no column {column}; {remedy}")
 
 

@@ -1,0 +1,162 @@
+"""The beams of windows that nobody has labelled, by a model that `launch.py --export best MODEL` wrote.
+
+    python -m trainables.beam.predict MODEL WINDOWS.csv OUT
+
+WINDOWS.csv lists windows as the challenge's test set does, with files relative to its folder. OUT/beam_pred.csv has a
+row for each, `index, top-1 beam, top-2 beam, top-3 beam`, with beams from 1 to 64, those of several steps joined by
+`_`; OUT/beam_confidence.csv the largest softmax of each. A model of the rebuild rebuilds its targets, whose columns
+and files need not be there.
+
+Legend: B windows of a batch, N of the CSV, P steps (no such axis where there is one), H instants, R guesses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from trainables.beam import fusion, rebuild
+from trainables.beam.config import SENSORS, Data
+from trainables.beam.data import frames_of, gps_of_others
+from trainables.beam.metrics import RANKS
+from trainables.beam.prepare import prepare_arrays
+from trainables.beam.pretrained import weights_of
+from trainables.beam.table import GROUPS, read_unlabelled
+from trainables.contract import UserError, default_device
+from trainables.samples import Batch
+from trainables.step import autocast
+
+FAMILIES: dict[str, type[fusion.Config | rebuild.Config]] = {
+    "trainables.beam.fusion:train": fusion.Config,
+    "trainables.beam.rebuild:train": rebuild.Config,
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network. data: what it sees of a window. logits: (B, 64) or (B, P, 64) of a batch."""
+
+    config: fusion.Config | rebuild.Config
+    data: Data
+    network: nn.Module
+    logits: Callable[[Batch], Tensor]
+
+
+def read_model(folder: Path) -> Model:
+    """The model in an exported folder; raises `UserError` where it holds none of this family."""
+    trainable = (_yaml(folder / "origin.yaml") or {}).get("trainable")
+    if trainable not in FAMILIES:
+        raise UserError(f"{folder}: a model of {trainable}; beams are predicted by one of {' or '.join(FAMILIES)}")
+    try:
+        config: fusion.Config | rebuild.Config = TypeAdapter(FAMILIES[trainable]).validate_python(
+            _yaml(folder / "config.yaml")
+        )
+        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, ValidationError) as error:
+        raise UserError(f"{folder}: cannot be read as a model: {error}") from None
+    config = replace(config, model=replace(config.model, pretrained_encoders=None))  # its weights come from here
+    if isinstance(config, rebuild.Config):
+        made = rebuild.build(config, rebuild.untrained_weights(config))
+        data = replace(
+            config.data, modalities=tuple(name for name in config.data.modalities if name not in made.target)
+        )
+        model = Model(config, data, made, lambda batch: rebuild.logits_without_targets(made, batch))
+    else:
+        whole = fusion.build(config)
+        model = Model(config, config.data, whole, lambda batch: whole.fuse(whole.first_maps(batch), batch.get("gps")))
+    model.network.load_state_dict(weights_of(state))
+    return model
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; name a folder that `launch.py --export` wrote") from None
+
+
+def batches(model: Model, windows: Path) -> tuple[tuple[str, ...], Iterator[Batch]]:
+    """What the CSV's windows are called, and what the model sees of them, in order."""
+    data = replace(model.data, augment=0)  # nothing is copied here
+    table, names = read_unlabelled(windows, data)
+    here = replace(data, root=str(table.root))
+    prepare_arrays(here, table, list(table.groups))
+    sensors = [name for name in SENSORS if name in data.modalities]
+    arrays = {name: frames_of(here, table, name) for name in sensors}
+    at_NH = {name: table.groups[GROUPS[name][0]].at_NK[:, -data.history :] for name in sensors}
+    gps_N2G = torch.from_numpy(gps_of_others(model.config.data, table)) if "gps" in data.modalities else None
+
+    def gathered() -> Iterator[Batch]:
+        for chosen in torch.arange(len(names)).split(model.config.optim.batch_size):
+            batch: Batch = {name: torch.from_numpy(x[at_NH[name][chosen.numpy()]]) for name, x in arrays.items()}
+            yield batch if gps_N2G is None else {**batch, "gps": gps_N2G[chosen]}
+
+    return names, gathered()
+
+
+@torch.no_grad()
+def predict(model: Model, windows: Path, device: torch.device) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    """What the windows are called, their likeliest beams (N, ..., R), from 0, and the largest softmax (N, ...)."""
+    names, seen = batches(model, windows)
+    model.network.to(device).eval()
+    beams, confidence = [], []
+    for batch in tqdm(seen, desc="predicting", unit=" batches", leave=False, disable=not sys.stderr.isatty()):
+        with autocast(device, model.config.optim):
+            logits = model.logits({name: x.to(device) for name, x in batch.items()})
+        beams.append(logits.topk(RANKS, dim=-1).indices.cpu())
+        confidence.append(logits.softmax(-1).amax(-1).cpu())
+    return names, torch.cat(beams), torch.cat(confidence)
+
+
+def write(folder: Path, names: Sequence[str], beams: Tensor, confidence: Tensor) -> None:
+    """Both files; raises `UserError` where one is there already."""
+
+    def joined(steps: Tensor, form: str) -> str:
+        return "_".join(format(value, form) for value in steps.reshape(-1).tolist())
+
+    guesses = [f"top-{rank + 1} beam" for rank in range(RANKS)]
+    rows = [[joined(guess, "d") for guess in (one + 1).unbind(-1)] for one in beams]
+    _write_csv(folder / "beam_pred.csv", ["index", *guesses], names, rows)
+    _write_csv(folder / "beam_confidence.csv", ["index", "confidence"], names, [[joined(x, ".6f")] for x in confidence])
+
+
+def _write_csv(path: Path, header: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("x", newline="") as file:
+            csv.writer(file).writerows([header, *([name, *row] for name, row in zip(names, rows, strict=True))])
+    except FileExistsError:
+        raise UserError(f"{path} exists; name another folder") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainables.beam.predict", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", type=Path, help="a folder that `launch.py --export` wrote")
+    parser.add_argument("windows", type=Path, help="the CSV of the windows")
+    parser.add_argument("out", type=Path, help="the folder to write to")
+    given = parser.parse_args(arguments)
+    try:
+        names, beams, confidence = predict(read_model(given.model), given.windows, default_device())
+        write(given.out, names, beams, confidence)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"beams of {len(names)} windows: {given.out / 'beam_pred.csv'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
