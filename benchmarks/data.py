@@ -42,7 +42,8 @@ from trainables.beam.files import (
     read_position,
     read_power,
 )
-from trainables.beam.prepare import find_table, prepare_data, scenario_of
+from trainables.beam.prepare import find_table, prepare_data
+from trainables.beam.table import scenario_of
 from trainables.beam.simulator import simulate, write_ply
 from trainables.beam.table import GROUPS, POWER, Table
 

@@ -411,9 +411,7 @@ def test_pictures_are_taken_from_a_folder_beside_the_cameras_where_there_is_one(
     simulate(tmp_path / "root", SMALL)
     plain = Data(root=str(tmp_path / "root"), prepared=str(tmp_path / "cache"), modalities=("image",), image_size=SIZE)
     chosen = replace(plain, camera="camera_data_mask")
-    with pytest.raises(
-        UserError, match=r"data\.camera = camera_data_mask: there is no such folder beside .*scenario31"
-    ):
+    with pytest.raises(UserError, match=r"data\.camera = camera_data_mask: no such folder is beside .*scenario31"):
         prepare_data(chosen)
     cameras = sorted({(csv_of(plain).parent / row["unit1_rgb_1"]).parent for row in rows_of(plain)})
     first, other = (camera.with_name("camera_data_mask") for camera in cameras[:2])

@@ -13,7 +13,7 @@ import torch
 from small_beam import DataConfig, raw_files
 
 from trainables.beam import table
-from trainables.beam.config import Data, Simulated
+from trainables.beam.config import Data, Modality, Simulated
 from trainables.beam.data import describe, samples
 from trainables.beam.health import dba_of_guessing
 from trainables.beam.prepare import array_path, find_table, prepare_data
@@ -35,9 +35,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     read_csv = table._read_csv
 
-    def counted(path: Path, modalities: tuple[str, ...]) -> list[table.Row]:
+    def counted(path: Path, modalities: tuple[Modality, ...], labelled: bool) -> list[table.Row]:
         names.append(path.name)
-        return read_csv(path, modalities)  # type: ignore[arg-type]
+        return read_csv(path, modalities, labelled)
 
     monkeypatch.setattr(table, "_read_csv", counted)
     return names

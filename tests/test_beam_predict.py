@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from small_beam import SMALL, raw_files
+from torch import Tensor
 
 from search import yaml_file
 from trainables.beam import fusion, predict, rebuild
 from trainables.beam.config import Data, Pretrain, Rebuild, Simulated
 from trainables.beam.data import samples
 from trainables.beam.prepare import find_table
-from trainables.contract import Trial
+from trainables.contract import Trial, UserError
 from trainables.optim import Optim
 
 written = raw_files(Simulated(passes=8, frames=20))
@@ -51,24 +54,32 @@ def plain(node: Any) -> Any:
     return [plain(item) for item in node] if isinstance(node, (list, tuple)) else node
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
 def held_out(config: Config, path: Path, without: Sequence[str] = ()) -> NDArray[np.int64]:
     """Write the CSV of the windows that validate, less their labels and some columns; returns their beams, (N, ...)."""
     table, val = find_table(config.data), samples(config, "val")
-    with table.csvs[0].open(newline="") as file:
-        rows = [row for number, row in enumerate(csv.DictReader(file)) if number in set(val.windows.tolist())]
+    rows = read_rows(table.csvs[0])
     unwanted = ("unit1_beam", "unit1_pwr", "seq_index", *without)
-    kept = [{key: text for key, text in row.items() if not key.startswith(unwanted)} for row in rows]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(kept[0]))
-        writer.writeheader()
-        writer.writerows(kept)
+    kept = [{key: text for key, text in rows[i].items() if not key.startswith(unwanted)} for i in val.windows]
+    write_rows(path, kept)
     return val.beams(val.side)
 
 
 def predicted(out: Path) -> NDArray[np.int64]:
     """The guesses of each window, (N, P, 3), from 0."""
-    with (out / "beam_pred.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(out / "beam_pred.csv")
     assert list(rows[0]) == ["index", "top-1 beam", "top-2 beam", "top-3 beam"]
     guesses = [[[int(beam) - 1 for beam in row[f"top-{k} beam"].split("_")] for row in rows] for k in (1, 2, 3)]
     return np.moveaxis(np.array(guesses), 0, -1)
@@ -122,11 +133,81 @@ def test_several_steps_and_how_sure_the_model_is(data: Data, tmp_path: Path) -> 
     assert predict.main([str(tmp_path / "model"), str(windows), str(tmp_path / "out")]) == 0
     guesses = predicted(tmp_path / "out")
     assert dba(guesses, beams) == pytest.approx(metrics["dba"], abs=1e-6)
-    with (tmp_path / "out" / "beam_confidence.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(tmp_path / "out" / "beam_confidence.csv")
     assert [row["index"] for row in rows] == list(names)
     told = [[float(value) for value in row["confidence"].split("_")] for row in rows]
     np.testing.assert_allclose(told, confidence, atol=1e-6)
+
+
+def seen(config: fusion.Config, windows: Path) -> dict[str, Tensor]:
+    """What a model of this config sees of the CSV's windows."""
+    network = fusion.build(config)
+    _, batches = predict.batches(predict.Model(config, config.data, network, lambda batch: batch["lidar"]), windows)
+    found = list(batches)
+    return {name: torch.cat([batch[name] for batch in found]) for name in found[0]}
+
+
+def test_a_window_is_seen_as_in_training_whichever_windows_stand_beside_it(data: Data) -> None:
+    config = fusion.Config(data=replace(data, lidar="filtered", modalities=("lidar", "gps")), model=SMALL, optim=OPTIM)
+    windows = data_csv(data, "all.csv")
+    held_out(config, windows)
+    val = samples(config, "val")
+    trained_on, together = val[torch.arange(len(val))], seen(config, windows)
+    alone = seen(config, write_rows(windows.with_name("one.csv"), read_rows(windows)[5:6]))
+    for name in ("lidar", "gps"):
+        torch.testing.assert_close(together[name], trained_on[name])
+        torch.testing.assert_close(alone[name], trained_on[name][5:6])
+
+
+def test_positions_alone_are_carried_on_for_as_long_as_in_training(data: Data) -> None:
+    """In windows built from the raw files the label is nearer to the positions than in the published ones."""
+    config = fusion.Config(data=replace(data, steps=2, modalities=("gps",)), model=SMALL, optim=OPTIM)
+    windows = data_csv(data, "positions.csv")
+    held_out(config, windows)
+    val = samples(config, "val")
+    torch.testing.assert_close(seen(config, windows)["gps"], val[torch.arange(len(val))]["gps"])
+    held_out(config, windows, without=("unit1_rgb", "unit1_lidar", "unit1_radar"))  # nothing tells the frames then
+    torch.testing.assert_close(seen(config, windows)["gps"], val[torch.arange(len(val))]["gps"])
+
+
+def test_a_scenario_that_training_did_not_see_is_scaled_by_itself(
+    data: Data, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = fusion.Config(data=replace(data, modalities=("gps",)), model=SMALL, optim=OPTIM)
+    windows = data_csv(data, "every.csv")
+    held_out(whole, windows)
+    assert any("scenario34" in row["unit1_rgb_1"] for row in read_rows(windows))
+    rows = read_rows(data_csv(data, data.csv))
+    write_rows(data_csv(data, "less.csv"), [row for row in rows if "scenario34" not in row["unit1_rgb_1"]])
+    config = replace(whole, data=replace(whole.data, csv="less.csv"))
+    assert seen(config, windows)["gps"].isfinite().all()
+    assert capsys.readouterr().out.count("scenario34: the model was not trained on it") == 1
+
+
+def test_pictures_come_from_where_training_took_them(data: Data, tmp_path: Path) -> None:
+    shutil.copytree(data_csv(data, "").parent, tmp_path / "root")
+    data = replace(data, root=str(tmp_path / "root"), modalities=("image",), camera="camera_data_seg")
+    shutil.copytree(tmp_path / "root" / "Multi_Modal", others := tmp_path / "root" / "scenario31-34_test")
+    trained_on = tmp_path / "root" / "Multi_Modal"
+    for folder, numbers in ((trained_on, (31,)), (others, (31, 32))):
+        for number in numbers:
+            black(shutil.copytree(cameras(folder, number), cameras(folder, number).with_name("camera_data_seg")))
+    config = fusion.Config(data=data, model=SMALL, optim=OPTIM)
+    held_out(config, others / "test.csv")
+    val = samples(config, "val")
+    torch.testing.assert_close(seen(config, others / "test.csv")["image"], val[torch.arange(len(val))]["image"])
+    shutil.rmtree(cameras(others, 31).with_name("camera_data_seg"))
+    with pytest.raises(UserError, match=r"camera_data_seg: no such folder, and the model saw scenario31 from one"):
+        seen(config, others / "test.csv")
+
+
+def cameras(folder: Path, scenario: int) -> Path:
+    return folder / f"scenario{scenario}" / "unit1" / "camera_data"
+
+
+def black(folder: Path) -> None:
+    for path in folder.iterdir():
+        Image.new("RGB", (8, 8)).save(path)
 
 
 class TestMistakes:
@@ -155,7 +236,15 @@ class TestMistakes:
         windows, out = data_csv(data, "test.csv"), tmp_path / "out"
         assert "origin.yaml: cannot be read: " in self.told(capsys, tmp_path, windows, out)
         (model / "checkpoint.pt").write_bytes(b"no model")
-        assert f"{model}: cannot be read as a model: " in self.told(capsys, model, windows, out)
+        assert f"{model / 'checkpoint.pt'}: it cannot be read as a checkpoint" in self.told(capsys, model, windows, out)
+        torch.save({"model": {}}, model / "checkpoint.pt")
+        assert f"{model / 'checkpoint.pt'}: not the weights of {model / 'config.yaml'}" in self.told(
+            capsys, model, windows, out
+        )
+        (model / "config.yaml").write_text("epochs: many")
+        assert f"{model / 'config.yaml'}: no config of trainables.beam.fusion:train" in self.told(
+            capsys, model, windows, out
+        )
         yaml_file.write(model / "origin.yaml", {"trainable": "trainables.mabe.tagging:train"})
         assert f"{model}: a model of trainables.mabe.tagging:train; " in self.told(capsys, model, windows, out)
 

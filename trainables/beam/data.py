@@ -23,14 +23,13 @@ from trainables.beam.prepare import (
     CHANGED_LIDAR,
     array_path,
     elsewhere,
-    find_table,
     labels,
     prepare_arrays,
     prepare_data,
     wanted_arrays,
 )
 from trainables.beam.split import Side, on_neither_side, scored_apart, split
-from trainables.beam.table import GROUPS, POWER, SENSOR_COLUMNS, Table, fixed, frame_numbers
+from trainables.beam.table import GROUPS, POWER, Table, fixed, frame_numbers
 from trainables.cache import Stamp, stamp_of
 
 Ints = NDArray[np.int64]
@@ -193,28 +192,28 @@ def _gps(data: Data, table: Table, beam_N: Ints, train_N: Bools) -> Floats:
 
 
 def gps_of_others(data: Data, others: Table) -> Floats:
-    """Positions of windows without labels, (N, 2, G), in the form in which training on `data` saw its own.
+    """Positions of windows without labels, (N, 2, G), in the form in which training on `others.like` saw its own.
 
-    Only `gps_repr: local` needs the windows of `data` for that, whose positions and powers are then prepared.
+    A scenario that training did not see is scaled by its windows here.
     """
-    table = find_table(data) if data.gps_repr == "local" else None
-    beam_N, train_N = np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
+    out = np.empty((len(others.lines), 2, WIDTH[data.gps_repr]), dtype=np.float32)
+    table, timing = others.like, timing_of(others)
     if table is not None:
         prepare_arrays(data, table, [POWER, *GROUPS["gps"]])
         beam_N = labels(table, np.load(array_path(data, table, POWER)))[:, 0]
         train_N = split(table, data)[0].holds(len(beam_N))
-    out = np.empty((len(others.lines), 2, WIDTH[data.gps_repr]), dtype=np.float32)
-    timing = timing_of(others, table)
     for number, scenario in enumerate(others.scenarios):
         here = others.scenario_N == number
         metres, when = _metres(data, others, here), timing.of(here)
         beam, known = np.zeros(len(metres), dtype=np.int64), np.zeros(len(metres), dtype=bool)
+        seen = np.ones_like(known)
         if table is not None and scenario in table.scenarios:
             there = table.scenario_N == table.scenarios.index(scenario)
             metres = np.concatenate([_metres(data, table, there), metres])
             beam, known = np.concatenate([beam_N[there], beam]), np.concatenate([train_N[there], known])
+            seen = np.arange(len(metres)) < there.sum()
             when = timing_of(table).of(there).before(when)
-        out[here] = gps_features(data, scenario, metres, beam, known, when)[-here.sum() :]
+        out[here] = gps_features(data, scenario, metres, beam, known, when, seen)[-here.sum() :]
     return out
 
 
@@ -225,34 +224,34 @@ def _metres(data: Data, table: Table, here: Bools) -> NDArray[np.float64]:
     return np.stack([offsets_m(station_N2, car_N22[:, k]) for k in range(2)], axis=1)
 
 
-def timing_of(table: Table, like: Table | None = None) -> Timing:
+def timing_of(table: Table) -> Timing:
     """By the files' numbers: the adaptation set, for one, was recorded at twice the rate of the development set.
 
-    In the interval that is usual in `like`; None: in the table itself.
+    In the interval that is usual in the table or, of windows for a model, in those it was trained on.
     """
+    frames, usual = _frames_between(table), _usual_interval(table.like or table)
+    if frames is not None and usual is not None:
+        interval_N, ahead_N = frames
+        return Timing(np.where(interval_N > 0, interval_N, usual) / usual, ahead_N / usual)
     windows = len(table.lines)
-    interval_N, ahead_N = _intervals(table)
-    usual = _usual(_intervals(like or table)[0])
-    if usual is None or not (interval_N > 0).any():
+    if table.like is None:
         return usual_timing(windows)
-    return Timing(np.where(interval_N > 0, interval_N, usual) / usual, ahead_N / usual)
+    return Timing(np.ones(windows), np.full(windows, np.median(timing_of(table.like).ahead_N)))
 
 
-def _usual(interval_N: NDArray[np.float64]) -> float | None:
-    told_N = interval_N > 0
-    return float(np.median(interval_N[told_N])) if told_N.any() else None
+def _usual_interval(table: Table) -> float | None:
+    """Between two positions, in file numbers; None where these do not tell."""
+    frames = _frames_between(table)
+    told_N = None if frames is None else frames[0][frames[0] > 0]
+    return float(np.median(told_N)) if told_N is not None and len(told_N) else None
 
 
-def _intervals(table: Table) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """In file numbers: between each window's positions, and from the second to its label or, without one, its newest
-    frame; empty where the files' names do not tell."""
-    newest = next((name for name in (POWER, *SENSOR_COLUMNS) if name in table.groups), None)
+def _frames_between(table: Table) -> tuple[Ints, Ints] | None:
+    """How many files lie between each window's positions, and from the second one to the label's."""
     places_N2 = frame_numbers(table.groups["unit2_loc_"])
-    frames_NK = None if newest is None else frame_numbers(table.groups[newest])
-    if places_N2 is None or frames_NK is None:
-        return np.empty(0), np.empty(0)
-    then_N = frames_NK[:, 0] if newest == POWER else frames_NK[:, -1]
-    return (places_N2[:, 1] - places_N2[:, 0]).astype(float), (then_N - places_N2[:, 1]).astype(float)
+    if places_N2 is None or table.label_frame_N is None:
+        return None
+    return places_N2[:, 1] - places_N2[:, 0], table.label_frame_N - places_N2[:, 1]
 
 
 def describe(config: HasData) -> str:

@@ -64,10 +64,12 @@ def gps_features(
     beam_N: NDArray[np.int64],
     known_N: Bools,
     timing: Timing | None = None,
+    seen_N: Bools | None = None,
 ) -> Floats:
     """Positions of one scenario for the network, (N, 2, G).
 
-    known_N: the windows that may be learnt from. timing: None: as usual.
+    known_N: the windows that may be learnt from. timing: None: as usual. seen_N: where none may be learnt from, those
+    that tell where cars drive; None: all.
     """
     if data.gps_repr == "minmax":
         return (metres_N22 - MINMAX_LOW_M) / (MINMAX_HIGH_M - MINMAX_LOW_M)
@@ -77,7 +79,8 @@ def gps_features(
             return np.stack([np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))], axis=-1)
         wrapped = (angle + 90) % 180 - 90
         return np.deg2rad(np.stack([wrapped, wrapped], axis=-1))  # the same number twice, as published
-    return _local(metres_N22, beam_N, known_N, timing or usual_timing(len(beam_N)))
+    seen_N = np.ones_like(known_N) if seen_N is None else seen_N
+    return _local(metres_N22, beam_N, known_N, timing or usual_timing(len(beam_N)), seen_N)
 
 
 def mirrored_m(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, timing: Timing | None = None) -> Floats:
@@ -85,7 +88,7 @@ def mirrored_m(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, ti
 
     The boresight is where the straight line through the known windows' beams has its middle beam.
     """
-    line = _line_of(metres_N22, beam_N, known_N, timing or usual_timing(len(beam_N)))
+    line = _line_of(metres_N22, beam_N, known_N, timing or usual_timing(len(beam_N)), np.ones_like(known_N))
     boresight = line.middle + ((BEAMS - 1) / 2 - line.at_middle) / line.per_radian if line.per_radian else line.middle
     cos, sin = np.cos(2 * boresight), np.sin(2 * boresight)
     return metres_N22 @ np.array([[-cos, sin], [sin, cos]])
@@ -100,11 +103,11 @@ class _Line(NamedTuple):
     per_radian: float
 
 
-def _line_of(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, timing: Timing) -> _Line:
+def _line_of(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, timing: Timing, seen_N: Bools) -> _Line:
     """Fitted to the known windows; a guess where there are none."""
     learnable = bool(known_N.any())
     if not learnable:  # a scenario that only validates: where its cars drive may be known, their beams may not
-        known_N = np.ones_like(known_N)
+        known_N = seen_N
     known, timing = metres_N22[known_N], timing.of(known_N)
     late = _late(known, timing, beam_N[known_N]) if learnable else 0.0
     bearing_N = _bearing(_at_label(known, timing, late))
@@ -123,7 +126,7 @@ def _at_label(metres_N22: Floats, timing: Timing, late: float) -> Floats:
     return np.asarray(metres_N22[:, 1] + (timing.ahead_N + late)[:, None] * _step(metres_N22, timing))
 
 
-def _local(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, timing: Timing) -> Floats:
+def _local(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, timing: Timing, seen_N: Bools) -> Floats:
     """Position, movement and direction, scaled by what is known of the scenario; either instant alone tells it all.
 
     The beam follows the bearing of the car at the label's time. So the newest position is carried on at its speed for
@@ -132,9 +135,9 @@ def _local(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, timing
     windows. The same number then means the same beam in every scenario. Waves of the direction spare a small network
     the fine steps.
     """
-    line = _line_of(metres_N22, beam_N, known_N, timing)
+    line = _line_of(metres_N22, beam_N, known_N, timing, seen_N)
     if not known_N.any():
-        known_N = np.ones_like(known_N)
+        known_N = seen_N
     step_N2, label_N2 = _step(metres_N22, timing), _at_label(metres_N22, timing, line.late)
     centre = metres_N22[known_N].mean(axis=(0, 1))
     spread = np.maximum(metres_N22[known_N].std(axis=(0, 1)), 0.1)  # a car that never moves must not divide by zero

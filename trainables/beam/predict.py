@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,13 +30,14 @@ from trainables.beam import fusion, rebuild
 from trainables.beam.config import SENSORS, Data
 from trainables.beam.data import frames_of, gps_of_others
 from trainables.beam.metrics import RANKS
-from trainables.beam.prepare import prepare_arrays
-from trainables.beam.pretrained import weights_of
+from trainables.beam.prepare import elsewhere, find_table, prepare_arrays
+from trainables.beam.pretrained import read_checkpoint, weights_of
 from trainables.beam.table import GROUPS, read_unlabelled
 from trainables.contract import UserError, default_device
 from trainables.samples import Batch
 from trainables.step import autocast
 
+BEAMS_FILE, SURE_FILE = "beam_pred.csv", "beam_confidence.csv"
 FAMILIES: dict[str, type[fusion.Config | rebuild.Config]] = {
     "trainables.beam.fusion:train": fusion.Config,
     "trainables.beam.rebuild:train": rebuild.Config,
@@ -63,9 +63,9 @@ def read_model(folder: Path) -> Model:
         config: fusion.Config | rebuild.Config = TypeAdapter(FAMILIES[trainable]).validate_python(
             _yaml(folder / "config.yaml")
         )
-        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, ValidationError) as error:
-        raise UserError(f"{folder}: cannot be read as a model: {error}") from None
+    except ValidationError as error:
+        raise UserError(f"{folder / 'config.yaml'}: no config of {trainable}: {error}") from None
+    state = read_checkpoint(folder / "checkpoint.pt", str(folder / "checkpoint.pt"))
     config = replace(config, model=replace(config.model, pretrained_encoders=None))  # its weights come from here
     if isinstance(config, rebuild.Config):
         made = rebuild.build(config, rebuild.untrained_weights(config))
@@ -76,7 +76,10 @@ def read_model(folder: Path) -> Model:
     else:
         whole = fusion.build(config)
         model = Model(config, config.data, whole, lambda batch: whole.fuse(whole.first_maps(batch), batch.get("gps")))
-    model.network.load_state_dict(weights_of(state))
+    try:
+        model.network.load_state_dict(weights_of(state))
+    except (RuntimeError, UserError) as error:
+        raise UserError(f"{folder / 'checkpoint.pt'}: not the weights of {folder / 'config.yaml'}: {error}") from None
     return model
 
 
@@ -88,15 +91,27 @@ def _yaml(path: Path) -> Any:
 
 
 def batches(model: Model, windows: Path) -> tuple[tuple[str, ...], Iterator[Batch]]:
-    """What the CSV's windows are called, and what the model sees of them, in order."""
+    """What the CSV's windows are called, and what the model sees of them, in order.
+
+    What a window is to the model never depends on the other windows, but for a scenario that its data do not know.
+    """
     data = replace(model.data, augment=0)  # nothing is copied here
-    table, names = read_unlabelled(windows, data)
+    like = find_table(model.config.data) if needs_its_data(data) else None
+    table, names = read_unlabelled(windows, data, like)
     here = replace(data, root=str(table.root))
+    unknown = [] if like is None else [name for name in table.scenarios if name not in like.scenarios]
+    for scenario in unknown:
+        print(f"{scenario}: the model was not trained on it; its windows here tell how it is scaled", flush=True)
+    for folder in elsewhere(here, table).values():
+        print(f"pictures from {folder}", flush=True)
+    gps_N2G = None
+    if "gps" in data.modalities:
+        prepare_arrays(here, table, GROUPS["gps"])
+        gps_N2G = torch.from_numpy(gps_of_others(model.config.data, table))
     prepare_arrays(here, table, list(table.groups))
     sensors = [name for name in SENSORS if name in data.modalities]
     arrays = {name: frames_of(here, table, name) for name in sensors}
     at_NH = {name: table.groups[GROUPS[name][0]].at_NK[:, -data.history :] for name in sensors}
-    gps_N2G = torch.from_numpy(gps_of_others(model.config.data, table)) if "gps" in data.modalities else None
 
     def gathered() -> Iterator[Batch]:
         for chosen in torch.arange(len(names)).split(model.config.optim.batch_size):
@@ -104,6 +119,12 @@ def batches(model: Model, windows: Path) -> tuple[tuple[str, ...], Iterator[Batc
             yield batch if gps_N2G is None else {**batch, "gps": gps_N2G[chosen]}
 
     return names, gathered()
+
+
+def needs_its_data(data: Data) -> bool:
+    """Whether what a model sees of a window depends on the windows it was trained on."""
+    local = data.gps_repr == "local" and "gps" in data.modalities
+    return local or (data.lidar == "filtered" and "lidar" in data.modalities) or data.camera is not None
 
 
 @torch.no_grad()
@@ -121,24 +142,21 @@ def predict(model: Model, windows: Path, device: torch.device) -> tuple[tuple[st
 
 
 def write(folder: Path, names: Sequence[str], beams: Tensor, confidence: Tensor) -> None:
-    """Both files; raises `UserError` where one is there already."""
+    """Both files."""
 
     def joined(steps: Tensor, form: str) -> str:
         return "_".join(format(value, form) for value in steps.reshape(-1).tolist())
 
     guesses = [f"top-{rank + 1} beam" for rank in range(RANKS)]
     rows = [[joined(guess, "d") for guess in (one + 1).unbind(-1)] for one in beams]
-    _write_csv(folder / "beam_pred.csv", ["index", *guesses], names, rows)
-    _write_csv(folder / "beam_confidence.csv", ["index", "confidence"], names, [[joined(x, ".6f")] for x in confidence])
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(folder / BEAMS_FILE, ["index", *guesses], names, rows)
+    _write_csv(folder / SURE_FILE, ["index", "confidence"], names, [[joined(one, ".6f")] for one in confidence])
 
 
 def _write_csv(path: Path, header: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with path.open("x", newline="") as file:
-            csv.writer(file).writerows([header, *([name, *row] for name, row in zip(names, rows, strict=True))])
-    except FileExistsError:
-        raise UserError(f"{path} exists; name another folder") from None
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *([name, *row] for name, row in zip(names, rows, strict=True))])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,12 +167,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="the folder to write to")
     given = parser.parse_args(arguments)
     try:
+        for path in (given.out / BEAMS_FILE, given.out / SURE_FILE):
+            if path.exists():
+                raise UserError(f"{path} exists; name another folder")
         names, beams, confidence = predict(read_model(given.model), given.windows, default_device())
         write(given.out, names, beams, confidence)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"beams of {len(names)} windows: {given.out / 'beam_pred.csv'}")
+    print(f"beams of {len(names)} windows: {given.out / BEAMS_FILE}")
     return 0
 
 

@@ -34,7 +34,7 @@ from trainables.beam.files import (
     read_position,
     read_power,
 )
-from trainables.beam.table import BEAM, GROUPS, POWER, Table, read_table
+from trainables.beam.table import BEAM, GROUPS, POWER, Table, read_table, scenario_of
 from trainables.cache import cache_folder, make_once, unfinished_of
 from trainables.contract import UserError
 
@@ -176,6 +176,7 @@ def _decoder(data: Data, table: Table, array: str) -> Decoder:
         return np.asarray(np.load(_background_path(data, table, scenario)))
 
     lidar = f"{size} {data.scenario_fov} {data.lidar}"
+    lidar += f" {table.like.digest}" if table.like is not None and data.lidar == "filtered" else ""
     if array == CHANGED_LIDAR:
         return Decoder(changed, (2, 1, size, size), np.uint8, f"{lidar} changed")
     if group in GROUPS["image"]:
@@ -200,44 +201,56 @@ def _sources(data: Data, table: Table, group: str) -> tuple[Path, ...]:
 def elsewhere(data: Data, table: Table) -> dict[Path, Path]:
     """By folder of pictures, the one beside it that they are taken from, where `data.camera` names such a folder.
 
-    Raises `UserError` where it names none at all.
+    Raises `UserError` where it names none at all and, of windows for a model, where it lacks for a scenario whose
+    pictures the model saw from there.
     """
     if data.camera is None or "image" not in data.modalities:
         return {}
     folders = dict.fromkeys(path.parent for path in table.groups[GROUPS["image"][0]].paths)
     found = {folder: beside for folder in folders if (beside := folder.with_name(data.camera)).is_dir()}
-    if not found:
-        raise UserError(f"data.camera = {data.camera}: there is no such folder beside {', '.join(map(str, folders))}")
+    if table.like is None:
+        if not found:
+            raise UserError(f"data.camera = {data.camera}: no such folder is beside {', '.join(map(str, folders))}")
+        return found
+    seen = {scenario_of(folder) for folder in elsewhere(data, table.like)}
+    for folder in folders:
+        if (scenario := scenario_of(folder)) in seen and folder not in found:
+            raise UserError(f"{folder.with_name(data.camera)}: no such folder, and the model saw {scenario} from one")
+        if scenario in table.like.scenarios and scenario not in seen:
+            found.pop(folder, None)
     return found
 
 
-def scenario_of(path: Path) -> str:
-    """The innermost folder named `scenarioNN`."""
-    return next(part for part in reversed(path.parts) if part.startswith("scenario"))
+def _knows(table: Table, scenario: str) -> Table:
+    """The windows that say what stands still in a scenario: those that a model was trained on, where it has any."""
+    return table.like if table.like is not None and scenario in table.like.scenarios else table
 
 
 def _background_path(data: Data, table: Table, scenario: str) -> Path:
+    table = _knows(table, scenario)
     key = (VERSION, [str(path.resolve()) for path in table.csvs], table.digest)
     return cache_folder(data.prepared) / "decoded" / f"background-{scenario}-{_digest(key)}.npy"
 
 
 def _make_backgrounds(data: Data, table: Table) -> None:
     """What stands still in the frames of each scenario; those that validate take part, for nothing in it is a label."""
+    for scenario in table.scenarios:
+        told = _knows(table, scenario)
+        make = functools.partial(_make_background, table=told, scenario=scenario)
+        make_once(_background_path(data, table, scenario), make)
+
+
+def _make_background(unfinished: Path, table: Table, scenario: str) -> None:
     files = table.groups[GROUPS["lidar"][0]]
+    here = [i for i, path in enumerate(files.paths) if scenario_of(path) == scenario]
+    some = [here[i] for i in np.unique(np.linspace(0, len(here) - 1, FRAMES).astype(int))]
 
     def read(i: int) -> NDArray[np.float64]:
         with naming(files.paths[i], table.lines[files.row[i]]):
             return read_points(files.paths[i])
 
-    for scenario in table.scenarios:
-        here = [i for i, path in enumerate(files.paths) if scenario_of(path) == scenario]
-        some = [here[i] for i in np.unique(np.linspace(0, len(here) - 1, FRAMES).astype(int))]
-
-        def make(unfinished: Path, some: list[int] = some, name: str = f"background of {scenario}") -> None:
-            with Progress(name, len(some)) as progress, unfinished.open("wb") as file:
-                np.save(file, background(progress.over(map(read, some))))
-
-        make_once(_background_path(data, table, scenario), make)
+    with Progress(f"background of {scenario}", len(some)) as progress, unfinished.open("wb") as file:
+        np.save(file, background(progress.over(map(read, some))))
 
 
 def _size(data: Data, table: Table, array: str) -> int:

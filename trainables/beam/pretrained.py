@@ -42,14 +42,7 @@ def given_weights(path: str, config: fusion.Config) -> Weights:
     file = Path(path).expanduser()
     if file.is_dir():
         raise UserError(f"{what}: it is a folder; give the checkpoint in it, {file / 'checkpoint.pt'} if exported")
-    try:
-        state: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{what}: there is no such file") from None
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{what}: it cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or "model" not in state:
-        raise UserError(f"{what}: no checkpoint of fusion training, it has no entry `model`")
+    state = read_checkpoint(file, what)
     theirs = state.get(fusion.SETTINGS, {})
     for name, ours in fusion.unseen_settings(config).items():
         if name in theirs and theirs[name] != ours:
@@ -63,8 +56,21 @@ def given_weights(path: str, config: fusion.Config) -> Weights:
     return weights
 
 
+def read_checkpoint(file: Path, what: str) -> State:
+    """The state in a checkpoint of this family; raises `UserError`, which begins with `what`, where it is none."""
+    try:
+        state: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{what}: there is no such file") from None
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{what}: it cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(f"{what}: no checkpoint of fusion training, it has no entry `model`")
+    return state
+
+
 def weights_of(state: Mapping[str, Any]) -> Weights:
-    """The network's weights in a state of fusion training: the average over steps where there is one."""
+    """The network's weights in a state of training: the average over steps where there is one."""
     return {**state["model"], **state.get("ema", {})}
 
 

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -68,6 +68,8 @@ class Table:
     passes_N: tuple[str, ...] | None  # which pass of the car; None where the development set's CSV does not say
     adaptation_N: NDArray[np.bool_]
     left_out: str  # which of the CSV files are not read, and why
+    label_frame_N: Ints | None = None  # numbers of the frames whose beams are predicted first; None: no name tells
+    like: Table | None = None  # of windows without labels: those that a model of them was trained on, where they matter
 
     def reaches(self, data: Data) -> bool:
         """Whether the windows hold as many instants, and as many beams, as are asked for."""
@@ -103,18 +105,29 @@ def _read(root: Path, data: Data, development: Path, stamps: tuple[Stamp, Stamp]
     return _table(root, sets, data.modalities, left_out)
 
 
-def read_unlabelled(path: Path, data: Data) -> tuple[Table, tuple[str, ...]]:
+def read_unlabelled(path: Path, data: Data, like: Table | None) -> tuple[Table, tuple[str, ...]]:
     """The windows of a CSV without labels, as those of the challenge's test set, and what its column `index` says.
 
     Files are named relative to the CSV's folder. Labels that are there all the same are not read. Raises `UserError`
     for what is missing.
     """
-    path = path.resolve()
+    path = path.absolute()  # a link stays where it is, beside the files that it names
+    rows = _read_csv(path, data.modalities, labelled=False)
     table = _table(path.parent.parent, [(path.parent.name, path)], data.modalities, labelled=False)
     if not table.spans(data.history):
         raise UserError(f"{path}: its windows have fewer instants than the {data.history} that the model sees")
-    rows = _read_csv(path, data.modalities, labelled=False)
-    return table, tuple(row.get("index", str(number)) for number, row in enumerate(rows, start=1))
+    names = tuple(row.get("index", str(number)) for number, row in enumerate(rows, start=1))
+    return replace(table, label_frame_N=_newest_frames(rows), like=like), names
+
+
+def _newest_frames(rows: Sequence[Row]) -> Ints | None:
+    """Numbers of the windows' newest frames, by whichever sensor has a column; None where no file name tells."""
+    columns = [names[-1] for group in SENSOR_COLUMNS if (names := _columns(rows[0], group))]
+    for column in columns:
+        found = [number_of(Path(row[column])) for row in rows]
+        if (told := [number for number in found if number is not None]) and len(told) == len(found):
+            return fixed(np.array(told))
+    return None
 
 
 def _table(
@@ -141,21 +154,23 @@ def _table(
     labels = [_labels(row, line)[:steps] if labelled else [] for row, line in zip(every, lines, strict=True)]
     told = next(iter(groups.values()))  # a file that names the scenario: where there are labels, that of the powers
     places = [told.paths[at].relative_to(root) for at in told.at_NK[:, 0]]
-    scenario_of = [_scenario(path, line) for path, line in zip(places, lines, strict=True)]
-    scenarios = sorted(set(scenario_of), key=lambda name: int(name.removeprefix("scenario")))
+    scenario_each = [_scenario(path, line) for path, line in zip(places, lines, strict=True)]
+    scenarios = sorted(set(scenario_each), key=lambda name: int(name.removeprefix("scenario")))
+    labelled_NP = frame_numbers(groups[POWER]) if labelled else None
     return Table(
         root=root,
         csvs=tuple(path for _, path in sets),
         digest=digest.hexdigest(),
         lines=tuple(lines),
         scenarios=tuple(scenarios),
-        scenario_N=fixed(np.array([scenarios.index(name) for name in scenario_of])),
+        scenario_N=fixed(np.array([scenarios.index(name) for name in scenario_each])),
         beam_NP=fixed(np.array(labels, dtype=np.int64)),
         groups=groups,
         frame_NK=fixed(_frames(groups)),
         passes_N=tuple(row.get(PASS, "") for row in every) if PASS in found[0][0] else None,
         adaptation_N=fixed(np.arange(len(every)) >= len(found[0])),
         left_out=left_out,
+        label_frame_N=None if labelled_NP is None else fixed(labelled_NP[:, 0]),
     )
 
 
@@ -256,11 +271,17 @@ def _labels(row: Row, line: str) -> list[int]:
     return [beam - 1 for beam in beams]
 
 
+def scenario_of(path: Path) -> str:
+    """`scenario31`, or whatever the innermost folder of that kind is called; empty where a file lies in none."""
+    found = [match.group() for folder in path.parts[:-1] if (match := re.search(r"scenario\d+", folder))]
+    return found[-1] if found else ""
+
+
 def _scenario(path: Path, line: str) -> str:
-    found = re.search(r"scenario\d+", str(path))
-    if found is None:
+    found = scenario_of(path)
+    if not found:
         raise UserError(f"{line}: {path} lies in no scenarioNN folder; keep the layout of the public data")
-    return found.group()
+    return found
 
 
 def _files(root: Path, sets: list[list[Row]], group: str, lines: list[str]) -> Files:
@@ -292,7 +313,12 @@ def _frames(groups: dict[str, Files]) -> Ints:
 
 def frame_numbers(files: Files) -> Ints | None:
     """(N, K) numbers after the last underscore of the names; None where one has none, as the station's only file."""
-    found = [re.search(r"_(\d+)$", path.stem) for path in files.paths]
-    if not all(found):
-        return None
-    return np.array([int(match.group(1)) for match in found if match])[files.at_NK]
+    found = [number_of(path) for path in files.paths]
+    told = [number for number in found if number is not None]
+    return np.array(told)[files.at_NK] if len(told) == len(found) else None
+
+
+def number_of(path: Path) -> int | None:
+    """The number after the last underscore of a file's name."""
+    found = re.search(r"_(\d+)$", path.stem)
+    return int(found.group(1)) if found else None
