@@ -28,7 +28,11 @@ def parser() -> argparse.ArgumentParser:
     command = Parser(description=__doc__, allow_abbrev=False)
     command.add_argument("--space", metavar="NAME_OR_FILE", help="a space in search_spaces/, or a YAML file")
     command.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override anything in the space"
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override what the space says (not its profiles and tables)",
     )
     command.add_argument("--profile", metavar="NAME", help="a profile of the space (laptop: taken without a GPU)")
     command.add_argument("--trials", type=int, metavar="N", help="how many trials in all")

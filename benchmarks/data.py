@@ -43,9 +43,8 @@ from trainables.beam.files import (
     read_power,
 )
 from trainables.beam.prepare import find_table, prepare_data
-from trainables.beam.table import scenario_of
 from trainables.beam.simulator import simulate, write_ply
-from trainables.beam.table import GROUPS, POWER, Table
+from trainables.beam.table import GROUPS, POWER, Table, scenario_of
 
 PICTURE, POINTS, CUBE = (960, 540), 17_000, (4, 256, 250)
 BATCH = 12

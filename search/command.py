@@ -285,7 +285,7 @@ def _take(results: Path, held: contextlib.ExitStack) -> None:
 def check_same(earlier: Space, space: Space, folder: Path) -> None:
     """Raise UserError where a search would go on as another: its tables pair every trial with the config of `space`."""
     before, now = (
-        {key: item.document()[key] for key in ("trainable", "objective", "constraints", "config")}
+        {key: item.document()[key] for key in ("trainable", "objective", "constraints", "config", "try_first")}
         for item in (earlier, space)
     )
     names = dict.fromkeys([*trees.leaves(before), *trees.leaves(now)])

@@ -1,7 +1,7 @@
 """A trial as somebody takes it elsewhere: `--export best DIR` writes a folder that needs nothing of the search.
 
 DIR/checkpoint.pt   the state that the trainable gave with its last report, as torch.save wrote it
-DIR/config.yaml     the trial's whole config
+DIR/config.yaml     the trial's config, as far as the space says it; the rest are the defaults of its trainable's Config
 DIR/metrics.jsonl   a row per epoch
 DIR/origin.yaml     which search and trial it is, its last metrics, and the commit and versions it ran on
 """

@@ -2,7 +2,7 @@
 
 The search always works on a local folder (the study is a file that is locked and appended to). Where `--results` is a
 URI, what is new goes there after every trial, and every few minutes of a long one, by pyarrow's filesystems: s3://,
-gs://, hdfs://, file://.
+gs://, hdfs://.
 """
 
 from __future__ import annotations

@@ -19,12 +19,14 @@ import optuna
 import ray
 import torch
 from ray import tune
+from ray.exceptions import AuthenticationError
 from ray.tune.schedulers import TrialScheduler
 
 from search.folder import SCRATCH, STUDY, TrialFolder
 from search.group import GroupSpec
 from search.health import compared
 from search.mirror import Mirror
+from search.plain import one_line
 from search.plan import Node, Plan
 from search.record import INTERRUPTED, Record, best_of
 from search.recorder import Recorder
@@ -144,9 +146,16 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
             if address is None:
                 raise
             raise UserError(f"--address {address}: no Ray cluster answers there: {error}") from None
+        except AuthenticationError as error:
+            raise UserError(
+                f"the Ray cluster takes no connection without its token: {one_line(str(error), type(error).__name__)}; "
+                "put it into ~/.ray/auth_token, or take RAY_AUTH_MODE out of the environment"
+            ) from None
         signal.signal(signal.SIGTERM, heeding)  # Ray has put its own in its place, under which the process aborts
         if context.dashboard_url:
-            print(f"dashboard: http://{context.dashboard_url}", flush=True)
+            asks = os.environ.get("RAY_AUTH_MODE") == "token"
+            token = " (it asks for a token: `ray get-auth-token` prints it)" if asks else ""
+            print(f"dashboard: http://{context.dashboard_url}{token}", flush=True)
     return tuple(_node(entry["Resources"]) for entry in ray.nodes() if entry["Alive"])
 
 

@@ -108,6 +108,30 @@ class Table(_Section):
     source: str = ""  # of the reference values
 
 
+def tables_in(node: Any) -> dict[str, Table]:
+    """The tables of a space file, by name; raises UserError for what is wrong in any of them."""
+    if not isinstance(node or {}, dict):
+        raise UserError(f"tables: expected a mapping of names, got {node!r}")
+    tables = {name: section(Table, table, f"tables.{name}") for name, table in (node or {}).items()}
+    for name, table in tables.items():
+        _check_reference(name, table)
+    return tables
+
+
+def _check_reference(name: str, table: Table) -> None:
+    for row, columns in table.reference.items():
+        if row not in table.rows:
+            raise UserError(f"tables.{name}.reference.{row}: no such row; {did_you_mean(row, table.rows)}")
+        for column, values in columns.items():
+            if column not in table.columns:
+                where = f"tables.{name}.reference.{row}.{column}"
+                raise UserError(f"{where}: no such column; {did_you_mean(column, table.columns)}")
+            for heading in values:
+                if heading not in table.metrics:
+                    where = f"tables.{name}.reference.{row}.{column}.{heading}"
+                    raise UserError(f"{where}: no such heading; {did_you_mean(heading, table.metrics)}")
+
+
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 

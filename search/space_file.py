@@ -14,7 +14,7 @@ from search import yaml_file
 from search.decode import did_you_mean
 from search.domain import Parameter, is_domain, nearly_domain, parse_domain
 from search.loading import Trainable, check_not_hidden, load, search_paths
-from search.sections import Limit, Objective, Resources, Scheduler, Search, section
+from search.sections import Limit, Objective, Resources, Scheduler, Search, section, tables_in
 from search.space import KnownSetting, Space
 from trainables.contract import UserError
 
@@ -56,6 +56,7 @@ def load_space(
             _override(document, override)
         left_out = _leave_out(document, overrides)
         space = _build(document, file, chosen, left_out)
+        tables_in(document.get("tables"))
         check_not_hidden()
         trainable = load(space.trainable, space.paths)
         if trainable.config_class is None:
@@ -121,14 +122,17 @@ def _override(document: dict[str, Any], text: str) -> None:
     key = key.strip()
     if not equals or not key:
         raise UserError(f"--set {text}: write KEY=VALUE, such as config.optim.lr=1.0e-4")
-    if key.split(".")[0] not in _SECTIONS:
+    section_of = key.split(".")[0]
+    if section_of in ("profiles", "tables"):
+        raise UserError(f"--set {key}: {section_of} say what is overridden, and are changed in the file alone")
+    if section_of not in _SECTIONS:
         raise UserError(f"--set {key}: no such key; {_meant(key, document)}")
     trees.put(document, key, yaml_file.parse(value_text, f"--set {key}"))
 
 
 def _meant(key: str, document: Mapping[str, Any]) -> str:
     """A half sentence that names the key below which `key` stands, or the nearest."""
-    known = dict.fromkeys([*trees.leaves(document), *_OPTIONS])
+    known = dict.fromkeys([*trees.leaves({name: document.get(name) for name in _SECTIONS}), *_OPTIONS])
     ends = [name for name in known if name.endswith(f".{key}")]
     return f"did you mean `{ends[0]}`?" if ends else did_you_mean(key, known)
 

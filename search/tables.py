@@ -25,7 +25,7 @@ from typing import Any
 from search import yaml_file
 from search.decode import did_you_mean
 from search.folder import BEST, REPORT, replace_text
-from search.sections import Table, section
+from search.sections import Table, tables_in
 from search.space_file import profiled
 from trainables.contract import UserError
 
@@ -52,33 +52,14 @@ def read_tables(file: Path, profile: str | None, has_gpu: bool, wanted: str) -> 
     """The tables of a space file by name, `wanted` or all; raises UserError where there are none or not that one."""
     try:
         document, _ = profiled(yaml_file.read(file), profile, has_gpu)
-        written = document.get("tables") or {}
-        if not isinstance(written, dict):
-            raise UserError(f"tables: expected a mapping of names, got {written!r}")
-        tables = {name: section(Table, node, f"tables.{name}") for name, node in written.items()}
+        tables = tables_in(document.get("tables"))
         if not tables:
             raise UserError("tables: there are none; --table needs a space that has some")
         if wanted != "all" and wanted not in tables:
             raise UserError(f"--table {wanted}: there is none; {did_you_mean(wanted, tables)}")
-        for name, table in tables.items():
-            _check_reference(name, table)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return tables if wanted == "all" else {wanted: tables[wanted]}
-
-
-def _check_reference(name: str, table: Table) -> None:
-    for row, columns in table.reference.items():
-        if row not in table.rows:
-            raise UserError(f"tables.{name}.reference.{row}: no such row; {did_you_mean(row, table.rows)}")
-        for column, values in columns.items():
-            if column not in table.columns:
-                where = f"tables.{name}.reference.{row}.{column}"
-                raise UserError(f"{where}: no such column; {did_you_mean(column, table.columns)}")
-            for heading in values:
-                if heading not in table.metrics:
-                    where = f"tables.{name}.reference.{row}.{column}.{heading}"
-                    raise UserError(f"{where}: no such heading; {did_you_mean(heading, table.metrics)}")
 
 
 def cells_of(tables: Mapping[str, Table]) -> list[Cell]:

@@ -248,6 +248,14 @@ class TestMistakes:
         yaml_file.write(model / "origin.yaml", {"trainable": "trainables.mabe.tagging:train"})
         assert f"{model}: a model of trainables.mabe.tagging:train; " in self.told(capsys, model, windows, out)
 
+    def test_a_default_that_has_changed_since(
+        self, model: Path, data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = yaml_file.read(model / "config.yaml")
+        yaml_file.write(model / "config.yaml", {**config, "model": {**config["model"], "residual": False}})
+        told = self.told(capsys, model, data_csv(data, "test.csv"), tmp_path / "out")
+        assert told.startswith(f"error: {model}: it was trained with model.residual = True; by its config.yaml,")
+
     def test_predictions_that_are_there_are_kept(
         self, model: Path, data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,6 +196,7 @@ def test_a_bug_in_prepare_is_a_line_and_names_the_place(run: Run, tmp_path: Path
         ("config.epochs=7", "config.epochs"),
         ("objective.mode=max", "objective.mode"),
         ("constraints.loss.max=1.0", "constraints.loss.max"),
+        ("try_first=[{lr: 0.3}]", "try_first"),
     ],
 )
 def test_a_search_goes_on_as_it_was(override: str, changed: str, run: Run, tmp_path: Path) -> None:
@@ -445,6 +447,16 @@ def test_an_address_where_nobody_listens_is_told_without_asking_ray(run: Run, ad
     status, _, error = run(*TOY, "--address", address)
     assert (status, error.count("\n")) == (2, 1)
     assert f"--address {address}: no Ray cluster answers there: " in error
+
+
+def test_a_cluster_s_token_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as somebody:
+        address = f"127.0.0.1:{somebody.getsockname()[1]}"
+        command = [sys.executable, str(ROOT / "launch.py"), "--space", "rebuild", "--address", address]
+        environment = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+        told = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1), told.stderr
+    assert told.stderr.startswith("error: the Ray cluster takes no connection without its token: ")
 
 
 def test_a_sampler_and_a_scheduler_that_do_not_go_together_are_told(run: Run) -> None:

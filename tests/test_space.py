@@ -330,7 +330,9 @@ class TestOverrides:
             ("config.optim.lr=1e-4", "--set config.optim.lr: line 1: YAML reads 1e-4 as text; write 1.0e-4"),
             ("config.optim.lr={log: [1, 0.5]}", "config.optim.lr: the range [1.0, 0.5] is reversed"),
             ("constraints.loss={max: 3, min: 5}", "constraints.loss: {'max': 3, 'min': 5} is refused: the range is re"),
-            ("profiles.laptop.config.width=3", "--set profiles.laptop.config.width: no such key"),
+            ("profiles.laptop.config.width=3", "--set profiles.laptop.config.width: profiles say what is overridden, "),
+            ("tables.ablation.title=All", "--set tables.ablation.title: tables say what is overridden, "),
+            ("title=All", "--set title: no such key; "),
         ],
     )
     def test_a_mistake_is_named(self, override: str, message: str, tmp_path: Path) -> None:

@@ -95,6 +95,8 @@ def test_mistakes_are_named(file: Path, old: str, new: str, match: str) -> None:
     file.write_text(SPACE.replace(old, new))
     with pytest.raises(UserError, match=match):
         read_tables(file, None, True, "all")
+    with pytest.raises(UserError, match=match):
+        load_space(file)  # and in a search that fills none of them
 
 
 def test_an_unknown_table_and_a_space_without_any(file: Path) -> None:

@@ -181,7 +181,7 @@ def train(trial: Trial) -> Iterator[Report]:
     guessing, settings = dba_of_guessing(trial.config), unseen_settings(trial.config)
     for report in fit(task_for(trial.config), trial):
         assert report.state is not None
-        state = functools.partial(_with_settings, report.state, settings)
+        state = functools.partial(with_settings, report.state, settings)
         yield replace(report, metrics={**report.metrics, "dba_chance": guessing}, state=state)
 
 
@@ -207,5 +207,5 @@ def unseen_settings(config: Config) -> dict[str, Any]:
     return settings
 
 
-def _with_settings(state: Callable[[], State], settings: dict[str, Any]) -> State:
+def with_settings(state: Callable[[], State], settings: dict[str, Any]) -> State:
     return {**state(), SETTINGS: settings}

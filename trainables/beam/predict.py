@@ -31,7 +31,7 @@ from trainables.beam.config import SENSORS, Data
 from trainables.beam.data import frames_of, gps_of_others
 from trainables.beam.metrics import RANKS
 from trainables.beam.prepare import elsewhere, find_table, prepare_arrays
-from trainables.beam.pretrained import read_checkpoint, weights_of
+from trainables.beam.pretrained import otherwise, read_checkpoint, weights_of
 from trainables.beam.table import GROUPS, read_unlabelled
 from trainables.contract import UserError, default_device
 from trainables.samples import Batch
@@ -66,6 +66,11 @@ def read_model(folder: Path) -> Model:
     except ValidationError as error:
         raise UserError(f"{folder / 'config.yaml'}: no config of {trainable}: {error}") from None
     state = read_checkpoint(folder / "checkpoint.pt", str(folder / "checkpoint.pt"))
+    if (other := otherwise(state, config.fusion if isinstance(config, rebuild.Config) else config)) is not None:
+        name, theirs, ours = other
+        raise UserError(
+            f"{folder}: it was trained with {name} = {theirs}; by its config.yaml, or by default, it is {ours}"
+        )
     config = replace(config, model=replace(config.model, pretrained_encoders=None))  # its weights come from here
     if isinstance(config, rebuild.Config):
         made = rebuild.build(config, rebuild.untrained_weights(config))

@@ -43,17 +43,23 @@ def given_weights(path: str, config: fusion.Config) -> Weights:
     if file.is_dir():
         raise UserError(f"{what}: it is a folder; give the checkpoint in it, {file / 'checkpoint.pt'} if exported")
     state = read_checkpoint(file, what)
-    theirs = state.get(fusion.SETTINGS, {})
-    for name, ours in fusion.unseen_settings(config).items():
-        if name in theirs and theirs[name] != ours:
-            raise UserError(
-                f"{what}: it was trained with {name} = {theirs[name]}, and here that is {ours}. Its weights would mean "
-                "something else, or windows that are held out here have trained it: set it as it was there"
-            )
+    if (other := otherwise(state, config)) is not None:
+        name, theirs, ours = other
+        raise UserError(
+            f"{what}: it was trained with {name} = {theirs}, and here that is {ours}. Its weights would mean something "
+            "else, or windows that are held out here have trained it: set it as it was there"
+        )
     weights = weights_of(state)
     if config.model.missing != "token":  # an encoder's view of nothing stands in, and no token that may have trained
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("absent.")}
     return weights
+
+
+def otherwise(state: State, config: fusion.Config) -> tuple[str, Any, Any] | None:
+    """A setting with which a checkpoint was trained and that is another here, and its values there and here."""
+    theirs = state.get(fusion.SETTINGS, {})
+    pairs = ((name, theirs.get(name, ours), ours) for name, ours in fusion.unseen_settings(config).items())
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
 def read_checkpoint(file: Path, what: str) -> State:

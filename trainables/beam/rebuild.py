@@ -338,9 +338,12 @@ def train(trial: Trial) -> Iterator[Report]:
     before, guessing = scores_before(config, network, maps, trial), dba_of_guessing(config)
     del network
     batch = min(config.optim.batch_size, len(features.samples(config, "train")))
+    settings = fusion.unseen_settings(config.fusion)
     for report in fit(task_for(config, weights, maps), trial):
+        assert report.state is not None
         share = recovered(before["dba_upper"], before["dba_missing"], report.metrics["dba_rebuilt"])
         more = {**before, **share, "dba_rebuilt_chance": guessing}
         chance = contrast_chance_of(batch, int(report.metrics["micro_batch"]), trial.world_size, config.loss)
         more["loss_contrast_chance"] = config.loss.alpha_contrast * chance
-        yield replace(report, metrics={**report.metrics, **more})
+        state = functools.partial(fusion.with_settings, report.state, settings)
+        yield replace(report, metrics={**report.metrics, **more}, state=state)
