@@ -106,7 +106,7 @@ def batches(model: Model, windows: Path) -> tuple[tuple[str, ...], Iterator[Batc
     here = replace(data, root=str(table.root))
     unknown = [] if like is None else [name for name in table.scenarios if name not in like.scenarios]
     for scenario in unknown:
-        print(f"{scenario}: the model was not trained on it; its windows here tell how it is scaled", flush=True)
+        print(f"{scenario}: the model was not trained on it; what it sees there rests on these windows", flush=True)
     for folder in elsewhere(here, table).values():
         print(f"pictures from {folder}", flush=True)
     gps_N2G = None
@@ -146,6 +146,17 @@ def predict(model: Model, windows: Path, device: torch.device) -> tuple[tuple[st
     return names, torch.cat(beams), torch.cat(confidence)
 
 
+def _make_room(folder: Path) -> None:
+    """Before the long work begins: a folder in which neither file is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: no folder can be made here: {error.strerror}") from None
+    for path in (folder / BEAMS_FILE, folder / SURE_FILE):
+        if path.exists():
+            raise UserError(f"{path} exists; name another folder")
+
+
 def write(folder: Path, names: Sequence[str], beams: Tensor, confidence: Tensor) -> None:
     """Both files."""
 
@@ -154,7 +165,6 @@ def write(folder: Path, names: Sequence[str], beams: Tensor, confidence: Tensor)
 
     guesses = [f"top-{rank + 1} beam" for rank in range(RANKS)]
     rows = [[joined(guess, "d") for guess in (one + 1).unbind(-1)] for one in beams]
-    folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / BEAMS_FILE, ["index", *guesses], names, rows)
     _write_csv(folder / SURE_FILE, ["index", "confidence"], names, [[joined(one, ".6f")] for one in confidence])
 
@@ -172,9 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="the folder to write to")
     given = parser.parse_args(arguments)
     try:
-        for path in (given.out / BEAMS_FILE, given.out / SURE_FILE):
-            if path.exists():
-                raise UserError(f"{path} exists; name another folder")
+        _make_room(given.out)
         names, beams, confidence = predict(read_model(given.model), given.windows, default_device())
         write(given.out, names, beams, confidence)
     except UserError as error:
