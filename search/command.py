@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import optuna
 
@@ -316,11 +317,20 @@ def write_space(results: Path, space: Space) -> None:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "before": _runs_before(results),
     }
     try:
         yaml_file.write(results / SPACE, document)
     except OSError as error:
         raise UserError(f"{results}: cannot be written to: {error.strerror}") from None
+
+
+def _runs_before(results: Path) -> list[dict[str, Any]]:
+    """Of a search that goes on: by which commands, and on what, its earlier trials ran; the first of them first."""
+    ran = yaml_file.read(results / SPACE).get("ran") if is_there(results / SPACE) else None
+    if not ran:
+        return []
+    return [*ran.get("before", []), {key: ran.get(key) for key in ("command", "versions", "commit", "time")}]
 
 
 def commit() -> str | None:

@@ -209,6 +209,20 @@ def test_a_search_goes_on_as_it_was(override: str, changed: str, run: Run, tmp_p
     assert (results / "space.yaml").read_text() == before
 
 
+def test_a_folder_says_by_which_commands_its_trials_ran(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, _ = load_space(tmp_path / "search_spaces" / "toy.yaml")
+    for word in ("first", "second", "third"):
+        monkeypatch.setattr(sys, "argv", ["launch.py", word])
+        command.write_space(tmp_path, space)
+    ran = yaml_file.read(tmp_path / "space.yaml")["ran"]
+    assert ran["command"] == "python launch.py third"
+    assert [before["command"] for before in ran["before"]] == ["python launch.py first", "python launch.py second"]
+    assert all(set(before) == {"command", "versions", "commit", "time"} for before in ran["before"])
+    assert read_space(tmp_path / "space.yaml").document() == space.document()
+
+
 def test_a_results_folder_is_not_used_twice(run: Run, tmp_path: Path) -> None:
     finished_search(tmp_path)
     status, _, told = run(*TOY, "--name", "done")
