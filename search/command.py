@@ -326,7 +326,7 @@ def write_space(results: Path, space: Space) -> None:
 
 
 def _runs_before(results: Path) -> list[dict[str, Any]]:
-    """Of a search that goes on: by which commands, and on what, its earlier trials ran; the first of them first."""
+    """By which commands, and on what, the search in this folder was run before; the first of them first."""
     ran = yaml_file.read(results / SPACE).get("ran") if is_there(results / SPACE) else None
     if not ran:
         return []

@@ -6,7 +6,6 @@ or `{choice: [...]}`, each with an optional `when: {other.parameter: [values]}`.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import random
@@ -242,26 +241,22 @@ class Parameter:
 def nearly_domain(node: Any) -> str | None:
     """The kind of domain that a mapping was surely meant to be; None where it is one, or may mean something else.
 
-    One key with a list behind it, which has the letters of a kind, nearly those of a long one, or is another library's
-    word for one.
+    One key with a list behind it, which has the letters of a kind, or is another library's word for one.
     """
     if not isinstance(node, dict) or is_domain(node):
         return None
     lists = [str(key) for key, value in node.items() if isinstance(value, list)]
     if len(lists) != 1 or not set(node) - set(lists) <= {"when", "step", "log"}:
         return None
-    word = lists[0].lower()
-    if word in _ELSEWHERE:
-        return _ELSEWHERE[word]
-    swapped = [kind for kind in KINDS if sorted(kind) == sorted(word)]
-    return next(iter([*swapped, *difflib.get_close_matches(word, ("float", "choice"), n=1, cutoff=0.8)]), None)
+    swapped = [kind for kind in KINDS if sorted(kind) == sorted(lists[0].lower())]
+    return swapped[0] if swapped else _ELSEWHERE.get(lists[0].lower())
 
 
 _ELSEWHERE = {
     "uniform": "float",
     **dict.fromkeys(("loguniform", "log_uniform"), "log"),
     **dict.fromkeys(("randint", "integer"), "int"),
-    **dict.fromkeys(("choices", "categorical"), "choice"),
+    **dict.fromkeys(("choices", "choise", "categorical"), "choice"),
 }
 
 

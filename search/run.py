@@ -148,8 +148,8 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
             raise UserError(f"--address {address}: no Ray cluster answers there: {error}") from None
         except AuthenticationError as error:
             raise UserError(
-                f"the Ray cluster takes no connection without its token: {one_line(str(error), type(error).__name__)}; "
-                "put it into ~/.ray/auth_token, or take RAY_AUTH_MODE out of the environment"
+                f"the Ray cluster wants its token, and got none or another: {one_line(str(error), '')}; put it into "
+                "~/.ray/auth_token and set RAY_AUTH_MODE=token, or unset that where the cluster has no token"
             ) from None
         signal.signal(signal.SIGTERM, heeding)  # Ray has put its own in its place, under which the process aborts
         if context.dashboard_url:

@@ -344,7 +344,9 @@ def _check_other_profiles(document: Mapping[str, Any], file: Path, chosen: str |
         if name == chosen:
             continue
         try:
-            _check_conditions(_build(profiled(document, name, has_gpu=True)[0], file, name, ()))
+            other, _ = profiled(document, name, has_gpu=True)
+            _check_conditions(_build(other, file, name, ()))
+            tables_in(other.get("tables"))
         except UserError as error:
             raise UserError(f"profiles.{name}: {error}") from None
 

@@ -42,16 +42,20 @@ def exported(folder: Path, config: Config) -> dict[str, float]:
     assert report.state is not None
     folder.mkdir()
     torch.save(report.state(), folder / "checkpoint.pt")
-    yaml_file.write(folder / "config.yaml", plain(asdict(config)))
+    yaml_file.write(folder / "config.yaml", said(asdict(config), asdict(type(config)())))
     yaml_file.write(folder / "origin.yaml", {"trainable": f"{family.__name__}:train"})
     return dict(report.metrics)
 
 
-def plain(node: Any) -> Any:
-    """As YAML has it."""
-    if isinstance(node, dict):
-        return {key: plain(value) for key, value in node.items()}
-    return [plain(item) for item in node] if isinstance(node, (list, tuple)) else node
+def said(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """As much of a config as a space says, which leaves out what is as it is by default."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found[key] = said(value, defaults.get(key) or {})
+        elif value != defaults.get(key):
+            found[key] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -210,6 +214,10 @@ def black(folder: Path) -> None:
         Image.new("RGB", (8, 8)).save(path)
 
 
+def write_config(model: Path, config: dict[str, Any], section: str, **changed: Any) -> None:
+    yaml_file.write(model / "config.yaml", {**config, section: {**config.get(section, {}), **changed}})
+
+
 class TestMistakes:
     @pytest.fixture
     def model(self, data: Data, tmp_path: Path) -> Path:
@@ -242,9 +250,13 @@ class TestMistakes:
             capsys, model, windows, out
         )
         (model / "config.yaml").write_text("epochs: many")
-        assert f"{model / 'config.yaml'}: no config of trainables.beam.fusion:train" in self.told(
+        assert f"{model / 'config.yaml'}: epochs: Input should be a valid integer" in self.told(
             capsys, model, windows, out
         )
+        (model / "config.yaml").write_text("model: {residul: false}")
+        assert f"{model / 'config.yaml'}: model.residul: this version" in self.told(capsys, model, windows, out)
+        (model / "origin.yaml").write_text("[]")
+        assert f"{model / 'origin.yaml'}: no mapping; " in self.told(capsys, model, windows, out)
         yaml_file.write(model / "origin.yaml", {"trainable": "trainables.mabe.tagging:train"})
         assert f"{model}: a model of trainables.mabe.tagging:train; " in self.told(capsys, model, windows, out)
 
@@ -252,9 +264,22 @@ class TestMistakes:
         self, model: Path, data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         config = yaml_file.read(model / "config.yaml")
-        yaml_file.write(model / "config.yaml", {**config, "model": {**config["model"], "residual": False}})
+        write_config(model, config, "model", residual=False)
         told = self.told(capsys, model, data_csv(data, "test.csv"), tmp_path / "out")
         assert told.startswith(f"error: {model}: it was trained with model.residual = True; by its config.yaml,")
+
+    def test_data_that_have_gone_matter_where_they_scale_what_the_model_sees(
+        self, model: Path, data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = yaml_file.read(model / "config.yaml")
+        write_config(model, config, "data", root=str(tmp_path / "gone"))
+        told = self.told(capsys, model, data_csv(data, "test.csv"), tmp_path / "out")
+        assert f"the data that the model was trained on, as its config.yaml names them: data.root = {tmp_path}" in told
+        without = fusion.Config(data=replace(data, modalities=("lidar",)), model=SMALL, optim=OPTIM, epochs=1)
+        exported(tmp_path / "other", without)
+        config = yaml_file.read(tmp_path / "other" / "config.yaml")
+        write_config(tmp_path / "other", config, "data", root=str(tmp_path / "gone"))
+        assert predict.main([str(tmp_path / "other"), str(data_csv(data, "test.csv")), str(tmp_path / "out")]) == 0
 
     def test_predictions_that_are_there_are_kept(
         self, model: Path, data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -489,7 +489,6 @@ class TestWithoutAConfigClass:
             ({"loguniform": [1.0e-5, 1.0e-2]}, "log"),
             ({"choices": ["adam", "sgd"]}, "choice"),
             ({"choise": ["adam", "sgd"]}, "choice"),
-            ({"floot": [0.0, 1.0]}, "float"),
             ({"integer": [1, 4], "when": {"block": ["bi"]}}, "int"),
         ],
     )

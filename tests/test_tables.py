@@ -99,6 +99,12 @@ def test_mistakes_are_named(file: Path, old: str, new: str, match: str) -> None:
         load_space(file)  # and in a search that fills none of them
 
 
+def test_a_mistake_in_a_profile_that_is_not_taken_is_named_as_well(file: Path) -> None:
+    file.write_text(SPACE.replace("few: {search.trials: 1}", "few: [search.trials]"))
+    with pytest.raises(UserError, match=r"profiles\.short: tables\.starts\.columns\.few: "):
+        load_space(file, profile=None)
+
+
 def test_an_unknown_table_and_a_space_without_any(file: Path) -> None:
     with pytest.raises(UserError, match="--table strats: there is none; did you mean `starts`"):
         read_tables(file, None, True, "strats")

@@ -34,7 +34,7 @@ from trainables.step import Loss, Pairs, autocast, backward, compiled, everyones
 
 @dataclass(frozen=True)
 class Task:
-    """A family as the loop sees it: a class of settings, four functions, and three that most do without.
+    """A family as the loop sees it: a class of settings, four functions, and three more that it may do without.
 
     config: the class of `Trial.config`. It has the fields `optim: Optim` and `epochs: int`.
     model: builds the module, on the CPU, from the seeded global generator. A parameter with `requires_grad` False stays

@@ -142,7 +142,7 @@ class Model:
     anchors: int = 8  # each map is pooled to anchors x anchors tokens
     dropout: float = 0.1
     time_fusion: Literal["sum", "v1", "v2"] = "v2"
-    # legacy: N(0, 0.02) for every Linear of the fusion stages, Mamba's own ones included, and position tables of zeros.
+    # legacy: N(0, 0.02) for every Linear that fuses, Mamba's own ones and those of positions included; tables of zeros.
     # A transformer's Linears always start like that, so of a transformer stage only the table depends on this.
     mamba_init: Literal["mamba", "legacy"] = "mamba"
     # A transformer has one form, with residuals and LayerNorms over channels: these three say nothing to it. A space

@@ -18,12 +18,22 @@ from torch import Tensor
 from trainables.beam.augment import change_of, changed_pictures, changed_radar, mirrored
 from trainables.beam.config import SENSORS, Data, Modality
 from trainables.beam.files import BEAMS
-from trainables.beam.gps import WIDTH, Timing, gps_features, mirrored_m, offsets_m, usual_timing
+from trainables.beam.gps import (
+    WIDTH,
+    Scale,
+    Timing,
+    gps_features,
+    mirrored_m,
+    offsets_m,
+    scale_of,
+    scaled_features,
+    usual_timing,
+)
 from trainables.beam.prepare import (
     CHANGED_LIDAR,
     array_path,
-    elsewhere,
     labels,
+    picture_folders,
     prepare_arrays,
     prepare_data,
     wanted_arrays,
@@ -194,27 +204,31 @@ def _gps(data: Data, table: Table, beam_N: Ints, train_N: Bools) -> Floats:
 def gps_of_others(data: Data, others: Table) -> Floats:
     """Positions of windows without labels, (N, 2, G), in the form in which training on `others.like` saw its own.
 
-    A scenario that training did not see is scaled by its windows here.
+    `gps_repr: local` scales them by those; a scenario that training did not see by its windows here.
     """
     out = np.empty((len(others.lines), 2, WIDTH[data.gps_repr]), dtype=np.float32)
-    table, timing = others.like, timing_of(others)
-    if table is not None:
-        prepare_arrays(data, table, [POWER, *GROUPS["gps"]])
-        beam_N = labels(table, np.load(array_path(data, table, POWER)))[:, 0]
-        train_N = split(table, data)[0].holds(len(beam_N))
+    scales, timing = _learnt(data, others.like) if others.like is not None else {}, timing_of(others)
     for number, scenario in enumerate(others.scenarios):
         here = others.scenario_N == number
         metres, when = _metres(data, others, here), timing.of(here)
-        beam, known = np.zeros(len(metres), dtype=np.int64), np.zeros(len(metres), dtype=bool)
-        seen = np.ones_like(known)
-        if table is not None and scenario in table.scenarios:
-            there = table.scenario_N == table.scenarios.index(scenario)
-            metres = np.concatenate([_metres(data, table, there), metres])
-            beam, known = np.concatenate([beam_N[there], beam]), np.concatenate([train_N[there], known])
-            seen = np.arange(len(metres)) < there.sum()
-            when = timing_of(table).of(there).before(when)
-        out[here] = gps_features(data, scenario, metres, beam, known, when, seen)[-here.sum() :]
+        unknown = np.zeros(len(metres), dtype=bool)
+        scale = scales.get(scenario) or scale_of(metres, unknown.astype(np.int64), unknown, when)
+        out[here] = scaled_features(data, scenario, metres, scale, when)
     return out
+
+
+def _learnt(data: Data, table: Table) -> dict[str, Scale]:
+    """By scenario, what training learns of where cars drive; nothing where positions take another form than local."""
+    if data.gps_repr != "local":
+        return {}
+    prepare_arrays(data, table, [POWER, *GROUPS["gps"]])
+    beam_N = labels(table, np.load(array_path(data, table, POWER)))[:, 0]
+    train_N = split(table, data)[0].holds(len(beam_N))
+    scales, timing = {}, timing_of(table)
+    for number, scenario in enumerate(table.scenarios):
+        here = table.scenario_N == number
+        scales[scenario] = scale_of(_metres(data, table, here), beam_N[here], train_N[here], timing.of(here))
+    return scales
 
 
 def _metres(data: Data, table: Table, here: Bools) -> NDArray[np.float64]:
@@ -266,6 +280,6 @@ def describe(config: HasData) -> str:
     astride = on_neither_side(train, val, windows)
     notes = [f"{astride} of {windows} windows straddle a border between blocks and are left out"] if astride else []
     notes += [table.left_out] if table.left_out else []
-    notes += [f"pictures from {folder.relative_to(table.root)}" for folder in elsewhere(data, table).values()]
+    notes += [f"pictures from {folder.relative_to(table.root)}" for folder in picture_folders(data, table).values()]
     told = [f"{counts} ({data.split} split), scenarios {numbers}", *notes]
     return f"{kind} beam data in {table.root}: {'; '.join(told)}"

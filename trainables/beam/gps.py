@@ -41,10 +41,6 @@ class Timing(NamedTuple):
     def of(self, chosen_N: Bools) -> Timing:
         return Timing(self.interval_N[chosen_N], self.ahead_N[chosen_N])
 
-    def before(self, others: Timing) -> Timing:
-        """These windows, and then the others."""
-        return Timing(*(np.concatenate(pair) for pair in zip(self, others, strict=True)))
-
 
 def usual_timing(windows: int) -> Timing:
     return Timing(np.ones(windows), np.full(windows, AHEAD))
@@ -64,13 +60,17 @@ def gps_features(
     beam_N: NDArray[np.int64],
     known_N: Bools,
     timing: Timing | None = None,
-    seen_N: Bools | None = None,
 ) -> Floats:
-    """Positions of one scenario for the network, (N, 2, G).
+    """Positions of one scenario for the network, (N, 2, G), scaled by those windows that may be learnt from: known_N.
 
-    known_N: the windows that may be learnt from. timing: None: as usual. seen_N: where none may be learnt from, those
-    that tell where cars drive; None: all.
+    timing: None: as usual.
     """
+    timing = timing or usual_timing(len(beam_N))
+    return scaled_features(data, scenario, metres_N22, scale_of(metres_N22, beam_N, known_N, timing), timing)
+
+
+def scaled_features(data: Data, scenario: str, metres_N22: Floats, scale: Scale, timing: Timing) -> Floats:
+    """Positions of one scenario for the network, (N, 2, G). scale: of `gps_repr: local` alone."""
     if data.gps_repr == "minmax":
         return (metres_N22 - MINMAX_LOW_M) / (MINMAX_HIGH_M - MINMAX_LOW_M)
     if data.gps_repr in ("angle2", "sincos"):
@@ -79,8 +79,7 @@ def gps_features(
             return np.stack([np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))], axis=-1)
         wrapped = (angle + 90) % 180 - 90
         return np.deg2rad(np.stack([wrapped, wrapped], axis=-1))  # the same number twice, as published
-    seen_N = np.ones_like(known_N) if seen_N is None else seen_N
-    return _local(metres_N22, beam_N, known_N, timing or usual_timing(len(beam_N)), seen_N)
+    return _local(metres_N22, scale, timing)
 
 
 def mirrored_m(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, timing: Timing | None = None) -> Floats:
@@ -88,7 +87,7 @@ def mirrored_m(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, ti
 
     The boresight is where the straight line through the known windows' beams has its middle beam.
     """
-    line = _line_of(metres_N22, beam_N, known_N, timing or usual_timing(len(beam_N)), np.ones_like(known_N))
+    line = _line_of(metres_N22, beam_N, known_N, timing or usual_timing(len(beam_N)))
     boresight = line.middle + ((BEAMS - 1) / 2 - line.at_middle) / line.per_radian if line.per_radian else line.middle
     cos, sin = np.cos(2 * boresight), np.sin(2 * boresight)
     return metres_N22 @ np.array([[-cos, sin], [sin, cos]])
@@ -103,11 +102,34 @@ class _Line(NamedTuple):
     per_radian: float
 
 
-def _line_of(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, timing: Timing, seen_N: Bools) -> _Line:
+class Scale(NamedTuple):
+    """What is learnt of a scenario's windows, by which positions are scaled. Metres, but for the line."""
+
+    line: _Line
+    centre: Floats  # (2,)
+    spread: Floats  # (2,)
+    speed: float  # in the usual interval
+
+
+def scale_of(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, timing: Timing) -> Scale:
+    """Learnt from the known windows; where none is, from where the cars of all of them drive."""
+    line = _line_of(metres_N22, beam_N, known_N, timing)
+    if not known_N.any():
+        known_N = np.ones_like(known_N)
+    step_N2 = _step(metres_N22, timing)
+    return Scale(
+        line,
+        centre=metres_N22[known_N].mean(axis=(0, 1)),
+        spread=np.maximum(metres_N22[known_N].std(axis=(0, 1)), 0.1),  # a car that never moves must not divide by zero
+        speed=max(float(np.sqrt((step_N2[known_N] ** 2).sum(axis=1).mean())), 0.01),
+    )
+
+
+def _line_of(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, timing: Timing) -> _Line:
     """Fitted to the known windows; a guess where there are none."""
     learnable = bool(known_N.any())
     if not learnable:  # a scenario that only validates: where its cars drive may be known, their beams may not
-        known_N = seen_N
+        known_N = np.ones_like(known_N)
     known, timing = metres_N22[known_N], timing.of(known_N)
     late = _late(known, timing, beam_N[known_N]) if learnable else 0.0
     bearing_N = _bearing(_at_label(known, timing, late))
@@ -126,7 +148,7 @@ def _at_label(metres_N22: Floats, timing: Timing, late: float) -> Floats:
     return np.asarray(metres_N22[:, 1] + (timing.ahead_N + late)[:, None] * _step(metres_N22, timing))
 
 
-def _local(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, timing: Timing, seen_N: Bools) -> Floats:
+def _local(metres_N22: Floats, scale: Scale, timing: Timing) -> Floats:
     """Position, movement and direction, scaled by what is known of the scenario; either instant alone tells it all.
 
     The beam follows the bearing of the car at the label's time. So the newest position is carried on at its speed for
@@ -135,13 +157,8 @@ def _local(metres_N22: Floats, beam_N: NDArray[np.int64], known_N: Bools, timing
     windows. The same number then means the same beam in every scenario. Waves of the direction spare a small network
     the fine steps.
     """
-    line = _line_of(metres_N22, beam_N, known_N, timing, seen_N)
-    if not known_N.any():
-        known_N = seen_N
+    line, centre, spread, speed = scale
     step_N2, label_N2 = _step(metres_N22, timing), _at_label(metres_N22, timing, line.late)
-    centre = metres_N22[known_N].mean(axis=(0, 1))
-    spread = np.maximum(metres_N22[known_N].std(axis=(0, 1)), 0.1)  # a car that never moves must not divide by zero
-    speed = max(float(np.sqrt((step_N2[known_N] ** 2).sum(axis=1).mean())), 0.01)
 
     def direction(place: Floats) -> Floats:  # about -2..2 from the first beam to the last
         beam = line.at_middle + line.per_radian * _wrapped(_bearing(place) - line.middle)

@@ -5,7 +5,8 @@
 WINDOWS.csv lists windows as the challenge's test set does, with files relative to its folder. OUT/beam_pred.csv has a
 row for each, `index, top-1 beam, top-2 beam, top-3 beam`, with beams from 1 to 64, those of several steps joined by
 `_`; OUT/beam_confidence.csv the largest softmax of each. A model of the rebuild rebuilds its targets, whose columns
-and files need not be there.
+and files need not be there. Where the data that a model was trained on scale what it sees (`gps_repr: local`, `lidar:
+filtered`, `camera`), they must still lie where MODEL/config.yaml says.
 
 Legend: B windows of a batch, N of the CSV, P steps (no such axis where there is one), H instants, R guesses.
 """
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,8 @@ from trainables.beam import fusion, rebuild
 from trainables.beam.config import SENSORS, Data
 from trainables.beam.data import frames_of, gps_of_others
 from trainables.beam.metrics import RANKS
-from trainables.beam.prepare import elsewhere, find_table, prepare_arrays
-from trainables.beam.pretrained import otherwise, read_checkpoint, weights_of
+from trainables.beam.prepare import find_table, picture_folders, prepare_arrays
+from trainables.beam.pretrained import first_difference, read_checkpoint, weights_of
 from trainables.beam.table import GROUPS, read_unlabelled
 from trainables.contract import UserError, default_device
 from trainables.samples import Batch
@@ -56,17 +58,12 @@ class Model:
 
 def read_model(folder: Path) -> Model:
     """The model in an exported folder; raises `UserError` where it holds none of this family."""
-    trainable = (_yaml(folder / "origin.yaml") or {}).get("trainable")
+    trainable = _yaml(folder / "origin.yaml").get("trainable")
     if trainable not in FAMILIES:
         raise UserError(f"{folder}: a model of {trainable}; beams are predicted by one of {' or '.join(FAMILIES)}")
-    try:
-        config: fusion.Config | rebuild.Config = TypeAdapter(FAMILIES[trainable]).validate_python(
-            _yaml(folder / "config.yaml")
-        )
-    except ValidationError as error:
-        raise UserError(f"{folder / 'config.yaml'}: no config of {trainable}: {error}") from None
+    config = _config(folder / "config.yaml", FAMILIES[trainable])
     state = read_checkpoint(folder / "checkpoint.pt", str(folder / "checkpoint.pt"))
-    if (other := otherwise(state, config.fusion if isinstance(config, rebuild.Config) else config)) is not None:
+    if (other := first_difference(state, config.fusion if isinstance(config, rebuild.Config) else config)) is not None:
         name, theirs, ours = other
         raise UserError(
             f"{folder}: it was trained with {name} = {theirs}; by its config.yaml, or by default, it is {ours}"
@@ -88,11 +85,39 @@ def read_model(folder: Path) -> Model:
     return model
 
 
-def _yaml(path: Path) -> Any:
+def _yaml(path: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load(path.read_text())
+        found = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read: {error}; name a folder that `launch.py --export` wrote") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: no mapping; name a folder that `launch.py --export` wrote")
+    return found
+
+
+def _config(path: Path, cls: type[fusion.Config | rebuild.Config]) -> fusion.Config | rebuild.Config:
+    """The config in a file; raises `UserError` for what this version knows nothing of, or takes for something else."""
+    tree = _yaml(path)
+    try:
+        config: fusion.Config | rebuild.Config = TypeAdapter(cls).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if (lost := _lost(tree, asdict(config))) is not None:
+        raise UserError(f"{path}: {lost}: this version of {cls.__module__} does not have it so")
+    return config
+
+
+def _lost(written: Mapping[str, Any], read: Mapping[str, Any]) -> str | None:
+    """The dotted path of a written value that is not among what was read."""
+    for key, value in written.items():
+        found = read.get(key, math.nan)
+        if isinstance(value, dict) and isinstance(found, dict):
+            if (below := _lost(value, found)) is not None:
+                return f"{key}.{below}"
+        elif (list(found) if isinstance(found, tuple) else found) != value:
+            return key
+    return None
 
 
 def batches(model: Model, windows: Path) -> tuple[tuple[str, ...], Iterator[Batch]]:
@@ -101,13 +126,16 @@ def batches(model: Model, windows: Path) -> tuple[tuple[str, ...], Iterator[Batc
     What a window is to the model never depends on the other windows, but for a scenario that its data do not know.
     """
     data = replace(model.data, augment=0)  # nothing is copied here
-    like = find_table(model.config.data) if needs_its_data(data) else None
+    try:
+        like = find_table(model.config.data) if is_scaled(data) or _has_folder(data) else None
+    except UserError as error:
+        raise UserError(f"the data that the model was trained on, as its config.yaml names them: {error}") from None
     table, names = read_unlabelled(windows, data, like)
     here = replace(data, root=str(table.root))
-    unknown = [] if like is None else [name for name in table.scenarios if name not in like.scenarios]
-    for scenario in unknown:
-        print(f"{scenario}: the model was not trained on it; what it sees there rests on these windows", flush=True)
-    for folder in elsewhere(here, table).values():
+    for scenario in table.scenarios:
+        if like is not None and is_scaled(data) and scenario not in like.scenarios:
+            print(f"{scenario}: the model was not trained on it; what it sees there rests on these windows", flush=True)
+    for folder in picture_folders(here, table).values():
         print(f"pictures from {folder}", flush=True)
     gps_N2G = None
     if "gps" in data.modalities:
@@ -126,10 +154,15 @@ def batches(model: Model, windows: Path) -> tuple[tuple[str, ...], Iterator[Batc
     return names, gathered()
 
 
-def needs_its_data(data: Data) -> bool:
-    """Whether what a model sees of a window depends on the windows it was trained on."""
-    local = data.gps_repr == "local" and "gps" in data.modalities
-    return local or (data.lidar == "filtered" and "lidar" in data.modalities) or data.camera is not None
+def is_scaled(data: Data) -> bool:
+    """Whether the windows that a model was trained on scale what it sees of another."""
+    by_positions = data.gps_repr == "local" and "gps" in data.modalities
+    return by_positions or (data.lidar == "filtered" and "lidar" in data.modalities)
+
+
+def _has_folder(data: Data) -> bool:
+    """Whether those windows tell which pictures a model sees."""
+    return data.camera is not None and "image" in data.modalities
 
 
 @torch.no_grad()

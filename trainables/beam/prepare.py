@@ -180,7 +180,7 @@ def _decoder(data: Data, table: Table, array: str) -> Decoder:
     if array == CHANGED_LIDAR:
         return Decoder(changed, (2, 1, size, size), np.uint8, f"{lidar} changed")
     if group in GROUPS["image"]:
-        others = sorted(str(folder.relative_to(table.root)) for folder in elsewhere(data, table).values())
+        others = sorted(str(folder.relative_to(table.root)) for folder in picture_folders(data, table).values())
         return Decoder(lambda path: read_image(path, size), (3, size, size), np.uint8, " ".join([f"{size}", *others]))
     if group in GROUPS["lidar"]:
         return Decoder(lambda path: seen(path, points(path)), (1, size, size), np.uint8, lidar)
@@ -194,11 +194,11 @@ def _decoder(data: Data, table: Table, array: str) -> Decoder:
 def _sources(data: Data, table: Table, group: str) -> tuple[Path, ...]:
     """The files to decode: those that the table names or, of pictures, their namesakes in `data.camera`."""
     paths = table.groups[group].paths
-    folders = elsewhere(data, table) if group in GROUPS["image"] else {}
+    folders = picture_folders(data, table) if group in GROUPS["image"] else {}
     return tuple(folders.get(path.parent, path.parent) / path.name for path in paths) if folders else paths
 
 
-def elsewhere(data: Data, table: Table) -> dict[Path, Path]:
+def picture_folders(data: Data, table: Table) -> dict[Path, Path]:
     """By folder of pictures, the one beside it that they are taken from, where `data.camera` names such a folder.
 
     Raises `UserError` where it names none at all and, of windows for a model, where it lacks for a scenario whose
@@ -212,7 +212,7 @@ def elsewhere(data: Data, table: Table) -> dict[Path, Path]:
         if not found:
             raise UserError(f"data.camera = {data.camera}: no such folder is beside {', '.join(map(str, folders))}")
         return found
-    seen = {scenario_of(folder) for folder in elsewhere(data, table.like)}
+    seen = {scenario_of(folder) for folder in picture_folders(data, table.like)}
     for folder in folders:
         if (scenario := scenario_of(folder)) in seen and folder not in found:
             raise UserError(f"{folder.with_name(data.camera)}: no such folder, and the model saw {scenario} from one")
@@ -271,7 +271,7 @@ def _check_files(data: Data, table: Table, group: str) -> None:
     alike = [i for i in range(len(paths)) if scenario_of_row[i] == scenario_of_row[lacking[0]]]
     if len(lacking) > 1 and set(alike) <= set(lacking):  # as in copies of the data set that lack a part of a scenario
         scenario, modality = table.scenarios[scenario_of_row[lacking[0]]], _modality(group)
-        out = f", take {modality} out of data.modalities," if modality else ""
+        out = f", take {modality} out of data.modalities," if modality and POWER in table.groups else ""
         raise UserError(
             f"{first.parent} holds none of the {len(alike)} files that {scenario} needs, {table.lines[row]} the first: "
             f"restore them{out} or remove the rows of {scenario} from {table.lines[row].split(' of ', 1)[1]}"

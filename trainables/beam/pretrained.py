@@ -43,7 +43,7 @@ def given_weights(path: str, config: fusion.Config) -> Weights:
     if file.is_dir():
         raise UserError(f"{what}: it is a folder; give the checkpoint in it, {file / 'checkpoint.pt'} if exported")
     state = read_checkpoint(file, what)
-    if (other := otherwise(state, config)) is not None:
+    if (other := first_difference(state, config)) is not None:
         name, theirs, ours = other
         raise UserError(
             f"{what}: it was trained with {name} = {theirs}, and here that is {ours}. Its weights would mean something "
@@ -55,7 +55,7 @@ def given_weights(path: str, config: fusion.Config) -> Weights:
     return weights
 
 
-def otherwise(state: State, config: fusion.Config) -> tuple[str, Any, Any] | None:
+def first_difference(state: State, config: fusion.Config) -> tuple[str, Any, Any] | None:
     """A setting with which a checkpoint was trained and that is another here, and its values there and here."""
     theirs = state.get(fusion.SETTINGS, {})
     pairs = ((name, theirs.get(name, ours), ours) for name, ours in fusion.unseen_settings(config).items())

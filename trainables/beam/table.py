@@ -156,7 +156,7 @@ def _table(
     places = [told.paths[at].relative_to(root) for at in told.at_NK[:, 0]]
     scenario_each = [_scenario(path, line) for path, line in zip(places, lines, strict=True)]
     scenarios = sorted(set(scenario_each), key=lambda name: int(name.removeprefix("scenario")))
-    labelled_NP = frame_numbers(groups[POWER]) if labelled else None
+    label_frames_NP = frame_numbers(groups[POWER]) if labelled else None
     return Table(
         root=root,
         csvs=tuple(path for _, path in sets),
@@ -170,7 +170,7 @@ def _table(
         passes_N=tuple(row.get(PASS, "") for row in every) if PASS in found[0][0] else None,
         adaptation_N=fixed(np.arange(len(every)) >= len(found[0])),
         left_out=left_out,
-        label_frame_N=None if labelled_NP is None else fixed(labelled_NP[:, 0]),
+        label_frame_N=None if label_frames_NP is None else fixed(label_frames_NP[:, 0]),
     )
 
 
