@@ -241,7 +241,7 @@ class Parameter:
 def nearly_domain(node: Any) -> str | None:
     """The kind of domain that a mapping was surely meant to be; None where it is one, or may mean something else.
 
-    One key with a list behind it, which has the letters of a kind, or is another library's word for one.
+    One key with a list behind it, which has the letters of a kind or is another library's word for one.
     """
     if not isinstance(node, dict) or is_domain(node):
         return None

@@ -21,7 +21,10 @@ def cluster() -> dict[str, Any]:
 
 
 def test_ray_accepts_it(cluster: dict[str, Any]) -> None:
-    validate_config(prepare_config(cluster))
+    prepared = prepare_config(cluster)
+    validate_config(prepared)
+    with pytest.raises(Exception, match="max_wokers"):  # and not whatever it is given
+        validate_config({**prepared, "max_wokers": 3})
 
 
 def test_every_worker_is_kept_up(cluster: dict[str, Any]) -> None:

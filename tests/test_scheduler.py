@@ -275,6 +275,7 @@ def test_hyperband_wants_to_know_the_epochs(tmp_path: Path) -> None:
 def test_the_others_do_not(name: str, tmp_path: Path) -> None:
     tune = tune_of(space_of(tmp_path, {"lr": {"log": [0.1, 1.0]}}, scheduler={"name": name}), 8, 2)
     tune.run(toy_script)
+    assert [trial.is_finished() for trial in tune.trials] == [True] * 8
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from test_beam_rebuild import NOTES
 
+from search import tree as trees
 from search import yaml_file
 from search.plan import Node, make_plan
 from search.sampler import sampler_maker
@@ -84,7 +85,9 @@ def test_every_cell_of_every_table_is_a_search(subtests: pytest.Subtests) -> Non
             continue
         for cell in cells_of(read_tables(file, profile, has_gpu=True, wanted="all")):
             with subtests.test(f"{file.stem}, {profile}: {cell.table}, {cell.row}, {cell.column}"):
-                load_space(file, cell.overrides, profile, has_gpu=True)
+                space, _ = load_space(file, cell.overrides, profile, has_gpu=True)
+                for key, _, value in (override.partition("=") for override in cell.overrides):
+                    assert trees.get(space.document(), key) == yaml_file.parse(value, key)
 
 
 @pytest.mark.parametrize("profile", [None, "laptop"])

@@ -102,7 +102,8 @@ def _read(root: Path, data: Data, development: Path, stamps: tuple[Stamp, Stamp]
         short = _short(root.joinpath(*ADAPTATION), data)
         left_out = f"{'/'.join(ADAPTATION)} is left out: {short}" if short else ""
         sets += [] if short else [(ADAPTATION[0], root.joinpath(*ADAPTATION))]
-    return _table(root, sets, data.modalities, left_out)
+    read = [(folder, path, _read_csv(path, data.modalities, labelled=True)) for folder, path in sets]
+    return _table(root, read, data.modalities, left_out)
 
 
 def read_unlabelled(path: Path, data: Data, like: Table | None) -> tuple[Table, tuple[str, ...]]:
@@ -113,7 +114,7 @@ def read_unlabelled(path: Path, data: Data, like: Table | None) -> tuple[Table, 
     """
     path = path.absolute()  # a link stays where it is, beside the files that it names
     rows = _read_csv(path, data.modalities, labelled=False)
-    table = _table(path.parent.parent, [(path.parent.name, path)], data.modalities, labelled=False)
+    table = _table(path.parent.parent, [(path.parent.name, path, rows)], data.modalities, labelled=False)
     if not table.spans(data.history):
         raise UserError(f"{path}: its windows have fewer instants than the {data.history} that the model sees")
     names = tuple(row.get("index", str(number)) for number, row in enumerate(rows, start=1))
@@ -132,17 +133,16 @@ def _newest_frames(rows: Sequence[Row]) -> Ints | None:
 
 def _table(
     root: Path,
-    sets: Sequence[tuple[str, Path]],
+    sets: Sequence[tuple[str, Path, Sequence[Row]]],
     modalities: Sequence[Modality],
     left_out: str = "",
     labelled: bool = True,
 ) -> Table:
-    """Of CSV files below `root`, each with the name of the folder that its paths are relative to."""
+    """Of CSV files below `root`, each between the name of the folder that its paths are relative to and its rows."""
     found: list[list[Row]] = []
     lines: list[str] = []
     digest = hashlib.sha256()
-    for folder, path in sets:
-        rows = _read_csv(path, modalities, labelled)
+    for folder, path, rows in sets:
         digest.update(path.read_bytes())
         found.append([{k: f"{folder}/{value}" if _is_file(k) else value for k, value in row.items()} for row in rows])
         lines += [f"row {number} of {path}" for number in range(1, len(rows) + 1)]
@@ -159,7 +159,7 @@ def _table(
     label_frames_NP = frame_numbers(groups[POWER]) if labelled else None
     return Table(
         root=root,
-        csvs=tuple(path for _, path in sets),
+        csvs=tuple(path for _, path, _ in sets),
         digest=digest.hexdigest(),
         lines=tuple(lines),
         scenarios=tuple(scenarios),
