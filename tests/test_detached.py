@@ -74,7 +74,8 @@ class Machine:
                 stderr=subprocess.STDOUT,
             )
         until = time.monotonic() + 200
-        while not answers(self.dashboard):
+        # the agent is up last, and the dashboard refuses a job where it waits for the agent more than 10 s
+        while not (answers(self.dashboard) and answers(ports["dashboard-agent-listen-"])):
             assert time.monotonic() < until, (self.home / "head.log").read_text()
             time.sleep(0.2)
 
