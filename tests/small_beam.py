@@ -29,6 +29,7 @@ PUBLISHED = Model(
     residual=False,
     missing="zerolike",
     gps_embedding="linear",
+    tokens="all",
 )
 GPS_WIDTH = 3
 

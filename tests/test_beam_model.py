@@ -55,6 +55,7 @@ GRADIENT_CASES = [
     *((replace(SMALL, time_fusion=fusion), MODALITIES) for fusion in ("sum", "v1")),
     (replace(SMALL, ln_shape="plane", align_backward=False, residual=False), MODALITIES),
     (replace(SMALL, norm="batch", gps_embedding="linear", missing="zerolike"), MODALITIES),
+    *((replace(SMALL, tokens="all"), subset) for subset in SUBSETS),
 ]
 
 
@@ -343,6 +344,26 @@ def test_tokens_are_the_frames_of_each_sensor_row_by_row_and_then_the_positions(
     for stage in (1, 2, 3):  # each Linear takes what left the stage before
         linear = built.positions.tokens[stage]
         torch.testing.assert_close(seen[stage][0][:, -2:], linear(seen[stage - 1][1][:, -2:]))
+
+
+def test_sensors_that_are_left_out_may_keep_their_tokens() -> None:
+    """Zeros in every stage, in the sensor's place; and what the last stage makes of them counts."""
+    left_out = network(replace(SMALL, block="bi", tokens="all"), ("image", "radar", "gps")).eval()
+    seen: list[Tensor] = []
+    for fusion in left_out.fusions:
+        fusion.register_forward_hook(lambda part, args, output: seen.append(args[0]))
+    batch = windows(2)
+    maps = left_out.first_maps(batch)
+    left_out.fuse(maps, batch["gps"])
+    for number, tokens in enumerate(seen):
+        of_each = HISTORY * left_out.anchors[number] ** 2
+        image, lidar, radar, positions = tokens.split([of_each, of_each, of_each, 2], dim=1)
+        assert not lidar.any()
+        assert all(x.any() for x in (image, radar, positions))
+    taken: list[list[Tensor]] = []
+    left_out.over_time.register_forward_pre_hook(lambda part, args: taken.append(args[0]))
+    left_out.fuse(maps, batch["gps"])
+    assert [frames.any().item() for frames in taken[0]] == [True, True, True]
 
 
 def test_pictures_are_normalised_as_imagenet_s() -> None:

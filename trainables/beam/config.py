@@ -120,7 +120,7 @@ class Model:
 
     `time_fusion`, `gps_embedding` and the fields from `mamba_init` on take the published behaviour or its mend, which
     is the default. Published, with `block: bi` or `uni`: time_fusion v1, mamba_init legacy, ln_shape plane,
-    align_backward and residual false, missing zerolike or randlike, gps_embedding linear. With `block: transformer`
+    align_backward and residual false, missing zerolike or randlike, gps_embedding linear, tokens all. With `block: transformer`
     the same, and time_fusion sum. Published encoders start from ImageNet's weights: pretrained_encoders imagenet,
     which is not the default. The published schedule's floor and restarts have rates of their own, whatever the lr;
     those of `trainables.optim.Restarts` are ratios of it, and the same at 1.0e-4 only.
@@ -140,6 +140,9 @@ class Model:
     d_conv: int = 4
     expand: int = 2
     anchors: int = 8  # each map is pooled to anchors x anchors tokens
+    # Which sensors have tokens in the fusion. all: those that data.modalities leaves out too, as maps of zeros: as
+    # published, where a network of fewer sensors lacked their encoders alone.
+    tokens: Literal["present", "all"] = "present"
     dropout: float = 0.1
     time_fusion: Literal["sum", "v1", "v2"] = "v2"
     # legacy: N(0, 0.02) for every Linear that fuses, Mamba's own ones and those of positions included; tables of zeros.

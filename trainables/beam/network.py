@@ -39,6 +39,7 @@ class FusionNetwork(nn.Module):
     def __init__(self, model: Model, data: Data, gps_width: int) -> None:
         super().__init__()
         self.sensors = [sensor for sensor in SENSORS if sensor in data.modalities]
+        self.fused = list(SENSORS) if model.tokens == "all" and self.sensors else self.sensors
         self.history, self.image_size = data.history, data.image_size
         self.missing, self.swap = model.missing, model.block == "cs_bi"
         self.channels = {sensor: data.channels(sensor) for sensor in self.sensors}
@@ -55,7 +56,7 @@ class FusionNetwork(nn.Module):
         # A map smaller than the grid of anchors is not blown up for it.
         self.anchors = [min(model.anchors, side) for side in map_sides(data.image_size)]
         self.fusions = nn.ModuleList(
-            Fusion(len(self.sensors) * data.history * anchors**2 + POSITIONS * gps, width, model)
+            Fusion(len(self.fused) * data.history * anchors**2 + POSITIONS * gps, width, model)
             for anchors, width in zip(self.anchors, model.channels, strict=True)
         )
         self.over_time = OverTime(data.history, len(self.sensors) > 0, gps, model)
@@ -155,7 +156,9 @@ class FusionNetwork(nn.Module):
         positions_B2C: Tensor | None = None
         for stage, fusion in enumerate(self.fusions):
             if stage:
-                maps = {sensor: self.encoder(sensor).stage(stage, x_FCYX) for sensor, x_FCYX in maps.items()}
+                maps = {sensor: self.encoder(sensor).stage(stage, maps[sensor]) for sensor in self.sensors}
+            # What one that is left out gets from the others ends with the stage: it has no encoder to take it further.
+            maps = {sensor: maps[sensor] if sensor in maps else _nothing_like(maps) for sensor in self.fused}
             if self.positions and description_B2W is not None:
                 positions_B2C = self.positions(stage, description_B2W, positions_B2C)
             maps, positions_B2C = self._fuse_stage(fusion, self.anchors[stage], maps, positions_B2C)
@@ -179,6 +182,10 @@ class FusionNetwork(nn.Module):
             grid = mixed_BKC.reshape(x_FCYX.shape[0], anchors, anchors, -1).permute(0, 3, 1, 2)
             fused[sensor] = x_FCYX + F.interpolate(grid, size=x_FCYX.shape[2:], mode="bilinear")
         return fused, mixed[-1] if positions_B2C is not None else None
+
+
+def _nothing_like(maps: Maps) -> Tensor:
+    return torch.zeros_like(next(iter(maps.values())))
 
 
 def _tokens(pooled_FCYX: Tensor, history: int) -> Tensor:
