@@ -16,6 +16,7 @@ from torch import Tensor
 from trainables.beam import fusion, rebuild
 from trainables.beam.config import Data, Modality, Pretrain, Rebuild, RebuildLoss, Simulated
 from trainables.beam.data import samples
+from trainables.beam.rebuild_network import RebuildNetwork, first_stages, insert
 from trainables.beam.reconstruct import contrast_chance
 from trainables.contract import Report, Trial, UserError
 from trainables.optim import Optim
@@ -31,7 +32,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> rebuild.Config:
     return made
 
 
-def network(config: rebuild.Config) -> rebuild.RebuildNetwork:
+def network(config: rebuild.Config) -> RebuildNetwork:
     return rebuild.build(config, fusion.build(config.fusion).state_dict())
 
 
@@ -127,8 +128,19 @@ NOTES = {
         replace(EARLIER, alpha_contrast=0.05, alpha_trans=5.0, alpha_distance=2.0),
         Pretrain(),
     ),
-    "newest file": (Rebuild(fusion_lr_ratio=0.01, share=0.25, mix="stand_in"), LATER, Pretrain()),
+    "newest file": (
+        Rebuild(
+            encoders="copied",
+            fusion_lr_ratio=1.0,
+            share=0.25,
+            mix="stand_in",
+            mistakes=("eval_mode", "training_mode", "picture_scale"),
+        ),
+        LATER,
+        Pretrain(),
+    ),
 }
+TRAINED: dict[str, set[str]] = {"frozen": set(), "copied": {"image", "lidar", "radar"}}
 
 
 @pytest.mark.parametrize("name", NOTES)
@@ -141,7 +153,7 @@ def test_every_setting_of_the_notes_trains_what_it_names(config: rebuild.Config,
     asked = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert asked == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     trained_encoders = {name.split(".")[2] for name in asked if ".resnet.embedder." in name}
-    assert trained_encoders == ({*settings.source, *settings.target} if settings.encoders == "trained" else set())
+    assert trained_encoders == TRAINED.get(settings.encoders, {*settings.source, *settings.target})
     rest_trains = settings.fusion_lr_ratio > 0 and weights.alpha_fusion > 0
     assert any(name.startswith("fusion.head") for name in asked) == rest_trains
     assert pairs["distance"][0] <= 0 <= pairs["trans"][0]
@@ -267,6 +279,8 @@ def test_a_fusion_network_that_stays_as_it_is_scores_as_it_did(
 
 
 def test_learning_rates_of_fusion_and_rebuild(config: rebuild.Config) -> None:
+    copied = rebuild.task_for(replace(config, rebuild=Rebuild(encoders="copied", fusion_lr_ratio=0.2)), {}, {})
+    assert copied.lr_scale("fusion.encoders.image.resnet.encoder.stages.0.layers.0.weight") == 0.2
     task = rebuild.task_for(replace(config, rebuild=Rebuild(fusion_lr_ratio=0.2)), {}, {})
     assert task.lr_scale("fusion.head.0.weight") == 0.2
     assert task.lr_scale("translators.image.layers.0.weight") == 1.0
@@ -281,7 +295,7 @@ def test_the_target_is_not_trained_to_be_hit(config: rebuild.Config) -> None:
     total(rebuild.loss(model, batch_of(config), config)).backward()
 
     def gradient(sensor: Modality) -> float:
-        stem = rebuild.first_stages(model.fusion, sensor)[0]
+        stem = first_stages(model.fusion, sensor)[0]
         return sum(float(x.grad.abs().sum()) for x in stem.parameters() if x.grad is not None)
 
     assert gradient("image") == 0
@@ -305,7 +319,7 @@ def test_each_loss_is_weighted_by_its_alpha(config: rebuild.Config) -> None:
 
 def test_rebuilt_maps_go_only_where_they_are_asked_for() -> None:
     real, rebuilt = torch.zeros(6, 2, 2, 2), torch.ones(6, 2, 4)
-    maps = rebuild.insert({"image": real, "lidar": real}, {"image": rebuilt}, torch.tensor([True, False, True]))
+    maps = insert({"image": real, "lidar": real}, {"image": rebuilt}, torch.tensor([True, False, True]))
     assert maps["image"].mean((1, 2, 3)).tolist() == [1, 1, 0, 0, 1, 1]  # two frames of each window
     assert maps["lidar"] is real
 
@@ -459,6 +473,12 @@ def test_noise_in_the_place_of_a_sensor_is_the_same_whatever_was_drawn_before(co
         ({"share": 0.0}, r"rebuild\.share = 0\.0"),
         ({"dropout": 1.0}, r"rebuild\.dropout = 1\.0"),
         ({"fusion_lr_ratio": -1.0}, r"rebuild\.fusion_lr_ratio = -1\.0"),
+        ({"mistakes": ("eval_mode", "eval_mode")}, r"rebuild\.mistakes names one twice"),
+        (
+            {"mistakes": ("eval_mode", "picture_scale")},
+            r"needs rebuild\.encoders = copied and not frozen: picture_scale",
+        ),
+        ({"encoders": "copied", "cache_features": True}, r"needs rebuild\.encoders = frozen and not copied"),
     ],
 )
 def test_settings_that_clash_are_refused(settings: dict[str, Any], message: str) -> None:

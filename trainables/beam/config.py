@@ -120,10 +120,10 @@ class Model:
 
     `time_fusion`, `gps_embedding` and the fields from `mamba_init` on take the published behaviour or its mend, which
     is the default. Published, with `block: bi` or `uni`: time_fusion v1, mamba_init legacy, ln_shape plane,
-    align_backward and residual false, missing zerolike or randlike, gps_embedding linear, tokens all. With `block: transformer`
-    the same, and time_fusion sum. Published encoders start from ImageNet's weights: pretrained_encoders imagenet,
-    which is not the default. The published schedule's floor and restarts have rates of their own, whatever the lr;
-    those of `trainables.optim.Restarts` are ratios of it, and the same at 1.0e-4 only.
+    align_backward and residual false, missing zerolike or randlike, gps_embedding linear, tokens all. With
+    `block: transformer` the same, and time_fusion sum. Published encoders start from ImageNet's weights:
+    pretrained_encoders imagenet, which is not the default. The published schedule's floor and restarts have rates of
+    their own, whatever the lr; those of `trainables.optim.Restarts` are ratios of it, and the same at 1.0e-4 only.
     """
 
     channels: tuple[int, int, int, int] = (64, 128, 256, 512)  # of the four stages
@@ -205,9 +205,23 @@ class BeamLoss:
             raise UserError(f"loss.scale = {self.scale} must be above 0 and at most 1.25, a target of almost 1")
 
 
+# eval_mode: after the first validation heads, translators and fusion network stay in eval mode, so that nothing drops
+#     out, batch norm's statistics stay and every window has its targets rebuilt.
+# training_mode: the heads' encoders are always in training mode, so that in validation, too, batch norm goes by each
+#     batch.
+# picture_scale: in training the fusion network gets pictures that are normalised twice, in validation the heads'
+#     encoders get pictures that are not normalised at all.
+# Another needs no switch: the rate was never stepped, which is optim.lr 2.5e-6, optim.schedule constant and
+# rebuild.fusion_lr_ratio 1.
+Mistake = Literal["eval_mode", "training_mode", "picture_scale"]
+
+
 @dataclass(frozen=True)
 class Rebuild:
-    """Which sensors are rebuilt from which, by features of their first stage."""
+    """Which sensors are rebuilt from which, by features of their first stage.
+
+    Published: share 0.25, mix stand_in, encoders copied, and all the mistakes.
+    """
 
     source: tuple[Modality, ...] = ("lidar", "radar")
     target: tuple[Modality, ...] = ("image",)
@@ -215,7 +229,10 @@ class Rebuild:
     mix: Literal["complete", "stand_in"] = "complete"  # the other windows' target: the real one, or as if missing
     dropout: float = 0.5
     shared_ratio: float = 0.5  # of a projection's channels, those that the sensors share; the rest is a sensor's own
-    encoders: Literal["frozen", "trained"] = "frozen"  # first stages of sources and targets; trained: at optim.lr
+    # First stages of sources and targets, through which the heads see. frozen: the fusion network's own, which stay as
+    # they are. trained: its own, at optim.lr. copied: frozen copies, and its own train as the rest of it does.
+    encoders: Literal["frozen", "trained", "copied"] = "frozen"
+    mistakes: tuple[Mistake, ...] = ()  # of the published program, to have its figures again
     fusion_lr_ratio: float = 0.01  # the fusion network's learning rate over optim.lr; 0: it stays as it is
     pretrained: str | None = None  # checkpoint of a fusion network; None: one is trained once and kept
     pretrained_part: Literal["network", "first_stages"] = "network"  # what starts from it; the rest, from noise
@@ -226,6 +243,13 @@ class Rebuild:
             raise UserError(
                 f"rebuild.cache_features = true needs rebuild.encoders = frozen and not {self.encoders}: "
                 "the features of trained encoders change with every step"
+            )
+        if len(set(self.mistakes)) != len(self.mistakes):
+            raise UserError(f"rebuild.mistakes names one twice: {list(self.mistakes)}")
+        if (of_encoders := set(self.mistakes) - {"eval_mode"}) and self.encoders != "copied":
+            raise UserError(
+                f"rebuild.mistakes = {list(self.mistakes)} needs rebuild.encoders = copied and not {self.encoders}: "
+                f"{min(of_encoders)} is one of encoders that the heads have for themselves"
             )
         for name, sensors in (("source", self.source), ("target", self.target)):
             if not sensors:

@@ -16,14 +16,8 @@ from trainables.beam.health import dba_of_guessing, fusion_part, fusion_signs, s
 from trainables.beam.metrics import beam_scores
 from trainables.beam.network import FusionNetwork, Maps
 from trainables.beam.pretrained import Weights, given_weights, trained_once
-from trainables.beam.reconstruct import (
-    FeatureTrans,
-    ProjectHead,
-    contrast_chance,
-    contrast_loss,
-    distance_loss,
-    trans_loss,
-)
+from trainables.beam.rebuild_network import RebuildNetwork, insert, of_first_stage
+from trainables.beam.reconstruct import contrast_chance, contrast_loss, distance_loss, trans_loss
 from trainables.contract import Report, Trial, UserError
 from trainables.loop import Task, evaluate, fit, step_memory
 from trainables.optim import Optim
@@ -102,77 +96,28 @@ class Config:
         )
 
 
-class RebuildNetwork(nn.Module):
-    """A fusion network, a head for each sensor concerned, and a translator for each target."""
-
-    def __init__(self, config: Config, weights: Weights) -> None:
-        super().__init__()
-        rebuild, width, norm, shared = config.rebuild, config.model.channels[0], config.model.norm, config.shared
-        self.source, self.target, self.history = rebuild.source, rebuild.target, config.data.history
-        self.fusion = fusion.build(config.fusion)
-        if rebuild.pretrained_part == "first_stages":
-            taken = {name: tensor for name, tensor in weights.items() if of_first_stage(name)}
-            weights = {**self.fusion.state_dict(), **taken}
-        self.fusion.load_state_dict(weights)
-        self.heads = nn.ModuleDict(
-            {sensor: ProjectHead(width, shared, norm) for sensor in (*self.source, *self.target)}
-        )
-        self.translators = nn.ModuleDict(
-            {sensor: FeatureTrans(len(self.source), shared, width, norm, rebuild.dropout) for sensor in self.target}
-        )
-        freeze(self.fusion, entirely=config.fusion_frozen)
-        if rebuild.encoders == "trained":
-            for sensor in (*self.source, *self.target):
-                for module in first_stages(self.fusion, sensor):
-                    module.train().requires_grad_(True)
-
-    def parts(self, maps: Maps) -> dict[Modality, tuple[Tensor, Tensor]]:
-        """Shared and own part, (F, S, P) and (F, 2 C - S, P), of every sensor that has a head and a map."""
-        return {sensor: self.heads[sensor](maps[sensor].flatten(2)) for sensor in maps if sensor in self.heads}
-
-    def translate(self, parts: Mapping[Modality, tuple[Tensor, Tensor]]) -> dict[Modality, Tensor]:
-        """The rebuilt first map of each target, (F, C, P)."""
-        shared = [parts[sensor][0] for sensor in self.source]
-        return {sensor: self.translators[sensor](shared) for sensor in self.target}
-
-
-def freeze(network: FusionNetwork, entirely: bool) -> None:
-    """Fix the first stages, in eval mode, and the stand-ins for missing sensors: the rebuild is trained between these.
-
-    The loop trains what asks for a gradient, and leaves a module that is in eval mode there.
-    """
-    frozen: list[nn.Module] = [network] if entirely else [network.absent]
-    for sensor in network.sensors:
-        frozen += first_stages(network, sensor)
-    for module in frozen:
-        module.eval().requires_grad_(False)
-
-
-def first_stages(network: FusionNetwork, sensor: Modality) -> list[nn.Module]:
-    """What makes a sensor's first map."""
-    resnet = network.encoder(sensor).resnet
-    return [resnet.embedder, resnet.encoder.stages[0]]
-
-
-def of_first_stage(name: str) -> bool:
-    """Whether a parameter or buffer, by its name, is one of `first_stages`."""
-    return ".resnet.embedder." in name or ".resnet.encoder.stages.0." in name
-
-
 def build(config: Config, weights: Weights) -> RebuildNetwork:
-    return RebuildNetwork(config, weights)
+    """What is trained, around the fusion network of these weights, or of some of them."""
+    network = fusion.build(config.fusion)
+    if config.rebuild.pretrained_part == "first_stages":
+        taken = {name: tensor for name, tensor in weights.items() if of_first_stage(name)}
+        weights = {**network.state_dict(), **taken}
+    network.load_state_dict(weights)
+    return RebuildNetwork(config.rebuild, config.model, config.shared, network, config.fusion_frozen)
 
 
 def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     """The four losses, weighted."""
     assert isinstance(model, RebuildNetwork)
-    weights, history, windows = config.loss, model.history, len(batch["beam"])
-    maps = model.fusion.first_maps(batch)
-    parts = model.parts(maps)
+    weights, history, windows = config.loss, model.fusion.history, len(batch["beam"])
+    model.set_modes()
+    maps = model.fused_maps(batch)
+    seen = model.seen_maps(batch, maps)
+    parts = model.parts(seen)
     rebuilt = model.translate(parts)
     # The target's features are detached: where the encoders are trained too, they must not make themselves easy to hit.
     trans_B = mean(
-        trans_loss(rebuilt[s], maps[s].flatten(2).detach(), history, weights.trans_form) for s in model.target
+        trans_loss(rebuilt[s], seen[s].flatten(2).detach(), history, weights.trans_form) for s in model.target
     )
     pairs = list(itertools.combinations(parts.values(), 2))
     contrast_B = mean(contrast_loss(a[0], b[0], history, weights.temperature, weights.contrast_form) for a, b in pairs)
@@ -193,7 +138,7 @@ def mixed_logits(
 ) -> Tensor:
     """What the fusion network makes of a batch in which a share of the windows has its targets rebuilt."""
     beam_B, rebuild = batch["beam"], config.rebuild
-    replaced_B = torch.rand(len(beam_B), device=beam_B.device) < rebuild.share
+    replaced_B = torch.rand(len(beam_B), device=beam_B.device) < (1.0 if model.stuck_in_eval else rebuild.share)
     if rebuild.mix == "stand_in":
         maps = model.fusion.withhold(maps, fusion.everywhere(model.target, beam_B))
     return model.fusion.fuse(insert(maps, rebuilt, replaced_B), batch.get("gps"))
@@ -203,21 +148,11 @@ def mean(values: Iterator[Tensor]) -> Tensor:
     return torch.stack(list(values)).mean(0)
 
 
-def insert(maps: Maps, rebuilt: Mapping[Modality, Tensor], replaced_B: Tensor) -> Maps:
-    """`maps` with the rebuilt ones in the windows where `replaced_B` is true."""
-    out = dict(maps)
-    for sensor, rebuilt_FCP in rebuilt.items():
-        real_FCYX = maps[sensor]
-        replaced_F111 = replaced_B.repeat_interleave(len(real_FCYX) // len(replaced_B)).view(-1, 1, 1, 1)
-        out[sensor] = torch.where(replaced_F111, rebuilt_FCP.view_as(real_FCYX).to(real_FCYX.dtype), real_FCYX)
-    return out
-
-
 def logits_without_targets(model: RebuildNetwork, batch: Batch) -> Tensor:
     """What the fusion network makes of a batch that lacks the targets, with their rebuilt maps in it."""
     sensors = model.fusion.sensors
     maps = {sensor: model.fusion.first_map(sensor, batch) for sensor in sensors if sensor not in model.target}
-    rebuilt, like = model.translate(model.parts(maps)), maps[model.source[0]]
+    rebuilt, like = model.translate(model.parts(model.seen_maps(batch, maps))), maps[model.source[0]]
     every = {sensor: maps[sensor] if sensor in maps else rebuilt[sensor].view_as(like).to(like) for sensor in sensors}
     return model.fusion.fuse(every, batch.get("gps"))
 
@@ -229,8 +164,10 @@ def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[st
     With the targets rebuilt there is a DBA of each scenario and step as well.
     """
     assert isinstance(model, RebuildNetwork)
-    maps, gps, beam_B = model.fusion.first_maps(batch), batch.get("gps"), batch["beam"]
-    left = {sensor: x for sensor, x in maps.items() if sensor not in model.target}
+    model.note_scored()
+    maps, gps, beam_B = model.fused_maps(batch), batch.get("gps"), batch["beam"]
+    seen = model.seen_maps(batch, maps)
+    left = {sensor: x for sensor, x in seen.items() if sensor not in model.target}
     rebuilt = model.translate(model.parts(left))
     variants = {
         "full": maps,
@@ -239,7 +176,7 @@ def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[st
     }
     with fusion_signs(model.fusion) as signs:  # of the last variant
         scores = {f"dba_{name}": beam_scores(model.fusion.fuse(x, gps), beam_B)["dba"] for name, x in variants.items()}
-    scores["trans"] = mean(trans_loss(rebuilt[s], maps[s].flatten(2), model.history) for s in model.target)
+    scores["trans"] = mean(trans_loss(rebuilt[s], seen[s].flatten(2), model.fusion.history) for s in model.target)
     pooled_B, rebuilt_dba = ~batch["apart"], scores["dba_rebuilt"]
     return {
         **{name: fusion.total(values, pooled_B) for name, values in scores.items()},
@@ -282,15 +219,16 @@ def task_for(config: Config, weights: Weights, maps: features.Maps) -> Task:
         data=functools.partial(features.samples, maps=maps),
         loss=loss,
         score=functools.partial(score, scenarios=scenarios),
-        lr_scale=functools.partial(lr_scale, ratio=config.rebuild.fusion_lr_ratio),
+        lr_scale=functools.partial(lr_scale, rebuild=config.rebuild),
         derived=stage_spreads,
         part=fusion_part,
     )
 
 
-def lr_scale(name: str, ratio: float) -> float:
-    """First stages, where they are trained, learn as fast as the rebuild; the network after them at its own rate."""
-    return ratio if name.startswith("fusion.") and not of_first_stage(name) else 1.0
+def lr_scale(name: str, rebuild: Rebuild) -> float:
+    """The fusion network learns at its own rate, and its first stages as fast as the rebuild where that trains them."""
+    with_rebuild = of_first_stage(name) and rebuild.encoders != "copied"
+    return rebuild.fusion_lr_ratio if name.startswith("fusion.") and not with_rebuild else 1.0
 
 
 def prepare(config: Config) -> str:

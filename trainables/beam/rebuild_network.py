@@ -1,0 +1,138 @@
+"""The network that rebuilds a missing sensor's first map, around the fusion network in which the map takes its place.
+
+Shape suffixes: B windows, F frames (batch x history), C channels, Y X rows and columns of a map, P = Y X, S channels of
+the shared part of a projection, I channels of a sensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from trainables.beam.config import Modality, Model, Rebuild
+from trainables.beam.encoders import Encoder
+from trainables.beam.network import FusionNetwork, Maps
+from trainables.beam.reconstruct import FeatureTrans, ProjectHead
+from trainables.samples import Batch
+
+
+class RebuildNetwork(nn.Module):
+    """A fusion network, a head for each sensor concerned, and a translator for each target.
+
+    shared: how many channels of a projection the sensors share. fusion_frozen: the fusion network stays as it is.
+    """
+
+    def __init__(self, rebuild: Rebuild, model: Model, shared: int, fusion: FusionNetwork, fusion_frozen: bool) -> None:
+        super().__init__()
+        self.source, self.target = rebuild.source, rebuild.target
+        concerned, width = (*self.source, *self.target), model.channels[0]
+        self.fusion = fusion
+        self.heads = nn.ModuleDict({sensor: ProjectHead(width, shared, model.norm) for sensor in concerned})
+        self.translators = nn.ModuleDict(
+            {
+                sensor: FeatureTrans(len(self.source), shared, width, model.norm, rebuild.dropout)
+                for sensor in self.target
+            }
+        )
+        copied = concerned if rebuild.encoders == "copied" else ()
+        self.copies = nn.ModuleDict({sensor: first_stage_alone(fusion.encoder(sensor)) for sensor in copied})
+        # The stand-ins for missing sensors stay, and first stages do but for those that the setting trains.
+        trained = {"frozen": (), "trained": concerned, "copied": fusion.sensors}[rebuild.encoders]
+        first = [stage for sensor in fusion.sensors if sensor not in trained for stage in first_stages(fusion, sensor)]
+        freeze([self.copies, fusion if fusion_frozen else fusion.absent, *first])
+        self.mistakes = rebuild.mistakes
+        self.scored = Scored() if "eval_mode" in self.mistakes else None
+
+    def fused_maps(self, batch: Batch) -> Maps:
+        """The first maps that the fusion network gets, (F, C, Y, X), of every sensor it has."""
+        if "picture_scale" in self.mistakes and self.training and "image" in self.fusion.sensors:
+            batch = {**batch, "image": self.fusion.encoder("image").normalise(batch["image"])}
+        return self.fusion.first_maps(batch)
+
+    def seen_maps(self, batch: Batch, fused: Maps) -> Maps:
+        """The first maps that the heads see, of the sensors in `fused`: these, or those of the copied encoders."""
+        if not self.copies:
+            return fused
+        return {sensor: self._seen_map(sensor, batch) for sensor in fused if sensor in self.copies}
+
+    def _seen_map(self, sensor: Modality, batch: Batch) -> Tensor:
+        encoder, frames_FISS = self.copies[sensor], batch[sensor].flatten(0, 1)
+        assert isinstance(encoder, Encoder)
+        encoder.train("training_mode" in self.mistakes)
+        as_they_are = sensor == "image" and "picture_scale" in self.mistakes and not self.training
+        return encoder.first(frames_FISS.float() if as_they_are else encoder.normalise(frames_FISS))
+
+    def parts(self, maps: Maps) -> dict[Modality, tuple[Tensor, Tensor]]:
+        """Shared and own part, (F, S, P) and (F, 2 C - S, P), of every sensor that has a head and a map."""
+        return {sensor: self.heads[sensor](maps[sensor].flatten(2)) for sensor in maps if sensor in self.heads}
+
+    def translate(self, parts: Mapping[Modality, tuple[Tensor, Tensor]]) -> dict[Modality, Tensor]:
+        """The rebuilt first map of each target, (F, C, P)."""
+        shared = [parts[sensor][0] for sensor in self.source]
+        return {sensor: self.translators[sensor](shared) for sensor in self.target}
+
+    @property
+    def stuck_in_eval(self) -> bool:
+        """Whether it has made the mistake `eval_mode`: it was scored, and nobody put it back into training mode."""
+        return self.scored is not None and self.scored.yet
+
+    def note_scored(self) -> None:
+        if self.scored is not None:
+            self.scored.yet = True
+
+    def set_modes(self) -> None:
+        """Before a training step: the loop has put all that was in training mode back into it after the scores."""
+        if self.stuck_in_eval and self.heads.training:
+            for part in (self.heads, self.translators, self.fusion):
+                part.eval()
+
+
+class Scored(nn.Module):
+    """Whether the network was ever scored. A checkpoint remembers it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.yet = False
+
+    def get_extra_state(self) -> bool:
+        return self.yet
+
+    def set_extra_state(self, state: bool) -> None:
+        self.yet = state
+
+
+def freeze(modules: Iterable[nn.Module]) -> None:
+    """The loop trains what asks for a gradient, and leaves a module that is in eval mode there."""
+    for module in modules:
+        module.eval().requires_grad_(False)
+
+
+def first_stages(network: FusionNetwork, sensor: Modality) -> list[nn.Module]:
+    """What makes a sensor's first map."""
+    resnet = network.encoder(sensor).resnet
+    return [resnet.embedder, resnet.encoder.stages[0]]
+
+
+def of_first_stage(name: str) -> bool:
+    """Whether a parameter or buffer, by its name, is one of `first_stages`."""
+    return ".resnet.embedder." in name or ".resnet.encoder.stages.0." in name
+
+
+def first_stage_alone(encoder: Encoder) -> Encoder:
+    """A copy that has no other stages."""
+    copied = copy.deepcopy(encoder)
+    copied.resnet.encoder.stages = copied.resnet.encoder.stages[:1]
+    return copied
+
+
+def insert(maps: Maps, rebuilt: Mapping[Modality, Tensor], replaced_B: Tensor) -> Maps:
+    """`maps` with the rebuilt ones in the windows where `replaced_B` is true."""
+    out = dict(maps)
+    for sensor, rebuilt_FCP in rebuilt.items():
+        real_FCYX = maps[sensor]
+        replaced_F111 = replaced_B.repeat_interleave(len(real_FCYX) // len(replaced_B)).view(-1, 1, 1, 1)
+        out[sensor] = torch.where(replaced_F111, rebuilt_FCP.view_as(real_FCYX).to(real_FCYX.dtype), real_FCYX)
+    return out
