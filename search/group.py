@@ -21,6 +21,8 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import torch
+import torch.distributed as dist
 from ray.exceptions import RayActorError
 
 from search.mailbox import Mailbox
@@ -82,12 +84,37 @@ def _serve(job: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     # A worker sees all GPUs of its node that the group has; Ray knows which are its own.
     device = ray.train.torch.get_device() if job["spec"].gpus_per_worker else None
+    os.environ.update(_more_of_torchrun(context, device, job["name"]))
     loop = RankLoop(job["spec"], context.get_world_rank(), context.get_world_size(), device)
     mailbox = job["mailbox"]
     ray.get(mailbox.enlist.remote(ray.get_runtime_context().current_actor))
     while not isinstance(command := ray.get(mailbox.take.remote(loop.rank)), Quit):
         answer = loop.handle(_unpacked(command))
         ray.get(mailbox.answer.remote(loop.rank, _packed(answer)))
+
+
+def _more_of_torchrun(context: Any, device: torch.device | None, name: str) -> dict[str, str]:
+    """What torchrun has in the environment of its ranks beside what Ray Train puts there.
+
+    Libraries tell by it that a launcher has started all ranks, and which machine they are on.
+    """
+    rank, world_size, machine = context.get_world_rank(), context.get_world_size(), context.get_node_rank()
+    machines = torch.tensor(machine + 1, device=device)
+    if world_size > 1:
+        dist.all_reduce(machines, dist.ReduceOp.MAX)
+    said = {
+        "GROUP_RANK": machine,
+        "GROUP_WORLD_SIZE": int(machines),
+        "ROLE_NAME": "default",
+        "ROLE_RANK": rank,
+        "ROLE_WORLD_SIZE": world_size,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        "TORCHELASTIC_MAX_RESTARTS": 0,
+        "TORCHELASTIC_RUN_ID": name,
+        "TORCHELASTIC_USE_AGENT_STORE": False,
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", 1),
+    }
+    return {key: str(value) for key, value in said.items()}
 
 
 # States are large: they go through the object store, and only a reference through the mailbox.
@@ -170,7 +197,7 @@ class Group:
         try:
             ray.train.torch.TorchTrainer(
                 _serve,
-                train_loop_config={"spec": spec, "mailbox": self._mailbox},
+                train_loop_config={"spec": spec, "mailbox": self._mailbox, "name": self._folder.name},
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=spec.workers,
                     use_gpu=spec.gpus_per_worker > 0,

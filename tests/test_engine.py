@@ -7,6 +7,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -263,6 +265,31 @@ def test_two_ranks_train_to_one_result(tmp_path: Path) -> None:
     space = toy("network", resources={"workers": 2}, search={"trials": 2, "sampler": "random"})
     outcome, _ = search(tmp_path, space, TWO_CPUS)
     assert [record.status for record in outcome.records] == ["finished", "finished"]
+
+
+def test_ranks_have_the_environment_of_torchrun(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    space = toy("surrounded", config={"folder": str(ours)}, resources={"workers": 2}, search={"trials": 1})
+    search(tmp_path, space, TWO_CPUS)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from toys import surrounded\nfrom trainables.contract import Trial\n"
+        f"list(surrounded(Trial({{'folder': {str(theirs)!r}}})))\n"
+    )
+    before = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(program)]
+    subprocess.run(command, env=before, check=True, capture_output=True, timeout=300)
+    for name in ("rank-0.json", "rank-1.json"):
+        here, there = (json.loads((folder / name).read_text()) for folder in (ours, theirs))
+        of_its_agent = {"TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_SIGNALS_TO_HANDLE"}
+        told = there.keys() - before.keys() - of_its_agent
+        assert {"RANK", "GROUP_RANK", "ROLE_RANK", "TORCHELASTIC_RUN_ID"} <= told
+        assert told <= here.keys()
+        differ = {key for key in told if here[key] != there[key]}
+        places = {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"}
+        assert differ <= places, "what a rank is, it is in both"
 
 
 def test_a_rank_that_diverges_alone_does_not_hang_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
