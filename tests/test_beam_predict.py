@@ -111,20 +111,38 @@ def data_csv(data: Data, name: str) -> Path:
     return Path(data.root) / "Multi_Modal" / name
 
 
-def test_a_missing_sensor_is_rebuilt_and_its_files_are_not_asked_for(data: Data, tmp_path: Path) -> None:
+PUBLISHED = Rebuild(("image", "radar"), ("lidar",), encoders="copied", mistakes=("eval_mode", "picture_scale"))
+
+
+@pytest.mark.parametrize("settings", [Rebuild(("lidar", "radar"), ("image",)), PUBLISHED], ids=["camera", "published"])
+def test_a_missing_sensor_is_rebuilt_and_its_files_are_not_asked_for(
+    settings: Rebuild, data: Data, tmp_path: Path
+) -> None:
     config = rebuild.Config(
         data=data,
         model=SMALL,
         optim=OPTIM,
-        rebuild=Rebuild(source=("lidar", "radar"), target=("image",)),
+        rebuild=settings,
         pretrain=Pretrain(epochs=1, optim=OPTIM),
         epochs=1,
     )
     metrics = exported(tmp_path / "model", config)
-    windows = data_csv(data, "no_camera.csv")
-    beams = held_out(config, windows, without=("unit1_rgb",))
+    windows = data_csv(data, "without_it.csv")
+    beams = held_out(config, windows, without=({"image": "unit1_rgb", "lidar": "unit1_lidar"}[settings.target[0]],))
     assert predict.main([str(tmp_path / "model"), str(windows), str(tmp_path / "out")]) == 0
     assert dba(predicted(tmp_path / "out"), beams) == pytest.approx(metrics["dba_rebuilt"], abs=1e-6)
+
+
+def test_a_model_that_went_on_from_another_does_without_it(data: Data, tmp_path: Path) -> None:
+    config = fusion.Config(data=replace(data, modalities=("lidar",)), model=SMALL, optim=OPTIM, epochs=1)
+    exported(tmp_path / "first", config)
+    going_on = replace(config, pretrained=str(tmp_path / "first/checkpoint.pt"))
+    metrics = exported(tmp_path / "model", going_on)
+    shutil.rmtree(tmp_path / "first")
+    windows = data_csv(data, "later.csv")
+    beams = held_out(config, windows)
+    assert predict.main([str(tmp_path / "model"), str(windows), str(tmp_path / "out")]) == 0
+    assert dba(predicted(tmp_path / "out"), beams) == pytest.approx(metrics["dba"], abs=1e-6)
 
 
 def test_several_steps_and_how_sure_the_model_is(data: Data, tmp_path: Path) -> None:

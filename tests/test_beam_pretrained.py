@@ -16,6 +16,7 @@ import torch
 from small_beam import SMALL, simulated
 
 from trainables.beam import fusion, pretrained, rebuild
+from trainables.beam.checkpoint import Weights
 from trainables.beam.config import BeamLoss, Data, Pretrain, RebuildLoss, Simulated
 from trainables.beam.simulator import simulate
 from trainables.contract import Diverged, Report, Trial, UserError
@@ -77,7 +78,7 @@ def test_one_process_trains_while_others_wait(
     monkeypatch.setattr(pretrained, "POLL_S", 0.01)
     wanted = replace(config.fusion, data=replace(config.data, prepared=str(tmp_path)))
     fusion.prepare(wanted)
-    got: list[pretrained.Weights] = []
+    got: list[Weights] = []
     threads = [
         threading.Thread(target=lambda: got.append(pretrained.trained_once(wanted, 0, Trial(wanted)))) for _ in range(3)
     ]

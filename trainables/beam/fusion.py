@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from trainables.beam.checkpoint import load_given, unseen_settings, with_settings
 from trainables.beam.config import SENSORS, BeamLoss, Data, Modality, Model
 from trainables.beam.data import describe, gps_width, samples
 from trainables.beam.encoders import pretrained_weights
 from trainables.beam.health import dba_of_guessing, fusion_part, fusion_signs, stage_spreads
 from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss, soft_targets
 from trainables.beam.network import FusionNetwork
-from trainables.contract import Report, State, Trial, UserError
+from trainables.contract import Report, Trial, UserError
 from trainables.loop import Task, fit, step_memory
 from trainables.optim import Optim
 from trainables.samples import Batch
 from trainables.step import Pairs
 
-SETTINGS = "settings"  # the entry of a checkpoint that holds `unseen_settings`
 REPORTED = ("dba", "top1", "top2", "top3")
 
 
@@ -37,6 +36,7 @@ class Config:
     epochs: int = 30
     missing_prob: float = 0.0  # share of training windows that lack one sensor, any as often
     score_without: tuple[Modality, ...] = ()  # sensors; when any, dba_missing is the DBA without them
+    pretrained: str | None = None  # checkpoint of fusion training to go on from, by a schedule that begins anew
     score_each: bool = False  # the DBA without each sensor alone, too: dba_without_image and so on
 
     def __post_init__(self) -> None:
@@ -53,7 +53,9 @@ class Config:
 
 def build(config: Config) -> FusionNetwork:
     network = FusionNetwork(config.model, config.data, gps_width(config))
-    if config.model.pretrained_encoders is not None:
+    if config.pretrained is not None:
+        load_given(network, "pretrained", config.pretrained, config)
+    elif config.model.pretrained_encoders is not None:
         for sensor in network.sensors:
             weights = pretrained_weights(sensor, network.channels[sensor], config.model)
             network.encoder(sensor).resnet.load_state_dict(weights)
@@ -165,8 +167,10 @@ def task_for(config: Config) -> Task:
 
 
 def prepare(config: Config) -> str:
-    """Check and decode the data, and look at the pre-trained encoders, before any worker starts; a line on the data."""
-    if config.model.pretrained_encoders is not None:
+    """Check and decode the data, and what training starts from, before any worker starts; a line on the data."""
+    if config.pretrained is not None:
+        build(config)
+    elif config.model.pretrained_encoders is not None:
         for sensor in SENSORS:
             if sensor in config.data.modalities:
                 pretrained_weights(sensor, config.data.channels(sensor), config.model)
@@ -183,29 +187,3 @@ def train(trial: Trial) -> Iterator[Report]:
         assert report.state is not None
         state = functools.partial(with_settings, report.state, settings)
         yield replace(report, metrics={**report.metrics, "dba_chance": guessing}, state=state)
-
-
-def unseen_settings(config: Config) -> dict[str, Any]:
-    """By name what the weights depend on for their meaning, and what was held out of their training.
-
-    As far as the weights' shapes do not show it: a checkpoint has it beside them.
-    """
-    model, data = config.model, config.data
-    wanted = ["block", "time_fusion"]
-    wanted += ["residual"] if model.block != "transformer" else []
-    wanted += ["align_backward"] if model.block in ("bi", "cs_bi") else []
-    settings = {f"model.{name}": getattr(model, name) for name in wanted}
-    wanted = ["image_size", "csv", "split", "holdout", "split_seed"]
-    wanted += ["gps_repr"] if "gps" in data.modalities else []
-    wanted += ["camera"] if "image" in data.modalities else []
-    wanted += ["lidar", "scenario_fov"] if "lidar" in data.modalities else []
-    wanted += ["augment", "flip"] if data.split == "legacy" else []  # copies are made before it is drawn
-    settings |= {f"data.{name}": getattr(data, name) for name in wanted}
-    settings["data.longest_history"] = data.reach  # or data.history: with the steps, which windows there are
-    settings["data.steps"] = data.steps
-    settings["data.simulated"] = asdict(data.simulated) if data.root is None else None
-    return settings
-
-
-def with_settings(state: Callable[[], State], settings: dict[str, Any]) -> State:
-    return {**state(), SETTINGS: settings}

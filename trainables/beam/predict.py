@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from trainables.beam import fusion, rebuild
+from trainables.beam.checkpoint import first_difference, read_checkpoint, weights_of
 from trainables.beam.config import SENSORS, Data
 from trainables.beam.data import frames_of, gps_of_others
 from trainables.beam.metrics import RANKS
 from trainables.beam.prepare import find_table, picture_folders, prepare_arrays
-from trainables.beam.pretrained import first_difference, read_checkpoint, weights_of
 from trainables.beam.table import GROUPS, read_unlabelled
 from trainables.contract import UserError, default_device
 from trainables.samples import Batch
@@ -76,7 +76,7 @@ def read_model(folder: Path) -> Model:
         )
         model = Model(config, data, made, lambda batch: rebuild.logits_without_targets(made, batch))
     else:
-        whole = fusion.build(config)
+        whole = fusion.build(replace(config, pretrained=None))
         model = Model(config, config.data, whole, lambda batch: whole.fuse(whole.first_maps(batch), batch.get("gps")))
     try:
         model.network.load_state_dict(weights_of(state))

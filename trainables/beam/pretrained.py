@@ -1,4 +1,4 @@
-"""The fusion network that a rebuild starts from: given as a checkpoint, or trained once and kept for all trials."""
+"""The fusion network that a rebuild starts from where none is given: trained once and kept for all trials."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from trainables.beam import fusion
+from trainables.beam.checkpoint import Weights, weights_of
 from trainables.beam.config import Data
 from trainables.beam.prepare import array_path, prepare_data, wanted_arrays
 from trainables.cache import cache_folder
@@ -28,56 +27,8 @@ VERSION = 4  # part of the key: raise it whenever the same settings would train 
 POLL_S = 1.0
 MISSING = "dba_missing"  # the only score that depends on `score_without`
 
-Weights = dict[str, Tensor]
 Turn = Literal["ready", "train", "wait"]
 T = TypeVar("T")
-
-
-def given_weights(path: str, config: fusion.Config) -> Weights:
-    """The weights in a checkpoint of `fusion.train` that somebody names for networks of `config`.
-
-    Raises `UserError` where it is none, or was trained with other settings that the weights' shapes do not show.
-    """
-    what = f"rebuild.pretrained = {path}"
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise UserError(f"{what}: it is a folder; give the checkpoint in it, {file / 'checkpoint.pt'} if exported")
-    state = read_checkpoint(file, what)
-    if (other := first_difference(state, config)) is not None:
-        name, theirs, ours = other
-        raise UserError(
-            f"{what}: it was trained with {name} = {theirs}, and here that is {ours}. Its weights would mean something "
-            "else, or windows that are held out here have trained it: set it as it was there"
-        )
-    weights = weights_of(state)
-    if config.model.missing != "token":  # an encoder's view of nothing stands in, and no token that may have trained
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("absent.")}
-    return weights
-
-
-def first_difference(state: State, config: fusion.Config) -> tuple[str, Any, Any] | None:
-    """A setting with which a checkpoint was trained and that is another here, and its values there and here."""
-    theirs = state.get(fusion.SETTINGS, {})
-    pairs = ((name, theirs.get(name, ours), ours) for name, ours in fusion.unseen_settings(config).items())
-    return next((pair for pair in pairs if pair[1] != pair[2]), None)
-
-
-def read_checkpoint(file: Path, what: str) -> State:
-    """The state in a checkpoint of this family; raises `UserError`, which begins with `what`, where it is none."""
-    try:
-        state: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{what}: there is no such file") from None
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{what}: it cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or "model" not in state:
-        raise UserError(f"{what}: no checkpoint of fusion training, it has no entry `model`")
-    return state
-
-
-def weights_of(state: Mapping[str, Any]) -> Weights:
-    """The network's weights in a state of training: the average over steps where there is one."""
-    return {**state["model"], **state.get("ema", {})}
 
 
 def trained_once(config: fusion.Config, seed: int, trial: Trial) -> Weights:

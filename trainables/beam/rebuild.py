@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from trainables.beam import features, fusion
+from trainables.beam.checkpoint import Weights, given_weights, load_given, unseen_settings, with_settings
 from trainables.beam.config import Data, Modality, Model, Pretrain, Rebuild, RebuildLoss
 from trainables.beam.health import dba_of_guessing, fusion_part, fusion_signs, stage_spreads
 from trainables.beam.metrics import beam_scores
 from trainables.beam.network import FusionNetwork, Maps
-from trainables.beam.pretrained import Weights, given_weights, trained_once
+from trainables.beam.pretrained import trained_once
 from trainables.beam.rebuild_network import RebuildNetwork, insert, of_first_stage
 from trainables.beam.reconstruct import contrast_chance, contrast_loss, distance_loss, trans_loss
 from trainables.contract import Report, Trial, UserError
@@ -238,11 +239,7 @@ def prepare(config: Config) -> str:
         features.announce(config.data, config.model, config.optim)
     given = config.rebuild.pretrained
     if given is not None:
-        weights = given_weights(given, config.fusion)
-        try:
-            fusion.build(config.fusion).load_state_dict(weights)
-        except UserError as error:
-            raise UserError(f"rebuild.pretrained = {given}: {error}") from None
+        load_given(fusion.build(config.fusion), "rebuild.pretrained", given, config.fusion)
     return told
 
 
@@ -250,7 +247,7 @@ def initial_weights(config: Config, trial: Trial) -> Weights:
     """The fusion network that the rebuild starts from."""
     given, pretrain = config.rebuild.pretrained, config.pretrain
     if given is not None:
-        return given_weights(given, config.fusion)
+        return given_weights("rebuild.pretrained", given, config.fusion)
     if pretrain.epochs > 0:
         return trained_once(config.fusion, pretrain.seed, trial)
     return untrained_weights(config)
@@ -276,12 +273,12 @@ def train(trial: Trial) -> Iterator[Report]:
     before, guessing = scores_before(config, network, maps, trial), dba_of_guessing(config)
     del network
     batch = min(config.optim.batch_size, len(features.samples(config, "train")))
-    settings = fusion.unseen_settings(config.fusion)
+    settings = unseen_settings(config.fusion)
     for report in fit(task_for(config, weights, maps), trial):
         assert report.state is not None
         share = recovered(before["dba_upper"], before["dba_missing"], report.metrics["dba_rebuilt"])
         more = {**before, **share, "dba_rebuilt_chance": guessing}
         chance = contrast_chance_of(batch, int(report.metrics["micro_batch"]), trial.world_size, config.loss)
         more["loss_contrast_chance"] = config.loss.alpha_contrast * chance
-        state = functools.partial(fusion.with_settings, report.state, settings)
+        state = functools.partial(with_settings, report.state, settings)
         yield replace(report, metrics={**report.metrics, **more}, state=state)

@@ -1,0 +1,73 @@
+"""Fusion training that goes on from a checkpoint of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_beam import SMALL, simulated
+from torch import Tensor
+
+from trainables.beam import fusion
+from trainables.contract import Report, Trial, UserError
+from trainables.optim import Optim
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> fusion.Config:
+    data = simulated(tmp_path_factory.mktemp("cache"))
+    made = fusion.Config(data=data, model=SMALL, optim=Optim(lr=3e-3, batch_size=8, ema=0.9), epochs=2)
+    fusion.prepare(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained(config: fusion.Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """A checkpoint, and the last report of its training."""
+    file = tmp_path_factory.mktemp("exported") / "checkpoint.pt"
+    *_, last = fusion.train(Trial(config))
+    assert last.state is not None
+    torch.save(last.state(), file)
+    return file, last
+
+
+def test_it_goes_on_from_the_weights_that_were_scored(config: fusion.Config, trained: tuple[Path, Report]) -> None:
+    """At a rate of almost nothing the first report is that of the checkpoint."""
+    file, last = trained
+    still = Optim(lr=1e-12, batch_size=8, weight_decay=0.0)
+    going_on = replace(config, pretrained=str(file), optim=still, epochs=1)
+    assert fusion.prepare(going_on) == fusion.prepare(config)
+    (report,) = fusion.train(Trial(going_on))
+    assert report.metrics["dba"] == pytest.approx(last.metrics["dba"], abs=1e-6)
+    assert report.metrics["dba"] != pytest.approx(next(fusion.train(Trial(config))).metrics["dba"], abs=1e-6)
+
+
+def test_encoders_from_elsewhere_are_not_asked_for(config: fusion.Config, trained: tuple[Path, Report]) -> None:
+    """The checkpoint has them."""
+    model = replace(SMALL, norm="batch", pretrained_encoders="/nowhere")
+    with pytest.raises(UserError, match="there is no folder /nowhere"):
+        fusion.prepare(replace(config, model=model))
+    file = trained[0].with_name("batch.pt")
+    network = fusion.build(replace(config, model=replace(model, pretrained_encoders=None)))
+    torch.save({"model": network.state_dict()}, file)
+    built = fusion.build(replace(config, model=model, pretrained=str(file)))
+    theirs: dict[str, Tensor] = network.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in built.state_dict().items())
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_before_anything_starts(
+    config: fusion.Config, trained: tuple[Path, Report]
+) -> None:
+    file, _ = trained
+    with pytest.raises(UserError, match=r"^pretrained = /nowhere\.pt: there is no such file$"):
+        fusion.prepare(replace(config, pretrained="/nowhere.pt"))
+    seen = replace(config, data=replace(config.data, split_seed=1), pretrained=str(file))
+    with pytest.raises(
+        UserError, match=r"^pretrained = .*it was trained with data\.split_seed = 290, and here that is 1"
+    ):
+        fusion.prepare(seen)
+    wider = replace(config, model=replace(SMALL, channels=(4, 8, 12, 20)), pretrained=str(file))
+    with pytest.raises(UserError, match=r"^pretrained = .*: weights of another fusion network: "):
+        fusion.prepare(wider)
