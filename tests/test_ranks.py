@@ -15,7 +15,7 @@ import torch
 from spaces import write_family
 
 from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, Leave, RanOut, Reported
-from search.ranks import RankLoop, numbers, storages_of
+from search.ranks import RankLoop, numbers, settle, storages_of
 from search.states import load_state
 from trainables.contract import UserError
 
@@ -400,6 +400,44 @@ def test_a_warm_process_gives_bit_for_bit_what_a_fresh_one_gives(tmp_path: Path)
             assert other.state is not None
             theirs = load_state(other.state)["model"]
             assert all(torch.equal(value, theirs[name]) for name, value in load_state(one.state)["model"].items())
+
+
+BACKENDS: Any = torch.backends
+SWITCHES: dict[str, tuple[Any, str, Any]] = {
+    "fp32_precision": (BACKENDS, "fp32_precision", "tf32"),
+    "cudnn": (BACKENDS.cudnn, "fp32_precision", "ieee"),
+    "cudnn.conv": (BACKENDS.cudnn.conv, "fp32_precision", "ieee"),
+    "cudnn.rnn": (BACKENDS.cudnn.rnn, "fp32_precision", "ieee"),
+    "cuda.matmul": (BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
+    "mkldnn": (BACKENDS.mkldnn, "fp32_precision", "bf16"),
+    "mkldnn.conv": (BACKENDS.mkldnn.conv, "fp32_precision", "bf16"),
+    "mkldnn.matmul": (BACKENDS.mkldnn.matmul, "fp32_precision", "bf16"),
+    "allow_tf32": (BACKENDS.cudnn, "allow_tf32", False),
+    "enabled": (BACKENDS.cudnn, "enabled", False),
+    "benchmark": (BACKENDS.cudnn, "benchmark", True),
+    "fp16_reduction": (BACKENDS.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
+    "bf16_reduction": (BACKENDS.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_trial_finds_the_switches_of_torch_as_the_first_one_did(name: str) -> None:
+    def seen() -> dict[str, Any]:
+        kept = {name: getattr(backend, attribute) for name, (backend, attribute, _) in SWITCHES.items()}
+        return {
+            **kept,
+            "flash": torch.backends.cuda.flash_sdp_enabled(),
+            "math": torch.backends.cuda.math_sdp_enabled(),
+        }
+
+    settle(0, 1)
+    first = seen()
+    backend, attribute, value = SWITCHES[name]
+    setattr(backend, attribute, value)
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_math_sdp(False)
+    settle(0, 1)
+    assert seen() == first
 
 
 def test_a_trial_is_gone_when_its_memory_is_counted(tmp_path: Path) -> None:
