@@ -262,8 +262,8 @@ def settle(seed: int, threads: int) -> None:
     torch.set_default_device(None)
 
 
-_MKLDNN: Any = torch.backends.mkldnn
-_OF_A_PRECISION = (torch.backends, torch.backends.cudnn, _MKLDNN, _MKLDNN.conv)
+_BACKENDS: Any = torch.backends
+_OF_A_PRECISION = (_BACKENDS, _BACKENDS.cudnn, _BACKENDS.mkldnn, _BACKENDS.mkldnn.conv)
 _ATTENTIONS = (
     torch.backends.cuda.enable_flash_sdp,
     torch.backends.cuda.enable_mem_efficient_sdp,
