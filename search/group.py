@@ -21,8 +21,6 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-import torch
-import torch.distributed as dist
 from ray.exceptions import RayActorError
 
 from search.mailbox import Mailbox
@@ -84,27 +82,24 @@ def _serve(job: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     # A worker sees all GPUs of its node that the group has; Ray knows which are its own.
     device = ray.train.torch.get_device() if job["spec"].gpus_per_worker else None
-    os.environ.update(_more_of_torchrun(context, device, job["name"]))
-    loop = RankLoop(job["spec"], context.get_world_rank(), context.get_world_size(), device)
-    mailbox = job["mailbox"]
-    ray.get(mailbox.enlist.remote(ray.get_runtime_context().current_actor))
+    mailbox, machine = job["mailbox"], context.get_node_rank()
+    machines = ray.get(mailbox.enlist.remote(ray.get_runtime_context().current_actor, machine))
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    os.environ.update(_more_of_torchrun(rank, world_size, machine, machines, job["name"]))
+    loop = RankLoop(job["spec"], rank, world_size, device)
     while not isinstance(command := ray.get(mailbox.take.remote(loop.rank)), Quit):
         answer = loop.handle(_unpacked(command))
         ray.get(mailbox.answer.remote(loop.rank, _packed(answer)))
 
 
-def _more_of_torchrun(context: Any, device: torch.device | None, name: str) -> dict[str, str]:
+def _more_of_torchrun(rank: int, world_size: int, machine: int, machines: int, name: str) -> dict[str, str]:
     """What torchrun has in the environment of its ranks beside what Ray Train puts there.
 
-    Libraries tell by it that a launcher has started all ranks, and which machine they are on.
+    Libraries tell by it that a launcher has started all ranks, and on which machine they are.
     """
-    rank, world_size, machine = context.get_world_rank(), context.get_world_size(), context.get_node_rank()
-    machines = torch.tensor(machine + 1, device=device)
-    if world_size > 1:
-        dist.all_reduce(machines, dist.ReduceOp.MAX)
     said = {
         "GROUP_RANK": machine,
-        "GROUP_WORLD_SIZE": int(machines),
+        "GROUP_WORLD_SIZE": machines,
         "ROLE_NAME": "default",
         "ROLE_RANK": rank,
         "ROLE_WORLD_SIZE": world_size,

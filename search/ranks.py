@@ -245,31 +245,27 @@ def settle(seed: int, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
-    for backend in _OF_A_PRECISION:
-        backend.fp32_precision = "none"  # that of what it is a part of, or torch's default
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
     if torch.are_deterministic_algorithms_enabled():  # asked first, because to set it imports a compiler
         torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.enabled = True
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = False
-    for allow in _ATTENTIONS:
-        allow(True)
     torch.autograd.set_detect_anomaly(False)
     torch.set_default_device(None)
+    _settle_backends(torch.backends)
 
 
-_BACKENDS: Any = torch.backends
-_OF_A_PRECISION = (_BACKENDS, _BACKENDS.cudnn, _BACKENDS.mkldnn, _BACKENDS.mkldnn.conv)
-_ATTENTIONS = (
-    torch.backends.cuda.enable_flash_sdp,
-    torch.backends.cuda.enable_mem_efficient_sdp,
-    torch.backends.cuda.enable_math_sdp,
-    torch.backends.cuda.enable_cudnn_sdp,
-)
+def _settle_backends(backends: Any) -> None:
+    cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
+    torch.set_float32_matmul_precision("highest")
+    for part in (backends, cudnn, cuda.matmul, mkldnn, mkldnn.conv, mkldnn.matmul, mkldnn.rnn):
+        part.fp32_precision = "none"  # that of what it is a part of, or torch's default
+    cudnn.allow_tf32 = cudnn.enabled = True
+    cudnn.benchmark = cudnn.deterministic = False
+    cuda.matmul.allow_fp16_accumulation = False
+    cuda.matmul.allow_fp16_reduced_precision_reduction = True
+    cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    cuda.allow_fp16_bf16_reduction_math_sdp(False)
+    for enable in (cuda.enable_flash_sdp, cuda.enable_mem_efficient_sdp, cuda.enable_math_sdp, cuda.enable_cudnn_sdp):
+        enable(True)
+
 
 # From code one reaches every global there is, and none of it belongs to the cache.
 _DEAD_ENDS = (str, bytes, int, float, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)

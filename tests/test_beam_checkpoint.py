@@ -10,7 +10,8 @@ import torch
 from small_beam import SMALL, simulated
 from torch import Tensor
 
-from trainables.beam import fusion
+from trainables.beam import fusion, rebuild
+from trainables.beam.config import Rebuild
 from trainables.contract import Report, Trial, UserError
 from trainables.optim import Optim
 
@@ -68,6 +69,11 @@ def test_a_checkpoint_that_does_not_fit_is_told_before_anything_starts(
         UserError, match=r"^pretrained = .*it was trained with data\.split_seed = 290, and here that is 1"
     ):
         fusion.prepare(seen)
+    rebuilt = rebuild.Config(data=config.data, model=SMALL, rebuild=Rebuild(mistakes=("eval_mode",)))
+    other = file.with_name("rebuild.pt")
+    torch.save({"model": rebuild.build(rebuilt, rebuild.untrained_weights(rebuilt)).state_dict()}, other)
+    with pytest.raises(UserError, match=r"^pretrained = .*: a checkpoint of a rebuild, and not of fusion training$"):
+        fusion.prepare(replace(config, pretrained=str(other)))
     wider = replace(config, model=replace(SMALL, channels=(4, 8, 12, 20)), pretrained=str(file))
     with pytest.raises(UserError, match=r"^pretrained = .*: weights of another fusion network: "):
         fusion.prepare(wider)

@@ -133,6 +133,14 @@ def test_a_missing_sensor_is_rebuilt_and_its_files_are_not_asked_for(
     assert dba(predicted(tmp_path / "out"), beams) == pytest.approx(metrics["dba_rebuilt"], abs=1e-6)
 
 
+def test_a_model_whose_predictions_depend_on_each_other_is_refused(data: Data, tmp_path: Path) -> None:
+    mistaken = Rebuild(encoders="copied", mistakes=("training_mode",))
+    config = rebuild.Config(data, replace(SMALL, norm="batch"), OPTIM, mistaken, pretrain=Pretrain(0), epochs=1)
+    exported(tmp_path / "model", config)
+    with pytest.raises(UserError, match="it has the mistake training_mode, by which the beam of a window depends on"):
+        predict.read_model(tmp_path / "model")
+
+
 def test_a_model_that_went_on_from_another_does_without_it(data: Data, tmp_path: Path) -> None:
     config = fusion.Config(data=replace(data, modalities=("lidar",)), model=SMALL, optim=OPTIM, epochs=1)
     exported(tmp_path / "first", config)

@@ -134,13 +134,12 @@ NOTES = {
             fusion_lr_ratio=1.0,
             share=0.25,
             mix="stand_in",
-            mistakes=("eval_mode", "training_mode", "picture_scale"),
+            mistakes=("eval_mode", "picture_scale"),  # training_mode is one of batch norm
         ),
         LATER,
         Pretrain(),
     ),
 }
-TRAINED: dict[str, set[str]] = {"frozen": set(), "copied": {"image", "lidar", "radar"}}
 
 
 @pytest.mark.parametrize("name", NOTES)
@@ -153,7 +152,9 @@ def test_every_setting_of_the_notes_trains_what_it_names(config: rebuild.Config,
     asked = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert asked == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     trained_encoders = {name.split(".")[2] for name in asked if ".resnet.embedder." in name}
-    assert trained_encoders == TRAINED.get(settings.encoders, {*settings.source, *settings.target})
+    concerned = {*settings.source, *settings.target}
+    wanted = {"frozen": set[str](), "trained": concerned, "copied": {"image", "lidar", "radar"}}
+    assert trained_encoders == wanted[settings.encoders]
     rest_trains = settings.fusion_lr_ratio > 0 and weights.alpha_fusion > 0
     assert any(name.startswith("fusion.head") for name in asked) == rest_trains
     assert pairs["distance"][0] <= 0 <= pairs["trans"][0]
@@ -484,6 +485,14 @@ def test_noise_in_the_place_of_a_sensor_is_the_same_whatever_was_drawn_before(co
 def test_settings_that_clash_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Rebuild(**settings)
+
+
+def test_a_mistake_that_could_not_show_is_refused() -> None:
+    settings = Rebuild(source=("lidar",), target=("radar",), encoders="copied", mistakes=("training_mode",))
+    with pytest.raises(UserError, match=r"needs model\.norm = batch and not group"):
+        rebuild.Config(model=SMALL, rebuild=settings)
+    with pytest.raises(UserError, match=r"needs image among data\.modalities \['lidar', 'radar'\]"):
+        rebuild.Config(Data(modalities=("lidar", "radar")), rebuild=replace(settings, mistakes=("picture_scale",)))
 
 
 def test_a_sensor_that_is_not_read_cannot_take_part() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -402,42 +404,55 @@ def test_a_warm_process_gives_bit_for_bit_what_a_fresh_one_gives(tmp_path: Path)
             assert all(torch.equal(value, theirs[name]) for name, value in load_state(one.state)["model"].items())
 
 
-BACKENDS: Any = torch.backends
-SWITCHES: dict[str, tuple[Any, str, Any]] = {
-    "fp32_precision": (BACKENDS, "fp32_precision", "tf32"),
-    "cudnn": (BACKENDS.cudnn, "fp32_precision", "ieee"),
-    "cudnn.conv": (BACKENDS.cudnn.conv, "fp32_precision", "ieee"),
-    "cudnn.rnn": (BACKENDS.cudnn.rnn, "fp32_precision", "ieee"),
-    "cuda.matmul": (BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
-    "mkldnn": (BACKENDS.mkldnn, "fp32_precision", "bf16"),
-    "mkldnn.conv": (BACKENDS.mkldnn.conv, "fp32_precision", "bf16"),
-    "mkldnn.matmul": (BACKENDS.mkldnn.matmul, "fp32_precision", "bf16"),
-    "allow_tf32": (BACKENDS.cudnn, "allow_tf32", False),
-    "enabled": (BACKENDS.cudnn, "enabled", False),
-    "benchmark": (BACKENDS.cudnn, "benchmark", True),
-    "fp16_reduction": (BACKENDS.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
-    "bf16_reduction": (BACKENDS.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+# Of torch.backends: where a switch is read, and a statement that turns it.
+SWITCHES = {
+    **{
+        f"{part}fp32_precision": f"{part}fp32_precision = '{value}'"
+        for part, value in {
+            "": "tf32",
+            "cudnn.": "ieee",
+            "cudnn.conv.": "ieee",
+            "cudnn.rnn.": "ieee",
+            "cuda.matmul.": "tf32",
+            "mkldnn.": "bf16",
+            "mkldnn.conv.": "bf16",
+            "mkldnn.matmul.": "bf16",
+            "mkldnn.rnn.": "bf16",
+        }.items()
+    },
+    "cudnn.enabled": "cudnn.enabled = False",
+    "cudnn.benchmark": "cudnn.benchmark = True",
+    "cudnn.deterministic": "cudnn.deterministic = True",
+    "cuda.matmul.allow_fp16_accumulation": "cuda.matmul.allow_fp16_accumulation = True",
+    **{
+        f"cuda.matmul.{name}": f"cuda.matmul.{name} = False"
+        for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    },
+    "cuda.fp16_bf16_reduction_math_sdp_allowed()": "cuda.allow_fp16_bf16_reduction_math_sdp(True)",
+    **{
+        f"cuda.{name}_sdp_enabled()": f"cuda.enable_{name}_sdp(False)"
+        for name in ("flash", "mem_efficient", "math", "cudnn")
+    },
 }
+READ = f"repr({{name: eval('torch.backends.' + name) for name in {list(SWITCHES)!r}}})"
 
 
-@pytest.mark.parametrize("name", SWITCHES)
-def test_a_trial_finds_the_switches_of_torch_as_the_first_one_did(name: str) -> None:
-    def seen() -> dict[str, Any]:
-        kept = {name: getattr(backend, attribute) for name, (backend, attribute, _) in SWITCHES.items()}
-        return {
-            **kept,
-            "flash": torch.backends.cuda.flash_sdp_enabled(),
-            "math": torch.backends.cuda.math_sdp_enabled(),
-        }
+@pytest.fixture(scope="module")
+def of_a_fresh_process() -> str:
+    """All the switches."""
+    command = [sys.executable, "-c", f"import torch\nprint({READ})"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.strip()
 
+
+@pytest.mark.parametrize("turn", [*SWITCHES.values(), "cudnn.allow_tf32 = False"])
+def test_a_trial_finds_the_switches_of_torch_as_a_fresh_process_does(turn: str, of_a_fresh_process: str) -> None:
     settle(0, 1)
-    first = seen()
-    backend, attribute, value = SWITCHES[name]
-    setattr(backend, attribute, value)
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.enable_math_sdp(False)
+    assert eval(READ) == of_a_fresh_process
+    exec(f"torch.backends.{turn}")
+    if turn != "cudnn.allow_tf32 = False":  # which has an effect where there is cuDNN
+        assert eval(READ) != of_a_fresh_process
     settle(0, 1)
-    assert seen() == first
+    assert eval(READ) == of_a_fresh_process
 
 
 def test_a_trial_is_gone_when_its_memory_is_counted(tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ def rebuild_case(cache: Path) -> Case:
     return Case(rebuild.task_for(config, fusion.build(config.fusion).state_dict(), {}), config)
 
 
+def published_case(cache: Path) -> Case:
+    """The rebuild with encoders that the heads have for themselves, and mistakes that show without batch norm."""
+    config = rebuild_case(cache).config
+    settings = replace(config.rebuild, encoders="copied", mistakes=("eval_mode", "picture_scale"), mix="stand_in")
+    config = replace(config, rebuild=settings)
+    torch.manual_seed(0)
+    return Case(rebuild.task_for(config, fusion.build(config.fusion).state_dict(), {}), config)
+
+
 def tagging_case(cache: Path) -> Case:
     data = mabe.Data(
         prepared=str(cache),
@@ -71,8 +80,13 @@ def tagging_case(cache: Path) -> Case:
     return Case(tagging.TASK, config)
 
 
-CASES: dict[str, Callable[[Path], Case]] = {"fusion": fusion_case, "rebuild": rebuild_case, "tagging": tagging_case}
-MODULES = {"fusion": fusion, "rebuild": rebuild, "tagging": tagging}
+CASES: dict[str, Callable[[Path], Case]] = {
+    "fusion": fusion_case,
+    "rebuild": rebuild_case,
+    "published": published_case,
+    "tagging": tagging_case,
+}
+MODULES = {"fusion": fusion, "rebuild": rebuild, "published": rebuild, "tagging": tagging}
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,8 @@ def given_weights(name: str, path: str, config: HasNetwork) -> Weights:
             "something else, or windows that are held out here have trained it: set it as it was there"
         )
     weights = weights_of(state)
+    if any(name.startswith("fusion.") for name in weights):
+        raise UserError(f"{what}: a checkpoint of a rebuild, and not of fusion training")
     if config.model.missing != "token":  # an encoder's view of nothing stands in, and no token that may have trained
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("absent.")}
     return weights

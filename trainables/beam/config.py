@@ -140,8 +140,8 @@ class Model:
     d_conv: int = 4
     expand: int = 2
     anchors: int = 8  # each map is pooled to anchors x anchors tokens
-    # Which sensors have tokens in the fusion. all: those that data.modalities leaves out too, as maps of zeros: as
-    # published, where a network of fewer sensors lacked their encoders alone.
+    # Which sensors have tokens in the fusion. all: beside any that is there, those that data.modalities leaves out, as
+    # maps of zeros. So did the published networks of fewer sensors, which lacked their encoders alone.
     tokens: Literal["present", "all"] = "present"
     dropout: float = 0.1
     time_fusion: Literal["sum", "v1", "v2"] = "v2"
@@ -207,10 +207,10 @@ class BeamLoss:
 
 # eval_mode: after the first validation heads, translators and fusion network stay in eval mode, so that nothing drops
 #     out, batch norm's statistics stay and every window has its targets rebuilt.
-# training_mode: the heads' encoders are always in training mode, so that in validation, too, batch norm goes by each
-#     batch.
+# training_mode: the heads' encoders are always in training mode: in validation, too, batch norm goes by each batch, and
+#     scores depend on which windows stand in one.
 # picture_scale: in training the fusion network gets pictures that are normalised twice, in validation the heads'
-#     encoders get pictures that are not normalised at all.
+#     encoders get pictures that are not normalised at all. As a target the camera is not seen where mix is stand_in.
 # Another needs no switch: the rate was never stepped, which is optim.lr 2.5e-6, optim.schedule constant and
 # rebuild.fusion_lr_ratio 1.
 Mistake = Literal["eval_mode", "training_mode", "picture_scale"]
@@ -220,7 +220,7 @@ Mistake = Literal["eval_mode", "training_mode", "picture_scale"]
 class Rebuild:
     """Which sensors are rebuilt from which, by features of their first stage.
 
-    Published: share 0.25, mix stand_in, encoders copied, and all the mistakes.
+    Published: encoders copied, mix stand_in, all the mistakes, and share 0.25 for the camera, 1 for lidar and radar.
     """
 
     source: tuple[Modality, ...] = ("lidar", "radar")
@@ -230,7 +230,8 @@ class Rebuild:
     dropout: float = 0.5
     shared_ratio: float = 0.5  # of a projection's channels, those that the sensors share; the rest is a sensor's own
     # First stages of sources and targets, through which the heads see. frozen: the fusion network's own, which stay as
-    # they are. trained: its own, at optim.lr. copied: frozen copies, and its own train as the rest of it does.
+    # they are. trained: its own, at optim.lr. copied: frozen copies, and its own train as the rest of it does; those of
+    # a target that it never sees, for it is always rebuilt, by the weight decay alone.
     encoders: Literal["frozen", "trained", "copied"] = "frozen"
     mistakes: tuple[Mistake, ...] = ()  # of the published program, to have its figures again
     fusion_lr_ratio: float = 0.01  # the fusion network's learning rate over optim.lr; 0: it stays as it is
@@ -242,14 +243,14 @@ class Rebuild:
         if self.cache_features and self.encoders != "frozen":
             raise UserError(
                 f"rebuild.cache_features = true needs rebuild.encoders = frozen and not {self.encoders}: "
-                "the features of trained encoders change with every step"
+                "the features of first stages that train change with every step"
             )
         if len(set(self.mistakes)) != len(self.mistakes):
             raise UserError(f"rebuild.mistakes names one twice: {list(self.mistakes)}")
         if (of_encoders := set(self.mistakes) - {"eval_mode"}) and self.encoders != "copied":
             raise UserError(
                 f"rebuild.mistakes = {list(self.mistakes)} needs rebuild.encoders = copied and not {self.encoders}: "
-                f"{min(of_encoders)} is one of encoders that the heads have for themselves"
+                f"{min(of_encoders)} is made with encoders that are the heads' own"
             )
         for name, sensors in (("source", self.source), ("target", self.target)):
             if not sensors:

@@ -36,7 +36,9 @@ class Config:
     epochs: int = 30
     missing_prob: float = 0.0  # share of training windows that lack one sensor, any as often
     score_without: tuple[Modality, ...] = ()  # sensors; when any, dba_missing is the DBA without them
-    pretrained: str | None = None  # checkpoint of fusion training to go on from, by a schedule that begins anew
+    # A checkpoint of fusion training to go on from, its encoders included, with a schedule and an optimizer that begin
+    # anew. All machines see it, for as long as the search may be resumed.
+    pretrained: str | None = None
     score_each: bool = False  # the DBA without each sensor alone, too: dba_without_image and so on
 
     def __post_init__(self) -> None:

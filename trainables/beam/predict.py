@@ -70,6 +70,11 @@ def read_model(folder: Path) -> Model:
         )
     config = replace(config, model=replace(config.model, pretrained_encoders=None))  # its weights come from here
     if isinstance(config, rebuild.Config):
+        if "training_mode" in config.rebuild.mistakes:
+            raise UserError(
+                f"{folder}: it has the mistake training_mode, by which the beam of a window depends on those that are "
+                "predicted with it"
+            )
         made = rebuild.build(config, rebuild.untrained_weights(config))
         data = replace(
             config.data, modalities=tuple(name for name in config.data.modalities if name not in made.target)

@@ -75,7 +75,7 @@ def key(config: fusion.Config, seed: int, arrays: Sequence[str]) -> str:
     watched = {rule.metric for rule in (config.optim.plateau, config.optim.early_stop) if rule is not None}
     if MISSING not in watched:  # or it steers the training
         del settings["score_without"]  # asked of the network, not taught to it
-    del settings["score_each"]  # of no pre-training
+    del settings["score_each"], settings["pretrained"]  # of no pre-training
     del settings["model"]["channels_last"]  # a layout, which changes no weight's meaning
     if config.missing_prob == 0 and config.model.missing == "randlike" and MISSING not in watched:
         settings["model"]["missing"] = (

@@ -62,6 +62,16 @@ class Config:
                 "stages with the encoders, so that one which stays as it is would be ruined by training them; set "
                 "rebuild.encoders to frozen, or let the fusion network train too"
             )
+        if "training_mode" in self.rebuild.mistakes and self.model.norm != "batch":
+            raise UserError(
+                f"rebuild.mistakes = {list(self.rebuild.mistakes)} needs model.norm = batch and not {self.model.norm}: "
+                "only batch norm is another in training mode"
+            )
+        if "picture_scale" in self.rebuild.mistakes and "image" not in self.data.modalities:
+            raise UserError(
+                f"rebuild.mistakes = {list(self.rebuild.mistakes)} needs image among data.modalities "
+                f"{list(self.data.modalities)}: there are no pictures"
+            )
         if self.rebuild.pretrained_part == "first_stages" and self.fusion_frozen:
             raise UserError(
                 "rebuild.pretrained_part = first_stages needs rebuild.fusion_lr_ratio and loss.alpha_fusion above 0, "

@@ -1,7 +1,7 @@
 """The network that rebuilds a missing sensor's first map, around the fusion network in which the map takes its place.
 
-Shape suffixes: B windows, F frames (batch x history), C channels, Y X rows and columns of a map, P = Y X, S channels of
-the shared part of a projection, I channels of a sensor.
+Shape suffixes: B windows, F frames (batch x history), I channels of a sensor, C channels of a map, Y X rows and columns
+of either, P = Y X, S channels of the shared part of a projection.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ class RebuildNetwork(nn.Module):
         return {sensor: self._seen_map(sensor, batch) for sensor in fused if sensor in self.copies}
 
     def _seen_map(self, sensor: Modality, batch: Batch) -> Tensor:
-        encoder, frames_FISS = self.copies[sensor], batch[sensor].flatten(0, 1)
+        encoder, frames_FIYX = self.copies[sensor], batch[sensor].flatten(0, 1)
         assert isinstance(encoder, Encoder)
-        encoder.train("training_mode" in self.mistakes)
+        if "training_mode" in self.mistakes:
+            encoder.train()
         as_they_are = sensor == "image" and "picture_scale" in self.mistakes and not self.training
-        return encoder.first(frames_FISS.float() if as_they_are else encoder.normalise(frames_FISS))
+        return encoder.first(frames_FIYX.float() if as_they_are else encoder.normalise(frames_FIYX))
 
     def parts(self, maps: Maps) -> dict[Modality, tuple[Tensor, Tensor]]:
         """Shared and own part, (F, S, P) and (F, 2 C - S, P), of every sensor that has a head and a map."""
@@ -97,11 +98,11 @@ class Scored(nn.Module):
         super().__init__()
         self.yet = False
 
-    def get_extra_state(self) -> bool:
-        return self.yet
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.yet)
 
-    def set_extra_state(self, state: bool) -> None:
-        self.yet = state
+    def set_extra_state(self, state: Tensor) -> None:
+        self.yet = bool(state)
 
 
 def freeze(modules: Iterable[nn.Module]) -> None:
