@@ -161,12 +161,15 @@ def search(options: Options) -> engine.Outcome | None:
     space, trainable = load_space(
         options.file, options.overrides, options.profile, has_gpu=any(node.gpus for node in nodes)
     )
-    space = cap_to_grid(space)
-    sampler_maker(space)
-    make_scheduler(space)
     check_folders(options, space)
     alone = cannot_share(space, trainable, nodes)
-    plan = make_plan(space, nodes, alone or AT_THE_START)
+    try:
+        space = cap_to_grid(space)
+        sampler_maker(space)
+        make_scheduler(space)
+        plan = make_plan(space, nodes, alone or AT_THE_START)
+    except UserError as error:
+        raise UserError(f"{options.file}: {error}") from None
     told = [f"{space.name}: {describe(space)}", *space.left_out, *unlearned(space), *unheeded(space), f"plan: {plan}"]
     print("\n".join(told), flush=True)
     if options.dry_run:

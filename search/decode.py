@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
+from search.plain import one_line, said
 from trainables.contract import UserError
 
 
@@ -50,9 +51,9 @@ def decode(cls: type, tree: Mapping[str, Any], path: str = "config", otherwise: 
     try:
         return cls(**values)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # an `assert`, or a slip in the class's own checks: this setting cannot be built
-        told = " ".join([type(error).__name__, *str(error).split()])
+        raise UserError(f"{path}: {one_line(said(error), type(error).__name__)}") from None
+    except (Exception, SystemExit) as error:  # an `assert`, or a slip in the class's own checks: it cannot be built
+        told = " ".join([type(error).__name__, *said(error).split()])
         raise UserError(f"{path}: {cls.__name__} refuses it: {told}") from None
 
 
@@ -71,7 +72,9 @@ def _value(kind: Any, value: Any, path: str, default: Any = None) -> Any:
         # As JSON, because strict JSON takes a list for a tuple and a whole number for a float, and nothing else.
         return _adapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
+        first, each = error.errors()[0], typing.get_args(kind)
+        if typing.get_origin(kind) is tuple and isinstance(value, list) and ... not in each and len(each) != len(value):
+            raise UserError(f"{path}: expected {len(each)} values, got {len(value)}") from None
         hint = "; write true or false" if kind is bool else ""
         raise UserError(f"{path}: {value!r} is refused: {first['msg'][:1].lower()}{first['msg'][1:]}{hint}") from None
     except TypeError:

@@ -60,7 +60,7 @@ class Real:
             _check_step(self.low, self.high, self.step)
 
     def __str__(self) -> str:
-        return f"[{self.low:g}, {self.high:g}]"
+        return f"[{self.low:g}, {self.high:g}]" + (f" in steps of {self.step:g}" if self.step is not None else "")
 
     def contains(self, value: Any) -> bool:
         if not _is_number(value) or not self.low <= value <= self.high:
@@ -310,6 +310,8 @@ def _build(kind: str, node: Mapping[str, Any]) -> Domain:
 def _conditions(when: Any) -> dict[str, tuple[Any, ...]]:
     if not isinstance(when, dict):
         raise UserError(f"`when` maps another parameter to the values under which this one is searched, not {when!r}")
+    if empty := [name for name, values in when.items() if values == []]:
+        raise UserError(f"`when` names no value of {empty[0]}, so that this one would never be searched")
     return {str(name): tuple(values) if isinstance(values, list) else (values,) for name, values in when.items()}
 
 

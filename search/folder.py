@@ -142,7 +142,7 @@ def _checkpoints(folder: Path) -> list[Saved]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    replace_bytes(path, text.encode())
+    replace_bytes(path, text.encode("utf-8", "backslashreplace"))  # what is no character is told all the same
 
 
 def replace_bytes(path: Path, *chunks: bytes) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import search
 import trainables
 from search.decode import decode, did_you_mean
+from search.plain import one_line, said
 from trainables.contract import UserError
 
 
@@ -55,9 +56,12 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
         if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise UserError(f"trainable: no module {error.name!r} in {', '.join(paths)} or on sys.path") from None
         raise UserError(f"trainable: {module_name} cannot be imported: {where(error)}") from None
-    except (Exception, SystemExit) as error:  # SystemExit: a script that parses its command line when imported
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, say: a script that parses its command line when imported
         raise UserError(f"trainable: {module_name} cannot be imported: {where(error)}") from None
-    train = getattr(module, function, None)
+    _check_meant(module, paths)
+    train = _named(module, function)
     if not callable(train):
         functions = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType)]
         raise UserError(f"trainable: {module_name} has no function {function!r}; {did_you_mean(function, functions)}")
@@ -82,9 +86,26 @@ def _look_in(paths: Sequence[str], package: str) -> None:
             places.append(folder)
 
 
+def _check_meant(module: types.ModuleType, paths: Sequence[str]) -> None:
+    """Raise UserError where the first of the paths has another module of this name: Python knew one already."""
+    origin, name = getattr(module, "__file__", None), module.__name__
+    spec = importlib.machinery.PathFinder.find_spec(name, list(paths)) if "." not in name else None
+    if spec is None or spec.origin is None or origin is None or os.path.samefile(spec.origin, origin):
+        return
+    raise UserError(f"trainable: {name} is another module, {origin}; give {spec.origin} a name of its own")
+
+
+def _named(module: types.ModuleType, name: str) -> Any:
+    """What a module has under a name, or None."""
+    try:
+        return getattr(module, name, None)
+    except Exception as error:  # of the module's own `__getattr__`
+        raise UserError(f"trainable: {module.__name__} cannot be asked for {name!r}: {where(error)}") from None
+
+
 def _config_class(module: types.ModuleType) -> type | None:
     """The module's `Config` dataclass, or None; one that is imported from elsewhere may mean something else."""
-    found = getattr(module, "Config", None)
+    found = _named(module, "Config")
     if not isinstance(found, type):
         return None
     if dataclasses.is_dataclass(found):
@@ -99,7 +120,7 @@ def _config_class(module: types.ModuleType) -> type | None:
 
 def _of_one_argument(module: types.ModuleType, name: str) -> Callable[[Any], Any] | None:
     """The module's function of that name; one that takes other arguments only happens to be called so."""
-    function = getattr(module, name, None)
+    function = _named(module, name)
     if not callable(function):
         return None
     try:
@@ -125,4 +146,4 @@ def search_paths(space_file: Path) -> tuple[str, ...]:
 def where(error: BaseException) -> str:
     """What was raised, and by which line."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {' '.join(str(error).split())} ({frame.filename}:{frame.lineno})"
+    return f"{type(error).__name__}: {one_line(said(error), 'it does not say what')} ({frame.filename}:{frame.lineno})"

@@ -17,15 +17,17 @@ def plain(value: Any, depth: int = 0) -> Any:
     Keys become text; scalars and arrays of NumPy and PyTorch numbers and lists; a number that is not finite, which JSON
     does not know, becomes a word, and so does any other object.
     """
-    if value is None or isinstance(value, (bool, str)):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return encodable(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, int):
         return int(value)
     if depth < DEEPEST:
         if isinstance(value, Mapping):
-            return {str(key): plain(item, depth + 1) for key, item in value.items()}
+            return {encodable(str(key)): plain(item, depth + 1) for key, item in value.items()}
         if isinstance(value, (list, tuple, set, frozenset)):
             return [plain(item, depth + 1) for item in value]
         if callable(getattr(value, "tolist", None)):
@@ -33,9 +35,22 @@ def plain(value: Any, depth: int = 0) -> Any:
     return short_line(str(value), type(value).__name__)
 
 
+def encodable(text: str) -> str:
+    """The same as UTF-8 can hold it: Python has half characters for what is none, as in the name of an old file."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def said(error: BaseException) -> str:
+    """What an exception says; nothing where its class fails at that."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
 def one_line(text: str, otherwise: str) -> str:
     """A text in one line; `otherwise` where there is nothing in it."""
-    return " ".join(text.split()) or otherwise
+    return encodable(" ".join(text.split())) or otherwise
 
 
 def short_line(text: str, otherwise: str, longest: int = LONGEST_TEXT) -> str:

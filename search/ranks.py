@@ -17,7 +17,7 @@ import torch
 
 from search.loading import Trainable, load
 from search.messages import Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
-from search.plain import LONGEST_REASON, one_line, plain, short_line
+from search.plain import LONGEST_REASON, encodable, one_line, plain, said, short_line
 from search.states import Watch, load_state, save_state
 from trainables.contract import Diverged, Report, Trial, UserError, default_device, memory_error
 
@@ -79,14 +79,14 @@ class RankLoop:
         except Diverged as error:
             return _blew(error)
         except UserError as error:
-            return Broke(reason=short_line(str(error), type(error).__name__, LONGEST_REASON), final=True)
+            return Broke(reason=short_line(said(error), type(error).__name__, LONGEST_REASON), final=True)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            return RanOut(reason=one_line(str(error).strip().split("\n")[0], type(error).__name__))
-        except Exception as error:
-            if isinstance(error, RuntimeError) and (told := memory_error(str(error))):
+            return RanOut(reason=one_line(said(error).strip().split("\n")[0], type(error).__name__))
+        except (Exception, SystemExit) as error:
+            if isinstance(error, RuntimeError) and (told := memory_error(said(error))):
                 return RanOut(reason=told)
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            told = short_line(f"{type(error).__name__}: {error}", "")
+            told = short_line(f"{type(error).__name__}: {said(error)}", "")
             reason = f"{told} ({os.path.basename(frame.filename)}:{frame.lineno})"
             return Broke(clean=False, reason=reason, trace=traceback.format_exc())
 
@@ -183,10 +183,10 @@ class RankLoop:
 
 def _blew(error: Diverged) -> Blew:
     """What a trainable raised, in words that reach the driver. A class of its own may lack what `Diverged` has."""
-    said = {name: getattr(error, name, None) for name in ("reason", "step", "details")}
-    told = str(said["reason"] or next(iter(error.args), ""))
+    has = {name: getattr(error, name, None) for name in ("reason", "step", "details")}
+    told = str(has["reason"] or next(iter(error.args), ""))
     reason = short_line(told, "it diverged, and did not say how", LONGEST_REASON)
-    step, details = plain(said["step"]), plain(said["details"] or {})
+    step, details = plain(has["step"]), plain(has["details"] or {})
     return Blew(
         reason=reason,
         step=step if isinstance(step, int) else None,
@@ -209,7 +209,7 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
         try:
             if isinstance(value, torch.Tensor) and value.numel() != 1:
                 raise TypeError
-            found[str(name)] = float(value)
+            found[encodable(str(name))] = float(value)
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"the metric `{name}` is {short_line(repr(value), '')}; a metric is a number") from None
     return found

@@ -22,6 +22,9 @@ class Objective(_Section):
     mode: Literal["min", "max"]
 
 
+OWN_CONSTRAINTS = ("diverged", "out_of_memory")  # of every search, beside the space's
+
+
 class Limit(_Section):
     """Bounds that a metric of the last report must keep for a trial to count as a solution."""
 
@@ -158,6 +161,9 @@ def section(model: type[_Model], value: Any, path: str) -> _Model:
             raise UserError(f"{where}: no such key; {hint}") from None
         if first["type"] == "missing":
             raise UserError(f"{where}: a value is needed") from None
+        if first["type"] in ("model_type", "model_attributes_type"):
+            keys = ", ".join(model.model_fields)
+            raise UserError(f"{where}: expected a mapping with the keys {keys}, got {first['input']!r}") from None
         if first["type"] == "literal_error" and isinstance(first["input"], str):
             known = str(first["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
             raise UserError(f"{where}: {first['input']!r} is unknown; {did_you_mean(first['input'], known)}") from None

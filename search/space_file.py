@@ -12,9 +12,9 @@ from typing import Any
 from search import tree as trees
 from search import yaml_file
 from search.decode import did_you_mean
-from search.domain import Parameter, is_domain, nearly_domain, parse_domain
+from search.domain import Integer, Parameter, Real, is_domain, nearly_domain, parse_domain
 from search.loading import Trainable, check_not_hidden, load, search_paths
-from search.sections import Limit, Objective, Resources, Scheduler, Search, section, tables_in
+from search.sections import OWN_CONSTRAINTS, Limit, Objective, Resources, Scheduler, Search, section, tables_in
 from search.space import KnownSetting, Space
 from trainables.contract import UserError
 
@@ -167,7 +167,7 @@ def _is_under(name: str, changed: Sequence[str]) -> bool:
 def _allows(document: Mapping[str, Any], name: str, value: Any) -> bool:
     """Whether the config's entry `name` may take or has this value."""
     node = trees.get(document.get("config") or {}, name)
-    return parse_domain(name, node).domain.contains(value) if is_domain(node) else bool(node == value)
+    return parse_domain(f"config.{name}", node).domain.contains(value) if is_domain(node) else bool(node == value)
 
 
 def _check_overrides(written: Sequence[str], overrides: Sequence[str]) -> None:
@@ -210,6 +210,9 @@ def _build(document: dict[str, Any], file: Path, profile: str | None, left_out: 
     for name, node in (("config", tree), ("ran", ran)):
         if not isinstance(node, dict):
             raise UserError(f"{name}: expected a mapping, got {node!r}")
+    paths = ran.get("paths", [])
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise UserError(f"ran.paths: expected a list of folders, got {paths!r}")
     if isinstance(epochs := tree.get("epochs"), int) and epochs < 1:
         raise UserError(f"config.epochs: {epochs}: a trial has at least one epoch; write 1 or more")
     parameters = _ordered(_parameters(tree))
@@ -226,7 +229,7 @@ def _build(document: dict[str, Any], file: Path, profile: str | None, left_out: 
         resources=section(Resources, document.get("resources"), "resources"),
         left_out=left_out,
         profile=profile or ran.get("profile"),
-        paths=tuple(dict.fromkeys([*search_paths(file), *ran.get("paths", [])])),
+        paths=tuple(dict.fromkeys([*search_paths(file), *paths])),
         data=ran.get("data"),
     )
 
@@ -247,6 +250,10 @@ def _constraints(node: Any) -> dict[str, Limit]:
     for name in node or {}:
         if not isinstance(name, str) or not name:
             raise UserError(f"constraints.{name}: {name!r} is no name of a metric; write the name that reports give it")
+        if name in OWN_CONSTRAINTS:
+            raise UserError(
+                f"constraints.{name}: every search has a constraint of this name; call the metric otherwise"
+            )
     return {name: section(Limit, limit, f"constraints.{name}") for name, limit in (node or {}).items()}
 
 
@@ -284,6 +291,11 @@ def _try_first(node: Any, tree: Mapping[str, Any], parameters: tuple[Parameter, 
     if not isinstance(node or [], list):
         raise UserError(f"try_first: expected a list of settings, got {node!r}")
     by_name = {item.name: item for item in parameters}
+    if node and "name" in by_name:
+        raise UserError(
+            "try_first: the key `name` says what a setting is called, and the config searches an entry of that name; "
+            "nest that in a mapping, or call it otherwise"
+        )
     settings = []
     for i, entry in enumerate(node or []):
         if not isinstance(entry, dict):
@@ -302,8 +314,13 @@ def _try_first(node: Any, tree: Mapping[str, Any], parameters: tuple[Parameter, 
 def _check_known(where: str, value: Any, parameter: Parameter | None, fixed: Any) -> None:
     if parameter is None and fixed != value:
         raise UserError(f"{where}: {value!r} cannot be tried, the config fixes it to {fixed!r}; leave it out")
-    if parameter is not None and not parameter.domain.contains(value):
-        raise UserError(f"{where}: {value!r} lies outside {parameter.domain}; widen the range or change the value")
+    if parameter is None or parameter.domain.contains(value):
+        return
+    domain, number = parameter.domain, isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not isinstance(domain, (Integer, Real)) or (number and not domain.low <= value <= domain.high):
+        raise UserError(f"{where}: {value!r} lies outside {domain}; widen the range or change the value")
+    kind = "whole numbers" if isinstance(domain, Integer) else "numbers"
+    raise UserError(f"{where}: {value!r} is none of the {kind} {domain}; change the value")
 
 
 def _check_conditions(space: Space) -> None:
@@ -353,12 +370,22 @@ def _check_other_profiles(document: Mapping[str, Any], file: Path, chosen: str |
 
 def _check_draws(space: Space, trainable: Trainable) -> None:
     rng = random.Random(0)
-    settings = [("", space.draw(rng))]  # what fails here fails everywhere, and not for its values
-    settings += [(f"try_first.{i}", space.draw(rng, known.values)) for i, known in enumerate(space.try_first)]
-    settings += [("drawn", space.draw(rng)) for _ in range(DRAWS if space.parameters else 0)]
-    for origin, values in settings:
-        try:
-            trainable.config(space.config(values))
-        except UserError as error:
-            told = ", ".join(f"{name}={value}" for name, value in values.items())
-            raise UserError(f"{error} ({origin}: {told})" if origin else str(error)) from None
+    first = space.draw(rng)
+    known = [(f"try_first.{i}", space.draw(rng, item.values)) for i, item in enumerate(space.try_first)]
+    drawn = [space.draw(rng) for _ in range(DRAWS if space.parameters else 0)]
+    for origin, values in [("drawn", first), *known, *(("drawn", values) for values in drawn)]:
+        if (refusal := _refusal(space, trainable, values)) is None:
+            continue
+        if values is first and all(_refusal(space, trainable, others) == refusal for others in drawn):
+            raise UserError(refusal)  # it fails everywhere, and not for its values
+        told = ", ".join(f"{name}={value}" for name, value in values.items())
+        raise UserError(f"{refusal} ({origin}: {told})")
+
+
+def _refusal(space: Space, trainable: Trainable, values: Mapping[str, Any]) -> str | None:
+    """Why the trainable does not take a setting; None where it does."""
+    try:
+        trainable.config(space.config(values))
+    except UserError as error:
+        return str(error)
+    return None

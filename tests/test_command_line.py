@@ -121,9 +121,9 @@ TOY = ("--space", "toy")
         ([*TOY, "--set", "config.lrr=1"], "--set config.lrr: no such key; did you mean `config.lr`?"),
         ([*TOY, "--set", "config.lr"], "--set config.lr: write KEY=VALUE"),
         ([*TOY, "--set", "config.lr=1e-4"], "--set config.lr: line 1: YAML reads 1e-4 as text; write 1.0e-4"),
-        ([*TOY, "--set", "search.sampler=grid"], "search.sampler: grid needs finitely many values of lr"),
+        ([*TOY, "--set", "search.sampler=grid"], "toy.yaml: search.sampler: grid needs finitely many values of lr"),
         ([*TOY, "--set", "scheduler.name=ashaa"], "scheduler.name: 'ashaa' is unknown; did you mean `asha`?"),
-        ([*TOY, "--set", "resources.workers=999"], "resources: a group of 999 x (1 CPU, "),
+        ([*TOY, "--set", "resources.workers=999"], "toy.yaml: resources: a group of 999 x (1 CPU, "),
         (
             [*TOY, "--set", "trainable=toys:descent"],
             "trainable: toys has no function 'descent'; did you mean `descend`",

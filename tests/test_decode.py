@@ -111,6 +111,28 @@ def test_whatever_a_class_has_against_a_setting_is_told_in_a_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+@dataclass(frozen=True)
+class Leaves:
+    betas: tuple[float, float] = (0.9, 0.999)
+    tags: tuple[str, ...] = ()
+    code: int = 0
+
+    def __post_init__(self) -> None:
+        if self.code:
+            raise SystemExit(self.code)
+
+
+def test_a_class_that_leaves_the_program_refuses_its_setting() -> None:
+    with pytest.raises(UserError, match=r"^config: Leaves refuses it: SystemExit 3$"):
+        decode(Leaves, {"code": 3})
+
+
+@pytest.mark.parametrize("betas", [[0.8], [0.8, 0.9, 0.99]])
+def test_a_tuple_of_another_length_is_told_by_its_length(betas: list[float]) -> None:
+    with pytest.raises(UserError, match=rf"^config\.betas: expected 2 values, got {len(betas)}$"):
+        decode(Leaves, {"betas": betas, "tags": ["a", "b", "c"]})
+
+
 def test_a_field_that_no_space_can_fill_is_named() -> None:
     assert decode(Odd, {}) == Odd()
     with pytest.raises(UserError, match=r"config\.link: nothing in a space file can be a .*Connection"):

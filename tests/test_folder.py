@@ -21,6 +21,8 @@ def test_a_trial_has_a_folder_by_its_number(tmp_path: Path) -> None:
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file"
+    replace_text(path, "caf\udce9")
+    assert path.read_text() == r"caf\udce9", "half a character is told, and loses nothing else"
     replace_text(path, "old")
     with pytest.raises(TypeError):
         replace_bytes(path, b"half", None)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ class Own:
         ([torch.tensor(4), torch.tensor([1.0, float("nan")])], [4, [1.0, "nan"]]),
         ({"norms": (1.0, float("inf"), -float("inf"))}, {"norms": [1.0, "inf", "-inf"]}),
         ({"who": Own(), "none": Own}, {"who": "a thing of mine", "none": str(Own)}),
+        ({"caf\udce9": "\udce9"}, {r"caf\udce9": r"\udce9"}),
         (None, None),
     ],
 )

@@ -90,6 +90,22 @@ FAMILY = """
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory\\nand more")
         yield
 
+    class Mute(Exception):
+        def __str__(self):
+            return self.lost
+
+    def mute(trial):
+        raise Mute
+        yield
+
+    def leaves(trial):
+        raise SystemExit("no licence")
+        yield
+
+    def diverge_at_an_old_file(trial):
+        raise Diverged("cannot read caf\\udce9.png")
+        yield
+
     def bug(trial):
         {}["no such batch"]
         yield
@@ -248,6 +264,7 @@ def loop(tmp_path: Path) -> RankLoop:
         ),
         ("diverge_without_details", Blew(reason="exploded", step=3, details={"details": "some text"})),
         ("diverge_as_a_class_of_its_own", Blew(reason="exploded")),
+        ("diverge_at_an_old_file", Blew(reason=r"cannot read caf\udce9.png")),
         ("diverge_without_a_word", Blew(reason="it diverged, and did not say how")),
         (
             "state_is_no_function",
@@ -285,6 +302,8 @@ def test_an_ending_is_answered_and_the_next_trial_works(loop: RankLoop, ending: 
     ("ending", "reason"),
     [
         ("bug", r"KeyError: 'no such batch' \(family_\d+\.py:\d+\)"),
+        ("mute", r"Mute: \(family_\d+\.py:\d+\)"),
+        ("leaves", r"SystemExit: no licence \(family_\d+\.py:\d+\)"),
         ("stop_iteration", r"RuntimeError: generator raised StopIteration \(family_\d+\.py:\d+\)"),
         ("bad_state", r"ZeroDivisionError: division by zero \(family_\d+\.py:\d+\)"),
         ("lines", r"RuntimeError: Error\(s\) in loading state_dict: Missing key: w (w )+\.\.\. \(family_\d+\.py:\d+\)"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import datetime
+import json
 import random
+import re
 import sys
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -79,7 +81,7 @@ def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu:
         ({"search": {"trials": "ten"}}, "search.trials: 'ten' is refused: input should be a valid integer"),
         ({"search": {"time_budget": "soon"}}, "search.time_budget: 'soon' is refused: 'soon' is no duration; write a"),
         ({"search": {"time_budget": 90}}, "search.time_budget: 90 is refused: '90' is no duration; write a number and"),
-        ({"search": "tpe"}, "search: 'tpe' is refused: "),
+        ({"search": "tpe"}, "search: expected a mapping with the keys sampler, trials, seed, "),
         ({"scheduler": {"name": "ahsa"}}, "scheduler.name: 'ahsa' is unknown; did you mean `asha`?"),
         ({"scheduler": {"reduction": 1}}, "scheduler.reduction: 1 is refused: input should be greater than"),
         ({"resources": {"workers": 1.5}}, "resources.workers: 1.5 is refused"),
@@ -106,6 +108,14 @@ def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu:
         ({"constraints": {"": {"min": 0.5}}}, "constraints.: '' is no name of a metric"),
         ({"objective": {"metric": "", "mode": "min"}}, "objective.metric: '' is refused: string should have at least"),
         ({"constraints": ["acc"]}, "constraints: expected metric: {min: ..., max: ...}, got ['acc']"),
+        ({"constraints": {"diverged": {"max": 3}}}, "constraints.diverged: every search has a constraint of this name"),
+        ({"constraints": {"acc": 3}}, "constraints.acc: expected a mapping with the keys min, max, got 3"),
+        ({"objective": "loss"}, "objective: expected a mapping with the keys metric, mode, got 'loss'"),
+        (
+            {"config": {"name": {"choice": ["p", "q"]}}, "try_first": [{"name": "p"}]},
+            "try_first: the key `name` says what a setting is called, and the config searches an entry of that name",
+        ),
+        ({"config": {"lr": {"log": [0.1, 1], "when": {"b": []}}}}, "config.lr: `when` names no value of b"),
         ({"config": [1]}, "config: expected a mapping, got [1]"),
         ({"config": {"a.b": 1}}, "config.a.b: a key is a word without dots; nest mappings instead"),
         ({"config": {"lr": {"log": [1, 0.1]}}}, "config.lr: the range [1.0, 0.1] is reversed; write [0.1, 1.0]"),
@@ -118,6 +128,7 @@ def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu:
         ({"try_first": [{3: 1}]}, "try_first.0.3: no such parameter; "),
         ({"config": {"lr": {"log": [0.1, 1], "when": {3: 1}}}}, "config.lr: `when` names 3; "),
         ({"ran": 5}, "ran: expected a mapping, got 5"),
+        ({"ran": {"paths": 5}}, "ran.paths: expected a list of folders, got 5"),
         ({"profiles": ["laptop"]}, "profiles: expected a mapping of names, got ['laptop']"),
         ({"profiles": {"laptop": None}}, "profiles.laptop: expected a mapping, got None"),
         ({"profiles": {"laptop": {"confg": {}}}}, "profiles.laptop.confg: no such key; did you mean `config`?"),
@@ -158,6 +169,11 @@ def test_a_mistake_of_yaml_names_the_line(tmp_path: Path) -> None:
         ("def train(:", "SyntaxError: "),
         ("raise ImportError('two\\nlines')", "ImportError: two lines"),
         ("import sys\nsys.exit(2)", "SystemExit: 2"),
+        ("class Own(BaseException):\n    pass\nraise Own('no licence')", "Own: no licence"),
+        (
+            "class Mute(Exception):\n    def __str__(self):\n        return self.lost\nraise Mute",
+            "Mute: it does not say what",
+        ),
     ],
 )
 def test_a_trainable_that_cannot_be_imported_says_why_and_where(code: str, message: str, tmp_path: Path) -> None:
@@ -166,6 +182,18 @@ def test_a_trainable_that_cannot_be_imported_says_why_and_where(code: str, messa
     assert told.startswith(f"trainable: {name} cannot be imported: {message}")
     if "Syntax" not in message:
         assert f"{name}.py:{len(code.splitlines())}" in told
+
+
+def test_a_module_that_fails_when_it_is_asked_is_told(tmp_path: Path) -> None:
+    name = write_family(tmp_path, "def __getattr__(name):\n    raise RuntimeError(f'lazy {name}')\n")
+    told = message_of(write_space(tmp_path, {}, trainable=f"{name}:train"))
+    assert told.startswith(f"trainable: {name} cannot be asked for 'train': RuntimeError: lazy train (")
+
+
+def test_a_module_whose_name_is_taken_already_is_told_where(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("def train(trial):\n    yield {}\n")
+    told = message_of(write_space(tmp_path, {}, trainable="json:train"))
+    assert told == f"trainable: json is another module, {json.__file__}; give {tmp_path / 'json.py'} a name of its own"
 
 
 def test_a_trainable_that_is_not_there_says_where_it_was_looked_for(tmp_path: Path) -> None:
@@ -241,6 +269,15 @@ class TestConfigClass:
         config = {"width": {"choice": [8, 16, 18]}, "heads": {"choice": [1, 2, 4]}}
         told = message_of(write_space(tmp_path, config, trainable=family))
         assert told == "config: width 18 must be a multiple of heads 4 (drawn: width=18, heads=4)"
+
+    def test_a_clash_of_the_first_draw_is_told_with_its_setting_too(self, family: str, tmp_path: Path) -> None:
+        config = {"width": {"choice": [18, 22, 26]}, "heads": {"choice": [1, 4]}}
+        told = message_of(write_space(tmp_path, config, trainable=family))
+        assert re.search(r"config: width (\d+) must be a multiple of heads 4 \(drawn: width=\1, heads=4\)$", told)
+        fixed = message_of(
+            write_space(tmp_path, {"width": 18, "heads": 4, "epochs": {"int": [1, 9]}}, trainable=family)
+        )
+        assert fixed.endswith("config: width 18 must be a multiple of heads 4"), "whatever is drawn"
 
     def test_a_clash_in_a_known_setting_names_it(self, family: str, tmp_path: Path) -> None:
         config = {"width": {"choice": [8, *range(9, 90, 3)]}, "heads": {"choice": [1, 3]}}
@@ -388,6 +425,7 @@ class TestKnownSettings:
         "block": {"choice": ["bi", "uni"]},
         "state": {"int": [8, 64], "when": {"block": ["bi"]}},
         "width": 8,
+        "share": {"float": [0.0, 1.0], "step": 0.1},
     }
 
     @pytest.mark.parametrize(
@@ -399,6 +437,12 @@ class TestKnownSettings:
             ({"width": 16}, "try_first.0.width: 16 cannot be tried, the config fixes it to 8; leave it out"),
             ({"block": "uni", "state": 8}, "try_first.0.state: is not searched there, its `when` does not hold"),
             ({"state": 8}, "try_first.0.state: depends on block; give block a value there too"),
+            ({"block": "bi", "state": 8.0}, "try_first.0.state: 8.0 is none of the whole numbers [8, 64]; change the"),
+            ({"block": "bi", "state": True}, "try_first.0.state: True is none of the whole numbers [8, 64]"),
+            (
+                {"share": 0.55},
+                "try_first.0.share: 0.55 is none of the numbers [0, 1] in steps of 0.1; change the value",
+            ),
         ],
     )
     def test_one_outside_the_space_is_refused(self, setting: dict[str, Any], message: str, tmp_path: Path) -> None:
