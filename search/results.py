@@ -105,7 +105,8 @@ def summary(results: Path, space: Space, found: Sequence[Record]) -> str:
     best = best_of(found, space)
     if not best:
         wanted = " and kept the constraints" if space.constraints else ""
-        lines.append(f"no trial finished{wanted}; {results / TRIALS_CSV} says why each one ended")
+        ended = len(found) > counts[INTERRUPTED]
+        lines.append(f"no trial finished{wanted}" + (f"; {results / TRIALS_CSV} says why each one ended" * ended))
     elif len(best) == 1:
         record = best[0]
         lines.append(f"best: trial {record.number}" + (f" ({record.name})" if record.name else ""))

@@ -341,9 +341,11 @@ def _check_conditions(space: Space) -> None:
 
 
 def _never_searched(space: Space) -> list[str]:
-    """A line on each parameter whose `when` cannot hold: after an override or in a profile that may be so."""
+    """A line on each parameter whose `when` cannot hold, after an override or in a profile; one where there is none."""
     searched = {item.name: item.domain for item in space.parameters}
     lines = []
+    if not searched and space.search.trials > 1:
+        lines.append(f"nothing is searched: all {space.search.trials} trials would be the same")
     for parameter in space.parameters:
         for name, allowed in parameter.when.items():
             fixed = trees.get(space.tree, name)

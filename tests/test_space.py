@@ -523,6 +523,12 @@ class TestWhen:
 
 
 class TestWithoutAConfigClass:
+    def test_a_search_of_nothing_is_told(self, tmp_path: Path) -> None:
+        """A misspelt domain is a value like any other here."""
+        several = space_of(tmp_path, {"lr": {"logg": [1e-5, 1e-2]}}, search={"trials": 3})
+        assert several.left_out == ("nothing is searched: all 3 trials would be the same",)
+        assert space_of(tmp_path, {"lr": 1e-3}, search={"trials": 1}).left_out == ()
+
     """Nothing but its own words says what a config tree means."""
 
     @pytest.mark.parametrize(
@@ -637,4 +643,5 @@ def test_an_override_leaves_out_the_known_settings_it_rules_out(tmp_path: Path, 
     file = write_space(tmp_path, {"lr": {"log": [0.01, 1.0]}}, try_first=known)
     space, _ = load_space(file, [override])
     assert [setting.name for setting in space.try_first] == ["fast"]
-    assert space.left_out == ("left out: known setting slow has lr = 0.1, which --set rules out",)
+    assert space.left_out[0] == "left out: known setting slow has lr = 0.1, which --set rules out"
+    assert len(space.left_out) == 1 + (not space.parameters), "and that nothing is searched, where nothing is"
