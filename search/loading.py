@@ -60,9 +60,9 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
         raise
     except BaseException as error:  # SystemExit, say: a script that parses its command line when imported
         raise UserError(f"trainable: {module_name} cannot be imported: {where(error)}") from None
-    _check_meant(module, paths)
     train = _named(module, function)
     if not callable(train):
+        _check_meant(module, paths)
         functions = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType)]
         raise UserError(f"trainable: {module_name} has no function {function!r}; {did_you_mean(function, functions)}")
     return Trainable(
@@ -87,7 +87,7 @@ def _look_in(paths: Sequence[str], package: str) -> None:
 
 
 def _check_meant(module: types.ModuleType, paths: Sequence[str]) -> None:
-    """Raise UserError where the first of the paths has another module of this name: Python knew one already."""
+    """Raise UserError where one of the paths has another module of this name: Python knew this one already."""
     origin, name = getattr(module, "__file__", None), module.__name__
     spec = importlib.machinery.PathFinder.find_spec(name, list(paths)) if "." not in name else None
     if spec is None or spec.origin is None or origin is None or os.path.samefile(spec.origin, origin):

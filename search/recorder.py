@@ -82,10 +82,12 @@ class Recorder(tune.Callback):
     def close(self, ending: str | None) -> None:
         """The search stops with trials under way: they are stopped for the reason `ending`, or None: interrupted."""
         for key in list(self._ledger.open):
+            opened = self._ledger.open[key]
             if ending is None:
+                TrialFolder(self._results, opened.number).keep_checkpoint(opened.epochs)
                 self._ledger.interrupt(key)
             else:
-                self._end(key, *self._stopped(key, f"{ending} after epoch {self._ledger.open[key].epochs}"))
+                self._end(key, *self._stopped(key, f"{ending} after epoch {opened.epochs}"))
         for writer in self._writers.values():
             writer.close()
 

@@ -140,3 +140,14 @@ def test_a_slot_that_died_left_no_reason_of_its_own(tmp_path: Path) -> None:
     run.trial.get_pickled_error = lambda: ActorUnavailableError("the node is gone", None)
     run.recorder.on_trial_error(0, [], run.trial)
     assert "the node is gone" in run.told[0].reason
+
+
+def test_an_interrupted_trial_keeps_the_checkpoint_of_its_last_report_alone(tmp_path: Path) -> None:
+    run = watched(tmp_path)
+    for epoch in (1, 2):
+        run.files.write_checkpoint(epoch, b"state")
+        run.report(epoch)
+    run.files.write_checkpoint(3, b"a report that nobody has read")
+    run.recorder.close(None)
+    assert [path.name for path in run.files.path.glob("checkpoint-*.pt")] == ["checkpoint-0002.pt"]
+    assert not run.told

@@ -190,7 +190,8 @@ def test_a_module_that_fails_when_it_is_asked_is_told(tmp_path: Path) -> None:
     assert told.startswith(f"trainable: {name} cannot be asked for 'train': RuntimeError: lazy train (")
 
 
-def test_a_module_whose_name_is_taken_already_is_told_where(tmp_path: Path) -> None:
+def test_a_module_whose_name_is_taken_already_is_told_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "json.py").write_text("def train(trial):\n    yield {}\n")
     told = message_of(write_space(tmp_path, {}, trainable="json:train"))
     assert told == f"trainable: json is another module, {json.__file__}; give {tmp_path / 'json.py'} a name of its own"
