@@ -25,7 +25,7 @@ from search import yaml_file
 from search.decode import did_you_mean
 from search.export import BEST_TRIAL, empty_folder, export, export_trial
 from search.folder import SPACE, STUDY, is_there, running
-from search.loading import where
+from search.loading import Trainable, where
 from search.mirror import Mirror, above, below, fetch, is_uri, local
 from search.packing import cannot_share, measure
 from search.plan import AT_THE_START, Plan, estimate, make_plan
@@ -176,19 +176,7 @@ def search(options: Options) -> engine.Outcome | None:
         print(f"estimate: {estimate_of(options, space, plan)}\n")
         print(yaml_file.dump(space.document()), end="")
         return None
-    if trainable.prepare is not None:
-        try:
-            described = trainable.prepare(trainable.config(space.config(space.draw(random.Random(0)))))
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"{space.trainable}: its module's `prepare` failed: {where(error)}. It is called with the config, "
-                "before a search (trainables/contract.py); a helper that happens to be called so wants another name"
-            ) from error
-        if described is not None:
-            space = replace(space, data=str(described))
-            print(space.data, flush=True)
+    space = prepared(space, trainable)
     interruption = engine.Interruption()
     with interruption.heeded(), contextlib.ExitStack() as held:  # from here on there is a folder to go on from
         results = open_results(options, space, held)
@@ -218,6 +206,25 @@ def search(options: Options) -> engine.Outcome | None:
         except (UserError, OSError) as error:  # the search itself has ended well, and nothing of it is lost
             print(f"error: not exported: {error}", file=sys.stderr)
     return outcome
+
+
+def prepared(space: Space, trainable: Trainable) -> Space:
+    """The space with what its trainable says of the data, which is asked to look at them before Ray starts."""
+    if trainable.prepare is None:
+        return space
+    try:
+        described = trainable.prepare(trainable.config(space.config(space.draw(random.Random(0)))))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{space.trainable}: its module's `prepare` failed: {where(error)}. It is called with the config, "
+            "before a search (trainables/contract.py); a helper that happens to be called so wants another name"
+        ) from error
+    if described is None:
+        return space
+    print(described, flush=True)
+    return replace(space, data=str(described))
 
 
 def describe(space: Space) -> str:
