@@ -16,8 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from search.domain import Choice, Integer
 from search.loading import Trainable, load
 from search.plan import MIB, Measured, Node, Unmeasured, is_simulated, obstacle
-from search.ranks import settle
 from search.space import Space, Values
+from search.surroundings import Surroundings, settle
 from trainables.contract import Trial, default_device
 
 DRAWS = 200  # of the space, among which the largest are looked for
@@ -100,7 +100,9 @@ def needs(job: Job) -> Measured | Unmeasured:
     try:
         trainable = load(job.trainable, job.paths)
         assert trainable.memory_need is not None
+        surroundings = Surroundings()
         for config in job.configs:
+            surroundings.restore()
             settle(job.seed, job.threads)
             trial = Trial(trainable.config(config), job.seed, rank=0, world_size=1, device=device, cache=cache)
             largest = max(largest, trainable.memory_need(trial))

@@ -5,20 +5,19 @@ from __future__ import annotations
 import gc
 import math
 import os
-import random
 import traceback
 import types
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from search.loading import Trainable, load
 from search.messages import Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
 from search.plain import LONGEST_REASON, encodable, one_line, plain, said, short_line
 from search.states import Watch, load_state, save_state
+from search.surroundings import Surroundings, settle
 from trainables.contract import Diverged, Report, Trial, UserError, default_device, memory_error
 
 # What PyTorch's allocator may keep of a GPU, as a ratio of `memory_limit_mb`: it rounds up, and holds on to blocks
@@ -213,58 +212,6 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"the metric `{name}` is {short_line(repr(value), '')}; a metric is a number") from None
     return found
-
-
-class Surroundings:
-    """The working directory and the environment of the process, as they are now."""
-
-    def __init__(self) -> None:
-        self._folder, self._environment = _folder(), dict(os.environ)
-
-    def restore(self) -> None:
-        if self._folder is not None and _folder() != self._folder:
-            os.chdir(self._folder)
-        for name in os.environ.keys() - self._environment.keys():
-            del os.environ[name]
-        os.environ.update({name: value for name, value in self._environment.items() if os.environ.get(name) != value})
-
-
-def _folder() -> str | None:
-    """The working directory; None where it has been removed."""
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        return None
-
-
-def settle(seed: int, threads: int) -> None:
-    """The process as a fresh one would be, so that a trial cannot tell what ran here before."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    torch.set_num_threads(threads)
-    torch.set_grad_enabled(True)
-    torch.set_default_dtype(torch.float32)
-    if torch.are_deterministic_algorithms_enabled():  # asked first, because to set it imports a compiler
-        torch.use_deterministic_algorithms(False)
-    torch.autograd.set_detect_anomaly(False)
-    torch.set_default_device(None)
-    _settle_backends(torch.backends)
-
-
-def _settle_backends(backends: Any) -> None:
-    cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
-    torch.set_float32_matmul_precision("highest")
-    for part in (backends, cudnn, cuda.matmul, mkldnn, mkldnn.conv, mkldnn.matmul, mkldnn.rnn):
-        part.fp32_precision = "none"  # that of what it is a part of, or torch's default
-    cudnn.allow_tf32 = cudnn.enabled = True
-    cudnn.benchmark = cudnn.deterministic = False
-    cuda.matmul.allow_fp16_accumulation = False
-    cuda.matmul.allow_fp16_reduced_precision_reduction = True
-    cuda.matmul.allow_bf16_reduced_precision_reduction = True
-    cuda.allow_fp16_bf16_reduction_math_sdp(False)
-    for enable in (cuda.enable_flash_sdp, cuda.enable_mem_efficient_sdp, cuda.enable_math_sdp, cuda.enable_cudnn_sdp):
-        enable(True)
 
 
 # From code one reaches every global there is, and none of it belongs to the cache.

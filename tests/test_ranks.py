@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,8 +15,9 @@ import torch
 from spaces import write_family
 
 from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, Leave, RanOut, Reported
-from search.ranks import RankLoop, numbers, settle, storages_of
+from search.ranks import RankLoop, numbers, storages_of
 from search.states import load_state
+from search.surroundings import Surroundings
 from trainables.contract import UserError
 
 FAMILY = """
@@ -239,13 +238,11 @@ def run_on(loop: RankLoop, *answers_before: Answer) -> list[Answer]:
 
 
 @pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    yield
-    torch.set_default_dtype(torch.float32)
-    torch.set_grad_enabled(True)
-    if torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(False)
-    torch.set_float32_matmul_precision("highest")
+def process() -> Iterator[Surroundings]:
+    """As it is before the test."""
+    before = Surroundings()
+    yield before
+    before.restore()
 
 
 @pytest.fixture
@@ -405,9 +402,10 @@ def test_a_trainable_that_is_missing_on_a_node_is_told(tmp_path: Path) -> None:
     assert answer.reason.startswith("trainable: no module 'no_such_module' in ")
 
 
-def test_a_warm_process_gives_bit_for_bit_what_a_fresh_one_gives(tmp_path: Path) -> None:
+def test_a_warm_process_gives_bit_for_bit_what_a_fresh_one_gives(tmp_path: Path, process: Surroundings) -> None:
     command = Begin({"lr": 0.1}, seed=11)
     fresh = run(rank_of(tmp_path, "network"), command)
+    process.restore()
     warm_loop = rank_of(tmp_path, "network")
     run(warm_loop, Begin({"lr": 0.3}, seed=5))
     torch.use_deterministic_algorithms(True)
@@ -423,55 +421,20 @@ def test_a_warm_process_gives_bit_for_bit_what_a_fresh_one_gives(tmp_path: Path)
             assert all(torch.equal(value, theirs[name]) for name, value in load_state(one.state)["model"].items())
 
 
-# Of torch.backends: where a switch is read, and a statement that turns it.
-SWITCHES = {
-    **{
-        f"{part}fp32_precision": f"{part}fp32_precision = '{value}'"
-        for part, value in {
-            "": "tf32",
-            "cudnn.": "ieee",
-            "cudnn.conv.": "ieee",
-            "cudnn.rnn.": "ieee",
-            "cuda.matmul.": "tf32",
-            "mkldnn.": "bf16",
-            "mkldnn.conv.": "bf16",
-            "mkldnn.matmul.": "bf16",
-            "mkldnn.rnn.": "bf16",
-        }.items()
-    },
-    "cudnn.enabled": "cudnn.enabled = False",
-    "cudnn.benchmark": "cudnn.benchmark = True",
-    "cudnn.deterministic": "cudnn.deterministic = True",
-    "cuda.matmul.allow_fp16_accumulation": "cuda.matmul.allow_fp16_accumulation = True",
-    **{
-        f"cuda.matmul.{name}": f"cuda.matmul.{name} = False"
-        for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-    },
-    "cuda.fp16_bf16_reduction_math_sdp_allowed()": "cuda.allow_fp16_bf16_reduction_math_sdp(True)",
-    **{
-        f"cuda.{name}_sdp_enabled()": f"cuda.enable_{name}_sdp(False)"
-        for name in ("flash", "mem_efficient", "math", "cudnn")
-    },
-}
-READ = f"repr({{name: eval('torch.backends.' + name) for name in {list(SWITCHES)!r}}})"
+def test_the_precision_that_a_module_sets_when_it_is_imported_is_that_of_every_trial(tmp_path: Path) -> None:
+    family = """
+        import torch
 
+        torch.set_float32_matmul_precision("high")
 
-@pytest.fixture(scope="module")
-def of_a_fresh_process() -> str:
-    """All the switches."""
-    command = [sys.executable, "-c", f"import torch\nprint({READ})"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.strip()
-
-
-@pytest.mark.parametrize("turn", [*SWITCHES.values(), "cudnn.allow_tf32 = False"])
-def test_a_trial_finds_the_switches_of_torch_as_a_fresh_process_does(turn: str, of_a_fresh_process: str) -> None:
-    settle(0, 1)
-    assert eval(READ) == of_a_fresh_process
-    exec(f"torch.backends.{turn}")
-    if turn != "cudnn.allow_tf32 = False":  # which has an effect where there is cuDNN
-        assert eval(READ) != of_a_fresh_process
-    settle(0, 1)
-    assert eval(READ) == of_a_fresh_process
+        def train(trial):
+            yield {"loss": float(torch.get_float32_matmul_precision() == "high")}
+            torch.set_float32_matmul_precision("medium")
+    """
+    loop = rank_of(tmp_path, "train", family=family)
+    for _ in range(2):
+        assert loop.handle(begin("")) == Reported(metrics={"loss": 1.0})
+        assert run_on(loop)[-1] == Ended()
 
 
 def test_a_trial_is_gone_when_its_memory_is_counted(tmp_path: Path) -> None:

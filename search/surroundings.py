@@ -1,0 +1,123 @@
+"""What a trial finds in its process: as the trainable's import has left it, whatever ran there before."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def settle(seed: int, threads: int) -> None:
+    """Seed the generators, and give torch so many threads."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+
+
+class Surroundings:
+    """The working directory, the environment and the switches of torch, as they are now."""
+
+    def __init__(self) -> None:
+        self._folder, self._environment = _folder(), dict(os.environ)
+        self._modes = {name: read() for name, (read, _) in _MODES.items()}
+        self._precision = _Precision()
+
+    def restore(self) -> None:
+        if self._folder is not None and _folder() != self._folder:
+            os.chdir(self._folder)
+        for name in os.environ.keys() - self._environment.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in self._environment.items() if os.environ.get(name) != value})
+        for name, (read, put) in _MODES.items():
+            if read() != self._modes[name]:  # asked first: to set some of them imports a compiler
+                put(self._modes[name])
+        self._precision.restore()
+
+
+def _folder() -> str | None:
+    """The working directory; None where it has been removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
+
+
+_CPU = torch.device("cpu")
+_BACKENDS: Any = torch.backends  # whose types do not know all parts
+_CUDNN, _CUDA, _MKLDNN = _BACKENDS.cudnn, _BACKENDS.cuda, _BACKENDS.mkldnn
+
+
+def _attribute(of: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    return lambda: getattr(of, name), lambda value: setattr(of, name, value)
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _anomaly() -> tuple[bool, bool]:
+    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+
+
+# By name, how each is read and put back.
+_MODES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "grad": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "device": (torch.get_default_device, lambda device: torch.set_default_device(None if device == _CPU else device)),
+    "deterministic": (_deterministic, lambda on: torch.use_deterministic_algorithms(on[0], warn_only=on[1])),
+    "anomaly": (_anomaly, lambda on: torch.autograd.set_detect_anomaly(*on)),
+    **{f"cudnn.{name}": _attribute(_CUDNN, name) for name in ("enabled", "benchmark", "deterministic")},
+    **{
+        f"matmul.{name}": _attribute(_CUDA.matmul, name)
+        for name in (
+            "allow_fp16_accumulation",
+            "allow_fp16_reduced_precision_reduction",
+            "allow_bf16_reduced_precision_reduction",
+        )
+    },
+    "reduced_attention": (_CUDA.fp16_bf16_reduction_math_sdp_allowed, _CUDA.allow_fp16_bf16_reduction_math_sdp),
+    "flash": (_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp),
+    "mem_efficient": (_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp),
+    "math": (_CUDA.math_sdp_enabled, _CUDA.enable_math_sdp),
+    "cudnn_attention": (_CUDA.cudnn_sdp_enabled, _CUDA.enable_cudnn_sdp),
+}
+
+
+class _Precision:
+    """With which precision torch multiplies float32: what may be set as a whole, by part, and in an older way."""
+
+    # What the others are part of comes before them: a part on which nothing is set does as the whole.
+    PARTS = (
+        _BACKENDS,
+        *(_CUDNN, _CUDNN.conv, _CUDNN.rnn, _CUDA.matmul),
+        *(_MKLDNN, _MKLDNN.conv, _MKLDNN.matmul, _MKLDNN.rnn),
+    )
+
+    def __init__(self) -> None:
+        self._parts = [part.fp32_precision for part in self.PARTS]
+        self._matmul = _readable(torch.get_float32_matmul_precision)
+        self._tf32 = _readable(lambda: _CUDNN.allow_tf32)
+
+    def restore(self) -> None:
+        torch.set_float32_matmul_precision("highest")
+        for part in self.PARTS:
+            part.fp32_precision = "none"
+        _CUDNN.allow_tf32 = True if self._tf32 is None else self._tf32
+        if self._matmul is not None:
+            torch.set_float32_matmul_precision(self._matmul)
+        for part, then in zip(self.PARTS, self._parts, strict=True):
+            if part.fp32_precision != then:
+                part.fp32_precision = then
+
+
+def _readable(read: Callable[[], Any]) -> Any:
+    """None where the newer way has been used: torch refuses to say then what the older one would be."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
