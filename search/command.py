@@ -170,7 +170,14 @@ def search(options: Options) -> engine.Outcome | None:
         plan = make_plan(space, nodes, alone or AT_THE_START)
     except UserError as error:
         raise UserError(f"{options.file}: {error}") from None
-    told = [f"{space.name}: {describe(space)}", *space.left_out, *unlearned(space), *unheeded(space), f"plan: {plan}"]
+    told = [
+        f"{space.name}: {describe(space)}",
+        *space.left_out,
+        *untried(space),
+        *unlearned(space),
+        *unheeded(space),
+        f"plan: {plan}",
+    ]
     print("\n".join(told), flush=True)
     if options.dry_run:
         print(f"estimate: {estimate_of(options, space, plan)}\n")
@@ -235,6 +242,14 @@ def describe(space: Space) -> str:
     return (
         f"{goal} over {searched}; {space.search.trials} trials by {space.search.sampler}, "
         f"scheduler {space.scheduler.name}{profile}"
+    )
+
+
+def untried(space: Space) -> list[str]:
+    """A line where the search is too short for what is known beforehand."""
+    known, trials = len(space.try_first), space.search.trials
+    return (
+        [f"search.trials: {trials}, so only the first {trials} of {known} known settings run"] if trials < known else []
     )
 
 

@@ -10,6 +10,7 @@ from search.space import Space
 from trainables.contract import UserError
 
 MIB = 2**20
+MANY_CPUS = 1e9  # more than all workers want
 MOST_ON_ONE_GPU = 64  # Ray counts a GPU in ten-thousandths, and rounds: 64 shares are exactly 64, 101 would be more
 
 
@@ -111,6 +112,9 @@ def _whole(space: Space, nodes: Sequence[Node], gpus: float, kind: str = "GPU") 
         )
     trials = space.search.trials
     limit = f"all that fits on {sum(n.cpus for n in nodes):g} CPU and {sum(n.gpus for n in nodes):g} {kind}"
+    by_gpu = _groups(space, [replace(node, cpus=MANY_CPUS) for node in nodes], gpus) if gpus else fits
+    if by_gpu > fits and wanted.cpus_per_worker > 1:
+        limit += f"; the GPUs would do for {by_gpu} with fewer CPUs each: lower resources.cpus_per_worker"
     if trials < fits:
         limit = f"{trials} trials; {fits} groups would fit"
     slots = min(trials, fits)

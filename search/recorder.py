@@ -93,8 +93,9 @@ class Recorder(tune.Callback):
 
     def _stopped(self, key: str, why: str) -> tuple[str, str]:
         """Status and reason of a trial that was not let go on; there may have been nothing left of it."""
-        epochs = self._ledger.space.epochs
-        if epochs is not None and self._ledger.open[key].epochs >= epochs:
+        opened = self._ledger.open[key]
+        epochs = self._ledger.space.epochs_of(opened.values)
+        if epochs is not None and opened.epochs >= epochs:
             return "finished", RAN_TO_END
         return "stopped", why
 

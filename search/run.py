@@ -286,7 +286,7 @@ def _share_of_this_node(slots: int) -> dict[str, float]:
 
     Ray Train reserves the workers' CPUs and GPUs, so a slot itself needs none. But schedulers that pause trials begin
     more of them than there are slots, and only a resource keeps them from all running at once. Every Ray node has a
-    resource of its own name and size 1; half a share of it stays free.
+    resource of its own name and size 1, counted in ten-thousandths; about half a share of it stays free.
     """
-    share = int(10_000 / (slots + 0.5)) / 10_000
+    share = round(10_000 / (slots + 0.5)) / 10_000
     return {"CPU": 0, f"node:{ray.util.get_node_ip_address()}": share}

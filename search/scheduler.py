@@ -133,10 +133,13 @@ def _step(parameter: Parameter, value: Any, rng: random.Random) -> Any:
 
 
 def unheeded(space: Space) -> list[str]:
-    """A line where the scheduler has no use for what it is told."""
-    if space.scheduler.name != "hyperband" or space.scheduler.grace_epochs == 1:
-        return []
-    return ["scheduler.grace_epochs: hyperband has brackets of its own and does not heed it; asha and median do"]
+    """A line where the scheduler has no use for what it is told, or the search for the scheduler."""
+    name, grace, longest = space.scheduler.name, space.scheduler.grace_epochs, space.epochs
+    if name == "hyperband" and grace != 1:
+        return ["scheduler.grace_epochs: hyperband has brackets of its own and does not heed it; asha and median do"]
+    if name in ("asha", "median", "pbt") and longest is not None and grace >= longest:
+        return [f"scheduler.grace_epochs: {grace}, and a trial has {longest} epochs: {name} will do nothing"]
+    return []
 
 
 def make_scheduler(space: Space, past: Sequence[Past] = ()) -> TrialScheduler:

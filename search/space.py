@@ -53,7 +53,11 @@ class Space:
     @property
     def epochs(self) -> int | None:
         """`config.epochs`, where it is fixed."""
-        epochs = self.tree.get("epochs")
+        return self.epochs_of({})
+
+    def epochs_of(self, values: Mapping[str, Any]) -> int | None:
+        """`config.epochs` of a setting; None where nothing says how long its trial is."""
+        epochs = values.get("epochs", self.tree.get("epochs"))
         return epochs if isinstance(epochs, int) and not isinstance(epochs, bool) else None
 
     def with_trials(self, trials: int) -> Space:

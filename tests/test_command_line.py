@@ -483,6 +483,23 @@ def test_a_sampler_and_a_scheduler_that_do_not_go_together_are_told(run: Run) ->
     )
 
 
+@pytest.mark.parametrize("scheduler", ["asha", "median", "pbt"])
+def test_a_scheduler_that_would_wait_until_a_trial_is_over_is_told(scheduler: str, run: Run) -> None:
+    for grace, told in ((1, False), (2, False), (3, True), (4, True)):
+        sets = (f"scheduler.name={scheduler}", f"scheduler.grace_epochs={grace}", "config.epochs=3")
+        _, printed, _ = run(*TOY, *(word for item in sets for word in ("--set", item)), "--dry-run")
+        line = f"\nscheduler.grace_epochs: {grace}, and a trial has 3 epochs: {scheduler} will do nothing\n"
+        assert (line in printed) == told
+
+
+def test_known_settings_for_which_there_are_no_trials_are_told(run: Run) -> None:
+    for trials, told in ((1, True), (2, False)):
+        known = ("--set", "try_first=[{lr: 0.5}, {lr: 0.25}]")
+        _, printed, error = run(*TOY, *known, "--trials", str(trials), "--dry-run")
+        assert not error
+        assert ("\nsearch.trials: 1, so only the first 1 of 2 known settings run\n" in printed) == told
+
+
 def test_the_spaces_at_hand_are_listed(run: Run) -> None:
     assert run("--list") == (0, "toy          Descend a parabola.\n", "")
 

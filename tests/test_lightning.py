@@ -101,6 +101,14 @@ def test_settings_that_cannot_be_are_refused(toy: Any, settings: dict[str, Any],
         toy.run(toy.net(), toy.loaders(), **settings)
 
 
+def test_a_callback_that_changes_the_weights_when_training_ends_is_refused(toy: Any) -> None:
+    """Every epoch would end so, and the average be what is trained on."""
+    for name, arguments in {"EMAWeightAveraging": (), "StochasticWeightAveraging": (0.1,)}.items():
+        callback = getattr(toy.pl.callbacks, name)(*arguments)
+        with pytest.raises(UserError, match=f"callbacks: {name} changes the weights when a training ends"):
+            toy.run(toy.net(), toy.loaders(), callbacks=[toy.pl.callbacks.Callback(), callback])
+
+
 def test_what_is_no_lightning_module_is_refused(toy: Any) -> None:
     with pytest.raises(UserError, match="Linear is no LightningModule"):
         next(fit(Trial({}), nn.Linear(2, 2), *toy.loaders(), max_epochs=1))

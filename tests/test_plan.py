@@ -86,6 +86,13 @@ def test_a_plan_says_what_limits_it(tmp_path: Path) -> None:
     )
 
 
+def test_gpus_that_stay_idle_for_want_of_cpus_are_told(tmp_path: Path) -> None:
+    assert str(make_plan(a_space(tmp_path, 1, 4, gpus=1), [Node(16, 6)])) == (
+        "4 slots x 1 worker x 4 CPU and 1 GPU (all that fits on 16 CPU and 6 GPU; the GPUs would do for 6 with fewer "
+        "CPUs each: lower resources.cpus_per_worker)"
+    )
+
+
 GIB = 1024 * MIB
 
 

@@ -46,8 +46,8 @@ class Watched:
         return TrialFolder(self.folder / "run", self.trial.config["number"])
 
 
-def watched(folder: Path, **space: Any) -> Watched:
-    ledger = open_journal(space_of(folder, {"lr": {"log": [1e-4, 1.0]}, "epochs": 3}, **space), folder / "run")
+def watched(folder: Path, epochs: Any = 3, **space: Any) -> Watched:
+    ledger = open_journal(space_of(folder, {"lr": {"log": [1e-4, 1.0]}, "epochs": epochs}, **space), folder / "run")
     opened, told = ask(ledger), list[Record]()
     recorder = Recorder(ledger, folder / "run", told.append, lambda: None)
     config = {"number": opened.number, "values": opened.values}
@@ -62,12 +62,13 @@ def ended(folder: Path, reports: list[dict[str, Any]], constraints: dict[str, An
     return run.end("finished", len(reports))
 
 
+@pytest.mark.parametrize("epochs", [3, {"int": [3, 3]}], ids=["fixed", "searched"])
 @pytest.mark.parametrize(("reports", "status"), [(2, "stopped"), (3, "finished")])
 def test_when_the_time_is_over_a_trial_of_which_nothing_is_left_has_finished(
-    reports: int, status: str, tmp_path: Path
+    reports: int, status: str, epochs: Any, tmp_path: Path
 ) -> None:
     """Tune may not have asked it for more yet; and a checkpoint of which no report came is not kept."""
-    run = watched(tmp_path)
+    run = watched(tmp_path, epochs)
     for epoch in range(1, reports + 1):
         run.files.write_checkpoint(epoch, b"state")
         run.report(epoch)

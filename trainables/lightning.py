@@ -25,6 +25,8 @@ from trainables.contract import Diverged, Report, Trial, UserError
 from trainables.resume import seed_everything
 
 SETTLED = ("accelerator", "devices", "num_nodes")  # by the trial, and so by the space's `resources`
+# These change the weights for good when a training ends, and each epoch is one here.
+AT_THE_END = ("WeightAveraging", "StochasticWeightAveraging", "ModelPruning")
 # A search keeps checkpoints and metrics itself, and a sanity check would come before every epoch.
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
 
@@ -77,6 +79,12 @@ def trainer_settings(trial: Trial, library: Any, epoch_end: Any, settings: Mappi
     for name in ("max_steps", "max_time"):
         if settings.get(name) not in (None, -1):
             raise UserError(f"{name}={settings[name]!r}: a trial is as long as its epochs; give max_epochs instead")
+    for callback in _listed(settings.get("callbacks")):
+        if any(base.__name__ in AT_THE_END for base in type(callback).__mro__):
+            raise UserError(
+                f"callbacks: {type(callback).__name__} changes the weights when a training ends, and here every epoch "
+                "is one; leave it out, and average or prune in the module itself"
+            )
     environments = importlib.import_module(f"{library.__name__}.plugins.environments")
     gpu = trial.device.type == "cuda"
     where: dict[str, Any] = {"accelerator": "gpu" if gpu else "cpu", "strategy": "auto"}
