@@ -494,7 +494,7 @@ def test_a_scheduler_that_would_wait_until_a_trial_is_over_is_told(scheduler: st
 
 def test_known_settings_for_which_there_are_no_trials_are_told(run: Run) -> None:
     for trials, told in ((1, True), (2, False)):
-        known = ("--set", "try_first=[{lr: 0.5}, {lr: 0.25}]")
+        known = ("--set", "try_first=[{lr: 0.3}, {lr: 0.2}]")
         _, printed, error = run(*TOY, *known, "--trials", str(trials), "--dry-run")
         assert not error
         assert ("\nsearch.trials: 1, so only the first 1 of 2 known settings run\n" in printed) == told

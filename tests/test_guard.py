@@ -70,6 +70,27 @@ def test_a_module_whose_output_is_nan_is_named(layer: int, precision: Any) -> No
     assert sorted(details["batch"]) == sorted(order(config)[2].tolist())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_loss_that_is_nan_ends_the_trial_where_its_gradient_is_cut_off(precision: Any) -> None:
+    """`clamp` passes none on of what is NaN: the gradient norm is finite."""
+    config = replace(BATCH, optim=replace(BATCH.optim, precision=precision))
+    task = poisoned(5, "forward", int(order(config)[2][4]))
+
+    def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+        return {
+            name: (total.clamp(max=1e4), count) for name, (total, count) in task.loss(network, batch, config).items()
+        }
+
+    done = run(config, replace(task, loss=loss))
+    details = diverged(done)
+    assert done.diverged is not None
+    assert done.diverged.step == 2
+    assert done.diverged.reason.startswith("loss_square and loss_size are not finite at lr 0.01; ")
+    assert details["found"]["module"] == "5"
+    assert math.isfinite(details["grad_norms"][-1])
+    assert torch.equal(done.weights[-1], done.weights[2]), "not even this step was taken"
+
+
 def test_the_checkpoint_of_a_diverged_trial_loads_and_scores() -> None:
     config = replace(BATCH, optim=replace(BATCH.optim, spike=Spike(factor=8.0, patience=1)), epochs=9)
     done = run(config, loud_from(14, 1e4))

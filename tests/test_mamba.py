@@ -134,6 +134,16 @@ def test_autocast_leaves_the_scan_in_float32() -> None:
     torch.testing.assert_close(y.float(), layer(x), rtol=0.1, atol=0.02)
 
 
+def test_the_bias_of_delta_is_not_rounded_with_what_depends_on_the_input() -> None:
+    """Where it begins, near -7, the steps of bfloat16 are larger than what training moves it by."""
+    layer, delta = Mamba(16), torch.full((1, 1, 1), 1e-3)
+    torch.nn.init.constant_(layer.dt_proj.bias, -6.9)
+    torch.nn.init.ones_(layer.dt_proj.weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        raw_BLD = layer._raw_delta(delta.bfloat16())
+    torch.testing.assert_close(raw_BLD, torch.full((1, 1, 32), -6.899), rtol=0, atol=1e-5)
+
+
 def test_layer_has_the_parameters_of_mamba_ssm() -> None:
     width, inner, states, rank = 40, 80, 16, math.ceil(40 / 16)
     assert {name: tuple(p.shape) for name, p in Mamba(width).named_parameters()} == {

@@ -330,6 +330,20 @@ def one_of_two(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def test_cudnn_that_finds_no_engine_is_tried_with_fewer_samples_and_believed_with_one() -> None:
+    """It says the same where its workspace does not fit and where it cannot do at all."""
+
+    class NoEngine(RuntimeError):
+        def __init__(self, _: str) -> None:
+            super().__init__("FIND was unable to find an engine to execute this computation")
+
+    model, tried = normed(), dict[int, Tried]()
+    memory = Memory(CPU, PLENTY)
+    assert fitting_micro_batch(model, Step(model, ran_out_from=3, error=NoEngine), 8, memory, ALONE, tried) == 2
+    with pytest.raises(NoEngine, match="unable to find an engine"):
+        fitting_micro_batch(model, Step(model, ran_out_from=1, error=NoEngine), 8, memory, ALONE, {})
+
+
 @pytest.mark.parametrize("text", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", None])
 def test_an_allocation_that_fails_outside_pytorchs_own_allocator_is_no_bug(text: str | None) -> None:
     """A library's handle, for which there is no room beside a batch that nearly fills the GPU; or a CPU's own."""

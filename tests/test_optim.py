@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -137,3 +138,21 @@ def small_optimizer(weight_decay: float, ratios: dict[str, float], *trained: str
     layer(torch.tensor([[1.0, 2.0]])).sum().backward()
     named = {name: parameter for name, parameter in layer.named_parameters() if not trained or name in trained}
     return adamw(named, lambda name: ratios.get(name, 1.0), Optim(lr=0.1, weight_decay=weight_decay))
+
+
+def test_what_an_optimizer_knows_takes_the_layout_of_the_weights_it_is_for() -> None:
+    """The fused step walks through both in the order in which they lie in memory."""
+    x_BCHW = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    models = [nn.Conv2d(3, 5, 3), nn.Conv2d(3, 5, 3)]
+    weight = models[1].weight
+    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    optimizers = [adamw(dict(model.named_parameters()), lambda name: 1.0, Optim(lr=0.1)) for model in models]
+    for step in range(2):
+        models[1].load_state_dict(models[0].state_dict())
+        if step:
+            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x_BCHW).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(models[1].state_dict(), models[0].state_dict())

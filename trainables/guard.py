@@ -111,7 +111,8 @@ class Guard:
 
         loss, norm: of the whole batch, the same on every rank. scale: the loss scale, 1 where there is none.
         """
-        bad = ~norm.isfinite()
+        # A loss that is not finite leaves the gradient finite where `clamp` or `where` have cut it off.
+        bad = ~(norm.isfinite() & loss.isfinite())
         overflow = bad & loss.isfinite() & (scale > 1)
         blown_up = bad & ~overflow
         self._diverged = self._diverged | blown_up

@@ -288,7 +288,7 @@ def evaluate(
         with autocast(device, optim):
             pairs = task.score(model, batch, trial.config)
         for name, pair in pairs.items():
-            pair_2 = torch.stack([torch.as_tensor(part, dtype=torch.float64, device=device) for part in pair])
+            pair_2 = torch.stack([on(device, part) for part in pair])
             totals[name] = totals.get(name, 0) + share.weight * pair_2
     if not totals:
         return {}
@@ -298,6 +298,13 @@ def evaluate(
     scores = {name: total / count for name, (total, count) in zip(totals, table_N2.tolist(), strict=True) if count}
     reported = {**scores, **task.derived(scores)}
     return {name: value for name, value in reported.items() if value is not None}
+
+
+def on(device: torch.device, part: Tensor | float) -> Tensor:
+    """In float64; a number is written there, as the host would wait for one that is copied."""
+    if isinstance(part, Tensor):
+        return part.to(device, torch.float64)
+    return torch.full((), part, dtype=torch.float64, device=device)
 
 
 def samples_of(task: Task, config: Any, split: str, ranks: Ranks) -> Samples:

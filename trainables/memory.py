@@ -25,6 +25,8 @@ from trainables.contract import memory_error
 from trainables.samples import Batch, Ranks
 
 MIB = 2**20
+USABLE = 0.95  # of what a GPU has free: training allocates in another order than a try, and leaves gaps
+NO_ENGINE = "unable to find an engine to execute this computation"  # cuDNN, also where its workspace does not fit
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def try_step(model: nn.Module, step: Callable[[int], object], samples: int, memo
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
         if limit_bytes is None:
-            limit_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+            free_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+            limit_bytes = int(USABLE * free_bytes)
     assert limit_bytes is not None
     live, ran_out, reserve = LiveBytes(model), False, None
     with leaving_no_trace(model, device):
@@ -122,7 +125,7 @@ def try_step(model: nn.Module, step: Callable[[int], object], samples: int, memo
         except (torch.OutOfMemoryError, MemoryError):
             ran_out = True
         except RuntimeError as error:
-            if memory_error(str(error)) is None:
+            if memory_error(str(error)) is None and (samples == 1 or NO_ENGINE not in str(error)):
                 raise
             ran_out = True
     need_bytes = torch.cuda.max_memory_allocated(device) if on_cuda else live.peak

@@ -179,6 +179,10 @@ class AdamW(torch.optim.AdamW):
         own = self.state_dict()
         taken = {i: known[name] for i, name in enumerate(_names(own)) if known.get(name) is not None}
         super().load_state_dict({"state": taken, "param_groups": own["param_groups"]})
+        for parameter, held in self.state.items():  # which may have been laid out otherwise (channels last)
+            for key, value in held.items():
+                if value.shape == parameter.shape and value.stride() != parameter.stride():
+                    held[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _names(state_dict: Mapping[str, Any]) -> list[str]:

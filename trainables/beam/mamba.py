@@ -161,11 +161,19 @@ class Mamba(nn.Module):
         u_BDL = F.silu(self.conv1d(u_BDL)[..., : x_BLC.shape[1]])  # padded on both sides: cut off the later one
         sizes = [self.dt_rank, self.d_state, self.d_state]
         delta_BLR, b_BLN, c_BLN = self.x_proj(u_BDL.transpose(1, 2)).split(sizes, dim=2)
-        delta_BDL = F.softplus(self.dt_proj(delta_BLR)).transpose(1, 2)
+        delta_BDL = F.softplus(self._raw_delta(delta_BLR)).transpose(1, 2)
         a_DN = -self.A_log.exp()
         y_BDL = selective_scan(u_BDL, delta_BDL, a_DN, b_BLN.transpose(1, 2), c_BLN.transpose(1, 2), self.D)
         out_BLC: Tensor = self.out_proj((y_BDL * F.silu(gate_BDL)).transpose(1, 2))
         return out_BLC
+
+    def _raw_delta(self, delta_BLR: Tensor) -> Tensor:
+        """(B, L, D). The bias is added in float32 at least, as mamba-ssm does: near -7 bfloat16 has steps of 0.03."""
+        if delta_BLR.dtype == self.dt_proj.bias.dtype:
+            raw_BLD: Tensor = self.dt_proj(delta_BLR)
+        else:
+            raw_BLD = F.linear(delta_BLR, self.dt_proj.weight).to(self.dt_proj.bias.dtype) + self.dt_proj.bias
+        return raw_BLD
 
 
 def _log_uniform(count: int, low: float, high: float) -> Tensor:
