@@ -110,8 +110,22 @@ class _Stop(tune.Stopper):
 
 
 def this_machine() -> tuple[Node, ...]:
-    """What a Ray of its own would have here."""
-    return (Node(cpus=cpus_here(), gpus=torch.cuda.device_count()),)
+    """What a Ray of its own would have here; raises UserError for GPUs that PyTorch cannot use."""
+    gpus = torch.cuda.device_count()
+    if gpus and not torch.cuda.is_available():  # the former asks the driver alone
+        raise UserError(
+            f"there are {gpus} GPUs here, and PyTorch {torch.__version__} cannot use them: {_why_no_cuda()}; install "
+            "the driver that it wants, or search on the CPU with CUDA_VISIBLE_DEVICES= in the environment"
+        )
+    return (Node(cpus=cpus_here(), gpus=gpus),)
+
+
+def _why_no_cuda() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return one_line(str(error), type(error).__name__)
+    return "no reason given"
 
 
 def cpus_here() -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 import yaml
 from ledgers import ask, end_toy, open_journal
 from spaces import write_family
@@ -449,6 +450,16 @@ def test_a_container_has_the_cpus_that_its_quota_pays_for(
     assert engine.cpus_here() == cpus
     monkeypatch.setattr(engine, "CPU_QUOTA", tmp_path / "none")
     assert engine.cpus_here() == 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPUs can be used")
+def test_gpus_that_pytorch_cannot_use_are_told_before_anything_else(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the driver is too old: it counts them all the same."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    status, _, error = run(*TOY, "--dry-run")
+    assert (status, error.count("\n")) == (2, 1)
+    assert error.startswith(f"error: there are 2 GPUs here, and PyTorch {torch.__version__} cannot use them: ")
+    assert "CUDA_VISIBLE_DEVICES= " in error
 
 
 def test_a_grid_ends_where_it_ends(run: Run) -> None:
