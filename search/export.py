@@ -3,6 +3,7 @@
 DIR/checkpoint.pt   the state that the trainable gave with its last report, as torch.save wrote it
 DIR/config.yaml     the trial's config, as far as the space says it; the rest are the defaults of its trainable's Config
 DIR/metrics.jsonl   a row per epoch
+DIR/space.yaml      a space of this one setting: `--space DIR/space.yaml` trains it again, longer or with another seed
 DIR/origin.yaml     which search and trial it is, its last metrics, and the commit and versions it ran on
 """
 
@@ -59,9 +60,11 @@ def export_trial(results: Path, what: str, target: Path, source: str | None = No
         kept = "its reports have no state" if chosen.epochs else "it gave no report"
         raise UserError(f"--export {what}: trial {chosen.number} ({chosen.status}) has no checkpoint: {kept}")
     plain = is_plain(saved.path)
-    origin = {"search": source, **_origin(yaml_file.read(results / SPACE), space, chosen, saved, plain)}
+    document, config = yaml_file.read(results / SPACE), space.config(chosen.values)
+    origin = {"search": source, **_origin(document, space, chosen, saved, plain)}
+    told = {"config.yaml": config, "space.yaml": _again(document, config), "origin.yaml": origin}
     try:
-        _write(target, saved, space.config(chosen.values), trial.path / "metrics.jsonl", origin)
+        _write(target, saved, told, trial.path / "metrics.jsonl")
     except OSError as error:
         raise UserError(f"--export {what} {target}: cannot be written: {error}") from None
     lines = [f"trial {chosen.number}, its checkpoint after epoch {saved.epoch}: {target}"]
@@ -105,6 +108,13 @@ def is_plain(checkpoint: Path) -> bool:
     return True
 
 
+def _again(document: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The space of a search with nothing left to search: one trial, to its end."""
+    search = {**document["search"], "trials": 1, "sampler": "random", "time_budget": None}
+    ran = {key: value for key, value in (document.get("ran") or {}).items() if key in ("space", "paths", "profile")}
+    return {**document, "config": config, "try_first": [], "search": search, "scheduler": {"name": "none"}, "ran": ran}
+
+
 def _origin(document: Mapping[str, Any], space: Space, chosen: Record, saved: Saved, plain: bool) -> dict[str, Any]:
     return {
         "trial": chosen.number,
@@ -122,14 +132,14 @@ def _origin(document: Mapping[str, Any], space: Space, chosen: Record, saved: Sa
     }
 
 
-def _write(target: Path, saved: Saved, config: Mapping[str, Any], metrics: Path, origin: Mapping[str, Any]) -> None:
+def _write(target: Path, saved: Saved, told: Mapping[str, Any], metrics: Path) -> None:
     """All of it or nothing: beside it first, then moved."""
     beside = target.resolve().with_name(f".{target.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     try:
         shutil.copyfile(saved.path, beside / "checkpoint.pt")
-        yaml_file.write(beside / "config.yaml", config)
-        yaml_file.write(beside / "origin.yaml", origin)
+        for name, content in told.items():
+            yaml_file.write(beside / name, content)
         if metrics.exists():
             shutil.copyfile(metrics, beside / "metrics.jsonl")
         target.mkdir(exist_ok=True)

@@ -16,7 +16,9 @@ from search import yaml_file
 from search.export import export, export_trial
 from search.folder import TrialFolder
 from search.mirror import Mirror
+from search.results import read_results
 from search.space import Space
+from search.space_file import load_space
 from search.states import save_state
 from trainables.contract import State, UserError
 
@@ -58,7 +60,8 @@ def results(space: Space, tmp_path: Path) -> Path:
 def test_the_best_is_the_best_within_the_constraints_with_all_one_needs(results: Path, tmp_path: Path) -> None:
     model = tmp_path / "deep/model"
     assert export(str(results), "best", str(model)) == f"trial 1, its checkpoint after epoch 2: {model}"
-    assert {path.name for path in model.iterdir()} == {"checkpoint.pt", "config.yaml", "metrics.jsonl", "origin.yaml"}
+    files = {"checkpoint.pt", "config.yaml", "metrics.jsonl", "origin.yaml", "space.yaml"}
+    assert {path.name for path in model.iterdir()} == files
     state = torch.load(model / "checkpoint.pt", weights_only=True)
     assert state["model"]["weight"].tolist() == [1.0, 1.0, 1.0]
     origin = yaml.safe_load((model / "origin.yaml").read_text())
@@ -69,6 +72,15 @@ def test_the_best_is_the_best_within_the_constraints_with_all_one_needs(results:
     assert origin["checkpoint"] == {"epoch": 2, "weights_only": True}
     rows = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
+
+
+def test_what_is_exported_can_be_trained_again(results: Path, tmp_path: Path) -> None:
+    export(str(results), "2", str(tmp_path / "model"))
+    space, trainable = load_space(tmp_path / "model/space.yaml", ["config.epochs=7", "search.seed=3"])
+    record = read_results(results)[1][2]
+    assert space.config({}) == {"epochs": 7, "lr": record.values["lr"]}
+    assert (space.parameters, space.try_first, space.search.trials, space.scheduler.name) == ((), (), 1, "none")
+    assert (space.name, space.search.seed, trainable.train.__name__) == ("toy", 3, "descend")
 
 
 @pytest.mark.parametrize("what", ["2", "0002"])
