@@ -15,10 +15,11 @@ from typing import Any
 from trainables.contract import UserError
 
 SPACE, STUDY, TRIALS_CSV, BEST, REPORT = "space.yaml", "study.journal", "trials.csv", "best.yaml", "report.html"
-ERROR = "error.txt"  # in a trial's folder
+ERROR, PRINTED = "error.txt", "output.txt"  # in a trial's folder
 SCRATCH = ".ray"  # Ray's own files; removed when the search ends
 _CHECKPOINT = "checkpoint-{:04d}.pt"  # the epochs it has behind it; torch.load gives the trainable's own state
 CHECKPOINT_PATTERN = "checkpoint-*.pt"
+_TAIL_BYTES = 8192
 
 
 def is_there(path: Path) -> bool:
@@ -56,6 +57,23 @@ class TrialFolder:
             return (self.path / ERROR).read_text()
         except FileNotFoundError:
             return None
+
+    def append_printed(self, text: str) -> None:
+        """Keep what the trial has printed, if it has. A trial does not fail because that finds no room on the disk."""
+        if text:
+            with contextlib.suppress(OSError):
+                self.path.mkdir(parents=True, exist_ok=True)
+                with open(self.path / PRINTED, "ab") as file:
+                    file.write(text.encode())
+
+    def last_printed(self, lines: int) -> list[str]:
+        """So many lines, the last that the trial printed; fewer where they are long, none where it printed nothing."""
+        try:
+            with open(self.path / PRINTED, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                return file.read().decode("utf-8", "replace").splitlines()[-lines:]
+        except FileNotFoundError:
+            return []
 
     def write_divergence(self, found: Mapping[str, Any]) -> None:
         """The post-mortem of a trial that diverged, as JSON has it."""

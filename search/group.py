@@ -25,6 +25,7 @@ from ray.exceptions import RayActorError
 
 from search.mailbox import Mailbox
 from search.messages import Answer, Begin, Blew, Broke, Command, Leave, Quit, RanOut, Reported
+from search.printed import Printed
 from search.ranks import RankLoop
 
 POLL_S = 1.0  # how often a wait looks whether the group still lives
@@ -59,10 +60,11 @@ class GroupSpec:
 def worst_of(answers: Mapping[int, Answer]) -> Answer:
     """The answer that decides for the group: a rank that broke, ran out of memory or blew up goes before rank 0's.
 
-    It is clean where those of all ranks are.
+    It is clean where those of all ranks are, and has what rank 0 printed, whichever decides.
     """
     worst = _deciding(answers)
-    return replace(worst, clean=all(answer.clean for answer in (worst, *answers.values())))
+    clean = all(answer.clean for answer in (worst, *answers.values()))
+    return replace(worst, clean=clean, printed=answers[0].printed if 0 in answers else "")
 
 
 def _deciding(answers: Mapping[int, Answer]) -> Answer:
@@ -86,9 +88,12 @@ def _serve(job: Mapping[str, Any]) -> None:
     machines = ray.get(mailbox.enlist.remote(ray.get_runtime_context().current_actor, machine))
     rank, world_size = context.get_world_rank(), context.get_world_size()
     os.environ.update(_more_of_torchrun(rank, world_size, machine, machines, job["name"]))
-    loop = RankLoop(job["spec"], rank, world_size, device)
+    loop, printed = RankLoop(job["spec"], rank, world_size, device), Printed()
+    if rank == 0:
+        printed.listen()
     while not isinstance(command := ray.get(mailbox.take.remote(loop.rank)), Quit):
         answer = loop.handle(_unpacked(command))
+        answer = replace(answer, printed=printed.take(answer.ends))
         ray.get(mailbox.answer.remote(loop.rank, _packed(answer)))
 
 

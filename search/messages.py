@@ -39,10 +39,14 @@ Command = Begin | Advance | Leave | Quit
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rank says after a command. `clean`: the process may take another trial."""
+    """What a rank says after a command.
+
+    clean: the process may take another trial. printed: what rank 0 has printed since its last answer.
+    """
 
     clean: bool = True
     ends: bool = True
+    printed: str = ""
 
 
 @dataclass(frozen=True)

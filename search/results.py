@@ -13,7 +13,7 @@ from typing import Any
 
 from search import yaml_file
 from search.decode import did_you_mean
-from search.folder import BEST, ERROR, REPORT, SPACE, STUDY, TRIALS_CSV, TrialFolder, is_there, replace_text
+from search.folder import BEST, ERROR, PRINTED, REPORT, SPACE, STUDY, TRIALS_CSV, TrialFolder, is_there, replace_text
 from search.patterns import patterns
 from search.record import INTERRUPTED, RAN_TO_END, STATUSES, Record, best_of
 from search.space import Space
@@ -24,6 +24,7 @@ from trainables.contract import UserError
 UNENDED = "it has not ended; where no process runs the search, --resume goes on with it"
 NULL = "null"  # a value that was searched, where an empty cell is a parameter that was not active
 ERROR_LINES = 8  # of a failed trial's error.txt that are told
+PRINTED_LINES = 10  # of what it printed
 
 
 def read_results(results: Path) -> tuple[Space, list[Record]]:
@@ -159,6 +160,8 @@ def why(results: Path, number: str) -> str:
     folder = TrialFolder(results, record.number)
     if record.status == "failed" and (error := folder.read_error()):
         lines += [f"{folder.path / ERROR} ends:", *(f"  {line}" for line in error.rstrip().splitlines()[-ERROR_LINES:])]
+    if printed := folder.last_printed(PRINTED_LINES):
+        lines += [f"{folder.path / PRINTED} ends:", *(f"  {line}" for line in printed)]
     lines += [f"  {name} = {_short(value)}" for name, value in record.values.items()]
     metric = space.objectives[0].metric
     history = folder.read_metrics()

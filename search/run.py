@@ -41,6 +41,7 @@ from trainables.contract import UserError
 # What Ray's processes must find in their environment. Ray has no other way to be told.
 RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # `print` would log each line as well, and it would be kept twice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config mean the driver's working directory
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_maximum_startup_concurrency": "16",  # a group is half a dozen processes, most of them asleep

@@ -18,7 +18,7 @@ from ray import tune
 from search.folder import TrialFolder, last_checkpoint
 from search.group import Group, GroupDied, GroupSpec
 from search.health import compared
-from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, Leave, RanOut, Reported
+from search.messages import Advance, Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
 from search.plain import short_line
 from search.record import RAN_TO_END
 from search.space import Space
@@ -52,6 +52,7 @@ class Slot(tune.Trainable):
         self._job = job
         self._group: Group | None = None
         self._assign(config)
+        self._lent_to = self._folder
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._assign(new_config)
@@ -118,21 +119,27 @@ class Slot(tune.Trainable):
             self._group = Group(self._job.spec)
         saved = self._folder.checkpoint()
         self._epoch = 0 if saved is None else saved.epoch
-        self._begun = True
+        self._begun, self._lent_to = True, self._folder
         resume = None if saved is None else saved.path.read_bytes()
-        return self._group.ask(Begin(self._tree, self._job.space.search.seed, resume))
+        return self._ask(self._group, Begin(self._tree, self._job.space.search.seed, resume))
+
+    def _ask(self, group: Group, command: Command) -> Answer:
+        """The group's answer. What it printed is the trial's that it was lent to last: closing one may print, too."""
+        answer = group.ask(command)
+        self._lent_to.append_printed(answer.printed)
+        return answer
 
     def _is_free(self) -> bool:
         """Whether the group has let go of its last trial, which the scheduler may have stopped, without a trace."""
         try:
-            return self._group is None or self._group.ask(Leave()).clean
+            return self._group is None or self._ask(self._group, Leave()).clean
         except GroupDied:
             return False
 
     def _advance(self) -> Answer:
         assert self._group is not None
         self._folder.keep_checkpoint(self._epoch)  # whose report has been dealt with, or there would be no next step
-        return self._group.ask(Advance())
+        return self._ask(self._group, Advance())
 
     def _report(self, answer: Reported) -> dict[str, Any]:
         self._epoch += 1

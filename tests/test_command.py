@@ -21,6 +21,7 @@ from search.study import open_study
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[1]
+BY_EPOCH = ("metrics.jsonl", "output.txt")  # in a trial's folder
 
 OWN_LOOP = """
 def train(trial):
@@ -131,7 +132,7 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path, how: signal.
         assert status == -signal.SIGKILL
         before = []
     done = {path.parent.name for path in results.glob("trials/*/metrics.jsonl")}
-    written = {name: (results / "trials" / name / "metrics.jsonl").read_text() for name in done}
+    written = {(name, file): (results / "trials" / name / file).read_text() for name in done for file in BY_EPOCH}
 
     status, output = finish(launch(tmp_path, "--resume", str(results), "--export", "best", "model"))
     assert status == 0, output
@@ -143,12 +144,15 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path, how: signal.
     for row in before:
         if row["status"] == "finished":
             assert row in after
-    for name, text in written.items():
-        assert (results / "trials" / name / "metrics.jsonl").read_text().startswith(text), "no epoch was run twice"
+    for (name, file), text in written.items():
+        assert (results / "trials" / name / file).read_text().startswith(text), "no epoch was run twice"
     for row in after:
-        lines = (results / f"trials/{int(row['trial']):04d}/metrics.jsonl").read_text().splitlines()
-        epochs = [json.loads(line)["epoch"] for line in lines]
+        metrics, printed = (
+            (results / f"trials/{int(row['trial']):04d}" / file).read_text().splitlines() for file in BY_EPOCH
+        )
+        epochs = [json.loads(line)["epoch"] for line in metrics]
         assert epochs == list(range(1, int(row["epochs"]) + 1)), "nor is an epoch missing"
+        assert {f"epoch {epoch - 1}" for epoch in epochs} == set(printed)
     space, _ = load_space(results / "space.yaml")
     assert all(trial.state.is_finished() for trial in open_study(results / "study.journal", space, False).trials)
 

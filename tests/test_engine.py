@@ -292,6 +292,64 @@ def test_ranks_have_the_environment_of_torchrun(tmp_path: Path) -> None:
         assert differ <= places, "what a rank is, it is in both"
 
 
+CHATTY = """
+import logging, sys, warnings
+from tqdm import tqdm
+from trainables.contract import Report
+
+print("imported")
+
+def train(trial):
+    try:
+        for epoch in range(trial.resume["epoch"] if trial.resume else 0, 2):
+            if trial.config["kind"] != "quiet":
+                say(trial, epoch)
+            if trial.config["kind"] == "bug" and epoch == 1:
+                raise KeyError("no such batch")
+            metric = "lost" if trial.config["kind"] == "unmeasured" else "loss"
+            yield Report({metric: 1.0}, state=lambda: {"epoch": epoch + 1})
+    finally:
+        if trial.config["kind"] != "quiet":
+            print("closed", file=sys.stderr)
+
+def say(trial, epoch):
+    print("epoch", epoch, "of rank", trial.rank)
+    logging.getLogger("own").info("logged")
+    list(tqdm(range(9), bar_format="{n}", file=sys.stdout))
+    warnings.warn(f"{trial.config['kind']} {epoch}")  # Python tells the same only once
+"""
+
+
+def test_what_rank_0_prints_is_kept_in_the_folder_of_its_trial(tmp_path: Path) -> None:
+    (tmp_path / "chatty.py").write_text(CHATTY)
+    kinds = ["all", "unmeasured", "quiet", "bug"]
+    space = toy(
+        "train",
+        trainable="chatty:train",
+        config={"kind": {"choice": kinds}},
+        resources={"workers": 2},
+        try_first=[{"kind": kind} for kind in kinds],
+        search={"trials": 4},
+    )
+    outcome, results = search(tmp_path, space, TWO_CPUS)
+    assert [record.status for record in outcome.records] == ["finished", "failed", "finished", "failed"]
+    line = next(number for number, line in enumerate(CHATTY.splitlines(), start=1) if "warnings.warn" in line)
+
+    def said(kind: str, *epochs: int) -> str:
+        warned = f"{tmp_path / 'chatty.py'}:{line}: UserWarning: {kind} %d\n  {CHATTY.splitlines()[line - 1].strip()}\n"
+        return "".join(f"epoch {epoch} of rank 0\nlogged\n9\n{warned % epoch}" for epoch in epochs) + "closed\n"
+
+    printed = {path.parent.name: path.read_text() for path in results.glob("trials/*/output.txt")}
+    assert printed == {
+        "0000": "imported\n" + said("all", 0, 1),
+        "0001": said("unmeasured", 0),  # closed when the next trial begins, and all ranks have been told
+        "0003": f"{said('bug', 0, 1)}imported\n{said('bug', 1)}",  # the retry is in other processes
+    }
+    told = why(results, "3").splitlines()
+    place = told.index(f"{results / 'trials/0003/output.txt'} ends:")
+    assert told[place + 10] == "  closed"
+
+
 def test_a_rank_that_diverges_alone_does_not_hang_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = toy(
         "one_rank_blows",

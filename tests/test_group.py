@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from search.group import worst_of
@@ -28,6 +30,12 @@ def test_the_worst_answer_decides_and_else_that_of_rank_0(answers: list[Answer],
 def test_a_group_is_clean_where_every_rank_is(kind: type[Answer]) -> None:
     assert worst_of({0: kind(), 1: kind()}).clean
     assert not worst_of({0: kind(), 1: kind(clean=False)}).clean
+
+
+def test_what_was_printed_is_that_of_rank_0_whichever_decides() -> None:
+    blew = Blew(reason="nan")
+    assert worst_of({1: blew, 0: replace(REPORTED, printed="epoch 3\n")}) == replace(blew, printed="epoch 3\n")
+    assert worst_of({1: blew}).printed == "", "rank 0 has not answered"
 
 
 @pytest.mark.parametrize("answers", [[REPORTED, ENDED], [ENDED, Reported()]])

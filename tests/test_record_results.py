@@ -250,6 +250,14 @@ class TestFolder:
         place = told.index(f"{folder.path / 'error.txt'} ends:")
         assert [line.strip() for line in told[place + 1 : place + 9]] == [*map(str, range(13, 20)), "KeyError: 'w'"]
 
+    def test_why_shows_the_last_lines_that_were_printed(self, results: Path) -> None:
+        assert "output.txt" not in why(results, "2")
+        folder = TrialFolder(results, 2)
+        folder.append_printed("".join(f"line {number}\n" for number in range(20)))
+        told = why(results, "2").splitlines()
+        place = told.index(f"{folder.path / 'output.txt'} ends:")
+        assert told[place + 1 : place + 11] == [f"  line {number}" for number in range(10, 20)]
+
     @pytest.mark.parametrize("number", ["9", "-1", "one"])
     def test_why_of_an_unknown_trial_is_a_mistake(self, number: str, results: Path) -> None:
         with pytest.raises(UserError, match=r"there is none in .*; "):

@@ -18,13 +18,14 @@ from trainables.contract import Diverged, Report, Trial
 
 
 def descend(trial: Trial) -> Iterator[Report]:
-    """Gradient descent on w^2 from 5: diverges above lr 1. `config["pause_s"]` stretches an epoch."""
+    """Gradient descent on w^2 from 5: diverges above lr 1. `config["pause_s"]` stretches an epoch. Prints each."""
     config = trial.config
     w = trial.resume["w"] if trial.resume else 5.0
     start = trial.resume["epoch"] + 1 if trial.resume else 0
     for epoch in range(start, config["epochs"]):
         time.sleep(config.get("pause_s", 0.0))
         w -= config["lr"] * 2 * w
+        print(f"epoch {epoch}")
         metrics = {"loss": w * w, "started_at": start, "lr_seen": config["lr"], "pid": os.getpid()}
         yield Report(metrics, state=lambda: {"epoch": epoch, "w": w})
 
