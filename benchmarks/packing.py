@@ -22,10 +22,10 @@ import ray
 from measured import cost_per_further_trial
 
 from search import run as engine
-from search.command import write_space
 from search.folder import STUDY
 from search.packing import measure
 from search.plan import Measured, Plan, Unmeasured, make_plan, told
+from search.ran import write_space
 from search.record import Record
 from search.space import Space
 from search.space_file import load_space

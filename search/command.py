@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
 import random
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import optuna
 
@@ -25,10 +21,12 @@ from search import yaml_file
 from search.decode import did_you_mean
 from search.export import BEST_TRIAL, empty_folder, export, export_trial
 from search.folder import SPACE, STUDY, is_there, running
+from search.journal import drop_lock
 from search.loading import Trainable, where
 from search.mirror import Mirror, above, below, fetch, is_uri, local
 from search.packing import cannot_share, measure
 from search.plan import AT_THE_START, Plan, estimate, make_plan
+from search.ran import how_it_ran, write_space
 from search.record import INTERRUPTED, Record
 from search.results import read_results, summary, why, write_results
 from search.sampler import grid_size, sampler_maker, unlearned
@@ -39,7 +37,6 @@ from search.study import check_comparable, open_study, take_over
 from trainables.contract import UserError
 
 DEFAULT_RESULTS = "results"
-PACKAGES = ("ray", "optuna", "torch", "numpy")
 
 
 @dataclass(frozen=True)
@@ -186,8 +183,9 @@ def search(options: Options) -> engine.Outcome | None:
     space = prepared(space, trainable)
     interruption = engine.Interruption()
     with interruption.heeded(), contextlib.ExitStack() as held:  # from here on there is a folder to go on from
-        results = open_results(options, space, held)
-        mirror = None if options.uri is None else Mirror(results, below(options.uri, results.name))
+        results = folder_of(options, space)
+        mirror = open_mirror(options, results)
+        open_results(options, space, results, held, mirror)
         if mirror is not None:
             mirror.begin()
         if not options.address:
@@ -276,28 +274,55 @@ def _check_unused(results: Path) -> None:
         raise UserError(f"{results} holds a search already; go on with it by --resume, or choose another --name")
 
 
-def open_results(options: Options, space: Space, held: contextlib.ExitStack) -> Path:
-    """The results folder, with the resolved space and the study in it; no other process runs it while it is `held`.
+def folder_of(options: Options, space: Space) -> Path:
+    """The results folder, which a new search does not have yet."""
+    return options.resume or options.results / (options.name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def open_mirror(options: Options, results: Path) -> Mirror | None:
+    """The mirror of the results folder, also of one that was mirrored before and goes on from here; None without one.
+
+    A folder made first would stand in the way of the command without the mistake, which this raises UserError for.
+    """
+    if options.uri is not None:
+        mirror = Mirror(results, below(options.uri, results.name))
+        mirror.check()
+        return mirror
+    before = how_it_ran(results).get("mirror") if options.resume is not None else None
+    if before is None:
+        return None
+    try:
+        mirror = Mirror(results, before)
+        mirror.check()
+    except UserError as error:
+        raise UserError(f"{error}; without `mirror` in {results / SPACE} it goes on here alone") from None
+    print(f"mirrored to {before}, as before", flush=True)
+    return mirror
+
+
+def open_results(
+    options: Options, space: Space, results: Path, held: contextlib.ExitStack, mirror: Mirror | None = None
+) -> None:
+    """Put the resolved space and the study into the results folder; no other process runs it while it is `held`.
 
     What `check_folders` refuses has been told before.
     """
+    uri = None if mirror is None else mirror.uri
     if options.resume is not None:
-        _take(options.resume, held)
-        write_space(options.resume, space)
-        return options.resume
-    results = options.results / (options.name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        _take(results, held)
+        write_space(results, space, uri)
+        return
     try:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--results {results}: no folder can be made here: {error.strerror}") from None
     _take(results, held)
     _check_unused(results)  # another process may have been first
-    write_space(results, space)
+    write_space(results, space, uri)
     study = open_study(results / STUDY, space, create=True)
     if options.warm_start is not None:
         taken = take_over(study, space, read_earlier(options.warm_start), str(options.warm_start))
         print(f"warm start: {taken} trials of {options.warm_start} lie within this space")
-    return results
 
 
 def _take(results: Path, held: contextlib.ExitStack) -> None:
@@ -306,6 +331,7 @@ def _take(results: Path, held: contextlib.ExitStack) -> None:
         held.enter_context(running(results))
     except BlockingIOError:
         raise UserError(f"{results}: another process is running this search; wait for it, or end it first") from None
+    drop_lock(results / STUDY)
 
 
 def check_same(earlier: Space, space: Space, folder: Path) -> None:
@@ -328,50 +354,6 @@ def read_earlier(folder: Path) -> optuna.Study:
     if not is_there(folder / SPACE):
         raise UserError(f"--warm-start {folder}: there is no {SPACE} here; name the folder of a finished search")
     return open_study(folder / STUDY, read_space(folder / SPACE), create=False)
-
-
-def write_space(results: Path, space: Space) -> None:
-    """The space as it really ran, with what it ran on."""
-    document = space.document()
-    document["ran"] = {
-        "space": space.name,
-        "command": shlex.join(["python", *sys.argv]),
-        "profile": space.profile,
-        "paths": list(space.paths),
-        "data": space.data,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "commit": commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "before": _runs_before(results),
-    }
-    try:
-        yaml_file.write(results / SPACE, document)
-    except OSError as error:
-        raise UserError(f"{results}: cannot be written to: {error.strerror}") from None
-
-
-def _runs_before(results: Path) -> list[dict[str, Any]]:
-    """By which commands, and on what, the search in this folder was run before; the first of them first."""
-    ran = yaml_file.read(results / SPACE).get("ran") if is_there(results / SPACE) else None
-    if not ran:
-        return []
-    return [*ran.get("before", []), {key: ran.get(key) for key in ("command", "versions", "commit", "time")}]
-
-
-def commit() -> str | None:
-    """The commit of this checkout, marked where files differ from it; None outside a git checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        told = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return told.stdout.strip()
 
 
 def estimate_of(options: Options, space: Space, plan: Plan) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from search import yaml_file
-from search.folder import SPACE, STUDY, Saved, TrialFolder
+from search.folder import SPACE, STUDY, Saved, TrialFolder, is_whole
 from search.mirror import fetch, local
 from search.record import Record, best_of
 from search.results import by_number, read_results
@@ -59,6 +59,8 @@ def export_trial(results: Path, what: str, target: Path, source: str | None = No
     if saved is None:
         kept = "its reports have no state" if chosen.epochs else "it gave no report"
         raise UserError(f"--export {what}: trial {chosen.number} ({chosen.status}) has no checkpoint: {kept}")
+    if not is_whole(saved.path):
+        raise UserError(f"--export {what}: {saved.path.name} of trial {chosen.number} is torn and cannot be read")
     plain = is_plain(saved.path)
     document, config = yaml_file.read(results / SPACE), space.config(chosen.values)
     origin = {"search": source, **_origin(document, space, chosen, saved, plain)}
@@ -94,7 +96,11 @@ def choose(found: Sequence[Record], space: Space, what: str, source: str) -> Rec
 def empty_folder(text: str) -> Path:
     """The folder to export to; raises UserError when something is in it."""
     folder = Path(text)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    try:
+        in_use = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    except OSError as error:
+        raise UserError(f"--export: {folder}: {error.strerror}") from None
+    if in_use:
         raise UserError(f"--export: {folder} exists and is not an empty folder; name a new one")
     return folder
 

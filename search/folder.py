@@ -1,4 +1,7 @@
-"""What a search leaves on disk: where each file lies, written so that an interruption tears nothing."""
+"""What a search leaves on disk: where each file lies, written so that an interruption tears nothing.
+
+Not that of the machine either: what takes the place of something is forced to the disk before that goes.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,10 +100,13 @@ class TrialFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """One row per epoch; where an epoch was run twice, after an interruption, the later row."""
+        file = self.path / "metrics.jsonl"
         try:
-            lines = (self.path / "metrics.jsonl").read_text().splitlines()
+            lines = file.read_text().splitlines()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise UserError(f"{file}: cannot be opened: {error.strerror}") from None
         rows: dict[int, dict[str, Any]] = {}
         for line in lines:
             try:
@@ -119,12 +126,22 @@ class TrialFolder:
             torn.unlink(missing_ok=True)
         saved = _checkpoints(self.path)
         kept = max((item.epoch for item in saved if item.epoch <= epochs), default=None)
-        for item in saved:
-            if item.epoch != kept:
-                item.path.unlink(missing_ok=True)
+        superseded = [item.path for item in saved if item.epoch != kept]
+        if superseded:
+            with contextlib.suppress(FileNotFoundError):
+                _force(self.path / "metrics.jsonl")  # a checkpoint without its report on record is not gone on from
+        for path in superseded:
+            path.unlink(missing_ok=True)
 
     def checkpoint(self) -> Saved | None:
         return last_checkpoint(self.path)
+
+    def set_torn_aside(self) -> list[str]:
+        """Rename the checkpoints that cannot be read, so that an earlier one counts; returns what they were called."""
+        torn = [item.path for item in _checkpoints(self.path) if not is_whole(item.path)]
+        for path in torn:
+            path.rename(path.with_suffix(".torn"))
+        return [path.name for path in torn]
 
     def clear(self) -> None:
         """Remove what lies here of a trial that the study never heard of."""
@@ -159,19 +176,41 @@ def _checkpoints(folder: Path) -> list[Saved]:
     return [Saved(int(path.stem.rpartition("-")[2]), path) for path in folder.glob(CHECKPOINT_PATTERN)]
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is as torch.save wrote it: an archive, with a checksum of each part of it."""
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            return archive.testzip() is None
+    except Exception:  # what zipfile raises depends on where the archive is torn
+        return False
+
+
 def replace_text(path: Path, text: str) -> None:
     replace_bytes(path, text.encode("utf-8", "backslashreplace"))  # what is no character is told all the same
 
 
 def replace_bytes(path: Path, *chunks: bytes) -> None:
-    """Write a file whole or not at all: beside it first, then renamed over it."""
+    """Write a file whole or not at all: beside it first, then renamed over it. It is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(beside, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+    with contextlib.suppress(OSError):  # some network file systems cannot force a folder
+        _force(path.parent)
+
+
+def _force(path: Path) -> None:
+    """To the disk: what is in a file, or the names in a folder."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

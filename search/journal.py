@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal._file import LOCK_FILE_SUFFIX
 from optuna.trial import TrialState
 
 
@@ -34,6 +37,16 @@ class StudyJournal(JournalFileBackend):
                     os.fsync(file.fileno())
         finally:
             self._journal_lock.release()
+
+
+def drop_lock(file: Path) -> None:
+    """Remove what a process that was killed as it wrote has left; for the only one that may write to the journal now.
+
+    Optuna waits half a minute for such a lock. It is a link to the journal as that was called: where the folder has
+    been moved since, Optuna finds no age there and waits for ever.
+    """
+    with contextlib.suppress(OSError):  # where nothing can be written, what writes next says so
+        file.with_name(file.name + LOCK_FILE_SUFFIX).unlink()
 
 
 def _cut_torn_line(file: BinaryIO) -> None:

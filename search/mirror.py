@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pyarrow import fs
 
-from search.folder import CHECKPOINT_PATTERN, SCRATCH, SPACE, STUDY
+from search.folder import CHECKPOINT_PATTERN, SCRATCH, SPACE, STUDY, replace_bytes
 from trainables.contract import UserError
 
 
@@ -62,11 +62,18 @@ class Mirror:
         self._sent: dict[str, float] = {}  # by relative path: when the file was changed that was sent last
         self._tried = time.monotonic()
 
-    def begin(self) -> None:
-        """The first push; raises UserError where nothing can be kept, before anything has been computed for nothing."""
+    def check(self) -> None:
+        """Raises UserError where nothing can be kept, or where it would overwrite what is there."""
         try:
             self._filesystem.create_dir(self._root, recursive=True)
             self._recognise()
+        except OSError as error:
+            raise UserError(f"{self.uri}: cannot be written to: {error}") from None
+
+    def begin(self) -> None:
+        """The first push; raises UserError where nothing can be kept, before anything has been computed for nothing."""
+        self.check()
+        try:
             self._push()
         except OSError as error:
             raise UserError(f"{self.uri}: cannot be written to: {error}") from None
@@ -80,6 +87,11 @@ class Mirror:
             path = self.results / found.path.removeprefix(f"{self._root}/")
             if path.name == STUDY:
                 here = _length(fs.LocalFileSystem(), str(path))
+                if found.size > here > 0 and _same_begin(self._filesystem, found.path, path, here):
+                    raise UserError(
+                        f"{self.uri} has more of this search than {self.results}; go on from there, with --resume "
+                        f"{self.uri}"
+                    )
                 if found.size > here or not _same_begin(self._filesystem, found.path, path, found.size):
                     raise UserError(
                         f"{self.uri} holds a search already; go on with it by --resume, or choose another --name"
@@ -173,10 +185,20 @@ def fetch(uri: str, into: Path, parts: Sequence[str] = ()) -> Path:
             if here > 0 and not _same_begin(filesystem, f"{root}/{STUDY}", results / STUDY, min(there, here)):
                 raise UserError(f"{results} holds another search than {uri}; move it away, or work in another folder")
             if there > here:
-                _copy(filesystem, root, results)
+                _copy_all(filesystem, root, results)
     except OSError as error:
         raise UserError(f"{uri}: cannot be read: {error}") from None
     return results
+
+
+def _copy_all(filesystem: fs.FileSystem, root: str, results: Path) -> None:
+    """A results folder. Its study is read first and put in its place last: where it lies, so does all it speaks of."""
+    with filesystem.open_input_stream(f"{root}/{STUDY}") as there:
+        study = there.read()
+    for found in filesystem.get_file_info(fs.FileSelector(root)):
+        if found.base_name != STUDY:
+            _copy(filesystem, found.path, results / found.base_name)
+    replace_bytes(results / STUDY, study)
 
 
 def _copy(filesystem: fs.FileSystem, source: str, target: Path) -> None:

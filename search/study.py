@@ -25,7 +25,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from search.folder import TrialFolder
+from search.folder import TrialFolder, is_there
 from search.journal import StudyJournal
 from search.proposals import ASKED_AGAIN, surviving
 from search.record import Record, longest_of, read_record
@@ -43,7 +43,7 @@ FEASIBLE = -1.0  # the constraint of a trial that neither diverged nor ran out o
 def open_study(file: Path, space: Space, create: bool) -> optuna.Study:
     """The study of a results folder; with `create`, a new one."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if not create and not file.exists():
+    if not create and not is_there(file):
         raise UserError(f"{file}: there is no study here; name a results folder of an earlier search")
     try:
         storage = JournalStorage(StudyJournal(str(file)))
@@ -52,6 +52,8 @@ def open_study(file: Path, space: Space, create: bool) -> optuna.Study:
         raise UserError(f"{file}: there is no search in it; name a results folder of an earlier search") from None
     except ValueError as error:  # in the middle of it; a torn end is passed over
         raise UserError(f"{file}: cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be opened: {error.strerror}") from None
 
 
 def new_study(storage: BaseStorage, space: Space) -> optuna.Study:
@@ -170,8 +172,13 @@ class Ledger:
         if rows:
             opened.epochs, opened.metrics = rows[-1]["epoch"], rows[-1]["metrics"]
             opened.seconds_before = max(opened.seconds_before, rows[-1].get("seconds", 0.0))
+        torn = folder.set_torn_aside()
         # A slot may have been ahead of the record: from its checkpoint on, an epoch's report would be missing.
         folder.keep_checkpoint(opened.epochs)
+        if torn:
+            saved = folder.checkpoint()
+            how = "begins anew" if saved is None else f"goes on from epoch {saved.epoch}"
+            print(f"trial {opened.number}: {', '.join(torn)} cannot be read; it {how}", flush=True)
 
     def _sampler(self, place: int, given: bool) -> BaseSampler:
         """What proposes at a place. given: values are known already, some or all; these are not judged."""

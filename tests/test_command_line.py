@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,12 +19,14 @@ import ray
 import torch
 import yaml
 from ledgers import ask, end_toy, open_journal
+from s3 import Store
 from spaces import write_family
 
 import launch
 from search import command, folder, yaml_file
 from search import run as engine
 from search.folder import TrialFolder, running
+from search.ran import write_space
 from search.record import best_of
 from search.space import Space
 from search.space_file import load_space, read_space
@@ -103,6 +106,7 @@ TOY = ("--space", "toy")
         (["--report", "results/x", "--why", "3", "--export", "3", "model"], "--why does not go with --export"),
         ([*TOY, "--export", "best", "search_spaces"], "--export: search_spaces exists and is not an empty folder"),
         ([*TOY, "--export", "3", "model"], "--export 3: a search exports its best; write best, or add --report"),
+        ([*TOY, "--export", "best", "a" * 300], f"--export: {'a' * 300}: File name too long"),
         ([*TOY, "--table", "--export", "best", "model"], "--export does not go with --table"),
         ([*TOY, "--export", "best"], "argument --export: expected 2 arguments"),
         ([*TOY, "--warm-start", "results/x"], "--warm-start results/x: there is no space.yaml here"),
@@ -216,7 +220,7 @@ def test_a_folder_says_by_which_commands_its_trials_ran(
     space, _ = load_space(tmp_path / "search_spaces" / "toy.yaml")
     for word in ("first", "second", "third"):
         monkeypatch.setattr(sys, "argv", ["launch.py", word])
-        command.write_space(tmp_path, space)
+        write_space(tmp_path, space)
     ran = yaml_file.read(tmp_path / "space.yaml")["ran"]
     assert ran["command"] == "python launch.py third"
     assert [before["command"] for before in ran["before"]] == ["python launch.py first", "python launch.py second"]
@@ -234,11 +238,27 @@ def test_a_results_folder_is_not_used_twice(run: Run, tmp_path: Path) -> None:
 def test_two_processes_do_not_run_one_search(run: Run, tmp_path: Path) -> None:
     results = finished_search(tmp_path)
     before = (results / "space.yaml").read_text()
+    lock = results / "study.journal.lock"
+    lock.symlink_to("study.journal")
     with running(results):
         status, _, told = run("--resume", str(results), "--trials", "9")
     assert status == 2
     assert told == f"error: {results}: another process is running this search; wait for it, or end it first\n"
     assert (results / "space.yaml").read_text() == before
+    assert lock.is_symlink(), "it is writing"
+
+
+@pytest.mark.parametrize(
+    "target", ["study.journal", "results/done/study.journal", "/before/it/was/moved/study.journal"]
+)
+def test_a_lock_that_a_killed_process_left_is_not_waited_for(
+    target: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "start_ray", lambda address: os.kill(os.getpid(), signal.SIGINT))
+    results = finished_search(tmp_path)
+    (results / "study.journal.lock").symlink_to(target)
+    assert run("--resume", str(results))[0] == 130
+    assert not (results / "study.journal.lock").is_symlink()
 
 
 def test_a_search_that_holds_a_nan_is_the_same_as_itself(tmp_path: Path) -> None:
@@ -325,6 +345,27 @@ def test_a_folder_whose_files_were_cut_off_is_named(
     assert message in told
 
 
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        (["--report", "results/done"], "study.journal"),
+        (["--report", "results/done"], "trials/0001/metrics.jsonl"),
+        (["--report", "results/done", "--export", "best", "model"], "study.journal"),
+        (["--resume", "results/done"], "study.journal"),
+        (["--resume", "results/done", "--dry-run"], "trials/0001/metrics.jsonl"),
+        ([*TOY, "--warm-start", "results/done", "--name", "new"], "study.journal"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_a_file_that_may_not_be_opened_is_named(arguments: list[str], file: str, run: Run, tmp_path: Path) -> None:
+    results = finished_search(tmp_path)
+    ask(open_journal(read_space(results / "space.yaml"), results))  # trial 1 is under way
+    (results / file).unlink(missing_ok=True)
+    (results / file).mkdir(parents=True)
+    status, _, told = run(*arguments)
+    assert (status, told) == (2, f"error: results/done/{file}: cannot be opened: Is a directory\n")
+
+
 def test_a_folder_without_its_study_cannot_be_resumed(run: Run, tmp_path: Path) -> None:
     results = finished_search(tmp_path)
     (results / "study.journal").unlink()
@@ -368,11 +409,74 @@ def test_ctrl_c_while_ray_starts_leaves_a_search_to_go_on_with(
     assert (tmp_path / "results/early/trials.csv").exists()
 
 
+@pytest.mark.parametrize(("uri", "told"), [("s3://nowhere/runs", "cannot be written to"), ("s4://x", "cannot be open")])
+def test_a_mirror_that_cannot_be_used_leaves_nothing_in_the_way(
+    uri: str, told: str, run: Run, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "start_ray", lambda address: os.kill(os.getpid(), signal.SIGINT))
+    status, _, error = run(*TOY, "--name", "night", "--results", uri)
+    assert (status, error.count("\n")) == (2, 1)
+    assert f"{uri}/night: {told}" in error
+    assert not Path("results").exists()
+    status, out, _ = run(*TOY, "--name", "night", "--results", "s3://bucket/runs")
+    assert (status, "\nkept at: s3://bucket/runs/night\n" in out) == (130, True)
+
+
+class TestResumeOfAMirroredSearch:
+    """By the local folder, which may know more of the search than the mirror, or less."""
+
+    @pytest.fixture
+    def there(self, run: Run, store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """The mirror of results/night, a search that was interrupted at once."""
+        monkeypatch.setattr(engine, "start_ray", lambda address: os.kill(os.getpid(), signal.SIGINT))
+        run(*TOY, "--name", "night", "--results", "s3://bucket/my%20runs")
+        return store.folder / "bucket/my runs/night"
+
+    def extend(self, results: Path) -> None:
+        ledger = open_journal(read_space(results / "space.yaml"), results)
+        end_toy(ledger, ask(ledger), "finished")
+
+    def test_it_goes_on_mirroring_and_says_so(self, there: Path, run: Run) -> None:
+        for _ in range(2):  # the second time, too, it is known
+            self.extend(Path("results/night"))
+            status, out, _ = run("--resume", "results/night")
+            assert status == 130
+            assert "\nmirrored to s3://bucket/my%20runs/night, as before\n" in out
+            assert "--resume s3://bucket/my%20runs/night\n" in out
+            assert (there / "study.journal").read_bytes() == Path("results/night/study.journal").read_bytes()
+
+    def test_a_mirror_that_has_more_is_not_overwritten(self, there: Path, run: Run, tmp_path: Path) -> None:
+        shutil.copytree("results/night", "elsewhere/night")
+        self.extend(Path("results/night"))
+        run("--resume", "results/night")
+        before = [(there / name).read_bytes() for name in ("study.journal", "space.yaml")]
+        old = Path("elsewhere/night/space.yaml").read_text()
+        status, _, error = run("--resume", "elsewhere/night")
+        assert (status, error.count("\n")) == (2, 1)
+        assert "has more of this search than elsewhere/night; go on from there, with --resume s3://bucket/my%" in error
+        assert [(there / name).read_bytes() for name in ("study.journal", "space.yaml")] == before
+        assert Path("elsewhere/night/space.yaml").read_text() == old
+
+    def test_without_a_word_of_the_mirror_it_goes_on_here_alone(self, there: Path, run: Run) -> None:
+        shutil.rmtree(there.parents[1])  # the bucket
+        status, _, error = run("--resume", "results/night")
+        assert (status, error.count("\n")) == (2, 1)
+        assert error.endswith("; without `mirror` in results/night/space.yaml it goes on here alone\n")
+        document = yaml_file.read(Path("results/night/space.yaml"))
+        del document["ran"]["mirror"]
+        yaml_file.write(Path("results/night/space.yaml"), document)
+        status, out, _ = run("--resume", "results/night")
+        assert (status, "mirrored" in out) == (130, False)
+
+
 def test_a_dry_run_passes_over_a_folder_that_is_torn(run: Run, tmp_path: Path) -> None:
     (tmp_path / "results/other").mkdir(parents=True)
     for text in ("a: [", "", "trainable: toys:descend\nran:"):
         (tmp_path / "results/other/space.yaml").write_text(text)
         assert run(*TOY, "--dry-run")[0] == 0
+    (finished_search(tmp_path) / "study.journal").unlink()
+    (tmp_path / "results/done/study.journal").mkdir()  # which nobody may open
+    assert "GPU-hours follow once an epoch has been timed" in run(*TOY, "--dry-run")[1]
 
 
 def test_a_dry_run_prints_the_resolved_space_the_plan_and_the_estimate(run: Run, tmp_path: Path) -> None:

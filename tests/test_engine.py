@@ -22,7 +22,7 @@ import yaml
 from ray.tune.schedulers import TrialScheduler
 
 from search import run as engine
-from search.command import Options, open_results
+from search.command import Options, folder_of, open_results
 from search.folder import TrialFolder
 from search.group import Group, GroupDied, GroupSpec
 from search.messages import Advance, Begin, Reported
@@ -63,8 +63,10 @@ def search(
     shutil.copy(HERE / "toys.py", folder)
     (folder / "toy.yaml").write_text(yaml.safe_dump(space))
     loaded, _ = load_space(folder / "toy.yaml")
+    given = options(folder)
+    results = folder_of(given, loaded)
     with ExitStack() as held:
-        results = open_results(options(folder), loaded, held)
+        open_results(given, loaded, results, held)
         return engine.run(loaded, make_plan(loaded, machine), results, cold), results
 
 
@@ -120,7 +122,7 @@ def test_more_trials_extend_a_finished_search(descended: tuple[engine.Outcome, P
     before = trials_table(load_space(results / "space.yaml")[0], first.records).splitlines()
     longer, _ = load_space(results / "space.yaml", ["search.trials=12"])
     with ExitStack() as held:
-        open_results(options(tmp_path, resume=results), longer, held)
+        open_results(options(tmp_path, resume=results), longer, results, held)
         second = engine.run(longer, make_plan(longer, ONE_CPU), results)
     after = (results / "trials.csv").read_text().splitlines()
     assert after[: len(before)] == before

@@ -122,6 +122,15 @@ def test_reports_without_a_state_leave_nothing_to_export(results: Path, tmp_path
         export(str(results), "best", str(tmp_path / "model"))
 
 
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_a_torn_checkpoint_is_not_exported(kept: int, results: Path, tmp_path: Path) -> None:
+    checkpoint = results / "trials/0001/checkpoint-0002.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"^--export best: checkpoint-0002.pt of trial 1 is torn and cannot be read$"):
+        export(str(results), "best", str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize("in_use", ["results", "results/run/space.yaml"])
 def test_nothing_is_written_over(in_use: str, results: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"exists and is not an empty folder; name a new one"):

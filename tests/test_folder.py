@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from search.folder import TrialFolder, last_checkpoint, replace_bytes, replace_text
+from search.states import save_state
 
 
 @pytest.fixture
@@ -42,6 +45,64 @@ def test_the_newest_checkpoint_counts_and_the_one_before_stays_until_it_is_let_g
         assert len(list(folder.path.iterdir())) == (1 if epoch == 1 else 2)
         folder.keep_checkpoint(epoch)
         assert [path.name for path in folder.path.iterdir()] == [saved.path.name]
+
+
+def test_what_takes_a_checkpoint_s_place_is_on_the_disk_before_that_goes(
+    folder: TrialFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new checkpoint, its report and their names: after a power loss there is one to go on from."""
+    forced, fsync, replace, unlink = set[int](), os.fsync, os.replace, Path.unlink
+    removed: list[str] = []
+
+    def forcing(opened: int) -> None:
+        forced.add(os.fstat(opened).st_ino)
+        fsync(opened)
+
+    def renaming(source: Path, target: Path) -> None:
+        replace(source, target)
+        forced.discard(target.parent.stat().st_ino)
+
+    def removing(path: Path, missing_ok: bool = False) -> None:
+        stay = [item for item in (folder.path, *folder.path.iterdir()) if item != path]
+        assert [item.name for item in stay if item.stat().st_ino not in forced] == []
+        removed.append(path.name)
+        unlink(path, missing_ok)
+
+    folder.write_checkpoint(1, b"state")
+    monkeypatch.setattr(os, "fsync", forcing)
+    monkeypatch.setattr(os, "replace", renaming)
+    monkeypatch.setattr(Path, "unlink", removing)
+    folder.write_checkpoint(2, b"state")
+    folder.append_metrics({"epoch": 2})
+    folder.keep_checkpoint(2)
+    assert removed == ["checkpoint-0001.pt"]
+
+
+WHOLE = save_state({"w": torch.arange(9000.0)})
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [
+        b"",
+        WHOLE[:-1],
+        WHOLE[:9000],
+        bytes(len(WHOLE)),
+        bytes(4096) + WHOLE[4096:],
+        WHOLE[:8192] + bytes(len(WHOLE[8192:])),
+    ],
+    ids=["empty", "all but the end", "half", "zeros", "zeros first", "zeros last"],
+)
+def test_a_torn_checkpoint_is_set_aside_and_an_earlier_one_counts(torn: bytes, folder: TrialFolder) -> None:
+    folder.write_checkpoint(1, WHOLE)
+    assert folder.set_torn_aside() == []
+    folder.write_checkpoint(2, torn)
+    assert folder.set_torn_aside() == ["checkpoint-0002.pt"]
+    folder.keep_checkpoint(2)
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == {
+        "checkpoint-0001.pt": WHOLE,
+        "checkpoint-0002.torn": torn,
+    }
 
 
 @pytest.mark.parametrize(("epochs", "kept"), [(5, 4), (4, 4), (3, 2), (1, None)])

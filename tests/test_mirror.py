@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import pytest
 from ledgers import ask, open_journal
+from pyarrow import fs
 from s3 import Store
 from spaces import space_of
 
@@ -105,7 +106,7 @@ def test_a_search_that_is_there_is_not_overwritten(results: Path, disk: Path, tm
     """By another of the same name, from a machine that has not heard of it."""
     Mirror(results, f"file://{disk}/run").begin()
     before = tree(disk / "run")
-    for study in (b"", b"two", b"on"):
+    for study in (b"", b"two"):
         (tmp_path / "new").mkdir(exist_ok=True)
         (tmp_path / "new/study.journal").write_bytes(study)
         with pytest.raises(
@@ -113,6 +114,12 @@ def test_a_search_that_is_there_is_not_overwritten(results: Path, disk: Path, tm
         ):
             Mirror(tmp_path / "new", f"file://{disk}/run").begin()
         assert tree(disk / "run") == before
+    (tmp_path / "new/study.journal").write_bytes(b"on")
+    with pytest.raises(
+        UserError, match=r"/run has more of this search than .*/new; go on from there, with --resume fi"
+    ):
+        Mirror(tmp_path / "new", f"file://{disk}/run").begin()
+    assert tree(disk / "run") == before
     (results / "study.journal").write_bytes(b"one more")
     Mirror(results, f"file://{disk}/run").begin()
     assert (disk / "run/study.journal").read_bytes() == b"one more"
@@ -135,6 +142,39 @@ def test_a_mirror_that_has_heard_more_is_newer(results: Path, disk: Path) -> Non
     (disk / "run/trials/0000/checkpoint-0001.pt").write_bytes(b"later")
     fetch(f"file://{disk}/run", results.parent)
     assert tree(results) == tree(disk / "run")
+
+
+@pytest.mark.parametrize("before", [None, b"on"], ids=["nothing here", "an older copy here"])
+def test_a_copy_that_broke_off_is_fetched_again(
+    before: bytes | None, results: Path, disk: Path, tmp_path: Path
+) -> None:
+    """The study says that all is there: it comes last."""
+    uri, copy = f"file://{disk}/run", tmp_path / "elsewhere/run"
+    Mirror(results, uri).push()
+    in_the_way = copy / "trials/0000/checkpoint-0001.pt"
+    in_the_way.mkdir(parents=True)
+    if before is not None:
+        (copy / "study.journal").write_bytes(before)
+    with pytest.raises(UserError, match=r"run: cannot be read: "):
+        fetch(uri, copy.parent)
+    study = copy / "study.journal"
+    assert (study.read_bytes() if study.exists() else None) == before
+    in_the_way.rmdir()
+    assert tree(fetch(uri, copy.parent)) == tree(results)
+
+
+def test_a_copy_of_a_search_under_way_has_no_study_that_is_ahead_of_its_files(
+    results: Path, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, copy_files = f"file://{disk}/run", fs.copy_files
+    Mirror(results, uri).push()
+
+    def meanwhile(*arguments: Any, **named: Any) -> None:
+        copy_files(*arguments, **named)
+        (disk / "run/study.journal").write_bytes(b"one two")
+
+    monkeypatch.setattr(fs, "copy_files", meanwhile)
+    assert tree(fetch(uri, tmp_path / "elsewhere")) == tree(results)
 
 
 def test_parts_come_without_the_rest(results: Path, disk: Path, tmp_path: Path) -> None:

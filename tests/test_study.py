@@ -15,6 +15,7 @@ from spaces import LOSS, space_of
 
 from search.folder import TrialFolder
 from search.space import Space
+from search.states import save_state
 from search.study import Ledger, open_study, penalties, proposal_seed, records, severity, take_over
 from trainables.contract import UserError
 
@@ -68,16 +69,30 @@ class TestJournal:
     def test_a_checkpoint_without_a_report_on_record_is_run_again(self, space: Space, tmp_path: Path) -> None:
         opened = ask(open_journal(space, tmp_path))
         folder = TrialFolder(tmp_path, opened.number)
-        folder.write_checkpoint(4, b"the last one")  # the driver died before it heard of the report
+        folder.write_checkpoint(4, save_state({"w": 4.0}))  # the driver died before it heard of the report
         ask(open_journal(space, tmp_path))
         assert folder.checkpoint() is None
         folder.append_metrics({"epoch": 3, "metrics": {"loss": 0.25}})
         for epoch in (3, 4):
-            folder.write_checkpoint(epoch, b"a state")
+            folder.write_checkpoint(epoch, save_state({"w": float(epoch)}))
         assert ask(open_journal(space, tmp_path)).epochs == 3
         saved = folder.checkpoint()
         assert saved is not None
         assert saved.epoch == 3, "from the last one on, the report of epoch 4 would never come"
+
+    @pytest.mark.parametrize(("whole", "told"), [((), "it begins anew"), ((1, 2), "it goes on from epoch 2")])
+    def test_a_trial_whose_checkpoint_is_torn_goes_on_all_the_same(
+        self, whole: tuple[int, ...], told: str, space: Space, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = TrialFolder(tmp_path, ask(open_journal(space, tmp_path)).number)
+        folder.append_metrics({"epoch": 3, "metrics": {"loss": 0.25}})
+        for epoch in whole:
+            folder.write_checkpoint(epoch, save_state({"w": float(epoch)}))
+        folder.write_checkpoint(3, b"")
+        ask(open_journal(space, tmp_path))
+        saved = folder.checkpoint()
+        assert (saved and saved.epoch) == (2 if whole else None)
+        assert capsys.readouterr().out == f"trial 0: checkpoint-0003.pt cannot be read; {told}\n"
 
     def test_an_entry_that_was_torn_is_cut_off_and_the_study_goes_on(self, space: Space, tmp_path: Path) -> None:
         ledger = open_journal(space, tmp_path)

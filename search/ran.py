@@ -1,0 +1,69 @@
+"""What a results folder's space.yaml says of its run: by which command, on what, and where it is mirrored to."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from search import yaml_file
+from search.folder import SPACE, is_there
+from search.space import Space
+from trainables.contract import UserError
+
+PACKAGES = ("ray", "optuna", "torch", "numpy")
+
+
+def write_space(results: Path, space: Space, mirror: str | None = None) -> None:
+    """The space as it really ran, with what it ran on, and the URI that the folder is mirrored to."""
+    document = space.document()
+    document["ran"] = {
+        "space": space.name,
+        "command": shlex.join(["python", *sys.argv]),
+        "profile": space.profile,
+        "paths": list(space.paths),
+        "data": space.data,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "commit": commit(),
+        "mirror": mirror,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "before": _runs_before(results),
+    }
+    try:
+        yaml_file.write(results / SPACE, document)
+    except OSError as error:
+        raise UserError(f"{results}: cannot be written to: {error.strerror}") from None
+
+
+def _runs_before(results: Path) -> list[dict[str, Any]]:
+    """By which commands, and on what, the search in this folder was run before; the first of them first."""
+    last = how_it_ran(results)
+    if not last:
+        return []
+    return [*last.get("before", []), {key: last.get(key) for key in ("command", "versions", "commit", "time")}]
+
+
+def how_it_ran(results: Path) -> dict[str, Any]:
+    """What the space of a results folder says of how it ran; nothing where there is none yet."""
+    return (yaml_file.read(results / SPACE).get("ran") if is_there(results / SPACE) else None) or {}
+
+
+def commit() -> str | None:
+    """The commit of this checkout, marked where files differ from it; None outside a git checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip()
