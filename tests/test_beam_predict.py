@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from exports import exported
 from numpy.typing import NDArray
 from PIL import Image
 from small_beam import SMALL, raw_files
@@ -22,7 +23,7 @@ from trainables.beam import fusion, predict, rebuild
 from trainables.beam.config import Data, Pretrain, Rebuild, Simulated
 from trainables.beam.data import samples
 from trainables.beam.prepare import find_table
-from trainables.contract import Trial, UserError
+from trainables.contract import UserError
 from trainables.optim import Optim
 
 written = raw_files(Simulated(passes=8, frames=20))
@@ -33,29 +34,6 @@ Config = fusion.Config | rebuild.Config
 @pytest.fixture
 def data(written: Path, tmp_path: Path) -> Data:
     return Data(root=str(written), prepared=str(tmp_path / "cache"), history=2, image_size=32)
-
-
-def exported(folder: Path, config: Config) -> dict[str, float]:
-    """Train, and write what `launch.py --export` does; returns the last metrics."""
-    family = rebuild if isinstance(config, rebuild.Config) else fusion
-    *_, report = family.train(Trial(config))
-    assert report.state is not None
-    folder.mkdir()
-    torch.save(report.state(), folder / "checkpoint.pt")
-    yaml_file.write(folder / "config.yaml", said(asdict(config), asdict(type(config)())))
-    yaml_file.write(folder / "origin.yaml", {"trainable": f"{family.__name__}:train"})
-    return dict(report.metrics)
-
-
-def said(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """As much of a config as a space says, which leaves out what is as it is by default."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found[key] = said(value, defaults.get(key) or {})
-        elif value != defaults.get(key):
-            found[key] = list(value) if isinstance(value, tuple) else value
-    return found
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

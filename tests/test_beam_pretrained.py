@@ -16,9 +16,9 @@ import torch
 from small_beam import SMALL, simulated
 
 from trainables.beam import fusion, pretrained, rebuild
-from trainables.beam.checkpoint import Weights
 from trainables.beam.config import BeamLoss, Data, Pretrain, RebuildLoss, Simulated
 from trainables.beam.simulator import simulate
+from trainables.checkpoint import Weights
 from trainables.contract import Diverged, Report, Trial, UserError
 from trainables.loop import Task, fit
 from trainables.optim import EarlyStop, Optim

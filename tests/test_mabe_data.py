@@ -15,10 +15,11 @@ import torch
 from trainables.contract import UserError
 from trainables.mabe import challenge
 from trainables.mabe.config import CLASSES, Augment, Data, Simulated
-from trainables.mabe.data import UNLABELLED, describe, samples, training_frames, videos_of
+from trainables.mabe.data import describe, samples, training_frames, videos_of
 from trainables.mabe.prepare import Prepared, prepare_data
 from trainables.mabe.simulator import ATTACK, INVESTIGATION, LABS, MOUNT, OTHER, play, simulate
 from trainables.mabe.tagging import Config
+from trainables.mabe.video import UNLABELLED
 
 SIMULATED = Simulated(videos=8, seconds=5)
 
@@ -104,7 +105,7 @@ def test_a_split_is_the_same_until_its_seed_changes(config: Config) -> None:
 
 
 def split_of(units: list[str]) -> list[int]:
-    prepared = Prepared(Path("a"), Path("b"), ["lab"] * len(units), units, [30.0] * len(units), [0], 2, ["nose"])
+    prepared = Prepared(Path("a"), Path("b"), ["lab"] * len(units), units, [30.0] * len(units), [0], 2, ["nose"], [])
     return videos_of(prepared, Data(holdout=0.5), "val")
 
 

@@ -8,8 +8,8 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 from torch import Tensor
 
 from trainables.mabe.config import CLASSES
-from trainables.mabe.data import UNLABELLED
 from trainables.mabe.metrics import event_scores, frame_scores, runs, summary
+from trainables.mabe.video import UNLABELLED
 from trainables.step import Pairs
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from trainables.contract import UserError
 from trainables.mabe.config import Augment, Data, FrameLoss, Model, Simulated
-from trainables.mabe.data import UNLABELLED
 from trainables.mabe.network import FAR, FrameTagger, Inputs
 from trainables.mabe.tagging import class_weights, make_inputs, shifted, weighted_entropy
+from trainables.mabe.video import UNLABELLED
 
 NOTES = Model()
 REPOSITORY = Model(head="mlp", pool=3)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainables.beam.config import Data, Model
-from trainables.contract import State, UserError
-
-SETTINGS = "settings"  # the entry of a checkpoint that holds `unseen_settings`
-
-Weights = dict[str, Tensor]
+from trainables.checkpoint import Weights, first_difference, read_checkpoint, weights_of
+from trainables.contract import UserError
 
 
 class HasNetwork(Protocol):
@@ -51,10 +45,6 @@ def unseen_settings(config: HasNetwork) -> dict[str, Any]:
     return settings
 
 
-def with_settings(state: Callable[[], State], settings: dict[str, Any]) -> State:
-    return {**state(), SETTINGS: settings}
-
-
 def given_weights(name: str, path: str, config: HasNetwork) -> Weights:
     """The weights in a checkpoint of fusion training that the setting `name` gives for networks of `config`.
 
@@ -65,7 +55,7 @@ def given_weights(name: str, path: str, config: HasNetwork) -> Weights:
     if file.is_dir():
         raise UserError(f"{what}: it is a folder; give the checkpoint in it, {file / 'checkpoint.pt'} if exported")
     state = read_checkpoint(file, what)
-    if (other := first_difference(state, config)) is not None:
+    if (other := first_difference(state, unseen_settings(config))) is not None:
         setting, theirs, ours = other
         raise UserError(
             f"{what}: it was trained with {setting} = {theirs}, and here that is {ours}. Its weights would mean "
@@ -86,28 +76,3 @@ def load_given(network: nn.Module, name: str, path: str, config: HasNetwork) -> 
         network.load_state_dict(weights)
     except UserError as error:
         raise UserError(f"{name} = {path}: {error}") from None
-
-
-def first_difference(state: State, config: HasNetwork) -> tuple[str, Any, Any] | None:
-    """A setting with which a checkpoint was trained and that is another here, and its values there and here."""
-    theirs = state.get(SETTINGS, {})
-    pairs = ((name, theirs.get(name, ours), ours) for name, ours in unseen_settings(config).items())
-    return next((pair for pair in pairs if pair[1] != pair[2]), None)
-
-
-def read_checkpoint(file: Path, what: str) -> State:
-    """The state in a checkpoint of this family; raises `UserError`, which begins with `what`, where it is none."""
-    try:
-        state: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{what}: there is no such file") from None
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{what}: it cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or "model" not in state:
-        raise UserError(f"{what}: no checkpoint of fusion training, it has no entry `model`")
-    return state
-
-
-def weights_of(state: Mapping[str, Any]) -> Weights:
-    """The network's weights in a state of training: the average over steps where there is one."""
-    return {**state["model"], **state.get("ema", {})}

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from trainables.beam.checkpoint import load_given, unseen_settings, with_settings
+from trainables.beam.checkpoint import load_given, unseen_settings
 from trainables.beam.config import SENSORS, BeamLoss, Data, Modality, Model
 from trainables.beam.data import describe, gps_width, samples
 from trainables.beam.encoders import pretrained_weights
 from trainables.beam.health import dba_of_guessing, fusion_part, fusion_signs, stage_spreads
 from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss, soft_targets
 from trainables.beam.network import FusionNetwork
+from trainables.checkpoint import with_settings
 from trainables.contract import Report, Trial, UserError
 from trainables.loop import Task, fit, step_memory
 from trainables.optim import Optim

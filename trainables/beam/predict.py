@@ -13,29 +13,26 @@ Legend: B windows of a batch, N of the CSV, P steps (no such axis where there is
 
 from __future__ import annotations
 
-import argparse
 import csv
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from trainables.beam import fusion, rebuild
-from trainables.beam.checkpoint import first_difference, read_checkpoint, weights_of
+from trainables.beam.checkpoint import unseen_settings
 from trainables.beam.config import SENSORS, Data
 from trainables.beam.data import frames_of, gps_of_others
 from trainables.beam.metrics import RANKS
 from trainables.beam.prepare import find_table, picture_folders, prepare_arrays
 from trainables.beam.table import GROUPS, read_unlabelled
+from trainables.checkpoint import read_checkpoint
 from trainables.contract import UserError, default_device
+from trainables.exported import check_settings, load_weights, make_room, predict_command, read_config, trainable_of
 from trainables.samples import Batch
 from trainables.step import autocast
 
@@ -58,16 +55,12 @@ class Model:
 
 def read_model(folder: Path) -> Model:
     """The model in an exported folder; raises `UserError` where it holds none of this family."""
-    trainable = _yaml(folder / "origin.yaml").get("trainable")
+    trainable = trainable_of(folder)
     if trainable not in FAMILIES:
         raise UserError(f"{folder}: a model of {trainable}; beams are predicted by one of {' or '.join(FAMILIES)}")
-    config = _config(folder / "config.yaml", FAMILIES[trainable])
+    config = read_config(folder / "config.yaml", FAMILIES[trainable])
     state = read_checkpoint(folder / "checkpoint.pt", str(folder / "checkpoint.pt"))
-    if (other := first_difference(state, config.fusion if isinstance(config, rebuild.Config) else config)) is not None:
-        name, theirs, ours = other
-        raise UserError(
-            f"{folder}: it was trained with {name} = {theirs}; by its config.yaml, or by default, it is {ours}"
-        )
+    check_settings(folder, state, unseen_settings(config.fusion if isinstance(config, rebuild.Config) else config))
     config = replace(config, model=replace(config.model, pretrained_encoders=None))  # its weights come from here
     if isinstance(config, rebuild.Config):
         if "training_mode" in config.rebuild.mistakes:
@@ -83,46 +76,8 @@ def read_model(folder: Path) -> Model:
     else:
         whole = fusion.build(replace(config, pretrained=None))
         model = Model(config, config.data, whole, lambda batch: whole.fuse(whole.first_maps(batch), batch.get("gps")))
-    try:
-        model.network.load_state_dict(weights_of(state))
-    except (RuntimeError, UserError) as error:
-        raise UserError(f"{folder / 'checkpoint.pt'}: not the weights of {folder / 'config.yaml'}: {error}") from None
+    load_weights(model.network, state, folder)
     return model
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; name a folder that `launch.py --export` wrote") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: no mapping; name a folder that `launch.py --export` wrote")
-    return found
-
-
-def _config(path: Path, cls: type[fusion.Config | rebuild.Config]) -> fusion.Config | rebuild.Config:
-    """The config in a file; raises `UserError` for what this version knows nothing of, or takes for something else."""
-    tree = _yaml(path)
-    try:
-        config: fusion.Config | rebuild.Config = TypeAdapter(cls).validate_python(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    if (lost := _lost(tree, asdict(config))) is not None:
-        raise UserError(f"{path}: {lost}: this version of {cls.__module__} does not have it so")
-    return config
-
-
-def _lost(written: Mapping[str, Any], read: Mapping[str, Any]) -> str | None:
-    """The dotted path of a written value that is not among what was read."""
-    for key, value in written.items():
-        found = read.get(key, math.nan)
-        if isinstance(value, dict) and isinstance(found, dict):
-            if (below := _lost(value, found)) is not None:
-                return f"{key}.{below}"
-        elif (list(found) if isinstance(found, tuple) else found) != value:
-            return key
-    return None
 
 
 def batches(model: Model, windows: Path) -> tuple[tuple[str, ...], Iterator[Batch]]:
@@ -184,17 +139,6 @@ def predict(model: Model, windows: Path, device: torch.device) -> tuple[tuple[st
     return names, torch.cat(beams), torch.cat(confidence)
 
 
-def _make_room(folder: Path) -> None:
-    """Before the long work begins: a folder in which neither file is."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: no folder can be made here: {error.strerror}") from None
-    for path in (folder / BEAMS_FILE, folder / SURE_FILE):
-        if path.exists():
-            raise UserError(f"{path} exists; name another folder")
-
-
 def write(folder: Path, names: Sequence[str], beams: Tensor, confidence: Tensor) -> None:
     """Both files."""
 
@@ -212,22 +156,16 @@ def _write_csv(path: Path, header: Sequence[str], names: Sequence[str], rows: Se
         csv.writer(file).writerows([header, *([name, *row] for name, row in zip(names, rows, strict=True))])
 
 
+def write_beams(model: Path, windows: Path, out: Path) -> str:
+    """Predict, and write both files; returns what was done, in words."""
+    make_room([out / BEAMS_FILE, out / SURE_FILE])
+    names, beams, confidence = predict(read_model(model), windows, default_device())
+    write(out, names, beams, confidence)
+    return f"beams of {len(names)} windows: {out / BEAMS_FILE}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainables.beam.predict", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", type=Path, help="a folder that `launch.py --export` wrote")
-    parser.add_argument("windows", type=Path, help="the CSV of the windows")
-    parser.add_argument("out", type=Path, help="the folder to write to")
-    given = parser.parse_args(arguments)
-    try:
-        _make_room(given.out)
-        names, beams, confidence = predict(read_model(given.model), given.windows, default_device())
-        write(given.out, names, beams, confidence)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"beams of {len(names)} windows: {given.out / BEAMS_FILE}")
-    return 0
+    return predict_command(write_beams, ("windows", "the CSV of the windows"), "beam", __doc__, arguments)
 
 
 if __name__ == "__main__":

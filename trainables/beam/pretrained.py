@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from trainables.beam import fusion
-from trainables.beam.checkpoint import Weights, weights_of
 from trainables.beam.config import Data
 from trainables.beam.prepare import array_path, prepare_data, wanted_arrays
 from trainables.cache import cache_folder
+from trainables.checkpoint import Weights, weights_of
 from trainables.contract import Diverged, State, Trial, UserError
 from trainables.loop import fit
 

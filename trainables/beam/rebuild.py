@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.beam import features, fusion
-from trainables.beam.checkpoint import Weights, given_weights, load_given, unseen_settings, with_settings
+from trainables.beam.checkpoint import given_weights, load_given, unseen_settings
 from trainables.beam.config import Data, Modality, Model, Pretrain, Rebuild, RebuildLoss
 from trainables.beam.health import dba_of_guessing, fusion_part, fusion_signs, stage_spreads
 from trainables.beam.metrics import beam_scores
@@ -19,6 +19,7 @@ from trainables.beam.network import FusionNetwork, Maps
 from trainables.beam.pretrained import trained_once
 from trainables.beam.rebuild_network import RebuildNetwork, insert, of_first_stage
 from trainables.beam.reconstruct import contrast_chance, contrast_loss, distance_loss, trans_loss
+from trainables.checkpoint import Weights, with_settings
 from trainables.contract import Report, Trial, UserError
 from trainables.loop import Task, evaluate, fit, step_memory
 from trainables.optim import Optim

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from trainables.contract import UserError
 from trainables.mabe.config import CLASSES
-from trainables.mabe.video import Labels, Points, Video
+from trainables.mabe.video import UNLABELLED, Labels, Points, Video
 
 PARTS = ("nose", "left_ear", "right_ear", "neck", "left_hip", "right_hip", "tail_base")
 VOCABULARY = {"attack": 0, "investigation": 1, "mount": 2, "other": 3}
@@ -32,27 +32,28 @@ def found(root: Path) -> list[Path]:
     return extracts or texts or pickles
 
 
-def read(paths: list[Path], trust_pickle: bool) -> list[Video]:
+def read(paths: list[Path], trust_pickle: bool, unlabelled: bool = False) -> list[Video]:
+    """The videos in these files; one without annotations is a mistake unless `unlabelled`."""
     videos: list[Video] = []
     for path in paths:
-        videos += _extract(path) if path.suffix == ".npz" else _published(path, trust_pickle)
+        videos += _extract(path, unlabelled) if path.suffix == ".npz" else _published(path, trust_pickle, unlabelled)
     return videos
 
 
-def _published(path: Path, trust_pickle: bool) -> Iterator[Video]:
+def _published(path: Path, trust_pickle: bool, unlabelled: bool) -> Iterator[Video]:
     for annotator, sequences in _mapping(_tree(path, trust_pickle), str(path)).items():
         for name, record in _mapping(sequences, f"{path}: {annotator}").items():
             where = f"{path}: {name}"
             fields = _mapping(record, where)
             for key in ("keypoints", "annotations"):
-                if key not in fields:
+                if fields.get(key) is None and not (key == "annotations" and unlabelled):
                     raise UserError(f"{where} has no {key}, but {_listed(fields)}; keep the layout of the public data")
             metadata = _mapping(fields.get("metadata", {}), f"{where}: metadata")
             animal = re.search(r"mouse\d+", name)
             yield _video(
                 where,
-                animal.group() if animal else name,
-                (fields["keypoints"], fields["annotations"]),
+                (name, animal.group() if animal else name),
+                (fields["keypoints"], fields.get("annotations")),
                 _mapping(metadata.get("vocab", VOCABULARY), f"{where}: metadata.vocab"),
             )
 
@@ -71,7 +72,7 @@ def _tree(path: Path, trust_pickle: bool) -> Any:
         raise UserError(f"{path} cannot be read: {error}; download it again") from None
 
 
-def _extract(path: Path) -> Iterator[Video]:
+def _extract(path: Path, unlabelled: bool) -> Iterator[Video]:
     try:
         arrays = np.load(path)
         names = list(arrays.files)
@@ -82,17 +83,21 @@ def _extract(path: Path) -> Iterator[Video]:
         raise UserError(f"{path} holds no keypoints_0 and so on, but {_listed(names)}; keep the layout of the extract")
     for i in numbers:
         labels = next((name for name in (f"annotations_{i}", f"labels_{i}") if name in names), None)
-        if labels is None:
+        if labels is None and not unlabelled:
             raise UserError(f"{path} holds neither annotations_{i} nor labels_{i}, but {_listed(names)}")
         try:
-            given = arrays[f"keypoints_{i}"], arrays[labels]
+            given = arrays[f"keypoints_{i}"], None if labels is None else arrays[labels]
         except ValueError as error:  # an array of objects is a pickle
             raise UserError(f"{path}: sequence {i} cannot be read: {error}; it must hold plain arrays") from None
-        yield _video(f"{path}: sequence {i}", f"{path.name}/{i}", given, VOCABULARY)
+        yield _video(f"{path}: sequence {i}", (f"keypoints_{i}", f"{path.name}/{i}"), given, VOCABULARY)
 
 
-def _video(where: str, unit: str, given: tuple[Any, Any], vocabulary: Mapping[str, Any]) -> Video:
-    """Checked and scaled; `given` is keypoints (frames, mice, 2, points) in pixels, and annotations (frames,)."""
+def _video(where: str, names: tuple[str, str], given: tuple[Any, Any], vocabulary: Mapping[str, Any]) -> Video:
+    """Checked and scaled.
+
+    names: the video's key and its unit. given: keypoints (frames, mice, 2, points) in pixels, and annotations (frames,)
+    or None.
+    """
     try:
         points_T2 = np.asarray(given[0], dtype=np.float32)
         numbers_T = np.asarray(given[1])
@@ -100,12 +105,16 @@ def _video(where: str, unit: str, given: tuple[Any, Any], vocabulary: Mapping[st
         raise UserError(f"{where}: keypoints must be one array of numbers: {error}") from None
     if points_T2.ndim != 4 or points_T2.shape[2] != 2 or 0 in points_T2.shape:
         raise UserError(f"{where}: keypoints are {points_T2.shape}, they must be (frames, mice, 2, points)")
-    if numbers_T.shape != points_T2.shape[:1]:
+    if given[1] is None:
+        labels: Labels = np.full(len(points_T2), UNLABELLED, dtype=np.int8)
+    elif numbers_T.shape == points_T2.shape[:1]:
+        labels = _labels(where, numbers_T, vocabulary)
+    else:
         raise UserError(f"{where}: annotations are {numbers_T.shape}, they must be {points_T2.shape[:1]}, one a frame")
-    labels = _labels(where, numbers_T, vocabulary)
+    key, unit = names
     points: Points = np.ascontiguousarray(points_T2.swapaxes(2, 3)) / np.float32(WIDTH_PX)
     parts = PARTS if points.shape[2] == len(PARTS) else tuple(f"point{i}" for i in range(points.shape[2]))
-    return Video(where, "calms21", unit, FPS, len(points), points.shape[1], parts, lambda: (points, labels))
+    return Video(where, key, "calms21", unit, FPS, len(points), points.shape[1], parts, lambda: (points, labels))
 
 
 def _labels(where: str, numbers_T: NDArray[Any], vocabulary: Mapping[str, Any]) -> Labels:

@@ -4,7 +4,7 @@
     train_tracking/<lab_id>/<video_id>.parquet  video_frame, mouse_id, bodypart, x, y in pixels, a row per point seen
     train_annotation/<lab_id>/<video_id>.parquet  agent_id, target_id, action, start_frame, stop_frame (exclusive)
 
-A frame has one label, whichever mice it is about. Videos without an annotation file are left out.
+A frame has one label, whichever mice it is about. A CSV of another name has folders of that name: test_tracking/.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from trainables.contract import UserError
 from trainables.mabe.config import CLASSES
-from trainables.mabe.video import Labels, Points, Video
+from trainables.mabe.video import UNLABELLED, Labels, Points, Video
 
 COLUMNS = ("lab_id", "video_id", "frames_per_second", "video_width_pix", "body_parts_tracked")
 TRACKING = ("video_frame", "mouse_id", "bodypart", "x", "y")
@@ -45,54 +45,67 @@ def files(root: Path) -> list[Path]:
     return [root / "train.csv", *sorted(root.glob("train_*/*/*.parquet"))]
 
 
-def read(root: Path) -> list[Video]:
-    """All annotated videos; raises `UserError` with file, row and column for what cannot be read."""
-    path = root / "train.csv"
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        header, rows = list(reader.fieldnames or []), list(reader)
+def read(root: Path, name: str = "train", unlabelled: bool = False) -> list[Video]:
+    """The annotated videos of `name`.csv, and, if `unlabelled`, the others.
+
+    Raises `UserError` with file, row and column for what cannot be read.
+    """
+    path = root / f"{name}.csv"
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            header, rows = list(reader.fieldnames or []), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {error}; restore the file") from None
     for column in COLUMNS:
         if column not in header:
             raise UserError(f"{path} has no column {column}; keep the layout of the public data")
+    if not rows:
+        raise UserError(f"{path} has no rows; it must name a video in each")
     videos = []
     for number, row in enumerate(rows, start=1):
-        name = f"{row['lab_id']}/{row['video_id']}.parquet"
-        if (root / "train_annotation" / name).exists():
-            videos.append(_video(root, row, name, f"row {number} of {path}"))
+        file_name = f"{row['lab_id']}/{row['video_id']}.parquet"
+        tracking, annotation = (root / f"{name}_{kind}" / file_name for kind in ("tracking", "annotation"))
+        labelled = annotation.exists()
+        if labelled or unlabelled:
+            videos.append(_video(row, tracking, annotation if labelled else None, f"row {number} of {path}"))
     if not videos:
-        raise UserError(f"{root / 'train_annotation'} has no <lab_id>/<video_id>.parquet of any video in {path}")
+        raise UserError(f"{root / f'{name}_annotation'} has no <lab_id>/<video_id>.parquet of any video in {path}")
     return videos
 
 
-def _video(root: Path, row: dict[str, str], name: str, line: str) -> Video:
-    tracking = root / "train_tracking" / name
+def _video(row: dict[str, str], tracking: Path, annotation: Path | None, line: str) -> Video:
     table = _table(tracking, TRACKING, ("video_frame", "mouse_id"))
     frame = _numbers(table, "video_frame", tracking)
     mice = mouse_numbers(table.column("mouse_id"), tracking)
     if not len(frame):
-        raise UserError(f"{tracking} has no rows; remove it and its row in train.csv")
+        raise UserError(f"{tracking} has no rows; remove it and {line}")
     if frame.min() < 0:
         raise UserError(f"{tracking}: video_frame = {frame.min():.0f} must not be negative")
     parts = head_first(_parts(row["body_parts_tracked"], line))
     width_px = _positive(row, "video_width_pix", line)
     shape = (int(frame.max()) + 1, int(mice.max()), len(parts), 2)
+    unit = f"{row['lab_id']}/{row['video_id']}"
     return Video(
         name=str(tracking),
+        key=unit,
         lab=row["lab_id"],
-        unit=f"{row['lab_id']}/{row['video_id']}",
+        unit=unit,
         fps=_positive(row, "frames_per_second", line),
         frames=shape[0],
         mice=shape[1],
         parts=parts,
-        read=functools.partial(_read, tracking, root / "train_annotation" / name, parts, (shape, width_px)),
+        read=functools.partial(_read, tracking, annotation, parts, (shape, width_px)),
     )
 
 
 def _read(
-    tracking: Path, annotation: Path, parts: tuple[str, ...], scale: tuple[tuple[int, ...], float]
+    tracking: Path, annotation: Path | None, parts: tuple[str, ...], scale: tuple[tuple[int, ...], float]
 ) -> tuple[Points, Labels]:
     shape, width_px = scale
-    return points(tracking, parts, shape) / np.float32(width_px), labels(annotation, shape[0])
+    unlabelled = np.full(shape[0], UNLABELLED, dtype=np.int8)
+    given = unlabelled if annotation is None else labels(annotation, shape[0])
+    return points(tracking, parts, shape) / np.float32(width_px), given
 
 
 def points(path: Path, parts: Sequence[str], shape: tuple[int, ...]) -> Points:
@@ -100,9 +113,7 @@ def points(path: Path, parts: Sequence[str], shape: tuple[int, ...]) -> Points:
     table = _table(path, TRACKING, TRACKING)
     names, which = categories(table.column("bodypart"))
     if strange := [name for name in names if name not in parts]:
-        raise UserError(
-            f"{path}: bodypart = {strange[0]} is not in body_parts_tracked of its row in train.csv; mend it"
-        )
+        raise UserError(f"{path}: bodypart = {strange[0]} is not in body_parts_tracked of its row in the CSV; mend it")
     part = np.array([parts.index(name) for name in names], dtype=np.int64)[which]
     out = np.full(shape, np.nan, dtype=np.float32)
     at = _numbers(table, "video_frame", path).astype(int), mouse_numbers(table.column("mouse_id"), path) - 1, part

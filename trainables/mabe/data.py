@@ -16,9 +16,9 @@ from torch import Tensor
 from trainables.contract import UserError
 from trainables.mabe.config import CLASSES, Augment, Data
 from trainables.mabe.prepare import Prepared, groups_of, prepare_data
+from trainables.mabe.video import UNLABELLED
 from trainables.samples import Batch
 
-UNLABELLED = -1  # frames beyond the video's ends
 SAMPLED = 200_000  # training frames, evenly spaced, that scale and principal axes are computed from
 
 
@@ -62,20 +62,15 @@ class Samples:
 
 
 def samples(config: HasData, split: str, ranks: object = None) -> Samples:
-    """Open the side "train" or "val" of the split; cheap once the data are prepared.
-
-    Training windows overlap, as `data.stride` says; validation windows hold every frame of their videos once.
-    """
+    """Open the side "train" or "val" of the split; cheap once the data are prepared."""
     data = config.data
     prepared = prepare_data(data)
     train = split == "train"
     first, bounds = [], []
     for v in videos_of(prepared, data, split):
-        start, stop = prepared.start[v], prepared.start[v + 1]
-        last = max(stop - data.window, start) if train else stop - 1
-        starts = np.arange(start, last + 1, data.stride if train else data.window)
-        first.append(starts)
-        bounds.append(np.tile([start, stop - 1], (len(starts), 1)))
+        first_n, bounds_n2 = windows_of(prepared.start[v], prepared.start[v + 1], data, train)
+        first.append(first_n)
+        bounds.append(bounds_n2)
     return Samples(
         first_N=np.concatenate(first),
         bounds_N2=np.concatenate(bounds),
@@ -84,6 +79,16 @@ def samples(config: HasData, split: str, ranks: object = None) -> Samples:
         groups={name: prepared.group(name) for name in groups_of(data)},
         labels=prepared.labels(),
     )
+
+
+def windows_of(start: int, stop: int, data: Data, train: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The first frames of the windows of a video from `start` up to `stop`, (n,), and its ends for each, (n, 2).
+
+    Training windows overlap, as `data.stride` says; the others hold every frame once, in order.
+    """
+    last = max(stop - data.window, start) if train else stop - 1
+    first_n = np.arange(start, last + 1, data.stride if train else data.window)
+    return first_n, np.tile([start, stop - 1], (len(first_n), 1))
 
 
 def videos_of(prepared: Prepared, data: Data, split: str) -> list[int]:

@@ -20,14 +20,17 @@ from trainables.contract import UserError
 from trainables.mabe import calms21, challenge, simulator
 from trainables.mabe.config import Data, Feature
 from trainables.mabe.features import group, width
-from trainables.mabe.video import Video
+from trainables.mabe.video import Points, Video
 
-VERSION = 1  # raise it whenever reading or a feature changes
+VERSION = 2  # raise it whenever reading or a feature changes
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All videos of a data set, one after another: video v has the frames start[v] to start[v + 1]."""
+    """All videos of a data set, one after another: video v has the frames start[v] to start[v + 1].
+
+    tracked: of each video, how many mice it shows, and which parts of them.
+    """
 
     root: Path
     folder: Path
@@ -37,6 +40,7 @@ class Prepared:
     start: Sequence[int]
     mice: int
     parts: Sequence[str]
+    tracked: Sequence[tuple[int, Sequence[str]]]
 
     def points(self) -> NDArray[np.float32]:
         """(frames, mice, parts, 2) in pictures' widths, memory-mapped; NaN where not seen."""
@@ -119,10 +123,7 @@ def _write_points(folder: Path, videos: list[Video]) -> None:
     for video, first in zip(videos, start, strict=False):
         here = slice(first, first + video.frames)
         seen, labels[here] = video.read()
-        points[here] = np.nan
-        columns = [parts.index(part) for part in video.parts]
-        for mouse in range(video.mice):
-            points[here, mouse, columns] = seen[:, mouse]
+        points[here] = placed(seen, video.parts, mice, parts)
     points.flush()
     np.save(folder / "labels.npy", labels)
     index = {
@@ -132,8 +133,16 @@ def _write_points(folder: Path, videos: list[Video]) -> None:
         "start": start,
         "mice": mice,
         "parts": parts,
+        "tracked": [(video.mice, video.parts) for video in videos],
     }
     (folder / "index.json").write_text(json.dumps(index))
+
+
+def placed(seen: Points, seen_parts: Sequence[str], mice: int, parts: Sequence[str]) -> Points:
+    """A video's points in an array with a place for so many mice and for all these parts."""
+    points: Points = np.full((len(seen), mice, len(parts), 2), np.nan, dtype=np.float32)
+    points[:, : seen.shape[1], [parts.index(part) for part in seen_parts]] = seen
+    return points
 
 
 def _write_group(prepared: Prepared, name: Feature) -> Callable[[Path], None]:

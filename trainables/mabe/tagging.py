@@ -5,20 +5,25 @@ Shape suffixes: B windows, S frames with margins, T frames of the window, K clas
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
+from trainables.checkpoint import with_settings
 from trainables.contract import Report, Trial
 from trainables.loop import Task, fit, step_memory
+from trainables.mabe.checkpoint import settings_of
 from trainables.mabe.config import CLASSES, Augment, Data, FrameLoss, Model
-from trainables.mabe.data import UNLABELLED, describe, samples, training_frames
+from trainables.mabe.data import describe, samples, training_frames
 from trainables.mabe.metrics import event_scores, frame_scores, summary
 from trainables.mabe.network import FrameTagger, Inputs, Tagger
+from trainables.mabe.prepare import prepare_data
+from trainables.mabe.video import UNLABELLED
 from trainables.optim import Optim, require
 from trainables.samples import Batch
 from trainables.step import Pairs
@@ -131,4 +136,8 @@ def memory_need(trial: Trial) -> int:
 
 
 def train(trial: Trial) -> Iterator[Report]:
-    yield from fit(TASK, trial)
+    config: Config = trial.config
+    settings = settings_of(config.data, config.model, prepare_data(config.data))
+    for report in fit(TASK, trial):
+        assert report.state is not None
+        yield replace(report, state=functools.partial(with_settings, report.state, settings))

@@ -1,0 +1,210 @@
+"""The behaviour in every frame of other videos, by a model that `launch.py --export best MODEL` wrote.
+
+    python -m trainables.mabe.predict MODEL VIDEOS OUT
+
+VIDEOS is a file of videos in a layout that training reads, labelled or not:
+
+    calms21_task1_test.json   CalMS21, as published; as a .npy too, if MODEL/config.yaml has data.trust_pickle: true
+    any .npz                  an extract of CalMS21: keypoints_<i>, and annotations_<i> or labels_<i>
+    test.csv, or any .csv     the MABe challenge: a row per video, with test_tracking/<lab_id>/<video_id>.parquet beside
+                              it, and, where there are labels, test_annotation/<lab_id>/<video_id>.parquet
+
+OUT gets a CSV for each video, by its name in the data set: OUT/task1/test/mouse071_task1_annotator1.csv,
+OUT/keypoints_0.csv, OUT/<lab_id>/<video_id>.csv. It has a row per frame, as R, pandas and spreadsheets read them:
+`frame`, from 0; `behaviour`: other, investigation, mount or attack; `confidence`: the largest softmax. Where videos
+have labels, their scores are printed as a search has them of its validation videos: windows do not overlap, and the
+last one of a video is filled up with its last frame.
+
+Shape suffixes: B windows, T frames of a window.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from trainables.checkpoint import read_checkpoint
+from trainables.contract import UserError, default_device
+from trainables.exported import check_settings, load_weights, make_room, predict_command, read_config, trainable_of
+from trainables.mabe import calms21, challenge
+from trainables.mabe.checkpoint import Seen, seen_of, unseen_settings
+from trainables.mabe.config import CLASSES
+from trainables.mabe.data import Samples, windows_of
+from trainables.mabe.features import group, width
+from trainables.mabe.metrics import event_scores, frame_scores, summary
+from trainables.mabe.network import FrameTagger, Inputs, Tagger
+from trainables.mabe.prepare import groups_of, placed
+from trainables.mabe.tagging import Config, forward
+from trainables.mabe.video import Video
+from trainables.samples import on_device
+from trainables.step import autocast
+
+TRAINABLE = "trainables.mabe.tagging:train"
+SUFFIXES = (".json", ".npy", ".npz", ".csv")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network, and the videos it knows."""
+
+    config: Config
+    seen: Seen
+    network: Tagger
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What a video's windows show, each (B, T): the classes by the model, how sure it is, and the labels.
+
+    Windows hold every frame in order; beyond the video's end, and where it has no labels, a label is UNLABELLED.
+    """
+
+    guess_BT: Tensor
+    confidence_BT: Tensor
+    label_BT: Tensor
+
+
+def read_model(folder: Path) -> Model:
+    """The model in an exported folder; raises `UserError` where it holds none of this family."""
+    if (trainable := trainable_of(folder)) != TRAINABLE:
+        raise UserError(f"{folder}: a model of {trainable}; behaviour is tagged by one of {TRAINABLE}")
+    config = read_config(folder / "config.yaml", Config)
+    state = read_checkpoint(folder / "checkpoint.pt", str(folder / "checkpoint.pt"))
+    seen = seen_of(state, folder)
+    check_settings(folder, state, unseen_settings(config.data, config.model))
+    network = untrained(config, seen)
+    load_weights(network, state, folder)
+    return Model(config, seen, network)
+
+
+def untrained(config: Config, seen: Seen) -> Tagger:
+    """The network that a checkpoint's weights go into, their scale and principal axes with them."""
+    mice, points = max(seen.mice), len(seen.parts)
+    coords = width("coords", mice, points) if "pca" in config.data.features else 0
+    axes_DQ = torch.zeros(coords, min(config.data.pca, coords))
+    widths = [axes_DQ.shape[1] if name == "pca" else width(name, mice, points) for name in config.data.features]
+    inputs = Inputs(config.data.features, torch.zeros(coords), axes_DQ, sum(widths))
+    return Tagger(inputs, FrameTagger(sum(widths), config.model), torch.ones(len(CLASSES)))
+
+
+def read_videos(path: Path, trust_pickle: bool) -> list[Video]:
+    """The videos that a file holds or names; raises `UserError` where it is none, or has none."""
+    if path.is_dir():
+        there = ", ".join(sorted(each.name for each in path.iterdir() if each.suffix in SUFFIXES))
+        raise UserError(f"{path}: a folder; name the file of the videos in it: {there or 'there is none'}")
+    if path.suffix not in SUFFIXES or not path.exists():
+        problem = "no file of videos" if path.exists() else "no such file"
+        raise UserError(f"{path}: {problem}; name a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} of videos")
+    if path.suffix == ".csv":
+        return challenge.read(path.parent, path.stem, unlabelled=True)
+    if not (videos := calms21.read([path], trust_pickle, unlabelled=True)):
+        raise UserError(f"{path}: no video is in it; name another file")
+    return videos
+
+
+def places(out: Path, videos: Sequence[Video]) -> list[Path]:
+    """The file for each video's tags; raises `UserError` where a name is taken twice, or leads out of the folder."""
+    files: dict[Path, Video] = {}
+    for video in videos:
+        file = out / f"{video.key}.csv"
+        if file in files:
+            raise UserError(f"{video.name}: another video of this name is in the file; give each its own")
+        if not file.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{video.name}: its name must not lead out of {out}; rename it")
+        files[file] = video
+    return list(files)
+
+
+def samples_of(model: Model, video: Video) -> Samples:
+    """A video's windows as those that validate."""
+    data, seen = model.config.data, model.seen
+    given, labels = video.read()
+    points = placed(given, video.parts, max(seen.mice), seen.parts).astype(np.float64)
+    groups: dict[str, NDArray[np.float32]] = {
+        name: group(name, points, video.fps).astype(np.float32) for name in groups_of(data)
+    }
+    return Samples(*windows_of(0, video.frames, data, train=False), data.window, 0, groups, labels)
+
+
+@torch.no_grad()
+def tag(model: Model, video: Video, device: torch.device) -> Tags:
+    """Tag one video; the network must be in eval mode, and on the device."""
+    samples, optim = samples_of(model, video), model.config.optim
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in on_device(samples, torch.arange(len(samples)).split(optim.micro_batch or optim.batch_size), device):
+        with autocast(device, optim):
+            logits_BTK, label_BT = forward(model.network, batch)
+        confidence_BT = logits_BTK.float().softmax(-1).amax(-1)
+        parts.append((logits_BTK.argmax(-1).cpu(), confidence_BT.cpu(), label_BT.cpu()))
+    return Tags(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def tagged(model: Model, videos: Sequence[Video], device: torch.device) -> Iterator[Tags]:
+    """The tags of each video, in order."""
+    model.network.to(device).eval()
+    for video in tqdm(videos, desc="tagging", unit=" videos", leave=False, disable=not sys.stderr.isatty()):
+        yield tag(model, video, device)
+
+
+def scores_of(tags: Sequence[Tags]) -> dict[str, float]:
+    """What a search reports of validation videos, but for the loss, over the labelled frames."""
+    guess_BT, label_BT = (torch.cat(column) for column in zip(*((t.guess_BT, t.label_BT) for t in tags), strict=True))
+    pairs = {**frame_scores(guess_BT, label_BT), **event_scores(guess_BT, label_BT)}
+    scores = {name: float(total) / float(count) for name, (total, count) in pairs.items() if count}
+    return {**scores, **summary(scores)}
+
+
+def told(scores: dict[str, float]) -> str:
+    """A line for the whole, and one for each behaviour."""
+    by_class = {name: [key for key in scores if key.endswith(f"_{name}")] for name in CLASSES}
+    whole = [key for key in scores if not any(key in keys for keys in by_class.values())]
+    lines = [", ".join(f"{key} {scores[key]:.4f}" for key in keys) for keys in (whole, *by_class.values())]
+    return "\n".join(line for line in lines if line)
+
+
+def write(path: Path, tags: Tags, frames: int) -> None:
+    """A row per frame of the video."""
+    names = [CLASSES[number] for number in tags.guess_BT.flatten()[:frames].tolist()]
+    sure = [f"{value:.6f}" for value in tags.confidence_BT.flatten()[:frames].tolist()]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("frame", "behaviour", "confidence"))
+        writer.writerows(zip(range(frames), names, sure, strict=True))
+
+
+def write_tags(folder: Path, path: Path, out: Path) -> str:
+    """Tag the videos of a file and write a CSV for each; returns what was done, and the scores, in words."""
+    model = read_model(folder)
+    videos = read_videos(path, model.config.data.trust_pickle)
+    for video in videos:
+        model.seen.check(video)
+    files = places(out, videos)
+    make_room(files)
+    labelled: list[Tags] = []
+    for video, file, tags in zip(videos, files, tagged(model, videos, default_device()), strict=True):
+        write(file, tags, video.frames)
+        if (tags.label_BT >= 0).any():
+            labelled.append(tags)
+    done = f"tags of {len(videos)} videos: {out}"
+    if not labelled:
+        return done
+    frames = sum(int((tags.label_BT >= 0).sum()) for tags in labelled)
+    return f"{done}\n{len(labelled)} of them have labels, {frames} frames:\n{told(scores_of(labelled))}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    data = "videos", "a file of videos, see above"
+    return predict_command(write_tags, data, "mabe", __doc__, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
