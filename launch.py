@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--results", metavar="DIR_OR_URI", help="where results folders are kept (default: results)")
     command.add_argument("--dry-run", action="store_true", help="print the resolved space and the plan; start nothing")
     command.add_argument("--resume", metavar="RESULTS_DIR", help="go on with a search, or extend it with --trials")
+    command.add_argument("--retry-failed", action="store_true", help="with --resume: run the trials that failed again")
     command.add_argument("--warm-start", metavar="RESULTS_DIR", help="learn from a finished search")
     command.add_argument("--address", metavar="ADDR", help="a Ray cluster (default: RAY_ADDRESS, else a local one)")
     command.add_argument("--cold", action="store_true", help="a new worker group for every trial")

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import optuna
-
 from search import run as engine
 from search import tree as trees
 from search import yaml_file
@@ -27,13 +25,15 @@ from search.mirror import Mirror, above, below, fetch, is_uri, local
 from search.packing import cannot_share, measure
 from search.plan import AT_THE_START, Plan, estimate, make_plan
 from search.ran import how_it_ran, write_space
-from search.record import INTERRUPTED, Record
-from search.results import read_results, summary, why, write_results
+from search.record import Record, left_to_run, unmended
+from search.results import as_of_now, read_results, summary, why, write_results
+from search.retry import retry_failed
 from search.sampler import grid_size, sampler_maker, unlearned
 from search.scheduler import make_scheduler, unheeded
 from search.space import Space
 from search.space_file import load_space, read_space
-from search.study import check_comparable, open_study, take_over
+from search.study import open_study
+from search.warm_start import check_comparable, read_earlier, take_over
 from trainables.contract import UserError
 
 DEFAULT_RESULTS = "results"
@@ -50,6 +50,7 @@ class Options:
     uri: str | None  # where the results folder is mirrored to
     name: str | None
     resume: Path | None
+    retry_failed: bool
     warm_start: Path | None
     address: str | None
     cold: bool
@@ -65,6 +66,8 @@ class Options:
             raise UserError("--export does not go with --table; export from the folder of a cell, with --report")
         if given.export and given.export[0] != BEST_TRIAL:
             raise UserError(f"--export {given.export[0]}: a search exports its best; write best, or add --report")
+        if given.retry_failed and not given.resume:
+            raise UserError("--retry-failed needs --resume RESULTS_DIR")
         if bool(given.space) == bool(given.resume):
             raise UserError("name a space with --space, or a results folder to go on with with --resume")
         for option in ("profile", "name", "warm_start", "results"):
@@ -94,6 +97,7 @@ class Options:
             uri=uri,
             name=given.name,
             resume=resume,
+            retry_failed=given.retry_failed,
             warm_start=results_folder(given.warm_start) if given.warm_start else None,
             address=given.address or os.environ.get("RAY_ADDRESS"),
             cold=given.cold,
@@ -144,7 +148,7 @@ def report(folder: str, trial: str | None, exported: Sequence[str] | None = None
     if trial is not None:
         return why(results, trial)
     space, found = read_results(results)
-    told = summary(results, space, found)
+    told = summary(results, space, as_of_now(results, found))
     try:
         write_results(results, space, found)
     except OSError as error:  # somebody else's search can be read all the same
@@ -264,7 +268,7 @@ def check_folders(options: Options, space: Space) -> None:
         check_same(read_space(options.resume / SPACE), space, options.resume)
         open_study(options.resume / STUDY, space, create=False)  # one that cannot be read
     if options.warm_start is not None:
-        check_comparable(read_earlier(options.warm_start), space, str(options.warm_start))
+        check_comparable(read_earlier(options.warm_start), space)
     if options.resume is None and options.name is not None:
         _check_unused(options.results / options.name)
 
@@ -311,6 +315,8 @@ def open_results(
     if options.resume is not None:
         _take(results, held)
         write_space(results, space, uri)
+        if options.retry_failed:
+            print(retry_failed(results, space))
         return
     try:
         results.mkdir(parents=True, exist_ok=True)
@@ -321,8 +327,7 @@ def open_results(
     write_space(results, space, uri)
     study = open_study(results / STUDY, space, create=True)
     if options.warm_start is not None:
-        taken = take_over(study, space, read_earlier(options.warm_start), str(options.warm_start))
-        print(f"warm start: {taken} trials of {options.warm_start} lie within this space")
+        print(f"warm start: {take_over(study, space, read_earlier(options.warm_start))}")
 
 
 def _take(results: Path, held: contextlib.ExitStack) -> None:
@@ -337,7 +342,7 @@ def _take(results: Path, held: contextlib.ExitStack) -> None:
 def check_same(earlier: Space, space: Space, folder: Path) -> None:
     """Raise UserError where a search would go on as another: its tables pair every trial with the config of `space`."""
     before, now = (
-        {key: item.document()[key] for key in ("trainable", "objective", "constraints", "config", "try_first")}
+        {key: item.document()[key] for key in ("trainable", "objective", "config", "try_first")}
         for item in (earlier, space)
     )
     names = dict.fromkeys([*trees.leaves(before), *trees.leaves(now)])
@@ -350,19 +355,12 @@ def check_same(earlier: Space, space: Space, folder: Path) -> None:
         )
 
 
-def read_earlier(folder: Path) -> optuna.Study:
-    if not is_there(folder / SPACE):
-        raise UserError(f"--warm-start {folder}: there is no {SPACE} here; name the folder of a finished search")
-    return open_study(folder / STUDY, read_space(folder / SPACE), create=False)
-
-
 def estimate_of(options: Options, space: Space, plan: Plan) -> str:
     """What the search will cost, in words; one that goes on is judged by its own epochs, and by the trials left."""
     if options.resume is None:
         return estimate(space, plan, measured_before(options.results, space))
     _, found = read_results(options.resume)
-    ended = sum(record.status != INTERRUPTED for record in found)
-    left = max(space.search.trials, len(found)) - ended
+    left = left_to_run(found, space.search.trials) + (len(unmended(found)) if options.retry_failed else 0)
     if left == 0:
         return "no trial is left to run; --trials with a larger number would go on with the search"
     epoch_s = seconds_per_epoch(found) or measured_before(options.resume.parent, space)

@@ -20,10 +20,14 @@ from trainables.contract import UserError
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A half sentence that names the nearest known word, or all of them."""
     words = [str(item) for item in known]
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean `{near[0]}`?"
+    if near := nearest(word, words):
+        return f"did you mean `{near}`?"
     return f"known: {', '.join(words)}" if words else "nothing may stand here"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is spelt most like this one; None where none is."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), None)
 
 
 def decode(cls: type, tree: Mapping[str, Any], path: str = "config", otherwise: Any = None) -> Any:

@@ -143,6 +143,18 @@ class TrialFolder:
             path.rename(path.with_suffix(".torn"))
         return [path.name for path in torn]
 
+    def begin_from(self, other: TrialFolder) -> int:
+        """Take on another trial's last checkpoint and its metrics up to there; returns how many epochs that is."""
+        self.clear()
+        saved = other.checkpoint()
+        if saved is None:
+            return 0
+        self.write_checkpoint(saved.epoch, saved.path.read_bytes())
+        for row in other.read_metrics():
+            if row["epoch"] <= saved.epoch:
+                self.append_metrics(row)
+        return saved.epoch
+
     def clear(self) -> None:
         """Remove what lies here of a trial that the study never heard of."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -165,6 +177,15 @@ def running(results: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+
+
+def is_running(results: Path) -> bool:
+    """Whether a process runs the search of a folder, be it this one; False where that cannot be seen."""
+    try:
+        with running(results):
+            return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
 
 
 def last_checkpoint(folder: Path) -> Saved | None:

@@ -9,12 +9,14 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from search.decode import nearest
 from search.sections import Limit, Objective
 from search.space import Space
 
 STATUSES = ("finished", "stopped", "diverged", "out_of_memory", "failed")
 RAN_TO_END = "ran to its end"  # the reason of a finished trial of which there is nothing more to say
 INTERRUPTED = "interrupted"  # not ended yet: `--resume` goes on with it
+RUNNING = "running"  # what is said of such a one while a process runs its search
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Record:
     """A trial: what was tried, what came of it, and why it ended.
 
     metrics: of the last report. epochs: reports given. seconds: wall time, over all attempts.
+    again: the number of the failed trial that this is another attempt at, if it is one.
     """
 
     number: int
@@ -32,6 +35,7 @@ class Record:
     metrics: Mapping[str, float | None]
     epochs: int
     seconds: float
+    again: int | None = None
 
     def solves(self, constraints: Mapping[str, Limit]) -> bool:
         """Whether it finished, and within every limit."""
@@ -58,7 +62,31 @@ def read_record(trial: FrozenTrial, space: Space) -> Record:
         metrics=attrs.get("metrics", {}),
         epochs=attrs.get("epochs", 0),
         seconds=attrs.get("seconds", 0.0),
+        again=attrs.get("again"),
     )
+
+
+def left_to_run(found: Sequence[Record], trials: int) -> int:
+    """How many trials a search of so many has still to run; those that were interrupted are among them."""
+    begun = sum(record.again is None for record in found)
+    return max(0, trials - begun) + sum(record.status == INTERRUPTED for record in found)
+
+
+def unmended(found: Sequence[Record]) -> list[Record]:
+    """The trials that failed and of which there is no other attempt."""
+    again = {record.again for record in found}
+    return [record for record in found if record.status == "failed" and record.number not in again]
+
+
+def unmeasured(constraints: Mapping[str, Limit], metrics: Mapping[str, Any]) -> list[str]:
+    """For each constraint whose metric is not among these: its name, those that are, and the nearest."""
+    there, found = ", ".join(metrics), []
+    for name in constraints:
+        if name not in metrics:
+            near = nearest(name, metrics)
+            hint = f"; did you mean `{near}`?" if near else ""
+            found.append(f"no metric `{name}`, a constraint; it has {there}{hint}")
+    return found
 
 
 def longest_of(trials: Iterable[FrozenTrial]) -> int:

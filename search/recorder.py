@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from search.folder import TrialFolder
 from search.health import remarks
-from search.record import RAN_TO_END, Record
+from search.record import RAN_TO_END, Record, unmeasured
 from search.study import Ledger
 from search.trial import EPOCH, METRICS, REASON, STATUS
 
@@ -31,6 +31,7 @@ class Recorder(tune.Callback):
         self._tell = tell
         self._keep = keep
         self._writers: dict[str, SummaryWriter] = {}
+        self._reported = False
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         opened = self._ledger.open[trial.trial_id]
@@ -45,6 +46,7 @@ class Recorder(tune.Callback):
         if STATUS in result:  # the end; there is nothing measured in it
             return
         epoch, metrics = result[EPOCH], result[METRICS]
+        self._look_at_first(metrics)
         opened = self._ledger.open[trial.trial_id]
         opened.lap()
         self._follow(trial)
@@ -57,6 +59,14 @@ class Recorder(tune.Callback):
                 writer.add_scalar(name, value, epoch)
         writer.flush()
         self._keep()
+
+    def _look_at_first(self, metrics: Mapping[str, Any]) -> None:
+        """Tell of each constraint without a metric: it may come with a trial's last report alone, or be misspelt."""
+        lacking = [] if self._reported else unmeasured(self._ledger.space.constraints, metrics)
+        self._reported = True
+        for lack in lacking:
+            told = "a trial fails where its last report lacks it too; --resume takes other constraints"
+            print(f"the first report has {lack} ({told})", flush=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if trial.trial_id not in self._ledger.open:
@@ -110,10 +120,9 @@ class Recorder(tune.Callback):
         space, opened = self._ledger.space, self._ledger.open[key]
         folder, measured = TrialFolder(self._results, opened.number), opened.metrics
         folder.keep_checkpoint(opened.epochs)
-        unknown = [name for name in space.constraints if name not in measured]
-        if status == "finished" and unknown:
-            status = "failed"
-            reason = f"the last report has no metric `{unknown[0]}`, a constraint; it has {', '.join(measured)}"
+        lacking = unmeasured(space.constraints, measured)
+        if status == "finished" and lacking:
+            status, reason = "failed", f"the last report has {lacking[0]}"
         if status in ("finished", "stopped"):
             epochs = [row["metrics"] for row in folder.read_metrics()]
             reason = "; ".join([reason, *remarks(epochs, space.objectives[0])])

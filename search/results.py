@@ -13,15 +13,30 @@ from typing import Any
 
 from search import yaml_file
 from search.decode import did_you_mean
-from search.folder import BEST, ERROR, PRINTED, REPORT, SPACE, STUDY, TRIALS_CSV, TrialFolder, is_there, replace_text
+from search.folder import (
+    BEST,
+    ERROR,
+    PRINTED,
+    REPORT,
+    SPACE,
+    STUDY,
+    TRIALS_CSV,
+    TrialFolder,
+    is_running,
+    is_there,
+    replace_text,
+)
 from search.patterns import patterns
-from search.record import INTERRUPTED, RAN_TO_END, STATUSES, Record, best_of
+from search.record import INTERRUPTED, RAN_TO_END, RUNNING, STATUSES, Record, best_of, unmended
 from search.space import Space
 from search.space_file import read_space
 from search.study import open_study, records
 from trainables.contract import UserError
 
-UNENDED = "it has not ended; where no process runs the search, --resume goes on with it"
+UNENDED = {
+    RUNNING: "it has not ended",
+    INTERRUPTED: "it has not ended; where no process runs the search, --resume goes on with it",
+}
 NULL = "null"  # a value that was searched, where an empty cell is a parameter that was not active
 ERROR_LINES = 8  # of a failed trial's error.txt that are told
 PRINTED_LINES = 10  # of what it printed
@@ -43,6 +58,12 @@ def _as_reported(record: Record, results: Path) -> Record:
         return record
     last = rows[-1]
     return replace(record, metrics=last["metrics"], epochs=last["epoch"], seconds=last.get("seconds", 0.0))
+
+
+def as_of_now(results: Path, found: Sequence[Record]) -> list[Record]:
+    """The same for somebody who asks now: what has not ended is running while a process runs the search."""
+    under_way = is_running(results)
+    return [replace(item, status=RUNNING) if under_way and item.status == INTERRUPTED else item for item in found]
 
 
 def write_results(results: Path, space: Space, found: Sequence[Record]) -> None:
@@ -99,14 +120,16 @@ def _one_best(results: Path, space: Space, record: Record) -> dict[str, Any]:
 def summary(results: Path, space: Space, found: Sequence[Record]) -> str:
     """What a person reads when a search ends."""
     counts = Counter(record.status for record in found)
-    told = ", ".join(f"{counts[status]} {status}" for status in (*STATUSES, INTERRUPTED) if counts[status])
+    told = ", ".join(f"{counts[status]} {status}" for status in (*STATUSES, *UNENDED) if counts[status])
     lines = [f"data: {space.data}"] if space.data else []
     lines.append(f"{len(found)} trials: {told}" if found else "no trial was run")
     lines += patterns(space, found)
+    if unmended(found):
+        lines.append("what failed runs again, when its cause is mended, by --resume with --retry-failed")
     best = best_of(found, space)
     if not best:
         wanted = " and kept the constraints" if space.constraints else ""
-        ended = len(found) > counts[INTERRUPTED]
+        ended = any(status not in UNENDED for status in counts)
         lines.append(f"no trial finished{wanted}" + (f"; {results / TRIALS_CSV} says why each one ended" * ended))
     elif len(best) == 1:
         record = best[0]
@@ -144,11 +167,13 @@ def by_number(found: Sequence[Record], number: str, source: str) -> Record:
 def why(results: Path, number: str) -> str:
     """Why a trial ended as it did, in words; raises UserError for an unknown one."""
     space, found = read_results(results)
-    record = by_number(found, number, str(results))
+    record = by_number(as_of_now(results, found), number, str(results))
     lines = [
         f"trial {record.number}" + (f" ({record.name})" if record.name else "") + f": {record.status}",
-        f"reason: {UNENDED if record.status == INTERRUPTED else record.reason}",
+        f"reason: {UNENDED.get(record.status, record.reason)}",
         f"after {record.epochs} epochs and {record.seconds:.1f} s",
+        *(f"run again as trial {other.number}" for other in found if other.again == record.number),
+        *([] if record.again is None else [f"another attempt at trial {record.again}"]),
     ]
     for name, limit in space.constraints.items():
         value = record.metrics.get(name)

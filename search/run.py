@@ -235,7 +235,12 @@ def run(
 
 
 def past_of(study: optuna.Study, space: Space, results: Path) -> list[Past]:
-    """What schedulers know already of a search that goes on: the trials that were begun, by number."""
+    """What schedulers know already of a search that goes on: the trials that were begun, by number.
+
+    Of one that failed and is run again, the later attempt alone, which has the same reports.
+    """
+    found = records(study, space)
+    again = {record.again for record in found}
     return [
         Past(
             record.number,
@@ -246,7 +251,8 @@ def past_of(study: optuna.Study, space: Space, results: Path) -> list[Past]:
             ),
             over=record.status != INTERRUPTED,
         )
-        for record in records(study, space)
+        for record in found
+        if record.number not in again
     ]
 
 

@@ -23,12 +23,13 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from search.folder import TrialFolder, is_there
 from search.journal import StudyJournal
 from search.proposals import ASKED_AGAIN, surviving
 from search.record import Record, longest_of, read_record
+from search.sections import OWN_CONSTRAINTS
 from search.space import Space
 from search.survival import learn
 from trainables.contract import UserError
@@ -36,6 +37,7 @@ from trainables.contract import UserError
 MakeSampler = Callable[[int], BaseSampler]  # from a seed
 _NAME = "search"  # of the one study in a journal
 _ENDED = "ended"
+_CONSTRAINT = "constraints:"  # before its name, where Optuna keeps what a trial was told of it
 _CHANGED = "changed"  # of a trial: not the values that Optuna proposed, but others have been trained
 FEASIBLE = -1.0  # the constraint of a trial that neither diverged nor ran out of memory
 
@@ -58,7 +60,7 @@ def open_study(file: Path, space: Space, create: bool) -> optuna.Study:
 
 def new_study(storage: BaseStorage, space: Space) -> optuna.Study:
     """A study of the space's objectives, which knows them by name and direction."""
-    study = optuna.create_study(storage=storage, study_name=_NAME, directions=_directions(space))
+    study = optuna.create_study(storage=storage, study_name=_NAME, directions=directions_of(space))
     with _quiet_optuna():
         study.set_metric_names([item.metric for item in space.objectives])
     return study
@@ -127,11 +129,11 @@ class Ledger:
 
     @property
     def left(self) -> int:
-        """How many trials are still to be run, those that were interrupted included."""
+        """How many trials are still to be run, those that were interrupted included; other attempts are on top."""
         begun = [
             item
             for item in self.study.get_trials(deepcopy=False)
-            if item.state != TrialState.WAITING and "from" not in item.user_attrs
+            if item.state != TrialState.WAITING and not {"from", "again"} & item.user_attrs.keys()
         ]
         return max(0, self.space.search.trials - len(begun)) + len(self._unfinished)
 
@@ -253,16 +255,21 @@ def constraints_told(
     space: Space, status: str, epochs: int, longest: int, metrics: Mapping[str, Any]
 ) -> dict[str, float]:
     """Every constraint of a trial by name; it is feasible when none is above 0. All trials have the same names."""
-    told = {
+    return {
         "diverged": severity(epochs, longest) if status == "diverged" else FEASIBLE,
         "out_of_memory": 1.0 if status == "out_of_memory" else FEASIBLE,
+        **_limits_told(space, status, epochs, metrics),
     }
+
+
+def _limits_told(space: Space, status: str, epochs: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The limits of metrics among them."""
     never_ran = status == "stopped" and not epochs  # the time was over before its first report
-    for name, limit in space.constraints.items():
-        value = metrics.get(name)
-        unknown = FEASIBLE if never_ran else 1.0
-        told[name] = unknown if value is None else limit.excess(value)
-    return told
+    unknown = FEASIBLE if never_ran else 1.0
+    return {
+        name: unknown if (value := metrics.get(name)) is None else limit.excess(value)
+        for name, limit in space.constraints.items()
+    }
 
 
 def severity(epochs: int, longest: int) -> float:
@@ -294,55 +301,17 @@ def is_penalised(trial: FrozenTrial) -> bool:
     return trial.user_attrs.get("status") in ("diverged", "out_of_memory")
 
 
-def check_comparable(earlier: optuna.Study, space: Space, source: str) -> None:
-    """Raises UserError when an earlier study searched for something else."""
-    names = [item.metric for item in space.objectives]
-    if (earlier.metric_names, earlier.directions) != (names, _directions(space)):
-        raise UserError(
-            f"{source}: searched {', '.join(earlier.metric_names or [])} and not, in the same directions, "
-            f"{', '.join(names)}; its scores teach nothing here"
-        )
-
-
-def _directions(space: Space) -> list[StudyDirection]:
+def directions_of(space: Space) -> list[StudyDirection]:
     better = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
     return [better[item.mode] for item in space.objectives]
 
 
-def take_over(study: optuna.Study, space: Space, earlier: optuna.Study, source: str) -> int:
-    """Copy an earlier study's ended trials that are settings of this space; returns how many.
-
-    They teach the sampler and count as trials of the earlier search, not of this one. Raises UserError when the
-    objectives are others.
-    """
-    check_comparable(earlier, space, source)
-    longest = space.epochs or longest_of(earlier.get_trials(deepcopy=False))
-    taken = 0
-    for trial in earlier.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
-        attrs = trial.user_attrs
-        values = attrs["values"]
-        if not space.holds(values):
-            continue
-        copied = create_trial(
-            state=trial.state,
-            params=_params(space, values),
-            distributions=_distributions(space, values),
-            values=trial.values if trial.state == TrialState.COMPLETE else None,
-            intermediate_values=trial.intermediate_values,
-            user_attrs={**attrs, "from": source},
-            constraints=constraints_told(space, attrs["status"], attrs["epochs"], longest, attrs["metrics"]),
-        )
-        study.add_trial(copied)
-        taken += 1
-    return taken
-
-
-def _params(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+def params_of(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
     """A setting as Optuna keeps it."""
     return {item.name: item.domain.encode(values[item.name]) for item in space.parameters if item.name in values}
 
 
-def _distributions(space: Space, values: Mapping[str, Any]) -> dict[str, BaseDistribution]:
+def distributions_of(space: Space, values: Mapping[str, Any]) -> dict[str, BaseDistribution]:
     return {item.name: item.domain.distribution() for item in space.parameters if item.name in values}
 
 
@@ -351,12 +320,17 @@ class _AsKnown(optuna.Study):
 
     Its penalties are those that all measurements to this day ask for: one is told when its trial ends, perhaps before
     anything was measured. Its settings are those that were trained: population-based training changes some on the way.
+    Its limits are those of the space: a search may have gone on with others.
     """
 
     def __init__(self, study: optuna.Study, space: Space) -> None:
         super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
         self._space = space
-        self._penalties = penalties(study.get_trials(deepcopy=False), study.directions)
+        trials = study.get_trials(deepcopy=False)
+        self._penalties = penalties(trials, study.directions)
+        self._judged_anew = {
+            item.number: anew for item in trials if (anew := _constraints(space, item)) != item.constraints
+        }
 
     def _get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
@@ -365,15 +339,27 @@ class _AsKnown(optuna.Study):
 
     def _renewed(self, trial: FrozenTrial) -> FrozenTrial:
         penalised, changed = trial.values and is_penalised(trial), trial.user_attrs.get(_CHANGED)
-        if not (penalised or changed):
+        constraints = self._judged_anew.get(trial.number)
+        if not (penalised or changed or constraints):
             return trial
         renewed = copy.copy(trial)
+        if constraints:
+            others = {key: item for key, item in trial.system_attrs.items() if not key.startswith(_CONSTRAINT)}
+            renewed.system_attrs = {**others, **{_CONSTRAINT + name: excess for name, excess in constraints.items()}}
         if penalised:
             renewed.values = self._penalties
         if changed:
             values = trial.user_attrs["values"]
-            renewed.params, renewed.distributions = _params(self._space, values), _distributions(self._space, values)
+            renewed.params = params_of(self._space, values)
+            renewed.distributions = distributions_of(self._space, values)
         return renewed
+
+
+def _constraints(space: Space, trial: FrozenTrial) -> dict[str, float]:
+    """Of an ended trial, with the limits of the space; none where it was told none, as it failed or runs still."""
+    own = {name: excess for name, excess in trial.constraints.items() if name in OWN_CONSTRAINTS}
+    attrs = trial.user_attrs
+    return {**own, **_limits_told(space, attrs["status"], attrs["epochs"], attrs["metrics"])} if own else own
 
 
 class _quiet_optuna:

@@ -110,6 +110,8 @@ TOY = ("--space", "toy")
         ([*TOY, "--table", "--export", "best", "model"], "--export does not go with --table"),
         ([*TOY, "--export", "best"], "argument --export: expected 2 arguments"),
         ([*TOY, "--warm-start", "results/x"], "--warm-start results/x: there is no space.yaml here"),
+        ([*TOY, "--retry-failed"], "--retry-failed needs --resume RESULTS_DIR"),
+        (["--report", "results/x", "--retry-failed"], "--retry-failed does not go with --report"),
         ([*TOY, "--profile", "night"], "search_spaces/toy.yaml: profile 'night' is unknown; nothing may stand here"),
         ([*TOY, "--trials", "ten"], "argument --trials: invalid int value: 'ten'"),
         ([*TOY, "--trails", "10"], "unrecognized arguments: --trails 10"),
@@ -200,7 +202,6 @@ def test_a_bug_in_prepare_is_a_line_and_names_the_place(run: Run, tmp_path: Path
         ("config.lr=0.1", "config.lr"),
         ("config.epochs=7", "config.epochs"),
         ("objective.mode=max", "objective.mode"),
-        ("constraints.loss.max=1.0", "constraints.loss.max"),
         ("try_first=[{lr: 0.3}]", "try_first"),
     ],
 )
@@ -212,6 +213,17 @@ def test_a_search_goes_on_as_it_was(override: str, changed: str, run: Run, tmp_p
     assert f"--resume {results}: " in told
     assert f"{changed} cannot change, its trials ran as it was" in told
     assert (results / "space.yaml").read_text() == before
+
+
+def test_other_constraints_judge_the_trials_anew(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = finished_search(tmp_path)
+    monkeypatch.setattr(engine, "start_ray", lambda address: None)
+    for limit, status, told in ((-1.0, 1, "no trial finished and kept the constraints"), (9.0, 0, "best: trial 0")):
+        constraints = f"constraints={{loss: {{max: {limit}}}}}"
+        ended, out, _ = run("--resume", str(results), "--trials", "1", "--set", constraints)
+        assert (ended, told in out) == (status, True)
+        assert read_space(results / "space.yaml").constraints["loss"].max == limit
+        assert (results / "best.yaml").exists() == (status == 0)
 
 
 def test_a_folder_says_by_which_commands_its_trials_ran(
@@ -542,6 +554,29 @@ def test_a_dry_run_of_a_search_that_goes_on_counts_what_is_left_and_takes_its_ow
     assert "estimate: at most 12 epochs; " in run("--resume", str(results), "--dry-run")[1]
 
 
+def test_what_failed_is_run_again_where_that_is_asked_for(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = finished_search(tmp_path)
+    ledger = open_journal(load_space(results / "space.yaml")[0], results)
+    end_toy(ledger, ask(ledger), "failed")
+    before = (results / "study.journal").read_bytes()
+    assert "estimate: at most 8 epochs; " in run("--resume", str(results), "--dry-run")[1]
+    assert "estimate: at most 12 epochs; " in run("--resume", str(results), "--retry-failed", "--dry-run")[1]
+    assert (results / "study.journal").read_bytes() == before
+
+    def ran(space: Space, *_: object) -> engine.Outcome:
+        return engine.Outcome(tuple(records(open_journal(space, results).study, space)), (), interrupted=False)
+
+    monkeypatch.setattr(engine, "start_ray", lambda address: None)
+    monkeypatch.setattr(engine, "run", ran)
+    told = run("--resume", str(results), "--retry-failed")[1]
+    assert "\nrun again: trial 1 as 2\n" in told
+    assert "3 trials: 1 finished, 1 failed, 1 interrupted" in told
+    told = run("--resume", str(results), "--retry-failed")[1]
+    assert "\n--retry-failed: no trial is left that failed\n" in told
+
+
 @pytest.mark.parametrize(
     ("quota", "cpus"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 8), ("", 8)]
 )
@@ -626,6 +661,15 @@ def test_report_and_why_read_a_folder_alone(run: Run, tmp_path: Path) -> None:
     assert {"trials.csv", "best.yaml", "report.html"} <= {path.name for path in results.iterdir()}
     status, told, _ = run("--report", str(results), "--why", "0")
     assert (status, told.startswith("trial 0: finished")) == (0, True)
+
+
+def test_a_report_of_a_search_under_way_says_that_its_trials_run(run: Run, tmp_path: Path) -> None:
+    results = finished_search(tmp_path)
+    ask(open_journal(load_space(results / "space.yaml")[0], results))
+    with running(results):
+        told = run("--report", str(results))[1]
+    assert "2 trials: 1 finished, 1 running\n" in told
+    assert "2 trials: 1 finished, 1 interrupted\n" in run("--report", str(results))[1]
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from search.group import Group, GroupDied, GroupSpec
 from search.messages import Advance, Begin, Reported
 from search.plan import Node, make_plan
 from search.results import trials_table, why
+from search.retry import retry_failed
 from search.scheduler import make_scheduler
 from search.space_file import load_space
 from search.states import load_state
@@ -48,6 +49,7 @@ def options(folder: Path, resume: Path | None = None) -> Options:
         uri=None,
         name=f"run{len(list((folder / 'results').glob('*')))}",
         resume=resume,
+        retry_failed=False,
         warm_start=None,
         address=None,
         cold=False,
@@ -156,6 +158,29 @@ def test_every_ending_has_its_status_and_reason(tmp_path: Path) -> None:
     states = [trial.state for trial in study_of(results).trials]
     assert optuna.trial.TrialState.RUNNING not in states
     assert "KeyError" in (results / f"trials/{ended['bug'].number:04d}/error.txt").read_text()
+
+
+def test_what_failed_runs_again_from_its_last_checkpoint_once_its_cause_is_mended(tmp_path: Path) -> None:
+    (tmp_path / "mended_later.py").write_text(
+        "from pathlib import Path\nfrom toys import descend\n"
+        "def train(trial):\n"
+        "    for report in descend(trial):\n"
+        "        if report.metrics['loss'] < 9 and not Path(trial.config['flag']).exists():\n"
+        "            raise KeyError('no such batch')\n"
+        "        yield report\n"
+    )
+    flag = tmp_path / "mended"
+    space = toy("descend", trainable="mended_later:train", search={"trials": 1, "retries": 0})
+    first, results = search(tmp_path, space | {"config": {"epochs": 4, "lr": {"choice": [0.1]}, "flag": str(flag)}})
+    assert [record.status for record in first.records] == ["failed"]
+    flag.touch()
+    loaded, _ = load_space(results / "space.yaml")
+    retry_failed(results, loaded)
+    second = engine.run(loaded, make_plan(loaded, ONE_CPU), results)
+    assert [(record.number, record.status) for record in second.records] == [(0, "failed"), (1, "finished")]
+    assert second.records[1].epochs == 4
+    assert second.records[1].metrics["started_at"] == first.records[0].epochs == 2
+    assert [record.number for record in second.best] == [1]
 
 
 def test_what_blows_up_is_explained_and_what_is_too_large_is_cut(tmp_path: Path) -> None:

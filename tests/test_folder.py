@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from search.folder import TrialFolder, last_checkpoint, replace_bytes, replace_text
+from search.folder import TrialFolder, is_running, last_checkpoint, replace_bytes, replace_text, running
 from search.states import save_state
 
 
@@ -156,3 +156,11 @@ def test_the_reason_of_a_failure_is_read_back(tmp_path: Path) -> None:
     assert folder.read_error() == "KeyError: 'a' (toys.py:3)\n\nTraceback ...\n  KeyError: 'a'\n"
     folder.write_error("the worker group died")
     assert folder.read_error() == "the worker group died\n\n"
+
+
+def test_a_folder_is_running_as_long_as_somebody_runs_its_search(tmp_path: Path) -> None:
+    assert not is_running(tmp_path)
+    with running(tmp_path):
+        assert is_running(tmp_path)
+    assert not is_running(tmp_path)
+    assert not is_running(tmp_path / "nowhere")

@@ -14,9 +14,10 @@ from ledgers import ask, open_journal
 from spaces import LOSS, space_of
 
 from search import yaml_file
-from search.folder import TrialFolder
+from search.folder import TrialFolder, running
 from search.record import Record, best_of
 from search.results import (
+    as_of_now,
     read_results,
     report_page,
     summary,
@@ -28,7 +29,8 @@ from search.results import (
 from search.sections import Limit
 from search.space import Space
 from search.space_file import load_space
-from search.study import open_study, take_over
+from search.study import open_study
+from search.warm_start import Earlier, take_over
 from trainables.contract import UserError
 
 CONFIG: dict[str, Any] = {
@@ -232,6 +234,18 @@ class TestFolder:
         for words in told:
             assert words in text
 
+    def test_what_has_not_ended_is_running_while_a_process_runs_the_search(self, results: Path) -> None:
+        space, found = read_results(results)
+        with running(results):
+            now = as_of_now(results, found)
+            told = summary(results, space, now)
+            assert "5 trials: 2 finished, 1 stopped, 1 diverged, 1 running\n" in told
+            assert "says why" not in summary(results, space, now[4:])
+            assert why(results, "4").startswith("trial 4: running\nreason: it has not ended\n")
+            write_results(results, *read_results(results))
+        assert as_of_now(results, found) == found
+        assert "\n4,interrupted," in (results / "trials.csv").read_text()
+
     def test_of_what_has_not_ended_the_last_report_counts(self, results: Path) -> None:
         """The study hears of it at the end."""
         row = {"epoch": 3, "seconds": 7.5, "metrics": {"loss": 0.25, "acc": None}}
@@ -270,7 +284,7 @@ class TestFolder:
         later = tmp_path / "results" / "later"
         ledger = open_journal(space, later)
         yaml_file.write(later / "space.yaml", space.document())
-        take_over(ledger.study, space, earlier, "earlier")
+        take_over(ledger.study, space, Earlier("earlier", space, earlier))
         ask(ledger)
         with pytest.raises(UserError, match=r"trial 0: there is none in "):
             why(later, "0")

@@ -123,7 +123,26 @@ def test_a_constraint_holds_for_the_last_report_alone(full: float | None, solves
 def test_a_constraint_that_is_never_measured_is_a_mistake_and_no_bad_setting(tmp_path: Path) -> None:
     record = ended(tmp_path, [{"loss": 0.5, "full": 0.9}], {"ful": {"min": 0.85}})
     assert record.status == "failed"
-    assert record.reason == "the last report has no metric `ful`, a constraint; it has loss, full"
+    assert record.reason == "the last report has no metric `ful`, a constraint; it has loss, full; did you mean `full`?"
+
+
+def test_the_first_report_tells_of_a_constraint_that_it_knows_no_metric_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = watched(tmp_path, constraints={"ful": {"min": 0.85}, "seconds": {"max": 1.0}, "loss": {"max": 1.0}})
+    run.report(1, {"loss": 0.5, "full": None})
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(" (")[0] for line in told] == [
+        "the first report has no metric `ful`, a constraint; it has loss, full; did you mean `full`?",
+        "the first report has no metric `seconds`, a constraint; it has loss, full",
+    ]
+    run.report(2, {"loss": 0.5})
+    assert capsys.readouterr().out == ""
+
+
+def test_a_metric_that_comes_with_the_last_report_alone_is_told_of_and_is_no_mistake(tmp_path: Path) -> None:
+    record = ended(tmp_path, [{"loss": 0.5}, {"loss": 0.4, "full": 0.9}], {"full": {"min": 0.85}})
+    assert record.status == "finished"
 
 
 def test_a_trial_failed_for_the_reason_of_its_last_attempt(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from spaces import LOSS, space_of
 from search.folder import TrialFolder
 from search.space import Space
 from search.states import save_state
-from search.study import Ledger, open_study, penalties, proposal_seed, records, severity, take_over
+from search.study import Ledger, open_study, penalties, proposal_seed, records, severity
+from search.warm_start import Earlier, take_over
 from trainables.contract import UserError
 
 CONFIG: dict[str, Any] = {"epochs": 4, "lr": {"log": [1e-4, 1.0]}, "shape": {"choice": [[8], [8, 16]]}}
@@ -193,6 +194,37 @@ class TestConstraints:
             ledger.end("slot", status, "")
         assert [trial.constraints["diverged"] for trial in told(ledger)[1:]] == [severity(2, 8), severity(6, 8)]
 
+    def test_a_search_that_goes_on_with_other_limits_tells_the_sampler_of_those(
+        self, space: Space, tmp_path: Path
+    ) -> None:
+        seen: list[dict[str, float]] = []
+
+        class Watch(optuna.samplers.RandomSampler):
+            def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+                seen[:] = [item.constraints for item in study.get_trials() if item.state.is_finished()]
+
+        ledger = open_ledger(space, InMemoryStorage())
+        for status in ("finished", "failed", "diverged"):
+            ask(ledger)
+            ledger.report("slot", 1, {"loss": 1.0, "acc": 0.75, "size": 3.0})
+            ledger.end("slot", status, "")
+        other = space_of(tmp_path, CONFIG, constraints={"size": {"max": 1.0}})
+        ask(Ledger(other, ledger.study, lambda seed: Watch(seed=seed), tmp_path))
+        own = {"diverged": -1.0, "out_of_memory": -1.0}
+        assert seen == [{**own, "size": 2.0}, {}, {**own, "diverged": severity(1, 4), "size": 2.0}]
+
+    def test_gp_goes_on_with_other_limits(self, space: Space, tmp_path: Path) -> None:
+        ledger = open_ledger(space.with_trials(11), InMemoryStorage())
+        for number in range(11):
+            ask(ledger)
+            ledger.report("slot", 1, {"loss": 1.0, "size": float(number)})
+            ledger.end("slot", "finished", "")
+        gp = {"sampler": "gp", "trials": 13}
+        other = space_of(tmp_path, CONFIG, constraints={"size": {"max": 1.0}}, search=gp)
+        later = open_ledger(other, ledger.study._storage)
+        for key in ("one", "two"):  # its own proposal, and that of TPE
+            assert other.holds(ask(later, key).values)
+
 
 class TestPenalty:
     def trial(self, *values: float, status: str = "finished", **reported: float) -> FrozenTrial:
@@ -260,7 +292,7 @@ def test_seeds_of_proposals_differ_by_place_and_by_search() -> None:
 
 class TestWarmStart:
     @pytest.fixture
-    def earlier(self, space: Space) -> optuna.Study:
+    def earlier(self, space: Space) -> Earlier:
         """Six trials of every kind."""
         ledger = open_ledger(space, InMemoryStorage())
         for number, status in enumerate(["finished", "stopped", "diverged", "out_of_memory", "failed", "finished"]):
@@ -270,18 +302,27 @@ class TestWarmStart:
             if number == 5:
                 ledger.report("slot", 1, {"loss": 0.25, "acc": 0.9})
             ledger.end("slot", status, f"trial {opened.number}")
-        return ledger.study
+        return Earlier("earlier", space, ledger.study)
 
-    def begin(self, space: Space, earlier: optuna.Study) -> tuple[Ledger, int]:
+    def begin(self, space: Space, earlier: Earlier) -> tuple[Ledger, str]:
+        """A search that starts from it, and what was said of that."""
         ledger = open_ledger(space, InMemoryStorage())
-        taken = take_over(ledger.study, space, earlier, "earlier")
-        return open_ledger(space, ledger.study._storage), taken
+        said = take_over(ledger.study, space, earlier)
+        return open_ledger(space, ledger.study._storage), said
 
-    def test_what_taught_something_is_taken_with_its_constraints(self, space: Space, earlier: optuna.Study) -> None:
-        ledger, taken = self.begin(space, earlier)
-        before = [trial for trial in earlier.trials if trial.state != TrialState.FAIL]
+    def searched(self, space: Space, *settings: dict[str, Any]) -> Earlier:
+        """A search in which these settings finished."""
+        ledger = open_ledger(space.with_trials(len(settings)), InMemoryStorage())
+        for values in settings:
+            ask(ledger).values = values
+            end_toy(ledger, ledger.open["slot"], "finished")
+        return Earlier("earlier", space, ledger.study)
+
+    def test_what_taught_something_is_taken_with_its_constraints(self, space: Space, earlier: Earlier) -> None:
+        ledger, said = self.begin(space, earlier)
+        before = [trial for trial in earlier.study.trials if trial.state != TrialState.FAIL]
         after = told(ledger)
-        assert taken == len(after) == 5
+        assert said == "5 trials of earlier lie within this space"
         for old, new in zip(before, after, strict=True):
             assert (new.state, new.params, new.constraints) == (old.state, old.params, old.constraints)
             assert new.intermediate_values == old.intermediate_values
@@ -289,7 +330,7 @@ class TestWarmStart:
             if new.state == TrialState.COMPLETE:
                 assert new.values == old.values
 
-    def test_what_was_taken_is_no_trial_of_this_search(self, space: Space, earlier: optuna.Study) -> None:
+    def test_what_was_taken_is_no_trial_of_this_search(self, space: Space, earlier: Earlier) -> None:
         ledger, _ = self.begin(space, earlier)
         assert ledger.left == space.search.trials
         assert records(ledger.study, space) == []
@@ -297,36 +338,83 @@ class TestWarmStart:
         assert ledger.ask("slot") is None
         assert len(records(ledger.study, space)) == 6
 
-    def test_known_settings_still_come_first(self, tmp_path: Path, earlier: optuna.Study) -> None:
+    def test_known_settings_still_come_first(self, tmp_path: Path, earlier: Earlier) -> None:
         space = space_of(tmp_path, CONFIG, try_first=[{"lr": 0.125, "shape": [8]}])
         ledger, _ = self.begin(space, earlier)
         assert ask(ledger).values == {"lr": 0.125, "shape": [8]}
 
     @pytest.mark.parametrize(
-        "config",
+        ("config", "by"),
         [
-            {**CONFIG, "lr": {"log": [1e-9, 1e-8]}},  # none lies in the range
-            {**CONFIG, "shape": {"choice": [[9], [8, 16, 32]]}},  # none is among the choices
-            {**CONFIG, "lr": {"choice": ["low", "high"]}},  # another kind of domain
-            {"lr": CONFIG["lr"]},  # they have a value for what is fixed now
-            {**CONFIG, "width": {"int": [1, 3]}},  # they have none for what is searched now
-            {**CONFIG, "shape": {"choice": [[8], [8, 16]], "when": {"epochs": [99]}}},  # it is not searched now
+            ({**CONFIG, "lr": {"log": [1e-9, 1e-8]}}, "lr"),  # none lies in the range
+            ({**CONFIG, "shape": {"choice": [[9], [8, 16, 32]]}}, "shape"),  # none is among the choices
+            ({**CONFIG, "lr": {"choice": ["low", "high"]}}, "lr"),  # another kind of domain
+            ({"lr": CONFIG["lr"]}, "shape"),  # they have a value for what is not there now
+            ({**CONFIG, "lr": 0.125}, "lr"),  # they have others than what is fixed now
+            ({**CONFIG, "width": {"int": [1, 3]}}, "width"),  # they have none for what is searched now
+            ({**CONFIG, "epochs": {"int": [5, 9]}}, "epochs"),  # what was fixed lies outside now
+            ({**CONFIG, "shape": {"choice": [[8], [8, 16]], "when": {"epochs": [99]}}}, "shape"),  # not searched now
         ],
         ids=str,
     )
     def test_what_lies_outside_this_space_is_left(
-        self, config: dict[str, Any], tmp_path: Path, earlier: optuna.Study
+        self, config: dict[str, Any], by: str, tmp_path: Path, earlier: Earlier
     ) -> None:
-        assert self.begin(space_of(tmp_path, config), earlier)[1] == 0
+        ledger, said = self.begin(space_of(tmp_path, config), earlier)
+        assert said == f"0 trials of earlier lie within this space; outside it lie 5 by {by}"
+        assert not told(ledger)
 
-    def test_only_what_lies_inside_is_taken(self, tmp_path: Path, earlier: optuna.Study) -> None:
-        rates = sorted(trial.params["lr"] for trial in earlier.trials if trial.state != TrialState.FAIL)
+    def test_what_is_fixed_now_is_taken_from_the_trials_that_had_it(self, space: Space, tmp_path: Path) -> None:
+        earlier = self.searched(space, {"lr": 0.125, "shape": [8]}, {"lr": 0.5, "shape": [8, 16]})
+        ledger, said = self.begin(space_of(tmp_path, {**CONFIG, "shape": [8, 16]}), earlier)
+        assert said == "1 trials of earlier lie within this space; outside it lie 1 by shape"
+        (taken,) = told(ledger)
+        assert (taken.params, taken.user_attrs["values"]) == ({"lr": 0.5}, {"lr": 0.5})
+
+    def test_what_is_searched_now_had_its_fixed_value_in_all_earlier_trials(self, space: Space, tmp_path: Path) -> None:
+        wide = space_of(tmp_path, {**CONFIG, "epochs": {"int": [1, 9]}, "net": {"width": {"choice": [16, 32]}}})
+        earlier = self.searched(
+            space_of(tmp_path, {**CONFIG, "net": {"width": 32}}), {"lr": 0.125, "shape": [8]}, {"lr": 0.5, "shape": [8]}
+        )
+        ledger, _ = self.begin(wide, earlier)
+        found = [trial.user_attrs["values"] for trial in told(ledger)]
+        assert found == [{"lr": lr, "shape": [8], "epochs": 4, "net.width": 32} for lr in (0.125, 0.5)]
+        assert all(wide.holds(values) for values in found)
+        assert ask(ledger).number == 2
+
+    def test_conditions_are_those_of_this_search(self, tmp_path: Path) -> None:
+        always = {"lr": CONFIG["lr"], "kind": {"choice": ["a", "b"]}, "width": 8}
+        under = {**always, "width": {"int": [1, 9], "when": {"kind": ["a"]}}}
+        a, b = {"lr": 0.125, "kind": "a"}, {"lr": 0.125, "kind": "b"}
+        ledger, _ = self.begin(space_of(tmp_path, under), self.searched(space_of(tmp_path, always), a, b))
+        assert [trial.user_attrs["values"] for trial in told(ledger)] == [{**a, "width": 8}, b]
+        earlier = self.searched(space_of(tmp_path, under), {**a, "width": 8}, {**a, "width": 4}, b)
+        ledger, said = self.begin(space_of(tmp_path, always), earlier)
+        assert [trial.user_attrs["values"] for trial in told(ledger)] == [a, b]
+        assert said.endswith("outside it lie 1 by width")
+
+    def test_what_a_trial_that_was_itself_taken_over_had_fixed_is_not_known(self, space: Space, tmp_path: Path) -> None:
+        first = self.searched(space_of(tmp_path, {**CONFIG, "width": 16}), {"lr": 0.125, "shape": [8]})
+        between = space_of(tmp_path, {**CONFIG, "width": 32})
+        second, _ = self.begin(between, first)
+        end_toy(second, ask(second), "finished")
+        wide = space_of(tmp_path, {**CONFIG, "width": {"int": [1, 64]}})
+        ledger, said = self.begin(wide, Earlier("second", between, second.study))
+        assert said == "1 trials of second lie within this space; outside it lie 1 by width"
+        assert told(ledger)[0].params["width"] == 32
+
+    def test_a_search_in_which_nothing_ended_is_told(self, space: Space) -> None:
+        _, said = self.begin(space, self.searched(space))
+        assert said == "0 trials of earlier lie within this space; none has ended there in a way that teaches"
+
+    def test_only_what_lies_inside_is_taken(self, tmp_path: Path, earlier: Earlier) -> None:
+        rates = sorted(trial.params["lr"] for trial in earlier.study.trials if trial.state != TrialState.FAIL)
         narrow = space_of(tmp_path, {**CONFIG, "lr": {"log": [rates[1], rates[2]]}})
-        ledger, taken = self.begin(narrow, earlier)
-        assert taken == 2
+        ledger, said = self.begin(narrow, earlier)
+        assert said == "2 trials of earlier lie within this space; outside it lie 3 by lr"
         assert all(narrow.holds(trial.user_attrs["values"]) for trial in told(ledger))
 
-    def test_constraints_are_those_of_this_search(self, tmp_path: Path, earlier: optuna.Study) -> None:
+    def test_constraints_are_those_of_this_search(self, tmp_path: Path, earlier: Earlier) -> None:
         space = space_of(
             tmp_path, CONFIG, constraints={"acc": {"min": 0.9}, "size": {"max": 1.0}}, search={"sampler": "gp"}
         )
@@ -340,7 +428,7 @@ class TestWarmStart:
 
     @pytest.mark.parametrize("objective", [{"metric": "loss", "mode": "max"}, {"metric": "acc", "mode": "min"}])
     def test_a_search_for_something_else_is_refused(
-        self, objective: dict[str, str], tmp_path: Path, earlier: optuna.Study
+        self, objective: dict[str, str], tmp_path: Path, earlier: Earlier
     ) -> None:
         with pytest.raises(UserError, match="earlier: searched loss and not, in the same directions, "):
             self.begin(space_of(tmp_path, CONFIG, objective=objective), earlier)

@@ -20,9 +20,10 @@ from timing import thread_s
 from search.features import feature_rows
 from search.ladder import Ladder, rungs, scores_of
 from search.space import Space
-from search.study import Ledger, take_over
+from search.study import Ledger
 from search.surrogate import judge, log_expected_improvement, nearby
 from search.survival import MAPPED
+from search.warm_start import Earlier, take_over
 
 CONFIG: dict[str, Any] = {"epochs": 9, "lr": {"log": [1e-4, 1.0]}, "clip": {"float": [0.0, 2.0]}}
 ASHA = {"name": "asha", "grace_epochs": 1, "reduction": 3}
@@ -112,7 +113,7 @@ class TestLadder:
         own = [scores for _, scores in scores_of(short.space, told(short), 9, random.Random(0))]
         assert own == [{1: 1.0, 3: 1 / 3, 9: 0.25}]
         longer = open_ledger(search_of(tmp_path), InMemoryStorage())
-        assert take_over(longer.study, longer.space, short.study, "earlier") == 1
+        take_over(longer.study, longer.space, Earlier("earlier", short.space, short.study))
         taken = [scores for _, scores in scores_of(longer.space, told(longer), 9, random.Random(0))]
         assert taken == [{1: 1.0, 3: 1 / 3}]
 
@@ -168,7 +169,7 @@ class TestLadder:
             ask(ledger)
             ledger.report("slot", 1, {"loss": 0.0, "acc": 0.0})
             ledger.end("slot", "finished", "")
-        take_over(longer.study, space, short.study, "earlier")
+        take_over(longer.study, space, Earlier("earlier", space, short.study))
         assert len(list(scores_of(space, told(longer), 9, random.Random(0)))) == 1
 
     def test_of_several_objectives_every_trade_off_may_be_drawn(self, tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""What an earlier search teaches a changed one: `--warm-start`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState, create_trial
+
+from search import tree as trees
+from search.folder import SPACE, STUDY, is_there
+from search.record import longest_of
+from search.space import Space, Values
+from search.space_file import read_space
+from search.study import constraints_told, directions_of, distributions_of, open_study, params_of
+from trainables.contract import UserError
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A search that came before this one. source: what its folder is called."""
+
+    source: str
+    space: Space
+    study: optuna.Study
+
+
+def read_earlier(folder: Path) -> Earlier:
+    if not is_there(folder / SPACE):
+        raise UserError(f"--warm-start {folder}: there is no {SPACE} here; name the folder of a finished search")
+    space = read_space(folder / SPACE)
+    return Earlier(str(folder), space, open_study(folder / STUDY, space, create=False))
+
+
+def check_comparable(earlier: Earlier, space: Space) -> None:
+    """Raises UserError when an earlier study searched for something else."""
+    names = [item.metric for item in space.objectives]
+    if (earlier.study.metric_names, earlier.study.directions) != (names, directions_of(space)):
+        raise UserError(
+            f"{earlier.source}: searched {', '.join(earlier.study.metric_names or [])} and not, in the same "
+            f"directions, {', '.join(names)}; its scores teach nothing here"
+        )
+
+
+def take_over(study: optuna.Study, space: Space, earlier: Earlier) -> str:
+    """Copy an earlier study's ended trials that are settings of this space; returns how many, in words.
+
+    They teach the sampler and count as trials of the earlier search, not of this one. What was searched then may be
+    fixed now, and the reverse; what is fixed in both is not compared. Raises UserError when the objectives are others.
+    """
+    check_comparable(earlier, space)
+    longest = space.epochs or longest_of(earlier.study.get_trials(deepcopy=False))
+    taken, outside = 0, Counter[str]()
+    for trial in earlier.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+        attrs = trial.user_attrs
+        # What a trial that was itself taken over had fixed is not known.
+        config = _tree(attrs["values"]) if "from" in attrs else earlier.space.config(attrs["values"])
+        values = place(config, attrs["values"], space)
+        if isinstance(values, str):
+            outside[values] += 1
+            continue
+        copied = create_trial(
+            state=trial.state,
+            params=params_of(space, values),
+            distributions=distributions_of(space, values),
+            values=trial.values if trial.state == TrialState.COMPLETE else None,
+            intermediate_values=trial.intermediate_values,
+            user_attrs={**attrs, "values": values, "from": earlier.source},
+            constraints=constraints_told(space, attrs["status"], attrs["epochs"], longest, attrs["metrics"]),
+        )
+        study.add_trial(copied)
+        taken += 1
+    others = ", ".join(f"{count} by {name}" for name, count in outside.most_common())
+    left = f"; outside it lie {others}" if outside else "" if taken else "; none has ended there in a way that teaches"
+    return f"{taken} trials of {earlier.source} lie within this space{left}"
+
+
+def place(config: Mapping[str, Any], searched: Mapping[str, Any], space: Space) -> Values | str:
+    """A trial's setting in terms of a space; or where it lies outside of it, the name of an entry that says so.
+
+    config: what the trial was trained with, as far as known. searched: those of its values that were searched.
+    """
+    values: Values = {}
+    for parameter in space.parameters:
+        if space.is_active(parameter, values):
+            value = trees.get(config, parameter.name)
+            if not parameter.domain.contains(value):
+                return parameter.name
+            values[parameter.name] = value
+    now = space.config(values)
+    return next((name for name, value in searched.items() if trees.get(now, name) != value), values)
+
+
+def _tree(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        trees.put(tree, name, value)
+    return tree
