@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import NoReturn
 
 from search.command import Options, list_spaces, report, search
 from search.fill import fill
+from search.output import lossy_output
 from trainables.contract import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -71,22 +73,26 @@ def check_alone(given: argparse.Namespace, *names: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        given = parser().parse_args(arguments)
-        status = run(given)
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_MISTAKE
-    except KeyboardInterrupt:  # before there was anything to go on with, or for the second time
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        if not (given.list or given.report or given.dry_run):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read along has left, as `head` does
-        return EXIT_FOUND
-    return status
+    with contextlib.ExitStack() as output:
+        try:
+            given = parser().parse_args(arguments)
+            looks = given.list or given.report or given.dry_run
+            if not looks:  # the folder has what is printed
+                output.enter_context(lossy_output())
+            status = run(given)
+            sys.stdout.flush()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_MISTAKE
+        except KeyboardInterrupt:  # before there was anything to go on with, or for the second time
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except BrokenPipeError:
+            if not looks:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader has left, as `head` does
+            return EXIT_FOUND
+        return status
 
 
 def run(given: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from search import yaml_file
 from search.decode import did_you_mean
 from search.export import BEST_TRIAL, empty_folder, export, export_trial
 from search.folder import SPACE, STUDY, is_there, running
+from search.interruption import Interruption
 from search.journal import drop_lock
 from search.loading import Trainable, where
 from search.mirror import Mirror, above, below, fetch, is_uri, local
@@ -185,7 +186,7 @@ def search(options: Options) -> engine.Outcome | None:
         print(yaml_file.dump(space.document()), end="")
         return None
     space = prepared(space, trainable)
-    interruption = engine.Interruption()
+    interruption = Interruption()
     with interruption.heeded(), contextlib.ExitStack() as held:  # from here on there is a folder to go on from
         results = folder_of(options, space)
         mirror = open_mirror(options, results)
@@ -208,7 +209,8 @@ def search(options: Options) -> engine.Outcome | None:
             again += ["--address", options.address]
         if options.export is not None:
             again += ["--export", BEST_TRIAL, str(options.export)]
-        print(f"interrupted; go on with: python {shlex.join(again)}")
+        because = "" if outcome.reason is None else f": {outcome.reason}"
+        print(f"interrupted{because}; go on with: python {shlex.join(again)}")
     elif options.export is not None and outcome.best:
         try:
             print(export_trial(results, BEST_TRIAL, options.export))

@@ -50,7 +50,10 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
         if outcome is None:
             continue
         outcomes.append(outcome)
-        text = _write(results, options.file.stem, tables, everything)
+        try:
+            text = _write(results, options.file.stem, tables, everything)
+        except OSError as error:  # the disk is full, say, which the search has told
+            text = f"the tables are as they were: {error}"
         if mirror is not None:
             mirror.push()
         if outcome.interrupted:

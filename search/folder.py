@@ -6,6 +6,7 @@ Not that of the machine either: what takes the place of something is forced to t
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -24,6 +25,7 @@ SCRATCH = ".ray"  # Ray's own files; removed when the search ends
 _CHECKPOINT = "checkpoint-{:04d}.pt"  # the epochs it has behind it; torch.load gives the trainable's own state
 CHECKPOINT_PATTERN = "checkpoint-*.pt"
 _TAIL_BYTES = 8192
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_there(path: Path) -> bool:
@@ -32,6 +34,16 @@ def is_there(path: Path) -> bool:
         return path.exists()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it was raised because a disk is full, or somebody's share of it."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+def says_full(text: str) -> bool:
+    """The same of what an error was told as."""
+    return any(os.strerror(code) in text for code in _FULL)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import pickle
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,11 +14,27 @@ from ray.exceptions import RayActorError, RayTaskError
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from search.folder import TrialFolder
+from search.folder import TrialFolder, is_full
 from search.health import remarks
+from search.interruption import Interruption
 from search.record import RAN_TO_END, Record, unmeasured
 from search.study import Ledger
 from search.trial import EPOCH, METRICS, REASON, STATUS
+
+
+def _kept(callback: Callable[..., None]) -> Callable[..., None]:
+    """Tune would take some exceptions for a failure of the trial, and run again what has ended.
+
+    So the first of them ends the search, and nothing is recorded after it.
+    """
+
+    @functools.wraps(callback)
+    def called(self: Recorder, *args: Any, **info: Any) -> None:
+        if self._interruption.cause is None:
+            with self._interruption.kept():
+                callback(self, *args, **info)
+
+    return called
 
 
 class Recorder(tune.Callback):
@@ -25,7 +43,15 @@ class Recorder(tune.Callback):
     `tell` is given the record of each trial that ends; `keep` is called after each epoch.
     """
 
-    def __init__(self, ledger: Ledger, results: Path, tell: Callable[[Record], None], keep: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        results: Path,
+        tell: Callable[[Record], None],
+        keep: Callable[[], None],
+        interruption: Interruption,
+    ) -> None:
+        self._interruption = interruption
         self._ledger = ledger
         self._results = results
         self._tell = tell
@@ -33,6 +59,7 @@ class Recorder(tune.Callback):
         self._writers: dict[str, SummaryWriter] = {}
         self._reported = False
 
+    @_kept
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         opened = self._ledger.open[trial.trial_id]
         if not opened.started:
@@ -40,6 +67,7 @@ class Recorder(tune.Callback):
         opened.started = time.monotonic()  # anew where the scheduler had paused it
         self._follow(trial)
 
+    @_kept
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
@@ -68,6 +96,7 @@ class Recorder(tune.Callback):
             told = "a trial fails where its last report lacks it too; --resume takes other constraints"
             print(f"the first report has {lack} ({told})", flush=True)
 
+    @_kept
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if trial.trial_id not in self._ledger.open:
             return
@@ -81,7 +110,14 @@ class Recorder(tune.Callback):
             self._ledger.open[trial.trial_id].started = 0.0  # it may have been paused since its last report
             self._end(trial.trial_id, *self._stopped(trial.trial_id, self._scheduler_verdict(trial.trial_id)))
 
+    @_kept
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """An attempt has failed, and there will be another."""
+        _check_room(trial)
+
+    @_kept
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        _check_room(trial)
         if trial.trial_id in self._ledger.open:
             # The slot keeps the reason of its last attempt, unless it died itself; Tune has that of some attempt.
             error, told = trial.get_pickled_error(), self._folder(trial).read_error()
@@ -91,15 +127,16 @@ class Recorder(tune.Callback):
 
     def close(self, ending: str | None) -> None:
         """The search stops with trials under way: they are stopped for the reason `ending`, or None: interrupted."""
-        for key in list(self._ledger.open):
-            opened = self._ledger.open[key]
-            if ending is None:
-                TrialFolder(self._results, opened.number).keep_checkpoint(opened.epochs)
-                self._ledger.interrupt(key)
-            else:
-                self._end(key, *self._stopped(key, f"{ending} after epoch {opened.epochs}"))
+        for key, opened in list(self._ledger.open.items()):
+            with self._interruption.kept():
+                if ending is None:
+                    TrialFolder(self._results, opened.number).keep_checkpoint(opened.epochs)
+                    self._ledger.interrupt(key)
+                else:
+                    self._end(key, *self._stopped(key, f"{ending} after epoch {opened.epochs}"))
         for writer in self._writers.values():
-            writer.close()
+            with self._interruption.kept():
+                writer.close()
 
     def _stopped(self, key: str, why: str) -> tuple[str, str]:
         """Status and reason of a trial that was not let go on; there may have been nothing left of it."""
@@ -156,6 +193,14 @@ def _write_hparams(writer: SummaryWriter, record: Record) -> None:
     measured = {name: value for name, value in record.metrics.items() if value is not None}
     for summary in hparams({**values, "status": record.status}, measured):
         writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+
+
+def _check_room(trial: Any) -> None:
+    """Raise what the last attempt at a trial ended with, where its slot's disk was full: the next one's is, too."""
+    file = trial.pickled_error_file
+    error = None if file is None else pickle.loads(Path(file).read_bytes())
+    if isinstance(error, RayTaskError) and is_full(error.cause):
+        raise error.cause
 
 
 def _reason(error: BaseException) -> str:

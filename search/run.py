@@ -8,8 +8,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ray.tune.schedulers import TrialScheduler
 from search.folder import SCRATCH, STUDY, TrialFolder
 from search.group import GroupSpec
 from search.health import compared
+from search.interruption import Interruption
 from search.mirror import Mirror
 from search.plain import one_line
 from search.plan import Node, Plan
@@ -61,39 +61,16 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of co
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a search ended. `interrupted`: by Ctrl-C; what was running goes on with `--resume`."""
+    """How a search ended. `interrupted`: by Ctrl-C, or for `reason`; what was running goes on with `--resume`."""
 
     records: tuple[Record, ...]
     best: tuple[Record, ...]
     interrupted: bool
-
-
-class Interruption:
-    """Whether Ctrl-C was pressed, or SIGTERM sent. While it is entered, the first of them only sets `pressed`."""
-
-    def __init__(self) -> None:
-        self.pressed = False
-
-    @contextmanager
-    def heeded(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM stops cleanly; a second one acts as it did before."""
-
-        def stop(signum: int, frame: Any) -> None:
-            self.pressed = True
-            for known, handler in before.items():
-                signal.signal(known, handler)
-            print("\nstopping; press Ctrl-C again to abandon", flush=True)
-
-        before = {known: signal.signal(known, stop) for known in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for known, handler in before.items():
-                signal.signal(known, handler)
+    reason: str | None = None
 
 
 class _Stop(tune.Stopper):
-    """Ends the whole search when Ctrl-C was pressed or the time is over."""
+    """Ends the whole search when it was interrupted or the time is over."""
 
     def __init__(self, interruption: Interruption, budget_s: float | None) -> None:
         self._interruption = interruption
@@ -107,7 +84,7 @@ class _Stop(tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return self._interruption.pressed or self.out_of_time
+        return self._interruption.came or self.out_of_time
 
 
 def this_machine() -> tuple[Node, ...]:
@@ -212,7 +189,7 @@ def run(
 
     study = open_study(results / STUDY, space, create=False)
     ledger = Ledger(space, study, sampler_maker(space), results)
-    recorder = Recorder(ledger, results, tell, keep)
+    recorder = Recorder(ledger, results, tell, keep, interruption)
     stop = _Stop(interruption, space.search.time_budget_s)
     try:
         if ledger.left and not interruption.pressed:
@@ -220,18 +197,23 @@ def run(
             if past and space.scheduler.name in PAUSING:
                 print(f"{space.scheduler.name} compares anew: it knows nothing of what was reported before", flush=True)
             scheduler = make_scheduler(space, past)
-            _tuner(_job(space, plan, results, cold), plan.slots, ledger, recorder, scheduler, stop).fit()
-    finally:
-        over = stop.out_of_time and not interruption.pressed
+            with interruption.kept():
+                _tuner(_job(space, plan, results, cold), plan.slots, ledger, recorder, scheduler, stop).fit()
+    finally:  # each of these is tried, whatever became of those before
+        over = stop.out_of_time and not interruption.came
         recorder.close(f"the time budget of {space.search.time_budget} was over" if over else None)
         shutil.rmtree(results / SCRATCH, ignore_errors=True)
-        found = records(study, space)
-        write_results(results, space, found)
+        found: list[Record] = []
+        with interruption.kept():
+            found = records(study, space)
+            write_results(results, space, found)
         if mirror is not None:
-            mirror.push()
-    if not interruption.pressed:
-        mark_ended(study, space.search.trials)
-    return Outcome(tuple(found), tuple(best_of(found, space)), interruption.pressed)
+            with interruption.kept():
+                mirror.push()
+    if not interruption.came:
+        with interruption.kept():
+            mark_ended(study, space.search.trials)
+    return Outcome(tuple(found), tuple(best_of(found, space)), interruption.came, interruption.reason)
 
 
 def past_of(study: optuna.Study, space: Space, results: Path) -> list[Past]:

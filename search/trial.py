@@ -15,7 +15,7 @@ from typing import Any
 
 from ray import tune
 
-from search.folder import TrialFolder, last_checkpoint
+from search.folder import TrialFolder, is_full, last_checkpoint
 from search.group import Group, GroupDied, GroupSpec
 from search.health import compared
 from search.messages import Advance, Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
@@ -63,7 +63,9 @@ class Slot(tune.Trainable):
             return self._step()
         except TrialFailed:
             raise
-        except Exception as error:  # of this slot itself: a full disk, say
+        except Exception as error:  # of this slot itself
+            if is_full(error):  # the recorder ends the search for it
+                raise
             raise self._failed(short_line(f"{type(error).__name__}: {error}", ""), traceback.format_exc()) from None
 
     def _step(self) -> dict[str, Any]:

@@ -157,6 +157,35 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path, how: signal.
     assert all(trial.state.is_finished() for trial in open_study(results / "study.journal", space, False).trials)
 
 
+@pytest.mark.parametrize("pressed", [True, False])
+def test_a_reader_that_has_left_changes_nothing(tmp_path: Path, pressed: bool) -> None:
+    """As `tee` does at Ctrl-C, or `head` before it: the search ends as it would have, and with that exit status."""
+    shutil.copy(Path(__file__).parent / "toys.py", tmp_path)
+    (tmp_path / "slow.yaml").write_text(SLOW_SPACE)
+    process = launch(tmp_path, "--space", "slow.yaml", "--name", "deaf", "--trials", "3")
+    read_until(process, r"trial +\d+ +finished")
+    assert process.stdout is not None
+    process.stdout.close()
+    if pressed:
+        process.send_signal(signal.SIGINT)
+    assert process.wait(240) == (130 if pressed else 0)
+    results = tmp_path / "results/deaf"
+    assert len(rows(results)) == 3 or pressed
+    assert {row["status"] for row in rows(results)} == {"finished"} | ({"interrupted"} if pressed else set())
+    assert (results / "report.html").exists()
+    assert not (results / ".ray").exists()
+
+
+def test_a_full_disk_under_the_log_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "my_loop.py").write_text(OWN_LOOP)
+    (tmp_path / "my.yaml").write_text(OWN_SPACE)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(ROOT / "launch.py"), "--space", "my.yaml", "--name", "mine"]
+        status = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=full, timeout=240).returncode
+    assert status == 0
+    assert [row["status"] for row in rows(tmp_path / "results/mine")] == ["finished"] * 6
+
+
 def test_a_mistake_in_the_data_ends_before_ray_starts(tmp_path: Path) -> None:
     started = time.monotonic()
     status, output = finish(launch(ROOT, "--space", "fusion", "--set", f"config.data.root={tmp_path / 'nowhere'}"))

@@ -26,12 +26,14 @@ import launch
 from search import command, folder, yaml_file
 from search import run as engine
 from search.folder import TrialFolder, running
+from search.mirror import Mirror
+from search.plan import Node, make_plan
 from search.ran import write_space
 from search.record import best_of
 from search.space import Space
 from search.space_file import load_space, read_space
 from search.states import save_state
-from search.study import records
+from search.study import ended_after, open_study, records
 
 ROOT = Path(__file__).parents[1]
 SPACE: dict[str, Any] = {
@@ -479,6 +481,37 @@ class TestResumeOfAMirroredSearch:
         yaml_file.write(Path("results/night/space.yaml"), document)
         status, out, _ = run("--resume", "results/night")
         assert (status, "mirrored" in out) == (130, False)
+
+
+def test_what_a_search_could_not_go_on_for_stands_before_the_line_that_resumes(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = engine.Outcome((), (), interrupted=True, reason="the disk is full (no room)")
+    monkeypatch.setattr(engine, "start_ray", lambda address: None)
+    monkeypatch.setattr(engine, "run", lambda *_: cut)
+    status, out, _ = run(*TOY, "--name", "full")
+    line = "interrupted: the disk is full (no room); go on with: python platform/launch.py --resume results/full\n"
+    assert (status, out.endswith(f"\n{line}")) == (130, True)
+
+
+def test_what_fails_at_the_end_of_a_search_leaves_the_rest_to_be_done(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = finished_search(tmp_path)
+    (results / folder.SCRATCH).mkdir()
+    space, _ = load_space(tmp_path / "search_spaces/toy.yaml", ["search.trials=1"])
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(engine, "write_results", full)
+    mirror = Mirror(results, f"file://{tmp_path}/mirror")
+    outcome = engine.run(space, make_plan(space, [Node(1, 0)]), results, mirror=mirror)
+    assert (outcome.interrupted, len(outcome.best)) == (True, 1)
+    assert outcome.reason == "the disk is full ([Errno 28] No space left on device)"
+    assert not (results / folder.SCRATCH).exists()
+    assert (tmp_path / "mirror/study.journal").exists()
+    assert ended_after(open_study(results / "study.journal", space, create=False)) is None
 
 
 def test_a_dry_run_passes_over_a_folder_that_is_torn(run: Run, tmp_path: Path) -> None:

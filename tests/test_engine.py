@@ -32,7 +32,7 @@ from search.retry import retry_failed
 from search.scheduler import make_scheduler
 from search.space_file import load_space
 from search.states import load_state
-from search.study import open_study
+from search.study import ended_after, open_study
 from search.trial import METRICS
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -403,6 +403,41 @@ def test_a_time_budget_stops_what_runs(tmp_path: Path) -> None:
     assert {record.status for record in outcome.records} == {"stopped"}
     assert all("time budget of 15s" in record.reason for record in outcome.records)
     assert all(trial.state.is_finished() for trial in study_of(results).trials)
+
+
+def test_what_the_recorder_trips_over_ends_the_search_to_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> str:
+        raise RuntimeError("the line")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "trial_line", broken)
+        cut, results = search(tmp_path, toy("descend", search={"trials": 3, "sampler": "random"}))
+    assert cut.interrupted
+    assert (cut.reason or "").startswith("RuntimeError: the line (")
+    assert [record.status for record in cut.records if record.epochs == 4] == ["finished"], "and is not run again"
+    assert ended_after(study_of(results)) is None
+    space, _ = load_space(results / "space.yaml")
+    whole = engine.run(space, make_plan(space, ONE_CPU), results)
+    assert (whole.interrupted, [record.status for record in whole.records]) == (False, ["finished"] * 3)
+    assert whole.records[0] == cut.records[0]
+    assert ended_after(study_of(results)) == 3
+
+
+def test_a_full_disk_ends_the_search_to_be_resumed(small_disk: Path) -> None:
+    """Its trials have done nothing wrong, and those after them would meet the same."""
+    cut, results = search(small_disk, toy("heavy", search={"trials": 8, "sampler": "random"}))
+    assert cut.interrupted
+    assert "the disk is full (" in (cut.reason or "")
+    statuses = [record.status for record in cut.records]
+    assert statuses == ["finished"] * (len(statuses) - 1) + ["interrupted"], cut.records
+    assert ended_after(study_of(results)) is None
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    space, _ = load_space(results / "space.yaml")
+    whole = engine.run(space, make_plan(space, ONE_CPU), results)
+    assert (whole.interrupted, [record.status for record in whole.records]) == (False, ["finished"] * 8)
+    assert whole.records[len(statuses) - 1].metrics["started_at"] != 0, "it goes on from its checkpoint"
 
 
 def test_several_objectives_give_a_front(tmp_path: Path) -> None:

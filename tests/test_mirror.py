@@ -15,6 +15,7 @@ from s3 import Store
 from spaces import space_of
 
 from search.folder import SCRATCH, TrialFolder
+from search.interruption import Interruption
 from search.mirror import Mirror, above, below, fetch, local
 from search.recorder import Recorder
 from search.trial import EPOCH, METRICS
@@ -238,7 +239,9 @@ def test_each_epoch_gives_the_mirror_its_turn(tmp_path: Path) -> None:
     trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": opened.values})
     kept: list[list[dict[str, Any]]] = []
     folder = TrialFolder(tmp_path / "run", opened.number)
-    recorder = Recorder(ledger, tmp_path / "run", lambda record: None, lambda: kept.append(folder.read_metrics()))
+    recorder = Recorder(
+        ledger, tmp_path / "run", lambda record: None, lambda: kept.append(folder.read_metrics()), Interruption()
+    )
     for epoch in (1, 2):
         recorder.on_trial_result(0, [], trial, {EPOCH: epoch, METRICS: {"loss": 0.5}})
     recorder.close("time")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ray.exceptions import ActorUnavailableError
 from spaces import space_of
 
 from search.folder import TrialFolder
+from search.interruption import Interruption
 from search.record import Record
 from search.recorder import Recorder
 from search.trial import EPOCH, METRICS, REASON, STATUS
@@ -28,6 +30,7 @@ class Watched:
     recorder: Recorder
     trial: SimpleNamespace  # as Tune has it
     told: list[Record]
+    interruption: Interruption
 
     def report(self, epoch: int, metrics: dict[str, Any] | None = None) -> None:
         self.recorder.on_trial_result(0, [], self.trial, {EPOCH: epoch, METRICS: metrics or {"loss": 0.5}})
@@ -48,10 +51,12 @@ class Watched:
 
 def watched(folder: Path, epochs: Any = 3, **space: Any) -> Watched:
     ledger = open_journal(space_of(folder, {"lr": {"log": [1e-4, 1.0]}, "epochs": epochs}, **space), folder / "run")
-    opened, told = ask(ledger), list[Record]()
-    recorder = Recorder(ledger, folder / "run", told.append, lambda: None)
+    opened, told, interruption = ask(ledger), list[Record](), Interruption()
+    recorder = Recorder(ledger, folder / "run", told.append, lambda: None, interruption)
     config = {"number": opened.number, "values": opened.values}
-    return Watched(folder, recorder, SimpleNamespace(trial_id="slot", config=config), told)
+    return Watched(
+        folder, recorder, SimpleNamespace(trial_id="slot", config=config, pickled_error_file=None), told, interruption
+    )
 
 
 def ended(folder: Path, reports: list[dict[str, Any]], constraints: dict[str, Any]) -> Record:
@@ -171,3 +176,39 @@ def test_an_interrupted_trial_keeps_the_checkpoint_of_its_last_report_alone(tmp_
     run.recorder.close(None)
     assert [path.name for path in run.files.path.glob("checkpoint-*.pt")] == ["checkpoint-0002.pt"]
     assert not run.told
+
+
+def test_what_cannot_be_recorded_interrupts_the_search_and_nothing_is_recorded_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune takes the trial for one that failed, and starts it again."""
+    run = watched(tmp_path)
+    run.report(1)
+
+    def broken(record: Record) -> None:
+        raise RuntimeError("first")
+
+    monkeypatch.setattr(run.recorder, "_tell", broken)
+    run.trial.last_result = {STATUS: "finished", REASON: "as the test says", EPOCH: 1}
+    run.recorder.on_trial_complete(0, [], run.trial)
+    run.recorder.on_trial_start(0, [], run.trial)
+    run.report(2)
+    assert run.interruption.came
+    assert (run.interruption.reason or "").startswith(f"RuntimeError: first ({__file__}:")
+    assert [row["epoch"] for row in run.files.read_metrics()] == [1]
+
+
+def test_a_trial_whose_end_found_no_room_is_still_open(small_disk: Path) -> None:
+    run = watched(small_disk)
+    run.report(1)
+    with contextlib.suppress(OSError), open(small_disk / "ballast", "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    run.trial.last_result = {STATUS: "diverged", REASON: "as the test says " * 500, EPOCH: 1}
+    run.recorder.on_trial_complete(0, [], run.trial)
+    run.recorder.close(None)
+    assert run.interruption.reason == "the disk is full ([Errno 28] No space left on device)"
+    (small_disk / "ballast").unlink()
+    space = space_of(small_disk, {"lr": {"log": [1e-4, 1.0]}, "epochs": 3})
+    again = ask(open_journal(space, small_disk / "run"))
+    assert (again.number, again.epochs) == (run.trial.config["number"], 1)

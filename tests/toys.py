@@ -30,6 +30,14 @@ def descend(trial: Trial) -> Iterator[Report]:
         yield Report(metrics, state=lambda: {"epoch": epoch, "w": w})
 
 
+def heavy(trial: Trial) -> Iterator[Report]:
+    """As `descend`, with a state of 300 kB."""
+    for report in descend(trial):
+        assert report.state is not None
+        state = report.state()
+        yield Report(report.metrics, state=lambda: {**state, "weights": torch.zeros(75_000)})
+
+
 def surrounded(trial: Trial) -> Iterator[Report]:
     """Writes the environment of its rank into the folder `config["folder"]`. A program of torchrun's, too."""
     file = Path(trial.config["folder"]) / f"rank-{trial.rank}.json"

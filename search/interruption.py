@@ -1,0 +1,64 @@
+"""What ends a search before its time: Ctrl-C, a signal, or an error after which it cannot go on."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray.tune import TuneError
+
+from search.folder import says_full
+from search.loading import where
+from search.plain import said, short_line
+
+
+class Interruption:
+    """`pressed`: Ctrl-C was, or SIGTERM sent; while `heeded` is entered, the first of them only sets it.
+
+    `cause`: the first exception that was `kept`.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self.cause: Exception | None = None
+
+    @property
+    def came(self) -> bool:
+        return self.pressed or self.cause is not None
+
+    @property
+    def reason(self) -> str | None:
+        """The cause in a line. Tune hands on the text of a traceback, which ends in what was raised."""
+        if self.cause is None:
+            return None
+        told = short_line(said(self.cause).strip().rpartition("\n")[2], type(self.cause).__name__)
+        if says_full(told):
+            return f"the disk is full ({told})"
+        return told if isinstance(self.cause, TuneError) else where(self.cause)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """An exception in here ends the search as Ctrl-C does, and not what comes next."""
+        try:
+            yield
+        except Exception as error:
+            self.cause = self.cause or error
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM stops cleanly; a second one acts as it did before."""
+
+        def stop(signum: int, frame: Any) -> None:
+            self.pressed = True
+            for known, handler in before.items():
+                signal.signal(known, handler)
+            print("\nstopping; press Ctrl-C again to abandon", flush=True)
+
+        before = {known: signal.signal(known, stop) for known in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for known, handler in before.items():
+                signal.signal(known, handler)
