@@ -23,6 +23,7 @@ from measured import cost_per_further_trial
 
 from search import run as engine
 from search.folder import STUDY
+from search.interruption import Interruption
 from search.packing import measure
 from search.plan import Measured, Plan, Unmeasured, make_plan, told
 from search.ran import write_space
@@ -95,7 +96,7 @@ def main() -> None:
     nodes = engine.start_ray(None)
 
     began = time.monotonic()
-    memory = measure(space, nodes)
+    memory = measure(space, nodes, Interruption())
     measuring_s = time.monotonic() - began
     assert isinstance(memory, Measured), memory
     one, several = make_plan(space, nodes, Unmeasured("to compare with")), make_plan(space, nodes, memory)

@@ -196,7 +196,7 @@ def search(options: Options) -> engine.Outcome | None:
         if not options.address:
             engine.start_ray(None)
         if space.resources.gpus_per_worker == "auto" and alone is None and not interruption.pressed:
-            plan = make_plan(space, nodes, measure(space, nodes))
+            plan = make_plan(space, nodes, measure(space, nodes, interruption))
             print(f"plan: {plan}", flush=True)
         outcome = engine.run(space, plan, results, options.cold, mirror, interruption)
         print(summary(results, space, outcome.records))

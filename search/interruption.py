@@ -13,9 +13,11 @@ from search.folder import says_full
 from search.loading import where
 from search.plain import said, short_line
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what Slurm sends before the time is over
+
 
 class Interruption:
-    """`pressed`: Ctrl-C was, or SIGTERM sent; while `heeded` is entered, the first of them only sets it.
+    """`pressed`: Ctrl-C was, or one of `SIGNALS` sent; while `heeded` is entered, the first of them only sets it.
 
     `cause`: the first exception that was `kept`.
     """
@@ -48,7 +50,7 @@ class Interruption:
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM stops cleanly; a second one acts as it did before."""
+        """The first of `SIGNALS` stops cleanly; a second one acts as it did before."""
 
         def stop(signum: int, frame: Any) -> None:
             self.pressed = True
@@ -56,7 +58,7 @@ class Interruption:
                 signal.signal(known, handler)
             print("\nstopping; press Ctrl-C again to abandon", flush=True)
 
-        before = {known: signal.signal(known, stop) for known in (signal.SIGINT, signal.SIGTERM)}
+        before = {known: signal.signal(known, stop) for known in SIGNALS}
         try:
             yield
         finally:

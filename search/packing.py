@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from search.domain import Choice, Integer
+from search.interruption import Interruption
 from search.loading import Trainable, load
 from search.plan import MIB, Measured, Node, Unmeasured, is_simulated, obstacle
 from search.space import Space, Values
@@ -23,6 +25,7 @@ from trainables.contract import Trial, default_device
 DRAWS = 200  # of the space, among which the largest are looked for
 LARGEST = 5  # of them that are measured, beside the known settings
 WAIT_S = 600.0  # for a measurement, reading of the data included; then every worker gets a whole GPU
+LOOK_S = 0.5  # how often it is looked whether Ctrl-C was pressed meanwhile
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,11 @@ def cannot_share(space: Space, trainable: Trainable, nodes: Sequence[Node]) -> U
     return obstacle(space, nodes)
 
 
-def measure(space: Space, nodes: Sequence[Node]) -> Measured | Unmeasured:
+def measure(space: Space, nodes: Sequence[Node], interruption: Interruption) -> Measured | Unmeasured:
     """Try the largest settings on a GPU of each machine, all machines at once; Ray is started.
 
-    The GPUs of one machine are taken to be alike. Whatever goes wrong is the reason why nothing was measured.
+    The GPUs of one machine are taken to be alike. Whatever goes wrong is the reason why nothing was measured, and so is
+    the interruption.
     """
     job = Job(
         trainable=space.trainable,
@@ -67,9 +71,13 @@ def measure(space: Space, nodes: Sequence[Node]) -> Measured | Unmeasured:
         ]
         there = [NodeAffinitySchedulingStrategy(machine, soft=False) for machine in machines]
         tasks = [task.options(num_gpus=1, scheduling_strategy=strategy).remote(job) for strategy in there]
-    done, late = ray.wait(tasks, num_returns=len(tasks), timeout=WAIT_S)
+    until, done, late = time.monotonic() + WAIT_S, [], tasks
+    while late and time.monotonic() < until and not interruption.came:
+        done, late = ray.wait(tasks, num_returns=len(tasks), timeout=min(LOOK_S, WAIT_S))
     for reference in late:
         ray.cancel(reference, force=True)
+    if interruption.came:
+        return Unmeasured("the search was interrupted")
     if late:
         return Unmeasured(f"{len(late)} machine(s) had not measured a training step within {WAIT_S:g} s")
     try:

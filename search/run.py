@@ -199,6 +199,8 @@ def run(
             scheduler = make_scheduler(space, past)
             with interruption.kept():
                 _tuner(_job(space, plan, results, cold), plan.slots, ledger, recorder, scheduler, stop).fit()
+            if (ledger.left or ledger.open) and not stop.out_of_time:
+                interruption.pressed = True  # Tune has a handler of its own for SIGUSR1
     finally:  # each of these is tried, whatever became of those before
         over = stop.out_of_time and not interruption.came
         recorder.close(f"the time budget of {space.search.time_budget} was over" if over else None)

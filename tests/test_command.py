@@ -17,7 +17,7 @@ import yaml
 from printed import read_until
 
 from search.space_file import load_space
-from search.study import open_study
+from search.study import ended_after, open_study
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[1]
@@ -111,7 +111,7 @@ def test_exit_status_1_when_nothing_keeps_the_constraints(tmp_path: Path) -> Non
     assert "no trial finished and kept the constraints" in output
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
 def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path, how: signal.Signals) -> None:
     """Nothing finished is run again or lost, and what was running goes on from its last checkpoint."""
     shutil.copy(Path(__file__).parent / "toys.py", tmp_path)
@@ -123,7 +123,9 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path, how: signal.
     status, output = finish(process)
     results = tmp_path / "results/cut"
     assert not (tmp_path / "model").exists(), "the search is not at its end"
-    if how == signal.SIGINT:
+    space, _ = load_space(results / "space.yaml")
+    assert ended_after(open_study(results / "study.journal", space, False)) is None
+    if how != signal.SIGKILL:
         assert status == 130, output
         assert "--resume" in output
         before = rows(results)
@@ -154,7 +156,23 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path, how: signal.
         assert epochs == list(range(1, int(row["epochs"]) + 1)), "nor is an epoch missing"
         assert {f"epoch {epoch - 1}" for epoch in epochs} == set(printed)
     space, _ = load_space(results / "space.yaml")
-    assert all(trial.state.is_finished() for trial in open_study(results / "study.journal", space, False).trials)
+    study = open_study(results / "study.journal", space, False)
+    assert all(trial.state.is_finished() for trial in study.trials)
+    assert ended_after(study) == 5
+
+
+def test_ctrl_c_while_memory_is_measured_is_heeded_at_once(tmp_path: Path) -> None:
+    wait = "import time\n\n\ndef memory_need(trial):\n    time.sleep(500)\n"
+    (tmp_path / "my_loop.py").write_text(wait + OWN_LOOP)
+    (tmp_path / "my.yaml").write_text(
+        OWN_SPACE.replace("cpus_per_worker: 2", "gpus_per_worker: auto, memory_limit_mb: 64")
+    )
+    process = launch(tmp_path, "--space", "my.yaml", "--name", "mine")
+    read_until(process, r"measuring the memory")
+    process.send_signal(signal.SIGINT)
+    status, output = finish(process)
+    assert status == 130, output
+    assert output.endswith(f"go on with: python {ROOT / 'launch.py'} --resume results/mine\n")
 
 
 @pytest.mark.parametrize("pressed", [True, False])

@@ -26,6 +26,7 @@ import launch
 from search import command, folder, yaml_file
 from search import run as engine
 from search.folder import TrialFolder, running
+from search.interruption import SIGNALS
 from search.mirror import Mirror
 from search.plan import Node, make_plan
 from search.ran import write_space
@@ -410,10 +411,11 @@ def test_ctrl_c_before_there_is_anything_to_go_on_with_is_status_130(
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("how", SIGNALS)
 def test_ctrl_c_while_ray_starts_leaves_a_search_to_go_on_with(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    how: signal.Signals, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(engine, "start_ray", lambda address: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(engine, "start_ray", lambda address: os.kill(os.getpid(), how))
     status, out, told = run(*TOY, "--name", "early", "--cold", "--export", "best", "my model")
     assert (status, told) == (130, "")
     assert "no trial was run" in out

@@ -13,6 +13,7 @@ from toy_task import CPU, TOY, Config
 
 from search import run as engine
 from search.folder import STUDY
+from search.interruption import Interruption
 from search.loading import load
 from search.packing import DRAWS, LARGEST, Job, cannot_share, large_settings, measure, needs, on_every_machine
 from search.plan import MIB, Measured, Node, Unmeasured, make_plan
@@ -129,7 +130,7 @@ class TestOnRay:
     def test_three_slots_keep_within_their_shares_of_a_simulated_gpu(self, tmp_path: Path) -> None:
         known = [{"optim.batch_size": size} for size in (*SIZES, *SIZES)]
         space, nodes = sharing(tmp_path, try_first=known, search={"trials": 8}), [Node(3, 0)]
-        measured = measure(space, nodes)
+        measured = measure(space, nodes, Interruption())
         assert measured == Measured(4, need_bytes(48), 0, MIB)
         # A GPU in a share of which eight samples fit, and not twice as many: as if only they had been measured.
         room = int(3.2 * ALLOCATOR_ROOM * need_bytes(8))
@@ -150,10 +151,12 @@ class TestOnRay:
     ) -> None:
         family = "import os\ndef train(trial):\n    yield {}\ndef memory_need(trial):\n    os._exit(1)\n"
         space = sharing(tmp_path, family)
-        assert measure(space, [Node(4, 0)]) == Unmeasured("the measuring process died: WorkerCrashedError")
+        assert measure(space, [Node(4, 0)], Interruption()) == Unmeasured(
+            "the measuring process died: WorkerCrashedError"
+        )
         monkeypatch.setattr("search.packing.WAIT_S", 0.01)
         late = Unmeasured("1 machine(s) had not measured a training step within 0.01 s")
-        assert measure(space, [Node(4, 0)]) == late
+        assert measure(space, [Node(4, 0)], Interruption()) == late
 
 
 def open_study_in(results: Path, space: Space) -> None:
