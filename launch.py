@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from search.command import Options, list_spaces, report, search
+from search.command import report, search
 from search.fill import fill
+from search.options import Options, list_spaces
 from search.output import lossy_output
 from trainables.contract import UserError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import random
@@ -10,21 +9,22 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from search import run as engine
 from search import tree as trees
 from search import yaml_file
-from search.decode import did_you_mean
-from search.export import BEST_TRIAL, empty_folder, export, export_trial
+from search.export import BEST_TRIAL, export, export_trial
 from search.folder import SPACE, STUDY, is_there, running
 from search.interruption import Interruption
 from search.journal import drop_lock
 from search.loading import Trainable, where
-from search.mirror import Mirror, above, below, fetch, is_uri, local
+from search.mirror import Mirror, below
+from search.options import Options, results_folder
 from search.packing import cannot_share, measure
-from search.plan import AT_THE_START, Plan, estimate, make_plan
+from search.plan import AT_THE_START, Node, Plan, Unmeasured, estimate, make_plan
 from search.ran import how_it_ran, write_space
 from search.record import Record, left_to_run, unmended
 from search.results import as_of_now, read_results, summary, why, write_results
@@ -34,106 +34,18 @@ from search.scheduler import make_scheduler, unheeded
 from search.space import Space
 from search.space_file import load_space, read_space
 from search.study import open_study
+from search.tables import MARKDOWN
 from search.warm_start import check_comparable, read_earlier, take_over
 from trainables.contract import UserError
 
-DEFAULT_RESULTS = "results"
 
+class Resolved(NamedTuple):
+    """A search before it begins."""
 
-@dataclass(frozen=True)
-class Options:
-    """The command line of a search, checked as far as it can be without the space."""
-
-    file: Path
-    overrides: tuple[str, ...]
-    profile: str | None
-    results: Path
-    uri: str | None  # where the results folder is mirrored to
-    name: str | None
-    resume: Path | None
-    retry_failed: bool
-    warm_start: Path | None
-    address: str | None
-    cold: bool
-    export: Path | None  # where the best trial is exported to
-    dry_run: bool
-
-    @staticmethod
-    def read(given: argparse.Namespace, spaces: Path) -> Options:
-        """From parsed arguments; raises UserError for what cannot go together."""
-        if given.why:
-            raise UserError("--why needs --report RESULTS_DIR")
-        if given.export and given.table:
-            raise UserError("--export does not go with --table; export from the folder of a cell, with --report")
-        if given.export and given.export[0] != BEST_TRIAL:
-            raise UserError(f"--export {given.export[0]}: a search exports its best; write best, or add --report")
-        if given.retry_failed and not given.resume:
-            raise UserError("--retry-failed needs --resume RESULTS_DIR")
-        if bool(given.space) == bool(given.resume):
-            raise UserError("name a space with --space, or a results folder to go on with with --resume")
-        for option in ("profile", "name", "warm_start", "results"):
-            if given.resume and getattr(given, option):
-                raise UserError(f"--{option.replace('_', '-')} does not go with --resume: the folder has settled it")
-        if given.epochs is not None and given.epochs < 1:
-            raise UserError(f"--epochs {given.epochs}: a trial has at least one epoch; write 1 or more")
-        shorthand = {
-            "search.trials": given.trials,
-            "search.time_budget": given.time_budget,
-            "search.seed": given.seed,
-            "config.epochs": given.epochs,
-        }
-        overrides = [*given.set, *(f"{key}={value}" for key, value in shorthand.items() if value is not None)]
-        root, uri = results_root(given.results or DEFAULT_RESULTS)
-        resume = results_folder(given.resume) if given.resume else None
-        if given.resume and is_uri(given.resume):
-            uri = above(given.resume)
-        for file in (SPACE, STUDY):
-            if resume is not None and not is_there(resume / file):
-                raise UserError(f"--resume {resume}: there is no {file} here; name the folder of an earlier search")
-        return Options(
-            file=find_space(given.space, spaces) if resume is None else resume / SPACE,
-            overrides=tuple(overrides),
-            profile=given.profile,
-            results=root,
-            uri=uri,
-            name=given.name,
-            resume=resume,
-            retry_failed=given.retry_failed,
-            warm_start=results_folder(given.warm_start) if given.warm_start else None,
-            address=given.address or os.environ.get("RAY_ADDRESS"),
-            cold=given.cold,
-            export=empty_folder(given.export[1]) if given.export else None,
-            dry_run=given.dry_run,
-        )
-
-
-def results_root(text: str) -> tuple[Path, str | None]:
-    """The local folder for results folders, and the URI they are mirrored to, if `text` is one."""
-    folder = local(text)
-    return (Path(DEFAULT_RESULTS), text) if folder is None else (folder, None)
-
-
-def results_folder(text: str) -> Path:
-    """An earlier results folder, fetched first where `text` is a URI."""
-    return local(text) or fetch(text, Path(DEFAULT_RESULTS))
-
-
-def find_space(name: str, spaces: Path) -> Path:
-    """The file of a space given by path or by name; raises UserError with the nearest known name."""
-    for path in (Path(name), spaces / f"{name}.yaml"):
-        if is_there(path) and path.is_file():
-            return path
-    known = [path.stem for path in sorted(spaces.glob("*.yaml"))]
-    raise UserError(f"--space {name}: no such file and no such space; {did_you_mean(name, known)}")
-
-
-def list_spaces(spaces: Path) -> str:
-    """Each space with the comment at its top."""
-    lines = []
-    for path in sorted(spaces.glob("*.yaml")):
-        first = path.read_text().split("\n", 1)[0]
-        lines.append(f"{path.stem:<12} {first.removeprefix('#').strip() if first.startswith('#') else ''}")
-    return "\n".join(lines)
+    space: Space
+    trainable: Trainable
+    alone: Unmeasured | None  # why its slots cannot share a GPU
+    plan: Plan
 
 
 def report(folder: str, trial: str | None, exported: Sequence[str] | None = None) -> str:
@@ -157,9 +69,13 @@ def report(folder: str, trial: str | None, exported: Sequence[str] | None = None
     return told
 
 
-def search(options: Options) -> engine.Outcome | None:
-    """Run a search to its end; None after a dry run. Raises UserError for every mistake, before Ray starts."""
-    nodes = engine.start_ray(options.address) if options.address else engine.this_machine()
+def nodes_for(options: Options) -> tuple[Node, ...]:
+    """The machines that a search would have; a cluster is joined for that."""
+    return engine.start_ray(options.address) if options.address else engine.this_machine()
+
+
+def resolve(options: Options, nodes: Sequence[Node]) -> Resolved:
+    """What would be searched, and how; raises UserError for every mistake in it, and changes nothing."""
     space, trainable = load_space(
         options.file, options.overrides, options.profile, has_gpu=any(node.gpus for node in nodes)
     )
@@ -172,6 +88,13 @@ def search(options: Options) -> engine.Outcome | None:
         plan = make_plan(space, nodes, alone or AT_THE_START)
     except UserError as error:
         raise UserError(f"{options.file}: {error}") from None
+    return Resolved(space, trainable, alone, plan)
+
+
+def search(options: Options) -> engine.Outcome | None:
+    """Run a search to its end; None after a dry run. Raises UserError for every mistake, before Ray starts."""
+    nodes = nodes_for(options)
+    space, trainable, alone, plan = resolve(options, nodes)
     told = [
         f"{space.name}: {describe(space)}",
         *space.left_out,
@@ -272,10 +195,12 @@ def check_folders(options: Options, space: Space) -> None:
     if options.warm_start is not None:
         check_comparable(read_earlier(options.warm_start), space)
     if options.resume is None and options.name is not None:
-        _check_unused(options.results / options.name)
+        check_unused(options.results / options.name)
+        if is_there(options.results / options.name / MARKDOWN):
+            raise UserError(f"{options.results / options.name} holds tables; choose another --name")
 
 
-def _check_unused(results: Path) -> None:
+def check_unused(results: Path) -> None:
     if is_there(results / STUDY):
         raise UserError(f"{results} holds a search already; go on with it by --resume, or choose another --name")
 
@@ -325,7 +250,7 @@ def open_results(
     except OSError as error:
         raise UserError(f"--results {results}: no folder can be made here: {error.strerror}") from None
     _take(results, held)
-    _check_unused(results)  # another process may have been first
+    check_unused(results)  # another process may have been first
     write_space(results, space, uri)
     study = open_study(results / STUDY, space, create=True)
     if options.warm_start is not None:

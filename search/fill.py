@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from search import run as engine
-from search.command import Options, cap_to_grid, search
+from search.command import cap_to_grid, check_unused, nodes_for, resolve, search
 from search.folder import SPACE, STUDY
 from search.mirror import Mirror, below, fetch, folders_at, holds_search
+from search.options import Options
 from search.record import best_of
 from search.results import read_results
 from search.sections import Table
@@ -30,7 +31,7 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
     """
     if options.resume is not None or options.warm_start is not None:
         raise UserError("--table goes on where it was by --name; it does not go with --resume or --warm-start")
-    nodes = engine.start_ray(options.address) if options.address else engine.this_machine()
+    nodes = nodes_for(options)
     has_gpu = any(node.gpus for node in nodes)
     tables = read_tables(options.file, options.profile, has_gpu, "all")
     read_tables(options.file, options.profile, has_gpu, wanted)  # there is such a one
@@ -39,8 +40,9 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
     cells = [cell for cell in everything if wanted in ("all", cell.table)]
     if len({cell.folder for cell in cells}) < len(cells):
         raise UserError(f"{options.file}: tables: two cells differ in signs only; name rows and columns by words")
+    check_unused(results)
     for cell in cells:
-        load_space(options.file, (*options.overrides, *cell.overrides), options.profile, has_gpu)
+        resolve(_of_cell(options, results, cell), nodes)
     mirror = None if options.uri is None or options.dry_run else _mirror(below(options.uri, results.name), results)
     outcomes: list[engine.Outcome] = []
     for number, cell in enumerate(cells, start=1):

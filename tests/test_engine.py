@@ -22,10 +22,11 @@ import yaml
 from ray.tune.schedulers import TrialScheduler
 
 from search import run as engine
-from search.command import Options, folder_of, open_results
+from search.command import folder_of, open_results
 from search.folder import TrialFolder
 from search.group import Group, GroupDied, GroupSpec
 from search.messages import Advance, Begin, Reported
+from search.options import Options
 from search.plan import Node, make_plan
 from search.results import trials_table, why
 from search.retry import retry_failed

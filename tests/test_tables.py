@@ -11,7 +11,7 @@ from ledgers import ask, end_toy, open_journal
 
 from launch import main
 from search import fill, yaml_file
-from search.command import Options
+from search.options import Options
 from search.space_file import load_space
 from search.study import mark_ended
 from search.tables import cells_of, markdown, read_tables, write_tables
@@ -181,7 +181,7 @@ def test_a_search_that_ended_is_run_again_for_more_trials_alone(file: Path, tmp_
     end_toy(ledger, ask(ledger), "finished")
     given = argparse.Namespace(
         **dict.fromkeys(("why", "export", "table", "resume", "profile", "name", "warm_start", "results", "trials")),
-        **dict.fromkeys(("time_budget", "seed", "epochs", "address", "cold", "dry_run")),
+        **dict.fromkeys(("time_budget", "seed", "epochs", "address", "cold", "dry_run", "retry_failed")),
         **{"space": str(file), "set": []},
     )
     of_cell = fill._of_cell(Options.read(given, tmp_path), tmp_path / "t", cell)
@@ -205,6 +205,42 @@ def test_every_cell_is_checked_before_any_runs(
     assert main(["--space", str(file), "--table", "starts", "--dry-run"]) == 0
     assert "cell 4 of 4: far, known more" in capsys.readouterr().out
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("search.sampler: grid", "search.sampler: grid needs finitely many values of lr"),
+        ("resources.workers: 99", "resources: a group of 99 x "),
+    ],
+)
+def test_a_cell_that_cannot_be_searched_is_told_before_any_runs(
+    override: str,
+    message: str,
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file.write_text(SPACE.replace("{config.start: 2.0}", f"{{{override}}}"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["--space", str(file), "--table"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_tables_and_a_search_do_not_share_a_folder(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results/night").mkdir(parents=True)
+    (tmp_path / "results/night/study.journal").touch()
+    assert main(["--space", str(file), "--table", "--name", "night"]) == 2
+    assert "results/night holds a search already; " in capsys.readouterr().err
+    (tmp_path / "results/day").mkdir()
+    (tmp_path / "results/day/tables.md").touch()
+    assert main(["--space", str(file), "--name", "day"]) == 2
+    assert capsys.readouterr().err == "error: results/day holds tables; choose another --name\n"
 
 
 @pytest.mark.parametrize("space", WITH_TABLES, ids=lambda path: path.stem)
