@@ -130,6 +130,8 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
         arguments |= {"address": address, "runtime_env": {"env_vars": RAY_ENVIRONMENT}}
     if not ray.is_initialized():
         heeding = signal.getsignal(signal.SIGTERM)
+        # Ray's processes ignore for good what is ignored while they are started: Slurm may send it to all of a job.
+        heeding_usr1 = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         try:
             if address is not None:
                 _knock(address)
@@ -143,6 +145,8 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
                 f"the Ray cluster wants its token, and got none or another: {one_line(str(error), '')}; put it into "
                 "~/.ray/auth_token and set RAY_AUTH_MODE=token, or unset that where the cluster has no token"
             ) from None
+        finally:
+            signal.signal(signal.SIGUSR1, heeding_usr1)
         signal.signal(signal.SIGTERM, heeding)  # Ray has put its own in its place, under which the process aborts
         if context.dashboard_url:
             asks = os.environ.get("RAY_AUTH_MODE") == "token"
