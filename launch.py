@@ -108,6 +108,8 @@ def run(given: argparse.Namespace) -> int:
     options = Options.read(given, HERE / "search_spaces")
     outcomes = fill(options, given.table) if given.table else [search(options)]
     ran = [outcome for outcome in outcomes if outcome is not None]
+    if any(outcome.reason for outcome in ran):  # it could not go on; who resumes by 130 would meet the same again
+        return EXIT_NOTHING
     if any(outcome.interrupted for outcome in ran):
         return EXIT_INTERRUPTED
     return EXIT_FOUND if not ran or any(outcome.best for outcome in ran) else EXIT_NOTHING

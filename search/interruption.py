@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,8 @@ class Interruption:
         try:
             yield
         except Exception as error:
+            if not (self.cause or says_full(said(error))):
+                traceback.print_exc()  # for whoever has to mend it
             self.cause = self.cause or error
 
     @contextmanager
