@@ -21,7 +21,7 @@ from search.folder import SPACE, STUDY, is_there, running
 from search.interruption import Interruption
 from search.journal import drop_lock
 from search.loading import Trainable, where
-from search.mirror import Mirror, below
+from search.mirror import Mirror, above, below
 from search.options import Options, results_folder
 from search.packing import cannot_share, measure
 from search.plan import AT_THE_START, Node, Plan, Unmeasured, estimate, make_plan
@@ -64,7 +64,7 @@ def report(folder: str, trial: str | None, exported: Sequence[str] | None = None
     told = summary(results, space, as_of_now(results, found))
     try:
         write_results(results, space, found)
-    except OSError as error:  # somebody else's search can be read all the same
+    except (OSError, UserError) as error:  # somebody else's search can be read all the same
         told += f"\nthe tables in {results} are as they were: {error}"
     return told
 
@@ -126,7 +126,7 @@ def search(options: Options) -> engine.Outcome | None:
     if mirror is not None:
         print(f"kept at: {mirror.uri}")
     if outcome.interrupted:
-        kept = str(results) if mirror is None else mirror.uri
+        kept = str(results) if mirror is None or options.uri is None else mirror.uri
         again = [sys.argv[0], "--resume", kept, *(["--cold"] if options.cold else [])]
         if options.address and options.address != os.environ.get("RAY_ADDRESS"):
             again += ["--address", options.address]
@@ -222,6 +222,9 @@ def open_mirror(options: Options, results: Path) -> Mirror | None:
     before = how_it_ran(results).get("mirror") if options.resume is not None else None
     if before is None:
         return None
+    if below(above(before), results.resolve().name) != before:
+        print(f"not mirrored to {before}, which is another folder's", flush=True)
+        return None
     try:
         mirror = Mirror(results, before)
         mirror.check()
@@ -243,7 +246,10 @@ def open_results(
         _take(results, held)
         write_space(results, space, uri)
         if options.retry_failed:
-            print(retry_failed(results, space))
+            try:
+                print(retry_failed(results, space))
+            except OSError as error:
+                raise UserError(f"--retry-failed {results}: cannot be written to: {error.strerror}") from None
         return
     try:
         results.mkdir(parents=True, exist_ok=True)
@@ -260,10 +266,11 @@ def open_results(
 def _take(results: Path, held: contextlib.ExitStack) -> None:
     """Two searches in one folder would run the same trials, and overwrite each other's files."""
     try:
-        held.enter_context(running(results))
+        alone = held.enter_context(running(results))
     except BlockingIOError:
         raise UserError(f"{results}: another process is running this search; wait for it, or end it first") from None
-    drop_lock(results / STUDY)
+    if alone:
+        drop_lock(results / STUDY)
 
 
 def check_same(earlier: Space, space: Space, folder: Path) -> None:

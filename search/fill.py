@@ -14,7 +14,7 @@ from search.command import cap_to_grid, check_unused, nodes_for, resolve, search
 from search.folder import SPACE, STUDY
 from search.mirror import Mirror, below, fetch, folders_at, holds_search
 from search.options import Options
-from search.record import best_of
+from search.record import INTERRUPTED, best_of
 from search.results import read_results
 from search.sections import Table
 from search.space_file import load_space
@@ -84,8 +84,10 @@ def _ended(options: Options) -> engine.Outcome | None:
     ended = ended_after(open_study(options.resume / STUDY, space, create=False))
     if ended is None or cap_to_grid(space).search.trials > ended:
         return None
-    print("its search has ended; --trials with a larger number would go on with it", flush=True)
     _, found = read_results(options.resume)
+    if any(record.status == INTERRUPTED for record in found):  # another attempt at what failed, since then
+        return None
+    print("its search has ended; --trials with a larger number would go on with it", flush=True)
     return engine.Outcome(tuple(found), tuple(best_of(found, space)), interrupted=False)
 
 

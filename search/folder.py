@@ -1,6 +1,6 @@
 """What a search leaves on disk: where each file lies, written so that an interruption tears nothing.
 
-Not that of the machine either: what takes the place of something is forced to the disk before that goes.
+Nor does one of the machine cost a trial its checkpoint: it goes when the next, and its report, are on the disk.
 """
 
 from __future__ import annotations
@@ -132,6 +132,14 @@ class TrialFolder:
         """Beside the one before it, which is needed until the report that came with this one is on record."""
         replace_bytes(self.path / _CHECKPOINT.format(epoch), state)
 
+    def recorded(self) -> int:
+        """The epoch that was reported last, as far as it is on record; 0 before the first."""
+        with contextlib.suppress(FileNotFoundError):
+            for line in reversed((self.path / "metrics.jsonl").read_bytes().splitlines()):
+                with contextlib.suppress(ValueError):  # torn
+                    return int(json.loads(line)["epoch"])
+        return 0
+
     def keep_checkpoint(self, epochs: int) -> None:
         """Keep the newest checkpoint that has at most so many epochs behind it, and no other."""
         for torn in self.path.glob(f".{CHECKPOINT_PATTERN}.*"):  # a slot was killed while it wrote
@@ -139,9 +147,13 @@ class TrialFolder:
         saved = _checkpoints(self.path)
         kept = max((item.epoch for item in saved if item.epoch <= epochs), default=None)
         superseded = [item.path for item in saved if item.epoch != kept]
-        if superseded:
+        if superseded:  # what takes their place is on the disk before they go, its report on record too
             with contextlib.suppress(FileNotFoundError):
-                _force(self.path / "metrics.jsonl")  # a checkpoint without its report on record is not gone on from
+                _force(self.path / "metrics.jsonl")
+            if kept is not None:
+                _force(self.path / _CHECKPOINT.format(kept))
+            with contextlib.suppress(OSError):  # some network file systems cannot force a folder
+                _force(self.path)
         for path in superseded:
             path.unlink(missing_ok=True)
 
@@ -173,20 +185,22 @@ class TrialFolder:
 
 
 @contextlib.contextmanager
-def running(results: Path) -> Iterator[None]:
+def running(results: Path, only_look: bool = False) -> Iterator[bool]:
     """Entered by the process that runs the search of a folder; raises BlockingIOError where another one has.
 
-    A process that is killed lets go of it. On a file system without locks nobody is kept out.
+    A process that is killed lets go of it. On a file system without locks nobody is kept out: it then gives False.
+    only_look: others that look are not in the way.
     """
     folder = os.open(results, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(folder, (fcntl.LOCK_SH if only_look else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            alone = True
         except BlockingIOError:
             raise
         except OSError:
-            pass
-        yield
+            alone = False
+        yield alone
     finally:
         os.close(folder)
 
@@ -194,7 +208,7 @@ def running(results: Path) -> Iterator[None]:
 def is_running(results: Path) -> bool:
     """Whether a process runs the search of a folder, be it this one; False where that cannot be seen."""
     try:
-        with running(results):
+        with running(results, only_look=True):
             return False
     except OSError as error:
         return isinstance(error, BlockingIOError)
@@ -214,6 +228,12 @@ def is_whole(checkpoint: Path) -> bool:
     try:
         with zipfile.ZipFile(checkpoint) as archive:
             return archive.testzip() is None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the file's beginning, as a torn archive names it
+            raise
+        return False
+    except MemoryError:
+        raise
     except Exception:  # what zipfile raises depends on where the archive is torn
         return False
 
@@ -223,21 +243,17 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_bytes(path: Path, *chunks: bytes) -> None:
-    """Write a file whole or not at all: beside it first, then renamed over it. It is on the disk when this returns."""
+    """Write a file whole or not at all: beside it first, then renamed over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(beside, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # some network file systems cannot force a folder
-        _force(path.parent)
 
 
 def _force(path: Path) -> None:

@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what Sl
 
 
 class Interruption:
-    """`pressed`: Ctrl-C was, or one of `SIGNALS` sent; while `heeded` is entered, the first of them only sets it.
+    """`pressed`: somebody wants it to end; while `heeded` is entered, the first of `SIGNALS` only sets it.
 
     `cause`: the first exception that was `kept`.
     """
@@ -53,12 +53,12 @@ class Interruption:
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """The first of `SIGNALS` stops cleanly; a second one acts as it did before."""
+        """The first of `SIGNALS` stops cleanly; a second one acts as it did before, but for SIGUSR1, a mere word."""
 
         def stop(signum: int, frame: Any) -> None:
             self.pressed = True
             for known, handler in before.items():
-                signal.signal(known, handler)
+                signal.signal(known, signal.SIG_IGN if known == signal.SIGUSR1 else handler)
             print("\nstopping; press Ctrl-C again to abandon", flush=True)
 
         before = {known: signal.signal(known, stop) for known in SIGNALS}

@@ -130,7 +130,8 @@ class Recorder(tune.Callback):
         for key, opened in list(self._ledger.open.items()):
             with self._interruption.kept():
                 if ending is None:
-                    TrialFolder(self._results, opened.number).keep_checkpoint(opened.epochs)
+                    folder = TrialFolder(self._results, opened.number)
+                    folder.keep_checkpoint(min(opened.epochs, folder.recorded()))
                     self._ledger.interrupt(key)
                 else:
                     self._end(key, *self._stopped(key, f"{ending} after epoch {opened.epochs}"))

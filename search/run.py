@@ -291,7 +291,7 @@ def _tuner(
 
 
 def _share_of_this_node(slots: int) -> dict[str, float]:
-    """Resources that exactly `slots` actors can hold, and that put them on the driver's own machine.
+    """Resources that `slots` actors can hold, exactly so many up to a hundred, on the driver's own machine.
 
     Ray Train reserves the workers' CPUs and GPUs, so a slot itself needs none. But schedulers that pause trials begin
     more of them than there are slots, and only a resource keeps them from all running at once. Every Ray node has a

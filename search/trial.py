@@ -140,7 +140,8 @@ class Slot(tune.Trainable):
 
     def _advance(self) -> Answer:
         assert self._group is not None
-        self._folder.keep_checkpoint(self._epoch)  # whose report has been dealt with, or there would be no next step
+        # Its report has been dealt with, or there would be no next step; but on a full disk it is not on record.
+        self._folder.keep_checkpoint(min(self._epoch, self._folder.recorded()))
         return self._ask(self._group, Advance())
 
     def _report(self, answer: Reported) -> dict[str, Any]:

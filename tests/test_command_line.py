@@ -458,7 +458,7 @@ class TestResumeOfAMirroredSearch:
             status, out, _ = run("--resume", "results/night")
             assert status == 130
             assert "\nmirrored to s3://bucket/my%20runs/night, as before\n" in out
-            assert "--resume s3://bucket/my%20runs/night\n" in out
+            assert "--resume results/night\n" in out, "the folder that is at hand need not be fetched"
             assert (there / "study.journal").read_bytes() == Path("results/night/study.journal").read_bytes()
 
     def test_a_mirror_that_has_more_is_not_overwritten(self, there: Path, run: Run, tmp_path: Path) -> None:
@@ -472,6 +472,16 @@ class TestResumeOfAMirroredSearch:
         assert "has more of this search than elsewhere/night; go on from there, with --resume s3://bucket/my%" in error
         assert [(there / name).read_bytes() for name in ("study.journal", "space.yaml")] == before
         assert Path("elsewhere/night/space.yaml").read_text() == old
+
+    def test_a_copy_of_the_folder_does_not_take_the_place_of_what_it_was_copied_from(
+        self, there: Path, run: Run
+    ) -> None:
+        shutil.copytree("results/night", "results/day")
+        before = (there / "space.yaml").read_bytes()
+        status, out, _ = run("--resume", "results/day")
+        assert (status, "mirrored to s3://bucket/my%20runs/night, as before" in out) == (130, False)
+        assert "\nnot mirrored to s3://bucket/my%20runs/night, which is another folder's\n" in out
+        assert (there / "space.yaml").read_bytes() == before
 
     def test_without_a_word_of_the_mirror_it_goes_on_here_alone(self, there: Path, run: Run) -> None:
         shutil.rmtree(there.parents[1])  # the bucket

@@ -105,6 +105,30 @@ def test_a_torn_checkpoint_is_set_aside_and_an_earlier_one_counts(torn: bytes, f
     }
 
 
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_torn(folder: TrialFolder) -> None:
+    folder.write_checkpoint(1, WHOLE)
+    (folder.path / "checkpoint-0002.pt").mkdir()  # as good as a file system that is away
+    with pytest.raises(IsADirectoryError):
+        folder.set_torn_aside()
+
+
+def test_the_last_epoch_on_record_is_that_of_the_last_whole_line(folder: TrialFolder) -> None:
+    assert folder.recorded() == 0
+    for epoch in (1, 2, 3, 2):  # the last was run again
+        folder.append_metrics({"epoch": epoch, "metrics": {}})
+        assert folder.recorded() == epoch
+    with open(folder.path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "metr')
+    assert folder.recorded() == 2
+
+
+def test_those_who_look_whether_a_search_runs_are_not_in_each_others_way(tmp_path: Path) -> None:
+    with running(tmp_path, only_look=True):
+        assert not is_running(tmp_path)
+    with running(tmp_path):
+        assert is_running(tmp_path)
+
+
 @pytest.mark.parametrize(("epochs", "kept"), [(5, 4), (4, 4), (3, 2), (1, None)])
 def test_of_what_was_written_the_newest_on_record_is_kept(epochs: int, kept: int | None, folder: TrialFolder) -> None:
     for epoch in (2, 4):  # the trainable gives no state after the others

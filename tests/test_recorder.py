@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +150,25 @@ def test_the_first_report_tells_of_a_constraint_that_it_knows_no_metric_for(
 def test_a_metric_that_comes_with_the_last_report_alone_is_told_of_and_is_no_mistake(tmp_path: Path) -> None:
     record = ended(tmp_path, [{"loss": 0.5}, {"loss": 0.4, "full": 0.9}], {"full": {"min": 0.85}})
     assert record.status == "finished"
+
+
+def test_a_report_that_finds_no_room_costs_the_trial_no_more_than_its_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = watched(tmp_path)
+    run.files.write_checkpoint(1, b"on record")
+    run.report(1)
+    run.files.write_checkpoint(2, b"not on record")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(TrialFolder, "append_metrics", full)
+    run.report(2)
+    run.recorder.close(None)
+    saved = run.files.checkpoint()
+    assert saved is not None
+    assert saved.path.read_bytes() == b"on record"
 
 
 def test_a_trial_failed_for_the_reason_of_its_last_attempt(tmp_path: Path) -> None:

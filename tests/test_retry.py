@@ -17,8 +17,10 @@ from search.results import read_results, summary, why
 from search.retry import retry_failed
 from search.run import past_of
 from search.space import Space
+from search.states import save_state
 from search.study import records
 
+AFTER_THE_SECOND = save_state({"epoch": 1})
 KNOWN = {"name": "from the paper", "lr": 0.125, "shape": [8, 16]}
 
 
@@ -41,7 +43,7 @@ def results(space: Space, tmp_path: Path) -> Path:
             ledger.report("slot", epoch, metrics)
             folder.append_metrics({"epoch": epoch, "metrics": metrics, "seconds": 10.0 * epoch})
         if epochs:
-            folder.write_checkpoint(2, b"after the second")
+            folder.write_checkpoint(2, AFTER_THE_SECOND)
         ledger.end("slot", status, "KeyError: 'w' (my.py:3)")
     return results
 
@@ -70,7 +72,7 @@ def test_it_goes_on_from_the_last_checkpoint(results: Path, space: Space) -> Non
     assert (opened.epochs, opened.metrics, opened.seconds_before) == (2, {"loss": 0.5}, 20.0)
     saved = TrialFolder(results, 3).checkpoint()
     assert saved is not None
-    assert (saved.epoch, saved.path.read_bytes()) == (2, b"after the second")
+    assert (saved.epoch, saved.path.read_bytes()) == (2, AFTER_THE_SECOND)
     assert ledger.study.trials[3].intermediate_values == {1: 1.0, 2: 0.5}, "the third epoch is to come"
     ledger.interrupt("slot")
     assert ask(open_journal(space, results)).number == 3, "as any other that was interrupted"

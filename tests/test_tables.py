@@ -12,6 +12,7 @@ from ledgers import ask, end_toy, open_journal
 from launch import main
 from search import fill, yaml_file
 from search.options import Options
+from search.retry import retry_failed
 from search.space_file import load_space
 from search.study import mark_ended
 from search.tables import cells_of, markdown, read_tables, write_tables
@@ -190,6 +191,12 @@ def test_a_search_that_ended_is_run_again_for_more_trials_alone(file: Path, tmp_
     outcome = fill._ended(of_cell)
     assert outcome is not None
     assert [record.number for record in outcome.best] == [0]
+    opened = ask(ledger)
+    ledger.end("slot", "failed", "a bug")
+    mark_ended(ledger.study, 3)
+    retry_failed(results, space)
+    assert opened.number == 1
+    assert fill._ended(of_cell) is None, "another attempt at what failed is left"
     more = replace(of_cell, overrides=(*of_cell.overrides, "search.trials=4"))
     assert fill._ended(more) is None
 
