@@ -1,6 +1,6 @@
 """What a search leaves on disk: where each file lies, written so that an interruption tears nothing.
 
-Nor does one of the machine cost a trial its checkpoint: it goes when the next, and its report, are on the disk.
+Nor does one of the machine cost a long trial its checkpoint: it goes when the next and its report are on the disk.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ SCRATCH = ".ray"  # Ray's own files; removed when the search ends
 _CHECKPOINT = "checkpoint-{:04d}.pt"  # the epochs it has behind it; torch.load gives the trainable's own state
 CHECKPOINT_PATTERN = "checkpoint-*.pt"
 _TAIL_BYTES = 8192
+LONG_S = 60.0  # of a trial; forcing a small checkpoint takes a hundredth of a second
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -147,7 +149,7 @@ class TrialFolder:
         saved = _checkpoints(self.path)
         kept = max((item.epoch for item in saved if item.epoch <= epochs), default=None)
         superseded = [item.path for item in saved if item.epoch != kept]
-        if superseded:  # what takes their place is on the disk before they go, its report on record too
+        if superseded and self._is_long():  # what takes their place is on the disk before they go, its report too
             with contextlib.suppress(FileNotFoundError):
                 _force(self.path / "metrics.jsonl")
             if kept is not None:
@@ -156,6 +158,12 @@ class TrialFolder:
                 _force(self.path)
         for path in superseded:
             path.unlink(missing_ok=True)
+
+    def _is_long(self) -> bool:
+        """Whether the trial has run for so long that a power loss would cost more than forcing each checkpoint does."""
+        with contextlib.suppress(FileNotFoundError):
+            return time.time() - (self.path / "config.json").stat().st_mtime > LONG_S
+        return True
 
     def checkpoint(self) -> Saved | None:
         return last_checkpoint(self.path)

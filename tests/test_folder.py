@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from search.folder import TrialFolder, is_running, last_checkpoint, replace_bytes, replace_text, running
+from search.folder import LONG_S, TrialFolder, is_running, last_checkpoint, replace_bytes, replace_text, running
 from search.states import save_state
 
 
@@ -76,6 +77,19 @@ def test_what_takes_a_checkpoint_s_place_is_on_the_disk_before_that_goes(
     folder.append_metrics({"epoch": 2})
     folder.keep_checkpoint(2)
     assert removed == ["checkpoint-0001.pt"]
+
+
+def test_nothing_is_forced_of_a_trial_that_has_just_begun(folder: TrialFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced: list[int] = []
+    monkeypatch.setattr(os, "fsync", forced.append)
+    folder.write_config({})
+    for epoch, age_s in ((1, 0.0), (2, 0.0), (3, LONG_S - 9), (4, LONG_S + 9)):
+        os.utime(folder.path / "config.json", (time.time(), time.time() - age_s))
+        folder.write_checkpoint(epoch, b"state")
+        folder.append_metrics({"epoch": epoch})
+        assert not forced
+        folder.keep_checkpoint(epoch)
+    assert len(forced) == 3, "the checkpoint, the report, their names"
 
 
 WHOLE = save_state({"w": torch.arange(9000.0)})
