@@ -22,22 +22,32 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from search.machines import gone
 from search.mailbox import Mailbox
 from search.messages import Answer, Begin, Blew, Broke, Command, Leave, Quit, RanOut, Reported
+from search.overdue import answered_within
 from search.printed import Printed
 from search.ranks import RankLoop
 
 POLL_S = 1.0  # how often a wait looks whether the group still lives
 GRACE_S = 20.0  # for the other ranks to answer, once one of them has failed
 LAST_WORK_S = 600.0  # the same, once one has come to its end: another may still be saving or scoring
-FAILURES = (Broke, RanOut, Blew)  # the worst first
+FAILURES = (Broke, RanOut, Blew)
 QUIT_S = 10.0  # for a group to leave by itself
-STARTS = 10  # attempts at starting the ranks, each of which waits a minute for its resources
+STARTS = 10  # attempts at starting the ranks, once there is room for them
 
 
 class GroupDied(RuntimeError):
-    """The worker group is gone, or its ranks no longer answer together; the message says why."""
+    """The worker group is gone, or its ranks no longer answer together; the message says why.
+
+    with_machine: a machine that it ran on has gone, too.
+    """
+
+    def __init__(self, reason: str, with_machine: bool = False) -> None:
+        super().__init__(reason)
+        self.with_machine = with_machine
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class GroupSpec:
     """What a group is made of and what it runs.
 
     required: metrics that a report must hold and that must be finite; the others may be missing or NaN.
+    report_timeout_s: after which a rank that has not reported is taken to hang; None: never.
     """
 
     trainable: str
@@ -54,6 +65,7 @@ class GroupSpec:
     cpus_per_worker: int
     gpus_per_worker: float
     memory_limit_mb: float | None
+    report_timeout_s: float | None
     scratch: str
 
 
@@ -68,7 +80,12 @@ def worst_of(answers: Mapping[int, Answer]) -> Answer:
 
 
 def _deciding(answers: Mapping[int, Answer]) -> Answer:
-    for kind in FAILURES:
+    broke = {rank: answer for rank, answer in sorted(answers.items()) if isinstance(answer, Broke)}
+    if broke:  # which of several made the others break is for a person to see
+        reason = _by_rank({rank: answer.reason for rank, answer in broke.items()}, ": ", "; ")
+        trace = _by_rank({rank: answer.trace for rank, answer in broke.items()}, ":\n", "\n")
+        return replace(min(broke.items())[1], reason=reason, trace=trace)
+    for kind in (RanOut, Blew):
         for _, answer in sorted(answers.items()):
             if isinstance(answer, kind):
                 return answer
@@ -79,22 +96,38 @@ def _deciding(answers: Mapping[int, Answer]) -> Answer:
     return min(answers.items())[1]
 
 
+def _by_rank(told: Mapping[int, str], colon: str, between: str) -> str:
+    """What each rank says, and once what they all say."""
+    ranks: dict[str, list[str]] = {}
+    for rank, text in told.items():
+        ranks.setdefault(text, []).append(str(rank))
+    if len(ranks) == 1:
+        return next(iter(ranks))
+    return between.join(f"rank {', '.join(same)}{colon}{text}" for text, same in ranks.items())
+
+
 def _serve(job: Mapping[str, Any]) -> None:
     """The `train_loop_per_worker`: answer commands until told to quit."""
     context = ray.train.get_context()
     # A worker sees all GPUs of its node that the group has; Ray knows which are its own.
     device = ray.train.torch.get_device() if job["spec"].gpus_per_worker else None
     mailbox, machine = job["mailbox"], context.get_node_rank()
-    machines = ray.get(mailbox.enlist.remote(ray.get_runtime_context().current_actor, machine))
+    here = ray.get_runtime_context()
+    machines = ray.get(mailbox.enlist.remote(here.current_actor, here.get_node_id()))
     rank, world_size = context.get_world_rank(), context.get_world_size()
     os.environ.update(_more_of_torchrun(rank, world_size, machine, machines, job["name"]))
     loop, printed = RankLoop(job["spec"], rank, world_size, device), Printed()
     if rank == 0:
         printed.listen()
-    while not isinstance(command := ray.get(mailbox.take.remote(loop.rank)), Quit):
-        answer = loop.handle(_unpacked(command))
+
+    def say(answer: Answer) -> None:
         answer = replace(answer, printed=printed.take(answer.ends))
-        ray.get(mailbox.answer.remote(loop.rank, _packed(answer)))
+        ray.get(mailbox.answer.remote(rank, _packed(answer)))
+
+    while not isinstance(command := ray.get(mailbox.take.remote(rank)), Quit):
+        with answered_within(job["spec"].report_timeout_s, say):
+            answer = loop.handle(_unpacked(command))
+        say(answer)
 
 
 def _more_of_torchrun(rank: int, world_size: int, machine: int, machines: int, name: str) -> dict[str, str]:
@@ -139,7 +172,9 @@ class Group:
 
     def __init__(self, spec: GroupSpec) -> None:
         self._workers = spec.workers
-        self._mailbox = Mailbox.remote(spec.workers)  # type: ignore[attr-defined]  # a Ray actor class
+        # On the machine of its slot, which goes with the search, and on no other that could go alone.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._mailbox = Mailbox.options(scheduling_strategy=here).remote(spec.workers)  # type: ignore[attr-defined]
         self._error: BaseException | None = None
         # Ray Train wants a folder for its run that every node sees; nothing of ours is in it.
         self._folder = Path(spec.scratch) / f"group-{uuid.uuid4().hex[:12]}"
@@ -163,7 +198,7 @@ class Group:
         give_up = math.inf
         while len(answers) < self._workers and time.monotonic() < give_up:
             if not self._thread.is_alive():
-                raise GroupDied(self._why())
+                raise GroupDied(self._why(), with_machine=gone(ray.get(self._mailbox.nodes.remote())))
             received = ray.get(self._mailbox.wait.remote(POLL_S))
             if received is not None:
                 rank, answer = received

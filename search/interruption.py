@@ -17,6 +17,10 @@ from search.plain import said, short_line
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what Slurm sends before the time is over
 
 
+class Hopeless(Exception):
+    """Whatever is tried fails; the message says how, and the search ends to be resumed."""
+
+
 class Interruption:
     """`pressed`: somebody wants it to end; while `heeded` is entered, the first of `SIGNALS` only sets it.
 
@@ -39,7 +43,7 @@ class Interruption:
         told = short_line(said(self.cause).strip().rpartition("\n")[2], type(self.cause).__name__)
         if says_full(told):
             return f"the disk is full ({told})"
-        return told if isinstance(self.cause, TuneError) else where(self.cause)
+        return told if isinstance(self.cause, (TuneError, Hopeless)) else where(self.cause)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -47,7 +51,7 @@ class Interruption:
         try:
             yield
         except Exception as error:
-            if not (self.cause or says_full(said(error))):
+            if not (self.cause or isinstance(error, Hopeless) or says_full(said(error))):
                 traceback.print_exc()  # for whoever has to mend it
             self.cause = self.cause or error
 

@@ -16,21 +16,25 @@ class Mailbox:
         self._commands: list[asyncio.Queue[Any]] = [asyncio.Queue() for _ in range(ranks)]
         self._answers: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         self._members: list[Any] = []
-        self._machines: set[int] = set()
+        self._nodes: list[str] = []
         self._complete = asyncio.Event()
 
-    async def enlist(self, member: Any, machine: int) -> int:
-        """Called by every rank, with its own actor and the number of its machine; says how many machines there are."""
+    async def enlist(self, member: Any, node: str) -> int:
+        """Called by every rank, with its own actor and the Ray node it is on; says how many machines there are."""
         self._members.append(member)
-        self._machines.add(machine)
+        self._nodes.append(node)
         if len(self._members) == len(self._commands):
             self._complete.set()
         await self._complete.wait()
-        return len(self._machines)
+        return len(set(self._nodes))
 
     async def members(self) -> list[Any]:
         """Handles of the ranks' own actors, by which a stuck one can be ended."""
         return self._members
+
+    async def nodes(self) -> list[str]:
+        """The Ray nodes that the ranks are on."""
+        return self._nodes
 
     async def post(self, command: Any) -> None:
         for queue in self._commands:

@@ -16,10 +16,12 @@ from torch.utils.tensorboard.summary import hparams
 
 from search.folder import TrialFolder, is_full
 from search.health import remarks
-from search.interruption import Interruption
+from search.interruption import Hopeless, Interruption
 from search.record import RAN_TO_END, Record, unmeasured
 from search.study import Ledger
 from search.trial import EPOCH, METRICS, REASON, STATUS
+
+HOPELESS = 10  # trials that fail one after another: by then it is not the settings
 
 
 def _kept(callback: Callable[..., None]) -> Callable[..., None]:
@@ -58,6 +60,7 @@ class Recorder(tune.Callback):
         self._keep = keep
         self._writers: dict[str, SummaryWriter] = {}
         self._reported = False
+        self._failed_in_a_row = 0
 
     @_kept
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -170,6 +173,16 @@ class Recorder(tune.Callback):
             _write_hparams(writer, record)
             writer.close()
         self._tell(record)
+        self._look_for_hope(record)
+
+    def _look_for_hope(self, record: Record) -> None:
+        """A bug that every trial meets, or a machine that fails all it takes, would use up a night's settings."""
+        self._failed_in_a_row = self._failed_in_a_row + 1 if record.status == "failed" else 0
+        if self._failed_in_a_row >= HOPELESS and (self._ledger.left or self._ledger.open):
+            raise Hopeless(
+                f"the last {self._failed_in_a_row} trials have all failed, trial {record.number} by: {record.reason}; "
+                "once that is mended, --retry-failed runs them again"
+            )
 
     def _follow(self, trial: Any) -> None:
         """Population-based training changes the values of a trial on the way."""

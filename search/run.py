@@ -25,6 +25,7 @@ from search.folder import SCRATCH, STUDY, TrialFolder
 from search.group import GroupSpec
 from search.health import compared
 from search.interruption import Interruption
+from search.machines import Machines
 from search.mirror import Mirror
 from search.plain import one_line
 from search.plan import Node, Plan
@@ -41,6 +42,7 @@ from trainables.contract import UserError
 # What Ray's processes must find in their environment. Ray has no other way to be told.
 RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # a slot without a machine waits for one
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # `print` would log each line as well, and it would be kept twice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config mean the driver's working directory
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -253,6 +255,7 @@ def _job(space: Space, plan: Plan, results: Path, cold: bool) -> Job:
         cpus_per_worker=plan.cpus_per_worker,
         gpus_per_worker=plan.gpus_per_worker,
         memory_limit_mb=plan.memory_limit_mb,
+        report_timeout_s=space.search.report_timeout_s,
         scratch=str(results / SCRATCH),
     )
     return Job(space, spec, str(results), cold)
@@ -280,7 +283,7 @@ def _tuner(
         run_config=tune.RunConfig(
             name="tune",
             storage_path=job.spec.scratch,
-            callbacks=[recorder],
+            callbacks=[recorder, Machines()],
             # The group has written each epoch's checkpoint already; Tune would ask for one more at the end.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=space.search.retries),

@@ -58,8 +58,9 @@ class Search(_Section):
     # tpe, gp, nsga2, random: pass over proposals that will probably diverge or run out of memory
     survival: bool = True
     retries: int = Field(1, ge=0)  # of a trial that failed by a bug or a fault of the machine
+    report_timeout: str | None = None  # such as 30m: after so long without a report, a trial is taken to hang
 
-    @field_validator("time_budget", mode="before")
+    @field_validator("time_budget", "report_timeout", mode="before")
     @classmethod
     def _readable(cls, value: object) -> object:
         if value is not None:
@@ -69,6 +70,10 @@ class Search(_Section):
     @property
     def time_budget_s(self) -> float | None:
         return None if self.time_budget is None else seconds(self.time_budget)
+
+    @property
+    def report_timeout_s(self) -> float | None:
+        return None if self.report_timeout is None else seconds(self.report_timeout)
 
 
 class Scheduler(_Section):

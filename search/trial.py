@@ -23,6 +23,7 @@ from search.plain import short_line
 from search.record import RAN_TO_END
 from search.space import Space
 
+LOSSES = 5  # machines that a trial may lose; it may be what takes them down
 # Keys of a result. OBJECTIVE is what schedulers compare (search/health.py), a name that no metric can clash with.
 STATUS, REASON, EPOCH, OBJECTIVE, METRICS = "status", "reason", "epoch", "objective", "metrics"
 
@@ -51,6 +52,7 @@ class Slot(tune.Trainable):
     def setup(self, config: dict[str, Any], job: Job) -> None:
         self._job = job
         self._group: Group | None = None
+        self._losses = 0  # of machines, to this trial
         self._assign(config)
         self._lent_to = self._folder
 
@@ -69,11 +71,7 @@ class Slot(tune.Trainable):
             raise self._failed(short_line(f"{type(error).__name__}: {error}", ""), traceback.format_exc()) from None
 
     def _step(self) -> dict[str, Any]:
-        try:
-            answer = self._advance() if self._begun else self._begin()
-        except GroupDied as died:
-            self._retire_group()
-            raise self._failed(short_line(str(died), type(died).__name__)) from None
+        answer = self._next_answer()
         if not answer.clean:
             self._retire_group()
         if isinstance(answer, Reported):
@@ -81,6 +79,19 @@ class Slot(tune.Trainable):
         if isinstance(answer, Broke) and not answer.final:
             raise self._failed(answer.reason, answer.trace)
         return self._end(answer)
+
+    def _next_answer(self) -> Answer:
+        """Of a trial whose machine goes, from its last checkpoint on, as soon as there is another."""
+        begun = self._begun
+        while True:
+            try:
+                return self._advance() if begun else self._begin()
+            except GroupDied as died:
+                self._retire_group()
+                if not died.with_machine or self._losses == LOSSES:
+                    raise self._failed(short_line(str(died), type(died).__name__)) from None
+            begun = False
+            self._losses += 1
 
     def _failed(self, reason: str, trace: str = "") -> TrialFailed:
         """The error to raise. It is kept in the trial's folder, since Tune hands on the first of several attempts."""
@@ -112,6 +123,7 @@ class Slot(tune.Trainable):
         self._folder = TrialFolder(Path(self._job.results), config["number"])
         self._begun = False
         self._epoch = 0
+        self._losses = 0
 
     def _begin(self) -> Answer:
         """Start the trial, from its own last checkpoint where an earlier attempt left one."""

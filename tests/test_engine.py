@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,29 @@ def test_every_ending_has_its_status_and_reason(tmp_path: Path) -> None:
     states = [trial.state for trial in study_of(results).trials]
     assert optuna.trial.TrialState.RUNNING not in states
     assert "KeyError" in (results / f"trials/{ended['bug'].number:04d}/error.txt").read_text()
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_trial_that_hangs_is_told_where_and_goes_on_in_another_attempt(retries: int, tmp_path: Path) -> None:
+    space = toy(
+        "one_rank_hangs",
+        config={"lr": {"log": [0.1, 0.4]}, "flag": str(tmp_path / "flag")},
+        resources={"workers": 2},
+        search={"trials": 1, "retries": retries, "report_timeout": "10s"},
+    )
+    outcome, results = search(tmp_path, space, TWO_CPUS)
+    [record] = outcome.records
+    error = (results / "trials/0000/error.txt").read_text()
+    told, _, stacks = error.partition("\n\n")
+    assert re.fullmatch(
+        r"rank 0: no report for 10 s: it hangs in one_rank_hangs \(toys.py:\d+\); "
+        r"rank 1: no report for 10 s: it hangs in _wait_for_a_batch \(toys.py:\d+\)",
+        told,
+    )
+    assert re.search(r"^rank 1:$", stacks, re.MULTILINE)
+    assert "in _wait_for_a_batch\n" in stacks
+    assert record.status == ("finished" if retries else "failed")
+    assert record.metrics["started_at"] == (1 if retries else 0)
 
 
 def test_what_failed_runs_again_from_its_last_checkpoint_once_its_cause_is_mended(tmp_path: Path) -> None:
@@ -463,7 +487,7 @@ def test_relative_paths_mean_the_working_directory(tmp_path: Path) -> None:
 
 def test_a_group_whose_mailbox_died_is_dead_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """As when the node that the mailbox ran on has gone."""
-    spec = GroupSpec("toys:descend", (str(HERE),), ("loss",), 1, 1, 0.0, None, str(tmp_path))
+    spec = GroupSpec("toys:descend", (str(HERE),), ("loss",), 1, 1, 0.0, None, None, str(tmp_path))
     group = Group(spec)
     assert isinstance(group.ask(Begin({"epochs": 3, "lr": 0.1}, 0)), Reported)
     ray.kill(group._mailbox)

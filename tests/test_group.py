@@ -45,3 +45,17 @@ def test_ranks_that_yield_unequally_often_are_a_mistake(answers: list[Answer]) -
     assert (worst.final, worst.clean) == (True, False), "those that go on would wait for ever"
     rank = [answer.ends for answer in answers].index(True)
     assert worst.reason.startswith(f"rank {rank} has come to its end, and others have not; every rank yields equally")
+
+
+def test_what_all_ranks_say_that_broke_is_kept_and_the_same_words_once() -> None:
+    lost = Broke(reason="connection closed", trace="in all_reduce\n")
+    worst = worst_of({0: lost, 1: Broke(reason="KeyError", trace="in load\n"), 2: lost, 3: REPORTED})
+    assert isinstance(worst, Broke)
+    assert worst.reason == "rank 0, 2: connection closed; rank 1: KeyError"
+    assert worst.trace == "rank 0, 2:\nin all_reduce\n\nrank 1:\nin load\n"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_that_break_alike_are_told_as_one(ranks: int) -> None:
+    broke = Broke(reason="KeyError", trace="in load\n")
+    assert worst_of(dict.fromkeys(range(ranks), broke)) == broke

@@ -20,7 +20,8 @@ from spaces import space_of
 from search.folder import TrialFolder
 from search.interruption import Interruption
 from search.record import Record
-from search.recorder import Recorder
+from search.recorder import HOPELESS, Recorder
+from search.study import Ledger
 from search.trial import EPOCH, METRICS, REASON, STATUS
 
 
@@ -29,6 +30,7 @@ class Watched:
     """A trial under way in `folder`, and the recorder that follows it; `told`: the records of what has ended."""
 
     folder: Path
+    ledger: Ledger
     recorder: Recorder
     trial: SimpleNamespace  # as Tune has it
     told: list[Record]
@@ -56,9 +58,19 @@ def watched(folder: Path, epochs: Any = 3, **space: Any) -> Watched:
     opened, told, interruption = ask(ledger), list[Record](), Interruption()
     recorder = Recorder(ledger, folder / "run", told.append, lambda: None, interruption)
     config = {"number": opened.number, "values": opened.values}
-    return Watched(
-        folder, recorder, SimpleNamespace(trial_id="slot", config=config, pickled_error_file=None), told, interruption
+    trial = SimpleNamespace(
+        trial_id="slot", config=config, pickled_error_file=None, get_pickled_error=lambda: ValueError("of an attempt")
     )
+    return Watched(folder, ledger, recorder, trial, told, interruption)
+
+
+def fail(run: Watched, times: int) -> None:
+    """So many further trials fail, one after another."""
+    for _ in range(times):
+        opened = ask(run.ledger)
+        run.trial.config = {"number": opened.number, "values": opened.values}
+        run.files.write_error("KeyError: 'no such batch' (loop.py:3)")
+        run.recorder.on_trial_error(0, [], run.trial)
 
 
 def ended(folder: Path, reports: list[dict[str, Any]], constraints: dict[str, Any]) -> Record:
@@ -175,7 +187,6 @@ def test_a_trial_failed_for_the_reason_of_its_last_attempt(tmp_path: Path) -> No
     """Tune hands on the error of any of them."""
     run = watched(tmp_path)
     run.files.write_error("ValueError: the last (loop.py:3)", "Traceback ...")
-    run.trial.get_pickled_error = lambda: ValueError("the first")
     run.recorder.on_trial_error(0, [], run.trial)
     assert (run.told[0].status, run.told[0].reason) == ("failed", "ValueError: the last (loop.py:3)")
 
@@ -186,6 +197,38 @@ def test_a_slot_that_died_left_no_reason_of_its_own(tmp_path: Path) -> None:
     run.trial.get_pickled_error = lambda: ActorUnavailableError("the node is gone", None)
     run.recorder.on_trial_error(0, [], run.trial)
     assert "the node is gone" in run.told[0].reason
+
+
+def test_a_search_whose_trials_all_fail_ends_before_it_has_used_up_its_settings(tmp_path: Path) -> None:
+    run = watched(tmp_path, search={"trials": 2 * HOPELESS + 1})
+    run.recorder.on_trial_error(0, [], run.trial)
+    fail(run, HOPELESS - 2)
+    assert not run.interruption.came
+    fail(run, 1)
+    assert run.interruption.reason == (
+        f"the last {HOPELESS} trials have all failed, trial {HOPELESS - 1} by: KeyError: 'no such batch' (loop.py:3); "
+        "once that is mended, --retry-failed runs them again"
+    )
+    assert len(run.told) == HOPELESS, "each of them has ended, and has been told"
+
+
+def test_trials_that_fail_between_others_end_no_search(tmp_path: Path) -> None:
+    run = watched(tmp_path, search={"trials": 3 * HOPELESS})
+    run.recorder.on_trial_error(0, [], run.trial)
+    fail(run, HOPELESS - 2)
+    opened = ask(run.ledger)
+    run.trial.config = {"number": opened.number, "values": opened.values}
+    run.report(1)
+    run.end("diverged", 1)
+    fail(run, HOPELESS - 1)
+    assert not run.interruption.came
+
+
+def test_a_search_that_has_ended_is_not_ended_for_its_failures(tmp_path: Path) -> None:
+    run = watched(tmp_path, search={"trials": HOPELESS})
+    run.recorder.on_trial_error(0, [], run.trial)
+    fail(run, HOPELESS - 1)
+    assert not run.interruption.came
 
 
 def test_an_interrupted_trial_keeps_the_checkpoint_of_its_last_report_alone(tmp_path: Path) -> None:

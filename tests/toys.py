@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import time
 from collections.abc import Iterator
@@ -104,3 +105,18 @@ def one_rank_blows(trial: Trial) -> Iterator[dict[str, Any]]:
         raise Diverged("rank 1 alone")
     dist.all_reduce(torch.ones(1))
     yield {"loss": 0.5}
+
+
+def one_rank_hangs(trial: Trial) -> Iterator[Report]:
+    """Rank 1 waits for a batch that never comes, unless `config["flag"]` says that this has happened before."""
+    start = trial.resume["epoch"] + 1 if trial.resume else 0
+    for epoch in range(start, 3):
+        if trial.rank == 1 and epoch == 1 and not Path(trial.config["flag"]).exists():
+            Path(trial.config["flag"]).write_text("once")
+            _wait_for_a_batch()
+        dist.all_reduce(torch.ones(1))
+        yield Report({"loss": 1.0, "started_at": start}, state=lambda: {"epoch": epoch})
+
+
+def _wait_for_a_batch() -> None:
+    queue.Queue[int]().get()

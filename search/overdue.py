@@ -1,0 +1,55 @@
+"""A rank that does not answer in time: where it is instead."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from search.messages import Broke
+
+_LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+@contextmanager
+def answered_within(limit_s: float | None, answer: Callable[[Broke], None]) -> Iterator[None]:
+    """Where this thread is still in here after `limit_s`, answer for it; None: wait for ever.
+
+    What holds the interpreter, as a loop in C does, also holds up this.
+    """
+    if limit_s is None:
+        yield
+        return
+    lock, over, here = threading.Lock(), threading.Event(), threading.get_ident()
+
+    def look() -> None:
+        with lock:
+            if not over.is_set():
+                answer(stuck(sys._current_frames()[here], limit_s))
+
+    timer = threading.Timer(limit_s, look)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            over.set()
+        timer.cancel()
+
+
+def stuck(frame: FrameType, limit_s: float) -> Broke:
+    """The answer of a rank that is at `frame`: the innermost line that is no library's, and the whole stack."""
+    stack = traceback.extract_stack(frame)
+    own = [entry for entry in stack if not entry.filename.startswith((*_LIBRARIES, "<"))]
+    at = (own or stack)[-1]
+    return Broke(
+        clean=False,
+        reason=f"no report for {limit_s:g} s: it hangs in {at.name} ({Path(at.filename).name}:{at.lineno})",
+        trace="".join(traceback.format_list(stack)),
+    )

@@ -1,0 +1,132 @@
+"""A search by the command on a cluster of this machine, from which a machine goes for good."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from printed import read_until
+from spaces import write_space
+
+from search.run import RAY_ENVIRONMENT
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, **RAY_ENVIRONMENT, "RAY_AUTH_MODE": "disabled"}
+MARK = "MACHINE_OF_A_TEST"  # in the environment of all that a machine runs
+
+
+@dataclass
+class Cluster:
+    """A head on which nothing is trained; its other machines come and go."""
+
+    scratch: str
+    address: str = field(default_factory=lambda: f"127.0.0.1:{free_port()}")
+    begun: list[str] = field(default_factory=list)
+
+    def start(self, *flags: str) -> str:
+        """One more machine, in processes of this one; returns its name."""
+        self.begun.append(name := f"{self.address}/{len(self.begun)}")
+        own = f"--node-ip-address=127.0.0.{len(self.begun)}"
+        limits = ["--object-store-memory=100000000", "--disable-usage-stats"]
+        environment = {**ENVIRONMENT, MARK: name}
+        command = [str(Path(sys.executable).with_name("ray")), "start", own, *flags, *limits]
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        return name
+
+    def add(self) -> str:
+        return self.start(f"--address={self.address}", "--num-cpus=1")
+
+    def lose(self, name: str) -> None:
+        """Nothing on it gets a chance to end well."""
+        mark = f"{MARK}={name}\0".encode()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+                if mark in path.read_bytes():
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+    return port
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    scratch = tempfile.mkdtemp(prefix="ray-")  # a short path: Ray's sockets lie in it
+    cluster = Cluster(scratch)
+    port = cluster.address.rpartition(":")[2]
+    cluster.start("--head", "--num-cpus=0", f"--port={port}", "--include-dashboard=false", f"--temp-dir={scratch}")
+    yield cluster
+    for name in cluster.begun:
+        cluster.lose(name)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def start(folder: Path, cluster: Cluster) -> subprocess.Popen[str]:
+    """A search of one trial, which may not fail once."""
+    shutil.copy(ROOT / "tests/toys.py", folder)
+    config = {"epochs": 8, "pause_s": 0.5, "lr": {"log": [0.01, 0.4]}}
+    file = write_space(folder, config, search={"trials": 1, "retries": 0})
+    command = [sys.executable, str(ROOT / "launch.py"), "--space", str(file), "--results", str(folder), "--name", "run"]
+    cluster.begun.append(name := f"{cluster.address}/search")
+    into: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**ENVIRONMENT, MARK: name}
+    return subprocess.Popen([*command, "--address", cluster.address], cwd=folder, env=environment, **into)
+
+
+def wait_for_reports(folder: Path, count: int) -> None:
+    file, until = folder / "run/trials/0000/metrics.jsonl", time.monotonic() + 120
+    while not file.exists() or len(file.read_text().splitlines()) < count:
+        assert time.monotonic() < until, "the trial does not report"
+        time.sleep(0.1)
+
+
+def test_a_trial_whose_machine_goes_for_good_waits_for_another_and_goes_on_there(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    machine = cluster.add()
+    process = start(tmp_path, cluster)
+    wait_for_reports(tmp_path, 2)
+    cluster.lose(machine)
+    read_until(process, "a machine has gone, ")
+    time.sleep(5.0)
+    assert process.poll() is None
+    cluster.add()
+    told, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, told
+    assert "a machine has come, " in told
+    [row] = csv.DictReader((tmp_path / "run/trials.csv").read_text().splitlines())
+    assert (row["status"], row["epochs"]) == ("finished", "8")
+    assert float(row["started_at"]) >= 2, "it goes on from its last checkpoint"
+    rows = [json.loads(line) for line in (tmp_path / "run/trials/0000/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, 9)), "no epoch twice"
+
+
+def test_a_slot_that_waits_for_a_machine_can_be_interrupted(tmp_path: Path, cluster: Cluster) -> None:
+    machine = cluster.add()
+    process = start(tmp_path, cluster)
+    wait_for_reports(tmp_path, 2)
+    cluster.lose(machine)
+    read_until(process, "a machine has gone, ")
+    time.sleep(5.0)  # until its group has been asked for again
+    os.kill(process.pid, signal.SIGINT)
+    told, _ = process.communicate(timeout=90)
+    assert process.returncode == 130, told
+    assert "--resume" in told
