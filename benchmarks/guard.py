@@ -26,8 +26,9 @@ from trainables import loop
 from trainables.beam import fusion
 from trainables.beam.data import samples
 from trainables.contract import Diverged, Trial
-from trainables.guard import Guard, Step, generators
+from trainables.guard import Guard, Step
 from trainables.loop import fit
+from trainables.resume import generators
 from trainables.samples import Batch
 from trainables.step import Pairs
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,6 +116,19 @@ def test_a_replay_that_raises_ends_the_trial_all_the_same() -> None:
     assert done.diverged is not None
     assert done.diverged.step == 0
     assert done.diverged.reason.endswith("running the step again raised KeyError: 'seen before'")
+
+
+def test_a_step_that_is_run_again_draws_the_numbers_that_it_drew() -> None:
+    drawn: list[tuple[float, float, float]] = []
+
+    def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+        drawn.append((random.random(), np.random.randn(), float(torch.rand(()))))
+        return toy_loss(network, batch, config)
+
+    config = replace(BATCH, nan_loss_of=int(order(BATCH)[1][0]))
+    run(config, replace(TOY, loss=loss))
+    _, failing, after, again = drawn  # the step after it has begun
+    assert again == failing != after
 
 
 @pytest.mark.parametrize("layer", [3, 5])  # the first layer passes no gradient on

@@ -23,6 +23,7 @@ from torch import Tensor
 from trainables.contract import Diverged
 from trainables.optim import Optim
 from trainables.postmortem import Findings, examine
+from trainables.resume import Generators, set_generators
 from trainables.samples import Ranks, Samples, Share, on_device
 from trainables.step import Loss, Summed, autocast, backward
 
@@ -43,7 +44,7 @@ class Step:
     lr: float
     scale: Tensor
     share: Share
-    generators: tuple[Tensor, ...]
+    generators: Generators
     summed: Summed
     count: Tensor
 
@@ -227,15 +228,3 @@ def samples_of(step: Step) -> list[int]:
 def readable(value: float) -> float | str:
     """JSON knows no number that is not finite."""
     return value if math.isfinite(value) else str(value)
-
-
-def generators(device: torch.device) -> tuple[Tensor, ...]:
-    """The states of PyTorch's global generators."""
-    own = (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
-    return (torch.get_rng_state(), *own)
-
-
-def set_generators(states: tuple[Tensor, ...], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from trainables.contract import Report, Trial, UserError
-from trainables.guard import Guard, Replay, Step, generators
+from trainables.guard import Guard, Replay, Step
 from trainables.memory import MIB, Memory, Tried, fitting_micro_batch, shape_key, switches, try_step
 from trainables.optim import Ema, Patience, adamw, clip_divisor, fused_step, lr_factor, set_lr
-from trainables.resume import Best, restore, seed_everything, seed_from, state_of
+from trainables.resume import Best, generators, restore, seed_everything, seed_from, state_of
 from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, on_device, ranks_of, share_of
 from trainables.step import Loss, Pairs, autocast, backward, compiled, everyones_count, over_ranks
 

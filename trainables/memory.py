@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import random
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trainables.contract import memory_error
+from trainables.resume import generators, set_generators
 from trainables.samples import Batch, Ranks
 
 MIB = 2**20
@@ -176,15 +175,13 @@ def storages(tree: Any) -> set[torch.UntypedStorage]:
 @contextlib.contextmanager
 def leaving_no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Put the global random generators and the model's buffers back afterwards, and drop its gradients."""
-    python, numpy = random.getstate(), np.random.get_state()
+    drawn = generators(device)
     buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.detach().to("cpu", copy=True)) for buffer in model.buffers()]
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        set_generators(drawn, device)
         for current, kept in buffers:  # a module may also assign a new tensor
             current.update(kept)
         with torch.no_grad():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,29 @@ def seed_everything(*parts: int | str) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+class Generators(NamedTuple):
+    """Where the generators that `seed_everything` seeds stand; of GPUs, that of one device."""
+
+    python: tuple[Any, ...]
+    numpy: dict[str, Any]
+    cpu: Tensor
+    cuda: Tensor | None
+
+
+def generators(device: torch.device) -> Generators:
+    """Where they stand. Asked in every step: it takes 0.06 ms, most of it NumPy's."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return Generators(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda)
+
+
+def set_generators(states: Generators, device: torch.device) -> None:
+    random.setstate(states.python)
+    np.random.set_state(states.numpy)
+    torch.set_rng_state(states.cpu)
+    if states.cuda is not None:
+        torch.cuda.set_rng_state(states.cuda, device)
 
 
 def state_of(parts: Mapping[str, Any], epoch: int) -> State:
