@@ -181,6 +181,15 @@ def test_a_resumed_trial_is_judged_as_if_it_had_not_stopped() -> None:
     assert_same(whole.states[5], run(config, loud_from(16, 30.0)).states[5])
 
 
+def test_losses_of_other_settings_are_no_measure_of_a_spike() -> None:
+    """As population-based training changes settings, between a checkpoint and what goes on from it."""
+    config = Config(Optim(lr=1e-4, batch_size=8, spike=Spike(factor=8.0, patience=1)), epochs=5)
+    state = run(replace(config, epochs=4)).states[-1]
+    assert run(replace(config, loudness=100.0), resume=state).diverged is None
+    faster = replace(config, optim=replace(config.optim, lr=2e-4))
+    assert run(faster, loud_from(0, 100.0), resume=state).diverged is not None
+
+
 def test_a_loss_scale_that_keeps_collapsing_is_a_divergence() -> None:
     config = Config(Optim(lr=0.01, batch_size=8, precision="fp16"), epochs=20, loudness=1e9)
     done = run(config)

@@ -99,6 +99,7 @@ class Guard:
         self._spike = replay.optim.spike
         self._replay = replay
         self._ranks = replay.ranks
+        self._settings = _settings_of_loss(replay.loss.config)
         self._diverged = torch.zeros((), dtype=torch.bool, device=replay.device)
         self._spiked = torch.zeros((), dtype=torch.bool, device=replay.device)
         self._streak = torch.zeros((), dtype=torch.int64, device=replay.device)  # steps above the median, in a row
@@ -203,9 +204,12 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         # Numbers and no tensors: that a norm was infinite once is no sign of a state that has blown up.
         losses, norms = ([float(value) for value in kept] for kept in (self._losses, self._norms))
-        return {"losses": losses, "norms": norms, "streak": self._streak}
+        return {"losses": losses, "norms": norms, "streak": self._streak, "settings": self._settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what came before, unless under other settings: another weight of a term is another scale."""
+        if state.get("settings") != self._settings:
+            return
         device = self._replay.device
         for kept, saved in ((self._losses, state["losses"]), (self._norms, state["norms"])):
             kept.extend(torch.as_tensor(value, dtype=torch.float32, device=device) for value in saved)
@@ -217,6 +221,11 @@ def _nanmedian(values_S: Tensor) -> Tensor:
     sorted_S = values_S.sort().values  # NaN comes last
     middle = ((~sorted_S.isnan()).sum() - 1).clamp(min=0) // 2
     return sorted_S.gather(0, middle.view(1))[0]
+
+
+def _settings_of_loss(config: Any) -> str:
+    """What losses are measured under: all settings but how, and for how long, the weights are optimised."""
+    return repr({name: value for name, value in vars(config).items() if name not in ("optim", "epochs")})
 
 
 def samples_of(step: Step) -> list[int]:
