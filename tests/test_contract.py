@@ -44,6 +44,13 @@ def test_the_device_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyP
     assert Trial({}).device == torch.device("cpu")
 
 
+def test_a_gpu_without_an_index_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert Trial({}, device=torch.device("cuda")).device == torch.device("cuda", 1)
+    assert Trial({}, device=torch.device("cuda", 0)).device == torch.device("cuda", 0)
+    assert Trial({}, device=torch.device("cpu")).device == torch.device("cpu")
+
+
 def test_each_trial_has_a_cache_of_its_own_unless_it_is_given_one() -> None:
     shared: dict[str, int] = {}
     assert Trial({}).cache is not Trial({}).cache

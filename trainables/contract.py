@@ -103,7 +103,7 @@ class Trial:
     config: the trainable module's `Config`, or a plain dict for a module without one.
     seed: the same on every rank.
     rank, world_size: this process among those that train together; torchrun's environment unless given.
-    device: where this rank computes.
+    device: where this rank computes. A GPU has its index, also where it was given without one: PyTorch's current GPU.
     resume: the state of the last checkpoint, or None for a fresh start.
     cache: lives as long as the process, from one trial to the next: data sets, compiled kernels, pre-trained encoders.
         What is kept must not depend on the searched parameters, or be keyed by them.
@@ -118,3 +118,7 @@ class Trial:
     resume: State | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
     memory_limit_mb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda" and self.device.index is None:  # which `torch.cuda.set_device` does not take
+            object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))

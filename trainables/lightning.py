@@ -89,7 +89,7 @@ def trainer_settings(trial: Trial, library: Any, epoch_end: Any, settings: Mappi
     gpu = trial.device.type == "cuda"
     where: dict[str, Any] = {"accelerator": "gpu" if gpu else "cpu", "strategy": "auto"}
     if trial.world_size == 1:
-        where["devices"] = [trial.device.index or 0] if gpu else 1
+        where["devices"] = [trial.device.index] if gpu else 1
         environment = environments.LightningEnvironment()
     else:
         # The ranks are there already, in torchrun's environment: Lightning must start none, and join their group.
