@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainables.beam.config import Data, Modality, Simulated
-from trainables.beam.data import describe, gps_width, samples, timing_of
+from trainables.beam.data import describe, gps_width, names, samples, timing_of
 from trainables.beam.decode import Decoder, decode
 from trainables.beam.files import fov_of, radar_maps, read_points
 from trainables.beam.gps import Timing, gps_features
@@ -159,6 +159,15 @@ def test_batches_equal_a_reading_of_the_raw_files_one_by_one(data: Data) -> None
             assert moved.sum() <= 2, "a point on the border of two bins may fall to either side, and no other"
             maps = slow_radar(np.load(folder / row[f"unit1_radar_{h + 1}"]))
             np.testing.assert_allclose(batch["radar"][b, h].float(), maps, atol=1e-3)  # half floats
+
+
+def test_a_sample_is_named_by_the_row_of_its_window(data: Data) -> None:
+    config = Config(replace(data, augment=1, flip=True))
+    side, path = samples(config, "train"), csv_of(config.data)
+    found = names(config, range(len(side)))
+    windows, kinds = len(side) // 4, ("", "copy 1 of ", "mirrored ", "mirrored copy 1 of ")
+    rows = [f"row {window + 1} of {path}" for window in side[torch.arange(windows)]["index"].tolist()]
+    assert found == [kind + row for kind in kinds for row in rows]
 
 
 def test_the_radar_maps_are_the_published_ones_where_nothing_is_pooled() -> None:

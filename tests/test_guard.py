@@ -118,6 +118,14 @@ def test_a_replay_that_raises_ends_the_trial_all_the_same() -> None:
     assert done.diverged.reason.endswith("running the step again raised KeyError: 'seen before'")
 
 
+def test_the_samples_of_a_step_are_told_by_name_where_a_task_has_names() -> None:
+    named = replace(TOY, names=lambda config, indices: [f"{i} of {config.samples}" for i in indices])
+    for wrong in ({"nan_loss_of": 3}, {"optim": Optim(lr=3e38, batch_size=27)}):
+        details = diverged(run(replace(BATCH, **wrong), named))
+        assert details["names"] == [f"{i} of 27" for i in details["batch"]]
+        assert "names" not in diverged(run(replace(BATCH, **wrong)))
+
+
 def test_a_step_that_is_run_again_draws_the_numbers_that_it_drew() -> None:
     drawn: list[tuple[float, float, float]] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from trainables.contract import UserError
 from trainables.mabe import challenge
 from trainables.mabe.config import CLASSES, Augment, Data, Simulated
-from trainables.mabe.data import describe, samples, training_frames, videos_of
+from trainables.mabe.data import describe, names, samples, training_frames, videos_of
 from trainables.mabe.prepare import Prepared, prepare_data
 from trainables.mabe.simulator import ATTACK, INVESTIGATION, LABS, MOUNT, OTHER, play, simulate
 from trainables.mabe.tagging import Config
@@ -45,6 +46,19 @@ def test_a_full_disk_is_told_before_anything_is_written(
     with pytest.raises(UserError, match=r"points\.npy: No space left on device; make room, or set data\.prepared to"):
         prepare_data(replace(config.data, prepared=str(tmp_path)))
     assert not list(tmp_path.rglob("points.npy"))
+
+
+def test_a_window_is_named_by_its_frames(config: Config) -> None:
+    prepared, train, labels = prepare_data(config.data), samples(config, "train"), prepare_data(config.data).labels()
+    batch = train[torch.arange(len(train))]
+    for name, label_S in zip(names(config, range(len(train))), batch["label"], strict=True):
+        found = re.fullmatch(r"frames (\d+) to (\d+) of video (\d+) \((.+)\)", name)
+        assert found is not None
+        first, last, video, unit = found.groups()
+        assert prepared.unit[int(video) - 1] == unit
+        start = prepared.start[int(video) - 1]
+        told = labels[start + int(first) : start + int(last) + 1]
+        assert label_S[label_S != UNLABELLED].tolist() == told.tolist()
 
 
 def test_validation_windows_hold_every_frame_once(config: Config) -> None:

@@ -135,6 +135,10 @@ class TestEveryTask:
         assert taken[1]
         assert not taken[0] & taken[1]
 
+    def test_every_training_sample_has_a_name_of_its_own(self, case: Case) -> None:
+        train = case.task.data(case.config, "train", Ranks())
+        assert len(set(case.task.names(case.config, range(len(train))))) == len(train)
+
     def test_gathering_draws_no_random_number(self, case: Case) -> None:
         train = case.task.data(case.config, "train", Ranks())
         drawn = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -93,11 +93,14 @@ class Replay:
 
 
 class Guard:
-    """Watches every step. Its state is part of a checkpoint, so that a resumed trial is judged as if uninterrupted."""
+    """Watches every step. Its state is part of a checkpoint, so that a resumed trial is judged as if uninterrupted.
 
-    def __init__(self, replay: Replay) -> None:
+    names: as in `trainables.loop.Task`, of the trial's config.
+    """
+
+    def __init__(self, replay: Replay, names: Callable[[Sequence[int]], list[str]]) -> None:
         self._spike = replay.optim.spike
-        self._replay = replay
+        self._replay, self._names = replay, names
         self._ranks = replay.ranks
         self._settings = _settings_of_loss(replay.loss.config)
         self._diverged = torch.zeros((), dtype=torch.bool, device=replay.device)
@@ -151,18 +154,18 @@ class Guard:
         """What to raise where the step that was followed last, healthy itself, has left weights that are not finite."""
         assert self._latest is not None, "a step comes first"
         step, details = self._latest.step, self._details(self._latest)
-        details["batch"] = self._everyones_samples(step)
+        details |= self._told(self._everyones_samples(step))
         return Diverged(f"the weights are not finite after an update at lr {step.lr:.3g}", step.number, details)
 
     def _post_mortem(self, asked: Asked) -> Diverged:
         step, details = asked.step, self._details(asked)
         if asked.spiked:
-            details["batch"] = self._everyones_samples(step)
+            details |= self._told(self._everyones_samples(step))
             return Diverged(f"{self._spike_in_words(details['losses'][-1])} at lr {step.lr:.3g}", step.number, details)
         wrong = [f"loss_{name}" for name, value in details["terms"].items() if isinstance(value, str)]
         what = f"{' and '.join(wrong)} {'are' if wrong[1:] else 'is'}" if wrong else "the gradient norm is"
         rank, findings, batch = self._culprit(step)
-        details |= {"found": dataclasses.asdict(findings), "rank": rank, "batch": batch}
+        details |= {"found": dataclasses.asdict(findings), "rank": rank, **self._told(batch)}
         return Diverged(f"{what} not finite at lr {step.lr:.3g}; {findings.sentence}", step.number, details)
 
     def _details(self, asked: Asked) -> dict[str, Any]:
@@ -189,6 +192,11 @@ class Guard:
         """The first rank on which the step fails when it is run again, what was found there, and its samples."""
         everyone = self._everyones((self._ranks.rank, self._replay.findings(step), samples_of(step)))
         return next((item for item in everyone if item[1].reproduced), everyone[0])
+
+    def _told(self, batch: list[int]) -> dict[str, Any]:
+        """Samples by their numbers in the training split and, where the family has names for them, by name."""
+        names = self._names(batch)
+        return {"batch": batch, "names": names} if names else {"batch": batch}
 
     def _everyones_samples(self, step: Step) -> list[int]:
         return [index for samples in self._everyones(samples_of(step)) for index in samples]

@@ -34,7 +34,7 @@ from trainables.step import Loss, Pairs, autocast, backward, compiled, everyones
 
 @dataclass(frozen=True)
 class Task:
-    """A family as the loop sees it: a class of settings, four functions, and three more that it may do without.
+    """A family as the loop sees it: a class of settings, four functions, and four more that it may do without.
 
     config: the class of `Trial.config`. It has the fields `optim: Optim` and `epochs: int`.
     model: builds the module, on the CPU, from the seeded global generator. A parameter with `requires_grad` False stays
@@ -50,6 +50,7 @@ class Task:
         no sum over a count itself. None: a score of this name has only served to derive others, and is not reported.
     part: the part of the model that a parameter, by name, belongs to; None: none. The norm of each part's gradient in
         the last step of an epoch is reported as grad_norm_<part>, unless fp16 has skipped that step.
+    names: where a person finds the training samples of these indices, for the post-mortem of a step.
 
     `loss` and `score` get the plain module, on several ranks too; they may call any part of it, any number of times.
     """
@@ -62,6 +63,7 @@ class Task:
     lr_scale: Callable[[str], float] = lambda name: 1.0
     derived: Callable[[Mapping[str, float]], Mapping[str, float | None]] = lambda scores: {}
     part: Callable[[str], str | None] = lambda name: None
+    names: Callable[[Any, Sequence[int]], list[str]] = lambda config, indices: []
 
 
 def fit(task: Task, trial: Trial) -> Iterator[Report]:
@@ -82,7 +84,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     optimizer = adamw(trained, task.lr_scale, optim)
     scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
     ema = Ema(trained, optim.ema)
-    guard = Guard(Replay(plain, train, optim, device, ranks))
+    guard = Guard(Replay(plain, train, optim, device, ranks), functools.partial(task.names, config))
     patience, best = Patience(optim), Best({"model": model, "ema": ema})
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": ema, "guard": guard, "patience": patience}
     parts |= {"best": best} if optim.early_stop is not None else {}

@@ -7,6 +7,7 @@ a side, G numbers of a position.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -131,6 +132,16 @@ def samples(config: HasData, side: str, ranks: object = None) -> Samples:
     table = prepare_data(data)
     stamps = tuple(stamp_of(array_path(data, table, name)) for name in wanted_arrays(data, table))
     return _sides(data, table, stamps)[side]
+
+
+def names(config: HasData, indices: Sequence[int]) -> list[str]:
+    """The training samples of these indices by the rows of the CSV that they come from."""
+    lines, side = prepare_data(config.data).lines, samples(config, "train").side
+    found = []
+    for i in indices:
+        copy = f"copy {side.copy_S[i]} of " if side.copy_S[i] else ""
+        found.append(f"{'mirrored ' if side.mirrored_S[i] else ''}{copy}{lines[side.window_S[i]]}")
+    return found
 
 
 @functools.lru_cache(maxsize=4)  # a few MB each, beside their tables; a search may draw the form of the positions

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainables.beam.checkpoint import load_given, unseen_settings
 from trainables.beam.config import SENSORS, BeamLoss, Data, Modality, Model
-from trainables.beam.data import describe, gps_width, samples
+from trainables.beam.data import describe, gps_width, names, samples
 from trainables.beam.encoders import pretrained_weights
 from trainables.beam.health import dba_of_guessing, fusion_part, fusion_signs, stage_spreads
 from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss, soft_targets
@@ -160,7 +160,16 @@ def by_scenario(
     }
 
 
-TASK = Task(config=Config, model=build, data=samples, loss=loss, score=score, derived=stage_spreads, part=fusion_part)
+TASK = Task(
+    config=Config,
+    model=build,
+    data=samples,
+    loss=loss,
+    score=score,
+    derived=stage_spreads,
+    part=fusion_part,
+    names=names,
+)
 
 
 def task_for(config: Config) -> Task:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainables.beam import features, fusion
 from trainables.beam.checkpoint import given_weights, load_given, unseen_settings
 from trainables.beam.config import Data, Modality, Model, Pretrain, Rebuild, RebuildLoss
+from trainables.beam.data import names
 from trainables.beam.health import dba_of_guessing, fusion_part, fusion_signs, stage_spreads
 from trainables.beam.metrics import beam_scores
 from trainables.beam.network import FusionNetwork, Maps
@@ -234,6 +235,7 @@ def task_for(config: Config, weights: Weights, maps: features.Maps) -> Task:
         lr_scale=functools.partial(lr_scale, rebuild=config.rebuild),
         derived=stage_spreads,
         part=fusion_part,
+        names=names,
     )
 
 

@@ -5,6 +5,7 @@ Shape suffixes: B windows of a batch, N of a split, S frames of a window and of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,6 +80,19 @@ def samples(config: HasData, split: str, ranks: object = None) -> Samples:
         groups={name: prepared.group(name) for name in groups_of(data)},
         labels=prepared.labels(),
     )
+
+
+def names(config: HasData, indices: Sequence[int]) -> list[str]:
+    """The training windows of these indices, with their margins, by the video that they are cut from."""
+    prepared, train = prepare_data(config.data), samples(config, "train")
+    found = []
+    for i in indices:
+        start, last = train.bounds_N2[i]
+        begin, end = train.first_N[i] - train.margin, train.first_N[i] + train.length + train.margin - 1
+        frames = f"frames {max(begin, start) - start} to {min(end, last) - start}"
+        video = prepared.start.index(start)
+        found.append(f"{frames} of video {video + 1} ({prepared.unit[video]})")
+    return found
 
 
 def windows_of(start: int, stop: int, data: Data, train: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

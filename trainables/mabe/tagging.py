@@ -19,7 +19,7 @@ from trainables.contract import Report, Trial
 from trainables.loop import Task, fit, step_memory
 from trainables.mabe.checkpoint import settings_of
 from trainables.mabe.config import CLASSES, Augment, Data, FrameLoss, Model
-from trainables.mabe.data import describe, samples, training_frames
+from trainables.mabe.data import describe, names, samples, training_frames
 from trainables.mabe.metrics import event_scores, frame_scores, summary
 from trainables.mabe.network import FrameTagger, Inputs, Tagger
 from trainables.mabe.prepare import prepare_data
@@ -123,7 +123,7 @@ def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     }
 
 
-TASK = Task(config=Config, model=build, data=samples, loss=loss, score=score, derived=summary)
+TASK = Task(config=Config, model=build, data=samples, loss=loss, score=score, derived=summary, names=names)
 
 
 def prepare(config: Config) -> str:
