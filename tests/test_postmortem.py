@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from toy_task import SpoilGradient
 
-from trainables.postmortem import Findings, examine
+from trainables.postmortem import Findings, Witness, examine
 
 WIDTH = 8
 # Modules of `Net` as they are entered, with one used twice, one that returns its input and the whole model.
@@ -106,11 +106,12 @@ def loss_of(net: nn.Module, batch: Batch) -> Tensor:
 def examined(net: nn.Module, *batches: Batch, loss: Callable[[nn.Module, Batch], Tensor] = loss_of) -> Findings:
     """The findings on a step with these micro-batches."""
 
-    def replay(tell: Callable[[Tensor], object]) -> None:
-        losses = [loss(net, batch) for batch in batches or [batch_of()]]
-        for each in losses:
-            tell(each.detach())
-            each.backward()
+    def replay(witness: Witness) -> None:
+        for batch in batches or [batch_of()]:
+            witness.see_batch(vars(batch))
+            total = loss(net, batch)
+            witness.see_loss(total.detach())
+            total.backward()
 
     findings = examine(net, replay)
     json.dumps(dataclasses.asdict(findings), allow_nan=False)
@@ -233,20 +234,48 @@ def test_a_modules_own_code_between_its_parts_is_the_module_on_the_way_back_too(
     assert (findings.module, findings.gradient_module) == (None, "blocks.0")
 
 
+IN_X = "the batch itself, in its x, was first not finite, and then "
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_bad_batch_is_no_modules_fault(value: float) -> None:
     batch = batch_of()
-    findings = examined(Net(), batch_of(2), Batch(spoiled(batch.x, value), batch.valid))
+    findings = examined(Net(), batch_of(2), Batch(spoiled(batch.x, value), batch.valid), batch_of(3))
     assert (findings.module, findings.gradient_module) == (None, None)
     assert findings.reproduced
-    assert findings.sentence == "the batch itself, an input of the model itself (Net), was first not finite"
+    assert findings.sentence == IN_X + "a value that the loss function passed to the model itself (Net)"
 
 
-def test_a_bad_loss_is_no_modules_fault() -> None:
-    findings = examined(Net(), loss=lambda net, batch: loss_of(net, batch) * math.nan)
-    assert (findings.module, findings.gradient_module) == (None, None)
-    assert findings.reproduced
-    assert findings.sentence == "the loss, outside the model, was first not finite"
+# What a loss function may spoil, whatever the batch holds: before the model, between its parts, after it, and backward.
+OUTSIDE: dict[str, Callable[[nn.Module, Batch], Tensor]] = {
+    "a value that the loss function passed to the model itself (Net)": lambda net, batch: loss_of(
+        net, Batch(batch.x * math.nan, batch.valid)
+    ),
+    "a value that the loss function passed to shared": lambda net, batch: net.get_submodule("shared")(
+        net(batch_of()).rest["features"].detach() * math.nan
+    ).sum(),
+    "the loss, outside the model,": lambda net, batch: loss_of(net, batch_of()) * math.nan,
+    "the gradient that the loss function passed to the model": lambda net, batch: spoiled_gradient(
+        loss_of(net, batch_of())
+    ),
+}
+
+
+@pytest.mark.parametrize("subject", OUTSIDE)
+def test_a_batch_is_blamed_for_what_the_loss_function_spoils_only_where_it_is_bad_itself(subject: str) -> None:
+    good, bad = batch_of(), Batch(batch_of().x * math.nan, batch_of().valid)
+    for batch, sentence in ((good, f"{subject} was first not finite"), (bad, IN_X + subject.removesuffix(","))):
+        findings = examined(Net(), batch, loss=OUTSIDE[subject])
+        assert (findings.module, findings.gradient_module) == (None, None)
+        assert findings.reproduced
+        assert findings.sentence == sentence
+
+
+def test_a_bad_batch_that_the_model_never_saw_excuses_no_module() -> None:
+    net = Net()
+    net.stem.register_forward_hook(lambda module, args, output: spoiled(output, math.nan))
+    bad = Batch(batch_of().x * math.nan, batch_of().valid)
+    assert examined(net, bad, loss=lambda net, batch: loss_of(net, batch_of())).module == "stem"
 
 
 def test_a_bad_gradient_of_a_good_loss_is_no_modules_fault() -> None:
@@ -410,7 +439,7 @@ def test_the_gradient_under_examination_is_that_of_the_step() -> None:
     twin = copy.deepcopy(net)
     loss_of(net, batch_of()).backward()
     found: list[Tensor] = []
-    examine(net, lambda tell: found.extend(gradients(net)))
+    examine(net, lambda witness: found.extend(gradients(net)))
     for mine, its in zip(found, gradients(twin), strict=True):
         assert torch.equal(mine, its)
 
@@ -426,10 +455,10 @@ def test_the_step_is_broken_off_once_nothing_more_can_be_found(where: str, whole
     if where == "forward":
         net.heads["far"].register_forward_hook(lambda part, args, output: output * math.nan)
 
-    def replay(tell: Callable[[Tensor], object]) -> None:
+    def replay(witness: Witness) -> None:
         for seed in (1, 2):
             loss = loss_of(net, batch_of(seed)) * (math.nan if where == "loss" else 1.0)
-            tell(loss.detach())
+            witness.see_loss(loss.detach())
             (spoiled_gradient(loss) if where == "backward" else loss).backward()
             reached.append("the next")
 
@@ -451,7 +480,7 @@ def test_what_the_step_raises_is_raised_and_no_hook_stays() -> None:
     def fail(module: nn.Module, args: Any) -> None:
         raise RuntimeError("the disk is full")
 
-    def replay(tell: Callable[[Tensor], object]) -> None:
+    def replay(witness: Witness) -> None:
         loss_of(net, batch_of()).backward()
         handle = net.shared.register_forward_pre_hook(fail)
         try:
@@ -469,7 +498,7 @@ def test_nothing_of_the_step_is_kept_alive() -> None:
     net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
     kept: list[weakref.ref[Any]] = []
 
-    def replay(tell: Callable[[Tensor], object]) -> None:
+    def replay(witness: Witness) -> None:
         y = spoiled_gradient(net(torch.ones(1, WIDTH)))
         y = net(y)
 

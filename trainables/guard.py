@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trainables.contract import Diverged
 from trainables.optim import Optim
-from trainables.postmortem import Findings, examine
+from trainables.postmortem import Findings, Witness, examine
 from trainables.resume import Generators, set_generators
 from trainables.samples import Ranks, Samples, Share, on_device
 from trainables.step import Loss, Summed, autocast, backward
@@ -76,15 +76,17 @@ class Replay:
         return self.optim.precision == "fp16"
 
     def findings(self, step: Step) -> Findings:
-        def again(tell: Callable[[Tensor], object]) -> None:
+        def again(witness: Witness) -> None:
             set_generators(step.generators, self.device)
             batches = on_device(self.samples, step.share.micros, self.device)
             scaler = torch.amp.GradScaler(self.device.type, init_scale=float(step.scale), enabled=self.scales)
-            telling = self.loss.register_forward_hook(lambda loss, args, result: tell(result[1].detach()))
+            before = self.loss.register_forward_pre_hook(lambda loss, args: witness.see_batch(*args))
+            after = self.loss.register_forward_hook(lambda loss, args, result: witness.see_loss(result[1].detach()))
             try:
                 backward(self.loss, batches, step.share, scaler, autocast(self.device, self.optim))
             finally:
-                telling.remove()
+                before.remove()
+                after.remove()
 
         try:
             return examine(self.loss.model, again, whole=self.ranks.size > 1)

@@ -38,24 +38,25 @@ class Findings:
     reproduced: bool
 
 
-def examine(module: nn.Module, replay: Callable[[Callable[[Tensor], object]], object], whole: bool = False) -> Findings:
+def examine(module: nn.Module, replay: Callable[[Witness], object], whole: bool = False) -> Findings:
     """Run a step again, as far as is needed, and return what in it was first not finite.
 
     replay: runs forward and backward through `module` or through any of its submodules, in any order, for one or for
-        several micro-batches. It sets the random generators itself, and tells what it is given each loss before it goes
-        backward from it. It is broken off, by an exception of ours, when what is sought has been found.
+        several micro-batches. It sets the random generators itself, and shows the witness each batch before anything is
+        computed from it, and each loss before it goes backward from it. It is broken off, by an exception of ours, when
+        what is sought has been found.
     whole: it is not broken off. Other ranks, where nothing may be found, run it too, and may wait for this one in it.
 
     Gradients are cleared before and after; buffers are put back. What `replay` raises is raised. A constant made of 0
     and -inf is a mask and counts as finite; so does an -inf that a module takes in and turns into something finite.
     """
-    witness, losses = _Witness(module, whole), list[Tensor]()
+    witness = Witness(module, whole)
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     module.zero_grad(set_to_none=True)
     try:
         witness.watch()
         with contextlib.suppress(_Found):
-            replay(losses.append)
+            replay(witness)
     finally:
         for handle in witness.handles:
             handle.remove()
@@ -64,7 +65,7 @@ def examine(module: nn.Module, replay: Callable[[Callable[[Tensor], object]], ob
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
-    return witness.findings(loss_is_finite=_all_finite(losses))
+    return witness.findings()
 
 
 class _Found(Exception):
@@ -73,12 +74,12 @@ class _Found(Exception):
 
 class _Event(NamedTuple):
     module: str | None  # None: outside the model
-    subject: str  # of a sentence that goes on "was first not finite"
+    sentence: str
     backward: bool = False
     masking: bool = False  # nothing but -inf, perhaps on purpose
 
 
-class _Witness:
+class Witness:
     """Sees a step as it runs.
 
     Gradients are watched at the nodes of the autograd graph. A hook on a tensor sees the sum of what all its consumers
@@ -91,6 +92,7 @@ class _Witness:
         self.running: list[tuple[str, _Event | None]] = []  # each with what was known when its forward began
         self.nodes: set[Node] = set()
         self.outermost: set[Node] = set()  # those that gradients reach from outside the model
+        self.not_finite: list[str] = []  # of the batch at hand
         self.first: _Event | None = None
         self.parameter: str | None = None
 
@@ -106,17 +108,30 @@ class _Witness:
                 hook = partial(self.on_parameter, name)
                 self.handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
-    def findings(self, loss_is_finite: bool) -> Findings:
+    def see_batch(self, batch: Mapping[str, Tensor]) -> None:
+        self.not_finite = [name for name, x in batch.items() if _wrong([x])]
+
+    def see_loss(self, loss: Tensor) -> None:
+        if not _all_finite([loss]):
+            self.note(None, "the loss, outside the model,")
+
+    def note(self, module: str | None, subject: str, backward: bool = False, masking: bool = False) -> None:
+        """Keep what was first not finite; of what is so outside the model, the batch itself may have been before it."""
+        sentence = f"{subject} was first not finite"
+        if module is None and self.not_finite:
+            names = " and ".join(self.not_finite)
+            sentence = f"the batch itself, in its {names}, was first not finite, and then {subject.removesuffix(',')}"
+        self.first = self.first or _Event(module, sentence, backward, masking)
+
+    def findings(self) -> Findings:
         event = self.first
-        if not loss_is_finite and (event is None or (event.backward and event.module is None)):
-            event = _Event(None, "the loss, outside the model,")
-        elif event is None and self.parameter is not None:
-            event = _Event(None, f"the gradient of {self.parameter}")
+        if event is None and self.parameter is not None:
+            event = _Event(None, f"the gradient of {self.parameter} was first not finite")
         if event is None:
             unseen = "what was not finite could not be reproduced by running the step again"
             return Findings(unseen, None, None, None, reproduced=False)
         module, gradient_module = (None, event.module) if event.backward else (event.module, None)
-        return Findings(f"{event.subject} was first not finite", module, gradient_module, self.parameter, True)
+        return Findings(event.sentence, module, gradient_module, self.parameter, True)
 
     def on_enter(self, name: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         caller = self.running[-1][0] if self.running else None
@@ -125,12 +140,9 @@ class _Witness:
         self.own(caller, inputs)
         wrong = _wrong(inputs)
         masking = all(bool((x.isfinite() | (x == -math.inf)).all()) for x in map(Tensor.detach, wrong))
-        subject = f"the batch itself, an input of {self.spoken(name)},"
-        if caller is not None or any(x.requires_grad for x in wrong):
-            sender = "the loss function" if caller is None else self.spoken(caller)
-            subject = f"a value that {sender} passed to {self.spoken(name)}"
+        sender = "the loss function" if caller is None else self.spoken(caller)
         if wrong:
-            self.first = self.first or _Event(caller, subject, masking=masking)
+            self.note(caller, f"a value that {sender} passed to {self.spoken(name)}", masking=masking)
 
     def on_exit(self, name: str, part: nn.Module, args: tuple[Any, ...], output: object) -> None:
         _, before = self.running.pop()
@@ -142,7 +154,7 @@ class _Witness:
         if wrong:
             state = [key for key, x in [*part.named_parameters(), *part.named_buffers()] if _wrong([x])]
             likewise = f", like its {' and '.join(state)}," if state else ""
-            self.first = self.first or _Event(name, f"the output of {self.spoken(name)}{likewise}")
+            self.note(name, f"the output of {self.spoken(name)}{likewise}")
         elif self.first and self.first.masking:
             self.first = before
 
@@ -168,7 +180,7 @@ class _Witness:
         # A watched node that sent it would have been seen to: it is from outside, or a sum, or of a tensor's own hook.
         if module is None or (not came_finite and node in self.outermost):
             module, subject = None, "the gradient that the loss function passed to the model"
-        self.first = _Event(module, subject, backward=True)
+        self.note(module, subject, backward=True)
         self.leave()
 
     def on_parameter(self, name: str, parameter: Tensor) -> None:
