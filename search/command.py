@@ -128,6 +128,7 @@ def search(options: Options) -> engine.Outcome | None:
     if outcome.interrupted:
         kept = str(results) if mirror is None or options.uri is None else mirror.uri
         again = [sys.argv[0], "--resume", kept, *(["--cold"] if options.cold else [])]
+        again += ["--retry-failed"] if outcome.hopeless else []
         if options.address and options.address != os.environ.get("RAY_ADDRESS"):
             again += ["--address", options.address]
         if options.export is not None:

@@ -36,6 +36,10 @@ class Interruption:
         return self.pressed or self.cause is not None
 
     @property
+    def hopeless(self) -> bool:
+        return isinstance(self.cause, Hopeless)
+
+    @property
     def reason(self) -> str | None:
         """The cause in a line. Tune hands on the text of a traceback, which ends in what was raised."""
         if self.cause is None:
@@ -43,7 +47,7 @@ class Interruption:
         told = short_line(said(self.cause).strip().rpartition("\n")[2], type(self.cause).__name__)
         if says_full(told):
             return f"the disk is full ({told})"
-        return told if isinstance(self.cause, (TuneError, Hopeless)) else where(self.cause)
+        return told if self.hopeless or isinstance(self.cause, TuneError) else where(self.cause)
 
     @contextmanager
     def kept(self) -> Iterator[None]:

@@ -179,10 +179,8 @@ class Recorder(tune.Callback):
         """A bug that every trial meets, or a machine that fails all it takes, would use up a night's settings."""
         self._failed_in_a_row = self._failed_in_a_row + 1 if record.status == "failed" else 0
         if self._failed_in_a_row >= HOPELESS and (self._ledger.left or self._ledger.open):
-            raise Hopeless(
-                f"the last {self._failed_in_a_row} trials have all failed, trial {record.number} by: {record.reason}; "
-                "once that is mended, --retry-failed runs them again"
-            )
+            told = f"the last {self._failed_in_a_row} trials have all failed, trial {record.number} by {record.reason}"
+            raise Hopeless(told)
 
     def _follow(self, trial: Any) -> None:
         """Population-based training changes the values of a trial on the way."""

@@ -63,12 +63,17 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of co
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a search ended. `interrupted`: by Ctrl-C, or for `reason`; what was running goes on with `--resume`."""
+    """How a search ended.
+
+    interrupted: by Ctrl-C, or for `reason`; what was running goes on with `--resume`. hopeless: all that was tried last
+    has failed, and is worth another attempt.
+    """
 
     records: tuple[Record, ...]
     best: tuple[Record, ...]
     interrupted: bool
     reason: str | None = None
+    hopeless: bool = False
 
 
 class _Stop(tune.Stopper):
@@ -221,7 +226,8 @@ def run(
     if not interruption.came:
         with interruption.kept():
             mark_ended(study, space.search.trials)
-    return Outcome(tuple(found), tuple(best_of(found, space)), interruption.came, interruption.reason)
+    best = tuple(best_of(found, space))
+    return Outcome(tuple(found), best, interruption.came, interruption.reason, interruption.hopeless)
 
 
 def past_of(study: optuna.Study, space: Space, results: Path) -> list[Past]:

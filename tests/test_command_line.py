@@ -495,14 +495,17 @@ class TestResumeOfAMirroredSearch:
         assert (status, "mirrored" in out) == (130, False)
 
 
+@pytest.mark.parametrize(
+    ("hopeless", "again"), [(False, "--resume results/full"), (True, "--resume results/full --retry-failed")]
+)
 def test_what_a_search_could_not_go_on_for_stands_before_the_line_that_resumes(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    hopeless: bool, again: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut = engine.Outcome((), (), interrupted=True, reason="the disk is full (no room)")
+    cut = engine.Outcome((), (), interrupted=True, reason="it says why", hopeless=hopeless)
     monkeypatch.setattr(engine, "start_ray", lambda address: None)
     monkeypatch.setattr(engine, "run", lambda *_: cut)
     status, out, _ = run(*TOY, "--name", "full")
-    line = "interrupted: the disk is full (no room); go on with: python platform/launch.py --resume results/full\n"
+    line = f"interrupted: it says why; go on with: python platform/launch.py {again}\n"
     assert (status, out.endswith(f"\n{line}")) == (1, True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -146,6 +147,14 @@ def test_the_samples_of_a_step_are_told_by_name_where_a_task_has_names() -> None
         details = diverged(run(replace(BATCH, **wrong), named))
         assert details["names"] == [f"{i} of 27" for i in details["batch"]]
         assert "names" not in diverged(run(replace(BATCH, **wrong)))
+
+
+def test_names_that_cannot_be_had_end_the_trial_all_the_same() -> None:
+    def names(config: Config, indices: Sequence[int]) -> list[str]:
+        raise OSError("the data have gone")
+
+    details = diverged(run(replace(BATCH, nan_loss_of=3), replace(TOY, names=names)))
+    assert details["names"] == ["naming them raised OSError: the data have gone"]
 
 
 def test_a_step_that_is_run_again_draws_the_numbers_that_it_drew() -> None:

@@ -197,7 +197,10 @@ class Guard:
 
     def _told(self, batch: list[int]) -> dict[str, Any]:
         """Samples by their numbers in the training split and, where the family has names for them, by name."""
-        names = self._names(batch)
+        try:
+            names = self._names(batch)
+        except Exception as error:  # a family's, and the trial has diverged whatever its samples are called
+            names = [f"naming them raised {type(error).__name__}: {error}"]
         return {"batch": batch, "names": names} if names else {"batch": batch}
 
     def _everyones_samples(self, step: Step) -> list[int]:
