@@ -145,6 +145,13 @@ def test_nothing_is_found_in_a_healthy_step() -> None:
     assert findings.sentence == "what was not finite could not be reproduced by running the step again"
 
 
+def test_the_largest_gradient_is_named_where_only_the_norm_is_not_finite() -> None:
+    findings = examined(Net(), loss=lambda net, batch: 1e25 * loss_of(net, batch))
+    assert (findings.module, findings.gradient_module, findings.parameter) == (None, None, "heads.far.bias")
+    assert findings.reproduced
+    assert findings.sentence == "the largest gradient, that of heads.far.bias, was finite but too large for a norm"
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_module_with_the_first_bad_output_is_named(name: str, value: float) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
 
 
@@ -27,7 +28,8 @@ class Findings:
     module: the innermost one in whose forward pass such a value first appeared, from nothing but finite ones. None if
         there is none, or if it comes from outside the model: from the batch or from the loss function.
     gradient_module: the same for the backward pass. None after a bad forward pass, which spoils gradients anywhere.
-    parameter: the first whose gradient was not finite, in the order in which gradients arrive.
+    parameter: the first whose gradient was not finite, in the order in which gradients arrive; where all are finite and
+        too large to be squared for their norm, the one with the largest.
     reproduced: whether anything was not finite.
     """
 
@@ -57,6 +59,7 @@ def examine(module: nn.Module, replay: Callable[[Witness], object], whole: bool 
         witness.watch()
         with contextlib.suppress(_Found):
             replay(witness)
+            witness.see_gradients()
     finally:
         for handle in witness.handles:
             handle.remove()
@@ -114,6 +117,14 @@ class Witness:
     def see_loss(self, loss: Tensor) -> None:
         if not _all_finite([loss]):
             self.note(None, "the loss, outside the model,")
+
+    def see_gradients(self) -> None:
+        """Of gradients that are all finite while their norm is not, name the largest."""
+        gradients = {name: x.grad for name, x in self.model.named_parameters() if x.grad is not None}
+        if self.first is None and self.parameter is None and not get_total_norm(gradients.values()).isfinite():
+            self.parameter = max(gradients, key=lambda name: float(gradients[name].abs().max()))
+            sentence = f"the largest gradient, that of {self.parameter}, was finite but too large for a norm"
+            self.first = _Event(None, sentence)
 
     def note(self, module: str | None, subject: str, backward: bool = False, masking: bool = False) -> None:
         """Keep what was first not finite; of what is so outside the model, the batch itself may have been before it."""
