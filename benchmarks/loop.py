@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from trainables.contract import Trial
 from trainables.loop import Task, fit
 from trainables.optim import Optim
-from trainables.samples import Batch, Ranks, Samples
+from trainables.samples import Batch, Ranks, Samples, TensorSamples
 from trainables.step import Pairs
 
 CPU = torch.device("cpu")
@@ -44,26 +44,14 @@ class Config:
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-3, clip_norm=1.0, batch_size=32))
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Random pictures with random labels."""
-
-    image_BCHW: Tensor
-    label_B: Tensor
-
-    def __len__(self) -> int:
-        return len(self.label_B)
-
-    def __getitem__(self, indices: Tensor) -> Batch:
-        return {"image": self.image_BCHW[indices], "label": self.label_B[indices]}
-
-
 @functools.lru_cache(maxsize=4)  # drawn once, outside the times compared
 def pictures(config: Config, split: str, ranks: Ranks) -> Samples:
+    """Random pictures with random labels."""
     samples = config.steps * config.optim.batch_size if split == "train" else 1
     generator = torch.Generator().manual_seed(0)
     image_BCHW = torch.randn(samples, 3, 32, 32, generator=generator)
-    return Pictures(image_BCHW, torch.randint(CLASSES, (samples,), generator=generator))
+    label_B = torch.randint(CLASSES, (samples,), generator=generator)
+    return TensorSamples({"image": image_BCHW, "label": label_B})
 
 
 def network(config: Config) -> nn.Module:

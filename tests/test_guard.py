@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_task import TOY, Config, Run, SpoilGradient, Toy, assert_same, order, run, toy_loss, toy_model
+from toy_task import TOY, Config, Run, SpoilGradient, assert_same, order, run, toy_data, toy_loss, toy_model
 
 from trainables.guard import SETTLED, _nanmedian
 from trainables.optim import Optim, Spike
-from trainables.samples import Batch, Ranks
+from trainables.samples import Batch, Ranks, TensorSamples
 from trainables.step import Pairs
 
 BATCH = Config(Optim(lr=0.01, batch_size=8), epochs=3)
@@ -119,17 +119,11 @@ def test_a_replay_that_raises_ends_the_trial_all_the_same() -> None:
     assert done.diverged.reason.endswith("running the step again raised KeyError: 'seen before'")
 
 
-class Unlabelled(Toy):
-    """The toy's samples, of which one has a target that is NaN."""
-
-    def __init__(self, config: Config, samples: int, seed: int) -> None:
-        super().__init__(config, samples, seed)
-        self.y_NC[3] = torch.nan
-
-
 def test_a_batch_that_is_not_finite_is_told_from_a_loss_that_is_not() -> None:
-    def unlabelled(config: Config, split: str, ranks: Ranks) -> Unlabelled:
-        return Unlabelled(config, config.samples, seed=1)
+    def unlabelled(config: Config, split: str, ranks: Ranks) -> TensorSamples:
+        samples = toy_data(config, "train", ranks)
+        samples.tensors["y"][3] = torch.nan  # the target of one sample
+        return samples
 
     config = replace(BATCH, optim=replace(BATCH.optim, micro_batch=3))
     batch, loss = run(config, replace(TOY, data=unlabelled)).diverged, run(replace(config, nan_loss_of=3)).diverged

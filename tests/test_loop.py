@@ -32,7 +32,7 @@ from trainables.contract import State, Trial, UserError
 from trainables.loop import fit
 from trainables.optim import EarlyStop, Optim, Plateau
 from trainables.resume import seed_everything
-from trainables.samples import Batch, Ranks
+from trainables.samples import Batch, Ranks, TensorSamples
 from trainables.step import Pairs
 
 EVERYTHING = Config(
@@ -338,6 +338,11 @@ def test_scores_without_a_sample_are_left_out() -> None:
         ({"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), 3)}}, "counts 3 for 8 samples"),
         ({"score": lambda m, b, c: {"loss": (torch.tensor(1.0), 1)}}, "name of a training metric: loss"),
         ({"data": lambda c, split, ranks: []}, "the split 'train' holds no sample"),
+        (
+            {"data": lambda c, split, ranks: TensorSamples({"x": torch.ones(3, 6), "y": torch.ones(2, 6)})},
+            "must hold the same number of samples: x holds 3, y holds 2",
+        ),
+        ({"config": Optim}, "trial.config is of the class Config and must be of Optim"),
         ({"lr_scale": lambda name: -1.0}, r"lr_scale\('0.weight'\) = -1.0 must be 0 or a positive"),
     ],
 )

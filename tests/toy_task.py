@@ -14,7 +14,7 @@ from trainables.contract import Diverged, Report, State, Trial
 from trainables.loop import Task, fit, step_memory
 from trainables.optim import Optim
 from trainables.resume import seed_from
-from trainables.samples import Batch, Ranks, Samples, epoch_shares
+from trainables.samples import Batch, Ranks, TensorSamples, epoch_shares
 from trainables.step import Pairs
 
 CPU = torch.device("cpu")
@@ -32,27 +32,6 @@ class Config:
     loudness: float = 1.0  # what the loss is multiplied by
     nan_loss_of: int | None = None  # the sample whose loss is NaN
     nan_gradient_of: int | None = None  # the sample that spoils the gradient and not the loss
-
-
-class Toy:
-    """Samples whose targets are a fixed map of their inputs, and whose lengths differ."""
-
-    def __init__(self, config: Config, samples: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.x_NC = torch.randn(samples, WIDTH, generator=generator)
-        self.y_NC = self.x_NC.flip(1).sin()
-        self.length_N = torch.randint(1, WIDTH + 1, (samples,), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.x_NC)
-
-    def __getitem__(self, indices: Tensor) -> Batch:
-        return {
-            "x": self.x_NC[indices],
-            "y": self.y_NC[indices],
-            "length": self.length_N[indices],
-            "index": indices,
-        }
 
 
 class SpoilGradient(torch.autograd.Function):
@@ -75,8 +54,13 @@ def toy_model(config: Config) -> nn.Module:
     )
 
 
-def toy_data(config: Config, split: str, ranks: Ranks) -> Samples:
-    return Toy(config, config.samples if split == "train" else 11, seed=1 if split == "train" else 2)
+def toy_data(config: Config, split: str, ranks: Ranks) -> TensorSamples:
+    """Samples whose targets are a fixed map of their inputs, and whose lengths differ."""
+    samples, seed = (config.samples, 1) if split == "train" else (11, 2)
+    generator = torch.Generator().manual_seed(seed)
+    x_NC = torch.randn(samples, WIDTH, generator=generator)
+    length_N = torch.randint(1, WIDTH + 1, (samples,), generator=generator)
+    return TensorSamples({"x": x_NC, "y": x_NC.flip(1).sin(), "length": length_N, "index": torch.arange(samples)})
 
 
 def squares(model: nn.Module, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:

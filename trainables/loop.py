@@ -5,7 +5,8 @@ A family describes itself in a `Task` and its trainable is then
     def train(trial: Trial) -> Iterator[Report]:
         yield from fit(TASK, trial)
 
-A family that does not fit writes its own `train(trial)` and takes what it needs from here: there are no hooks.
+docs/bring-a-model.md shows one from end to end. A family that does not fit writes its own `train(trial)` and takes what
+it needs from here: there are no hooks.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ from trainables.step import Loss, Pairs, autocast, backward, compiled, everyones
 class Task:
     """A family as the loop sees it: a class of settings, four functions, and four more that it may do without.
 
-    config: the class of `Trial.config`. It has the fields `optim: Optim` and `epochs: int`.
+    config: the class of `Trial.config`, a frozen dataclass with the fields `optim: Optim` and `epochs: int`. A search
+        looks for it under the name `Config` in the module of the trainable.
     model: builds the module, on the CPU, from the seeded global generator. A parameter with `requires_grad` False stays
         as it is, every other one takes part in every batch; a submodule left in eval mode stays in eval mode.
-    data: opens the split "train" or "val", the whole of it on every rank: the loop shuffles it and divides it.
+    data: opens the split "train" or "val", the whole of it on every rank: the loop shuffles it and divides it. Called
+        anew in every trial; what takes long to load it keeps itself, in a `functools.cache` or on disk. `TensorSamples`
+        will do for tensors in memory.
     loss: the loss terms of a batch by name, already weighted; their sum is minimised. All terms share one count: the
         same int, or the very same tensor. An int promises that every sample counts alike, so that each rank knows the
         total; a tensor (valid tokens, say) is added over the ranks, one small collective per step.
@@ -72,7 +76,8 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     Raises `Diverged` for the step whose loss terms or gradient are not finite, on all ranks alike, before that step
     changes a weight. On a CPU, a trial resumed from a state goes on bit for bit as if it had not stopped.
     """
-    config, optim, device, ranks = trial.config, trial.config.optim, trial.device, ranks_of(trial)
+    config, device, ranks = config_of(task, trial), trial.device, ranks_of(trial)
+    optim = config.optim
     if device.type == "cuda":
         torch.cuda.set_device(device)
     seed_everything(trial.seed, "model")
@@ -307,6 +312,15 @@ def on(device: torch.device, part: Tensor | float) -> Tensor:
     if isinstance(part, Tensor):
         return part.to(device, torch.float64)
     return torch.full((), part, dtype=torch.float64, device=device)
+
+
+def config_of(task: Task, trial: Trial) -> Any:
+    if not isinstance(trial.config, task.config):
+        raise UserError(
+            f"trial.config is of the class {type(trial.config).__name__} and must be of {task.config.__name__}, which "
+            "the task names; a search makes it of the dataclass that the trainable's module has as `Config`, or a dict"
+        )
+    return trial.config
 
 
 def samples_of(task: Task, config: Any, split: str, ranks: Ranks) -> Samples:

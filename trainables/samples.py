@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -44,6 +44,24 @@ class Samples(Protocol):
 
     def __getitem__(self, indices: Tensor) -> Batch:
         """The samples of these indices (int64), as CPU tensors with the samples along the first axis."""
+
+
+@dataclass(frozen=True)
+class TensorSamples:
+    """Samples that lie in memory: tensors on the CPU, by name, with the samples along the first axis."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        if len({len(tensor) for tensor in self.tensors.values()}) != 1:
+            told = ", ".join(f"{name} holds {len(tensor)}" for name, tensor in self.tensors.items())
+            raise UserError(f"all tensors of a split must hold the same number of samples: {told or 'there are none'}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return {name: tensor[indices] for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True)
