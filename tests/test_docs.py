@@ -6,17 +6,26 @@ what they print (a block `text`), in which a line `...` stands for any lines and
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from trainables.contract import Diverged, Trial
+from trainables.optim import Optim
 
 ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "docs/bring-a-model.md"
 PAGES = sorted((ROOT / "docs").glob("bring-*.md"))
 PROSE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:`(?P<name>[^`\n]+)`:\n\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -37,6 +46,12 @@ def blocks(page: Path) -> list[Block]:
 def normal(line: str) -> str:
     """A line in which numbers and the width of columns no longer tell."""
     return " ".join(NUMBER.sub("#", line).split())
+
+
+def write(block: Block, folder: Path) -> None:
+    assert block.name, f"this block is no file, no command and no output:\n{block.text}"
+    (folder / block.name).parent.mkdir(exist_ok=True)
+    (folder / block.name).write_text(block.text)
 
 
 def is_what_was_printed(said: str, printed: str) -> bool:
@@ -81,15 +96,86 @@ def test_whoever_follows_a_page_sees_what_it_says(page: Path, checkout: Path, en
             assert printed is not None, "the page tells of output before it tells of a command"
             assert is_what_was_printed(block.text, printed), f"the page says\n{block.text}\nand there was\n{printed}"
         else:
-            assert block.name, f"this block is no file, no command and no output:\n{block.text}"
-            (checkout / block.name).parent.mkdir(exist_ok=True)
-            (checkout / block.name).write_text(block.text)
+            write(block, checkout)
 
 
 def test_there_are_pages_to_follow() -> None:
     for page in PAGES:
         assert {"python", "yaml", "sh", "text"} <= {block.kind for block in blocks(page)}, page
-    assert len(PAGES) == 3
+    assert len(PAGES) == 4
+
+
+def module_of(page: Path, name: str, folder: Path) -> types.ModuleType:
+    """The file `name` of a page, written into the folder and imported."""
+    write(next(block for block in blocks(page) if block.name == name), folder)
+    spec = importlib.util.spec_from_file_location(Path(name).stem, folder / name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def last_metrics(swing: types.ModuleType, optim: Optim, rank: int = 0, world_size: int = 1) -> dict[str, float]:
+    config = swing.Config(optim, epochs=2)
+    *_, last = swing.train(Trial(config, rank=rank, world_size=world_size, device=torch.device("cpu")))
+    return {name: value for name, value in last.metrics.items() if name not in ("samples_per_s", "micro_batch")}
+
+
+SWING_OPTIM = Optim(lr=0.01, batch_size=32)
+
+
+@pytest.fixture
+def swing(tmp_path: Path) -> types.ModuleType:
+    return module_of(MODEL, "mine/swing.py", tmp_path)
+
+
+def test_the_model_of_its_page_learns_in_every_part_of_a_recording(swing: types.ModuleType) -> None:
+    splits = [swing.swings(split) for split in ("train", "val")]
+    speed, counts = (splits[1].tensors[name] for name in ("speed", "counts"))
+    of_no_idea = (speed.square() * counts).sum() / counts.sum()
+    metrics = last_metrics(swing, SWING_OPTIM)
+    assert metrics["mse"] < 0.3 * of_no_idea
+    assert metrics["mse_later"] < metrics["mse_start"] < of_no_idea
+
+
+def test_padding_counts_neither_in_its_loss_nor_in_its_scores(swing: types.ModuleType) -> None:
+    model, config = swing.Speed(8), swing.Config(SWING_OPTIM)
+    batch = swing.swings("val")[torch.arange(9)]
+    spoiled = {name: batch[name] + 1e3 * ~batch["counts"] for name in ("place", "speed")} | {"counts": batch["counts"]}
+    for pairs in (swing.loss, swing.score):
+        assert pairs(model, spoiled, config) == pairs(model, batch, config)
+
+
+def test_it_scores_the_same_in_parts_as_the_page_says(swing: types.ModuleType) -> None:
+    whole = last_metrics(swing, SWING_OPTIM)
+    in_parts = last_metrics(swing, Optim(lr=0.01, batch_size=32, micro_batch=5))
+    assert in_parts == pytest.approx(whole, rel=1e-3)
+
+
+def one_of_two(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    mine = last_metrics(module_of(MODEL, "mine/swing.py", folder / str(rank)), SWING_OPTIM, rank, 2)
+    torch.save(mine, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_it_scores_the_same_on_two_ranks_as_the_page_says(swing: types.ModuleType, tmp_path: Path) -> None:
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+    spawn(one_of_two, args=(tmp_path,), nprocs=2)
+    rank0, rank1 = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert rank0 == rank1
+    assert rank0 == pytest.approx(last_metrics(swing, SWING_OPTIM), rel=1e-3)
+
+
+def test_a_rate_that_is_too_high_ends_it_by_the_name_of_a_module(swing: types.ModuleType) -> None:
+    with pytest.raises(Diverged, match="the output of memory was first not finite") as caught:
+        last_metrics(swing, Optim(lr=1.0, batch_size=32))
+    assert caught.value.details["found"]["module"] == "memory"
 
 
 @pytest.mark.parametrize(
