@@ -58,7 +58,7 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
             text = f"the tables are as they were: {error}"
         if mirror is not None:
             mirror.push()
-        if outcome.interrupted:
+        if outcome.interrupted and not outcome.hopeless:
             print(f"the tables go on with: {_again(sys.argv, results)}")
             return outcomes
     if outcomes:

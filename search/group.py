@@ -24,10 +24,11 @@ import ray.train.torch
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from search.machines import gone
+from search.machines import alive, gone
 from search.mailbox import Mailbox
 from search.messages import Answer, Begin, Blew, Broke, Command, Leave, Quit, RanOut, Reported
 from search.overdue import answered_within
+from search.plain import LONGEST_REASON, short_line
 from search.printed import Printed
 from search.ranks import RankLoop
 
@@ -84,7 +85,8 @@ def _deciding(answers: Mapping[int, Answer]) -> Answer:
     if broke:  # which of several made the others break is for a person to see
         reason = _by_rank({rank: answer.reason for rank, answer in broke.items()}, ": ", "; ")
         trace = _by_rank({rank: answer.trace for rank, answer in broke.items()}, ":\n", "\n")
-        return replace(min(broke.items())[1], reason=reason, trace=trace)
+        final = any(answer.final for answer in broke.values())
+        return replace(min(broke.items())[1], reason=short_line(reason, "", LONGEST_REASON), trace=trace, final=final)
     for kind in (RanOut, Blew):
         for _, answer in sorted(answers.items()):
             if isinstance(answer, kind):
@@ -176,6 +178,7 @@ class Group:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._mailbox = Mailbox.options(scheduling_strategy=here).remote(spec.workers)  # type: ignore[attr-defined]
         self._error: BaseException | None = None
+        self._around = alive()
         # Ray Train wants a folder for its run that every node sees; nothing of ours is in it.
         self._folder = Path(spec.scratch) / f"group-{uuid.uuid4().hex[:12]}"
         self._thread = threading.Thread(target=self._fit, args=(spec,), daemon=True, name="group")
@@ -198,7 +201,7 @@ class Group:
         give_up = math.inf
         while len(answers) < self._workers and time.monotonic() < give_up:
             if not self._thread.is_alive():
-                raise GroupDied(self._why(), with_machine=gone(ray.get(self._mailbox.nodes.remote())))
+                raise GroupDied(self._why(), with_machine=self._has_lost_a_machine())
             received = ray.get(self._mailbox.wait.remote(POLL_S))
             if received is not None:
                 rank, answer = received
@@ -207,7 +210,17 @@ class Group:
                     grace_s = GRACE_S if isinstance(answer, FAILURES) or isinstance(command, Leave) else LAST_WORK_S
                     give_up = min(give_up, time.monotonic() + grace_s)
         worst = worst_of(answers)
-        return worst if len(answers) == self._workers else replace(worst, clean=False)
+        if len(answers) == self._workers:
+            return worst
+        if self._has_lost_a_machine():
+            raise GroupDied("a machine of the worker group has gone, and a rank with it", with_machine=True)
+        return replace(worst, clean=False)
+
+    def _has_lost_a_machine(self) -> bool:
+        """One that its ranks are on, or where they have not all been there yet, that it might have been started on."""
+        if isinstance(self._error, ray.train.PreemptionError):  # told beforehand, and it may still be there
+            return True
+        return gone(ray.get(self._mailbox.nodes.remote()) or self._around)
 
     def stop(self) -> None:
         """End the group: politely, and by force where a rank does not listen."""

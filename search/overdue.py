@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import site
 import sys
 import sysconfig
 import threading
@@ -13,7 +14,8 @@ from types import FrameType
 
 from search.messages import Broke
 
-_LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_PATHS = sysconfig.get_paths()
+_LIBRARIES = (*(_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), site.getusersitepackages())
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from search.record import RAN_TO_END, Record, unmeasured
 from search.study import Ledger
 from search.trial import EPOCH, METRICS, REASON, STATUS
 
-HOPELESS = 10  # trials that fail one after another: by then it is not the settings
+HOPELESS = 10  # trials that fail one after another, or two for each slot: by then it is not the settings
 
 
 def _kept(callback: Callable[..., None]) -> Callable[..., None]:
@@ -178,7 +178,8 @@ class Recorder(tune.Callback):
     def _look_for_hope(self, record: Record) -> None:
         """A bug that every trial meets, or a machine that fails all it takes, would use up a night's settings."""
         self._failed_in_a_row = self._failed_in_a_row + 1 if record.status == "failed" else 0
-        if self._failed_in_a_row >= HOPELESS and (self._ledger.left or self._ledger.open):
+        under_way = len(self._ledger.open)  # as many may fail by one incident
+        if self._failed_in_a_row >= max(HOPELESS, 2 * under_way) and (self._ledger.left or under_way):
             told = f"the last {self._failed_in_a_row} trials have all failed, trial {record.number} by {record.reason}"
             raise Hopeless(told)
 

@@ -25,7 +25,7 @@ from search.folder import SCRATCH, STUDY, TrialFolder
 from search.group import GroupSpec
 from search.health import compared
 from search.interruption import Interruption
-from search.machines import Machines
+from search.lookout import Lookout
 from search.mirror import Mirror
 from search.plain import one_line
 from search.plan import Node, Plan
@@ -289,7 +289,7 @@ def _tuner(
         run_config=tune.RunConfig(
             name="tune",
             storage_path=job.spec.scratch,
-            callbacks=[recorder, Machines()],
+            callbacks=[recorder, Lookout()],
             # The group has written each epoch's checkpoint already; Tune would ask for one more at the end.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=space.search.retries),

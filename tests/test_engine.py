@@ -168,21 +168,31 @@ def test_a_trial_that_hangs_is_told_where_and_goes_on_in_another_attempt(retries
         "one_rank_hangs",
         config={"lr": {"log": [0.1, 0.4]}, "flag": str(tmp_path / "flag")},
         resources={"workers": 2},
-        search={"trials": 1, "retries": retries, "report_timeout": "10s"},
+        search={"trials": 1, "retries": retries, "report_timeout": "20s"},
     )
     outcome, results = search(tmp_path, space, TWO_CPUS)
     [record] = outcome.records
     error = (results / "trials/0000/error.txt").read_text()
     told, _, stacks = error.partition("\n\n")
     assert re.fullmatch(
-        r"rank 0: no report for 10 s: it hangs in one_rank_hangs \(toys.py:\d+\); "
-        r"rank 1: no report for 10 s: it hangs in _wait_for_a_batch \(toys.py:\d+\)",
+        r"rank 0: no report for 20 s: it hangs in one_rank_hangs \(toys.py:\d+\); "
+        r"rank 1: no report for 20 s: it hangs in _wait_for_a_batch \(toys.py:\d+\)",
         told,
     )
     assert re.search(r"^rank 1:$", stacks, re.MULTILINE)
     assert "in _wait_for_a_batch\n" in stacks
     assert record.status == ("finished" if retries else "failed")
     assert record.metrics["started_at"] == (1 if retries else 0)
+
+
+def test_a_rank_that_dies_alone_is_a_failure_of_its_trial(tmp_path: Path) -> None:
+    space = toy(
+        "misbehave",
+        config={"epochs": 4, "lr": {"choice": [0.1]}, "flag": str(tmp_path / "flag"), "kind": "killed"},
+        search={"trials": 1, "retries": 0},
+    )
+    outcome, _ = search(tmp_path, space)
+    assert [(record.status, record.epochs) for record in outcome.records] == [("failed", 2)]
 
 
 def test_what_failed_runs_again_from_its_last_checkpoint_once_its_cause_is_mended(tmp_path: Path) -> None:

@@ -59,3 +59,9 @@ def test_what_all_ranks_say_that_broke_is_kept_and_the_same_words_once() -> None
 def test_ranks_that_break_alike_are_told_as_one(ranks: int) -> None:
     broke = Broke(reason="KeyError", trace="in load\n")
     assert worst_of(dict.fromkeys(range(ranks), broke)) == broke
+
+
+def test_a_mistake_of_a_person_on_one_rank_is_not_run_again() -> None:
+    worst = worst_of({0: Broke(clean=False, reason="connection closed"), 1: Broke(reason="no such file", final=True)})
+    assert isinstance(worst, Broke)
+    assert (worst.final, worst.clean) == (True, False)

@@ -27,6 +27,17 @@ from search.run import RAY_ENVIRONMENT
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, **RAY_ENVIRONMENT, "RAY_AUTH_MODE": "disabled"}
+TOGETHER = """
+import time, torch, torch.distributed as dist
+from trainables.contract import Report
+
+def train(trial):
+    start = trial.resume["epoch"] + 1 if trial.resume else 0
+    for epoch in range(start, 8):
+        time.sleep(0.5)
+        dist.all_reduce(torch.ones(1))
+        yield Report({"loss": 1.0, "started_at": start}, state=lambda: {"epoch": epoch})
+"""
 MARK = "MACHINE_OF_A_TEST"  # in the environment of all that a machine runs
 
 
@@ -80,10 +91,10 @@ def cluster() -> Iterator[Cluster]:
 
 
 def start(folder: Path, cluster: Cluster) -> subprocess.Popen[str]:
-    """A search of one trial, which may not fail once."""
-    shutil.copy(ROOT / "tests/toys.py", folder)
-    config = {"epochs": 8, "pause_s": 0.5, "lr": {"log": [0.01, 0.4]}}
-    file = write_space(folder, config, search={"trials": 1, "retries": 0})
+    """A search of one trial, on two ranks that wait for each other, which may not fail once."""
+    (folder / "together.py").write_text(TOGETHER)
+    more = {"trainable": "together:train", "search": {"trials": 1, "retries": 0}, "resources": {"workers": 2}}
+    file = write_space(folder, {"epochs": 8, "lr": {"log": [0.01, 0.4]}}, **more)
     command = [sys.executable, str(ROOT / "launch.py"), "--space", str(file), "--results", str(folder), "--name", "run"]
     cluster.begun.append(name := f"{cluster.address}/search")
     into: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -101,6 +112,7 @@ def wait_for_reports(folder: Path, count: int) -> None:
 def test_a_trial_whose_machine_goes_for_good_waits_for_another_and_goes_on_there(
     tmp_path: Path, cluster: Cluster
 ) -> None:
+    cluster.add()
     machine = cluster.add()
     process = start(tmp_path, cluster)
     wait_for_reports(tmp_path, 2)
@@ -120,11 +132,12 @@ def test_a_trial_whose_machine_goes_for_good_waits_for_another_and_goes_on_there
 
 
 def test_a_slot_that_waits_for_a_machine_can_be_interrupted(tmp_path: Path, cluster: Cluster) -> None:
+    cluster.add()
     machine = cluster.add()
     process = start(tmp_path, cluster)
     wait_for_reports(tmp_path, 1)
     cluster.lose(machine)
-    read_until(process, r"^1 slot waits for room in the cluster: 1 x \(1 CPU\)$")
+    read_until(process, r"^1 slot waits for room in the cluster: 2 x \(1 CPU\)$")
     os.kill(process.pid, signal.SIGINT)
     told, _ = process.communicate(timeout=90)
     assert process.returncode == 130, told

@@ -1,0 +1,85 @@
+"""Tells of what a search waits for on its cluster: machines that have gone, and room for its groups."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray import tune
+
+from search.machines import alive
+
+LOOK_S = 5.0  # between two looks
+PATIENCE_S = 20.0  # with what waits for room; after a trial, one group takes the place of another
+SELDOM = 50  # times what a look takes lie between two: Ray's table keeps what has been removed
+
+BLOCKED = "no slot can start: another search runs from this machine; this one waits for it to end"
+Needs = list[dict[str, float]]  # of each worker of a group
+
+
+class Lookout(tune.Callback):
+    """Nothing else would say that machines go or come, and that slots wait."""
+
+    def __init__(self) -> None:
+        self._known = alive()
+        self._waiting = Waiting()
+        self._next_look = time.monotonic() + LOOK_S
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        began = time.monotonic()
+        if began < self._next_look:
+            return
+        before, self._known = self._known, alive()
+        job = ray.get_runtime_context().get_job_id()
+        told = [*moves(before, self._known), *self._waiting.look(ray.util.placement_group_table(), job, began)]
+        for line in told:
+            print(line, flush=True)
+        now = time.monotonic()
+        self._next_look = now + max(LOOK_S, SELDOM * (now - began))
+
+
+def moves(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """A line for each machine that has gone or come."""
+    return [
+        *(
+            f"a machine has gone, {before[node]}: what ran on it goes on where there is room"
+            for node in before.keys() - now
+        ),
+        *(f"a machine has come, {now[node]}" for node in now.keys() - before),
+    ]
+
+
+class Waiting:
+    """What of a search has waited for room, and since when."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}  # by placement group
+        self._told = 0, False
+
+    def look(self, table: Mapping[str, Any], job: str, now: float) -> list[str]:
+        """A line when more of this search than before wait for longer than one has patience for.
+
+        table: Ray's, of all placement groups; the ids of this search's end with that of its job.
+        """
+        own = {key: entry for key, entry in table.items() if key.endswith(job)}
+        pending = {key: entry for key, entry in own.items() if entry["state"] in ("PENDING", "RESCHEDULING")}
+        self._since = {key: self._since.get(key, now) for key in pending}
+        long = [entry for key, entry in pending.items() if now - self._since[key] >= PATIENCE_S]
+        groups = [list(entry["bundles"].values()) for entry in long if not is_slot(entry)]
+        has_slot = any(is_slot(entry) and entry["state"] == "CREATED" for entry in own.values())
+        blocked = len(groups) < len(long) and not has_slot
+        (before, knew), self._told = self._told, (len(groups), blocked)
+        return ([room(groups)] if len(groups) > before else []) + ([BLOCKED] if blocked and not knew else [])
+
+
+def is_slot(entry: Mapping[str, Any]) -> bool:
+    """Whether it is the place of a slot on the driver's machine, and not of a group's workers."""
+    return any(name.startswith("node:") for name in entry["bundles"][0])
+
+
+def room(groups: list[Needs]) -> str:
+    needs = ", ".join(f"{value:g} {name}" for name, value in groups[0][0].items())
+    slots = f"{len(groups)} slot{'s wait' if len(groups) > 1 else ' waits'}"
+    return f"{slots} for room in the cluster: {len(groups[0])} x ({needs})"

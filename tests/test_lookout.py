@@ -1,0 +1,66 @@
+"""What is told of machines and of room for groups, from what Ray knows of them."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from search.lookout import BLOCKED, PATIENCE_S, Waiting, moves
+from search.machines import answers
+
+SLOT = {"CPU": 0.0, "node:10.0.0.1": 0.6667}
+RANK = {"CPU": 4.0, "GPU": 1.0}
+
+
+def placed(state: str, *bundles: dict[str, float]) -> dict[str, Any]:
+    """A placement group, as Ray's table has it."""
+    return {"state": state, "bundles": dict(enumerate(bundles))}
+
+
+def test_machines_that_have_gone_and_come_are_told() -> None:
+    assert moves({"a": "10.0.0.1", "b": "10.0.0.2"}, {"a": "10.0.0.1", "c": "10.0.0.3"}) == [
+        "a machine has gone, 10.0.0.2: what ran on it goes on where there is room",
+        "a machine has come, 10.0.0.3",
+    ]
+    assert moves({"a": "10.0.0.1"}, {"a": "10.0.0.1"}) == []
+
+
+def test_a_machine_answers_while_something_listens_there() -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        there = listening.getsockname()
+        assert answers(*there)
+    assert not answers(*there)
+
+
+def test_groups_that_wait_for_long_are_told_once_and_again_when_there_are_more() -> None:
+    waiting, slot = Waiting(), {"s01": placed("CREATED", SLOT)}
+    one, two = {"a01": placed("PENDING", RANK, RANK)}, {"b01": placed("RESCHEDULING", RANK, RANK)}
+    assert waiting.look({**slot, **one}, "01", 0.0) == []
+    told = "1 slot waits for room in the cluster: 2 x (4 CPU, 1 GPU)"
+    assert waiting.look({**slot, **one}, "01", PATIENCE_S) == [told]
+    assert waiting.look({**slot, **one, **two}, "01", PATIENCE_S + 1) == []
+    told = "2 slots wait for room in the cluster: 2 x (4 CPU, 1 GPU)"
+    assert waiting.look({**slot, **one, **two}, "01", 2 * PATIENCE_S + 1) == [told]
+    assert waiting.look(slot, "01", 3 * PATIENCE_S) == []
+    assert waiting.look({**slot, **one}, "01", 4 * PATIENCE_S) == [], "it waits anew"
+
+
+def test_groups_that_take_each_others_place_do_not_wait_for_long() -> None:
+    waiting = Waiting()
+    for turn in range(10):
+        table = {"s01": placed("CREATED", SLOT), f"{turn}01": placed("PENDING", RANK)}
+        assert waiting.look(table, "01", turn * PATIENCE_S) == []
+
+
+def test_what_others_wait_for_and_what_has_gone_is_not_told() -> None:
+    waiting, table = Waiting(), {"a02": placed("PENDING", RANK), "b01": placed("REMOVED", RANK)}
+    assert [waiting.look(table, "01", at) for at in (0.0, 100.0)] == [[], []]
+
+
+def test_a_search_without_a_slot_of_its_own_is_told_once() -> None:
+    waiting, table = Waiting(), {"s01": placed("PENDING", SLOT), "o02": placed("CREATED", SLOT)}
+    assert [waiting.look(table, "01", at) for at in (0.0, PATIENCE_S, 2 * PATIENCE_S)] == [[], [BLOCKED], []]
+    waiting, table = Waiting(), {"s01": placed("PENDING", SLOT), "t01": placed("CREATED", SLOT)}
+    assert [waiting.look(table, "01", at) for at in (0.0, PATIENCE_S)] == [[], []], "a paused trial, perhaps"
