@@ -23,7 +23,7 @@ from search.plain import short_line
 from search.record import RAN_TO_END
 from search.space import Space
 
-LOSSES = 2  # machines that a trial may lose without getting any further; it may be what takes them down
+LOSSES = 2  # machines that a trial may lose after one and the same epoch; it may be what takes them down
 # Keys of a result. OBJECTIVE is what schedulers compare (search/health.py), a name that no metric can clash with.
 STATUS, REASON, EPOCH, OBJECTIVE, METRICS = "status", "reason", "epoch", "objective", "metrics"
 
@@ -52,7 +52,6 @@ class Slot(tune.Trainable):
     def setup(self, config: dict[str, Any], job: Job) -> None:
         self._job = job
         self._group: Group | None = None
-        self._losses, self._lost_at = 0, 0  # of machines, to this trial, and after which epoch
         self._assign(config)
         self._lent_to = self._folder
 
@@ -88,10 +87,10 @@ class Slot(tune.Trainable):
                 return self._advance() if begun else self._begin()
             except GroupDied as died:
                 self._retire_group()
-                if not died.with_machine or (self._losses == LOSSES and self._epoch == self._lost_at):
+                if not died.with_machine or self._lost_after.count(self._epoch) == LOSSES:
                     raise self._failed(short_line(str(died), type(died).__name__)) from None
-            self._losses = self._losses + 1 if self._epoch == self._lost_at else 1
-            self._lost_at, begun = self._epoch, False
+            self._lost_after.append(self._epoch)
+            begun = False
 
     def _failed(self, reason: str, trace: str = "") -> TrialFailed:
         """The error to raise. It is kept in the trial's folder, since Tune hands on the first of several attempts."""
@@ -123,7 +122,7 @@ class Slot(tune.Trainable):
         self._folder = TrialFolder(Path(self._job.results), config["number"])
         self._begun = False
         self._epoch = 0
-        self._losses, self._lost_at = 0, 0
+        self._lost_after = list[int]()  # of the machines that it has lost, the epoch that each came after
 
     def _begin(self) -> Answer:
         """Start the trial, from its own last checkpoint where an earlier attempt left one."""

@@ -175,3 +175,6 @@ class TestInTheFolder:
         folder.path.mkdir(parents=True)
         (folder.path / "output.txt").symlink_to("/dev/full")
         folder.append_printed("lost\n")
+        (folder.path / "output.txt").unlink()
+        folder.append_printed("there is room again\n")
+        assert folder.last_printed(2) == ["there is room again"]
