@@ -211,6 +211,17 @@ def test_a_search_whose_trials_all_fail_ends_before_it_has_used_up_its_settings(
     assert len(run.told) == HOPELESS, "each of them has ended, and has been told"
 
 
+def test_as_many_failures_as_one_incident_brings_end_no_search(tmp_path: Path) -> None:
+    run = watched(tmp_path, search={"trials": 5 * HOPELESS})
+    for slot in range(HOPELESS):
+        ask(run.ledger, f"slot {slot}")
+    run.recorder.on_trial_error(0, [], run.trial)
+    fail(run, 2 * HOPELESS - 2)
+    assert not run.interruption.came
+    fail(run, 1)
+    assert run.interruption.came
+
+
 def test_trials_that_fail_between_others_end_no_search(tmp_path: Path) -> None:
     run = watched(tmp_path, search={"trials": 3 * HOPELESS})
     run.recorder.on_trial_error(0, [], run.trial)
