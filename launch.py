@@ -40,18 +40,22 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--profile", metavar="NAME", help="a profile of the space (laptop: taken without a GPU)")
     command.add_argument("--trials", type=int, metavar="N", help="how many trials in all")
     command.add_argument("--time-budget", metavar="30m", help="stop after this long: a number and s, m, h or d")
-    command.add_argument("--seed", type=int, metavar="S", help="of proposals and trials")
-    command.add_argument("--epochs", type=int, metavar="N", help="of each trial (config.epochs)")
-    command.add_argument("--name", help="of the results folder (default: the space and the time)")
+    command.add_argument("--seed", type=int, metavar="S", help="random seed of the search and its trials")
+    command.add_argument("--epochs", type=int, metavar="N", help="epochs of each trial (config.epochs)")
+    command.add_argument("--name", help="name of the results folder (default: the space and the time)")
     command.add_argument("--results", metavar="DIR_OR_URI", help="where results folders are kept (default: results)")
     command.add_argument("--dry-run", action="store_true", help="print the resolved space and the plan; start nothing")
-    command.add_argument("--resume", metavar="RESULTS_DIR", help="go on with a search, or extend it with --trials")
-    command.add_argument("--retry-failed", action="store_true", help="with --resume: run the trials that failed again")
-    command.add_argument("--warm-start", metavar="RESULTS_DIR", help="learn from a finished search")
+    command.add_argument("--resume", metavar="RESULTS_DIR", help="go on with a search; --trials N raises its total")
+    command.add_argument("--retry-failed", action="store_true", help="with --resume: run again what failed")
+    command.add_argument("--warm-start", metavar="RESULTS_DIR", help="learn from an earlier search")
     command.add_argument("--address", metavar="ADDR", help="a Ray cluster (default: RAY_ADDRESS, else a local one)")
     command.add_argument("--cold", action="store_true", help="a new worker group for every trial")
     command.add_argument(
-        "--table", nargs="?", const="all", metavar="NAME", help="fill the space's tables (or one): a search a cell"
+        "--table",
+        nargs="?",
+        const="all",
+        metavar="NAME",
+        help="fill the space's tables (or one), by a search for each cell",
     )
     command.add_argument("--list", action="store_true", help="the spaces at hand")
     command.add_argument("--report", metavar="RESULTS_DIR", help="rebuild the report and the tables of a search")
@@ -108,7 +112,7 @@ def run(given: argparse.Namespace) -> int:
     options = Options.read(given, HERE / "search_spaces")
     outcomes = fill(options, given.table) if given.table else [search(options)]
     ran = [outcome for outcome in outcomes if outcome is not None]
-    if any(outcome.reason for outcome in ran):  # it could not go on; who resumes by 130 would meet the same again
+    if any(outcome.reason for outcome in ran):  # not 130: a script that resumes on 130 would meet the same again
         return EXIT_NOTHING
     if any(outcome.interrupted for outcome in ran):
         return EXIT_INTERRUPTED

@@ -91,8 +91,11 @@ def resolve(options: Options, nodes: Sequence[Node]) -> Resolved:
     return Resolved(space, trainable, alone, plan)
 
 
-def search(options: Options) -> engine.Outcome | None:
-    """Run a search to its end; None after a dry run. Raises UserError for every mistake, before Ray starts."""
+def search(options: Options, mirror_of_all: Mirror | None = None) -> engine.Outcome | None:
+    """Run a search to its end; None after a dry run. Raises UserError for every mistake, before anything runs.
+
+    mirror_of_all: of a folder that holds this search's and others.
+    """
     nodes = nodes_for(options)
     space, trainable, alone, plan = resolve(options, nodes)
     told = [
@@ -102,11 +105,11 @@ def search(options: Options) -> engine.Outcome | None:
         *unlearned(space),
         *unheeded(space),
         f"plan: {plan}",
+        f"estimate: {estimate_of(options, space, plan)}",
     ]
     print("\n".join(told), flush=True)
     if options.dry_run:
-        print(f"estimate: {estimate_of(options, space, plan)}\n")
-        print(yaml_file.dump(space.document()), end="")
+        print(f"\n{yaml_file.dump(space.document())}", end="")
         return None
     space = prepared(space, trainable)
     interruption = Interruption()
@@ -121,7 +124,7 @@ def search(options: Options) -> engine.Outcome | None:
         if space.resources.gpus_per_worker == "auto" and alone is None and not interruption.pressed:
             plan = make_plan(space, nodes, measure(space, nodes, interruption))
             print(f"plan: {plan}", flush=True)
-        outcome = engine.run(space, plan, results, options.cold, mirror, interruption)
+        outcome = engine.run(space, plan, results, options.cold, mirror or mirror_of_all, interruption)
         print(summary(results, space, outcome.records))
     if mirror is not None:
         print(f"kept at: {mirror.uri}")
@@ -144,22 +147,28 @@ def search(options: Options) -> engine.Outcome | None:
 
 
 def prepared(space: Space, trainable: Trainable) -> Space:
-    """The space with what its trainable says of the data, which is asked to look at them before Ray starts."""
-    if trainable.prepare is None:
+    """The space with what its trainable says of the data, which is asked to look at them before trials run."""
+    described = prepare(space, trainable)
+    if described is None:
         return space
+    print(described, flush=True)
+    return replace(space, data=described)
+
+
+def prepare(space: Space, trainable: Trainable) -> str | None:
+    """What a trainable says of its data, if it does; raises UserError where they cannot be trained on."""
+    if trainable.prepare is None:
+        return None
     try:
         described = trainable.prepare(trainable.config(space.config(space.draw(random.Random(0)))))
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{space.trainable}: its module's `prepare` failed: {where(error)}. It is called with the config, "
-            "before a search (trainables/contract.py); a helper that happens to be called so wants another name"
+            "before a search (trainables/contract.py); rename a helper that happens to be called so"
         ) from error
-    if described is None:
-        return space
-    print(described, flush=True)
-    return replace(space, data=str(described))
+    return None if described is None else str(described)
 
 
 def describe(space: Space) -> str:
@@ -214,7 +223,7 @@ def folder_of(options: Options, space: Space) -> Path:
 def open_mirror(options: Options, results: Path) -> Mirror | None:
     """The mirror of the results folder, also of one that was mirrored before and goes on from here; None without one.
 
-    A folder made first would stand in the way of the command without the mistake, which this raises UserError for.
+    Comes before the folder is made, which would stand in the way of the mended command: raises UserError for a mistake.
     """
     if options.uri is not None:
         mirror = Mirror(results, below(options.uri, results.name))
@@ -282,7 +291,7 @@ def check_same(earlier: Space, space: Space, folder: Path) -> None:
     )
     names = dict.fromkeys([*trees.leaves(before), *trees.leaves(now)])
     pairs = {name: (trees.get(before, name), trees.get(now, name)) for name in names}
-    changed = [name for name, (a, b) in pairs.items() if a != b and repr(a) != repr(b)]  # a NaN is like no other
+    changed = [name for name, (a, b) in pairs.items() if a != b and repr(a) != repr(b)]  # NaN != NaN
     if changed:
         raise UserError(
             f"--resume {folder}: {', '.join(changed)} cannot change, its trials ran as it was; leave it, or begin a "

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, ValidationError
 
 from search.plain import one_line, said
 from trainables.contract import UserError
@@ -45,7 +45,9 @@ def decode(cls: type, tree: Mapping[str, Any], path: str = "config", otherwise: 
     values = {}
     for name, item in fields.items():
         here = f"{path}.{name}"
-        default = _default(item) if otherwise is None else getattr(otherwise, name)
+        # Where a plain value is given the default is not made: its factory may need what is not there.
+        wanted = name not in tree or _is_dataclass(types[name]) or _nests(types[name])
+        default = None if not wanted else _default(item, here) if otherwise is None else getattr(otherwise, name)
         if name in tree:
             values[name] = _value(types[name], tree[name], here, default)
         elif default is dataclasses.MISSING:
@@ -61,8 +63,14 @@ def decode(cls: type, tree: Mapping[str, Any], path: str = "config", otherwise: 
         raise UserError(f"{path}: {cls.__name__} refuses it: {told}") from None
 
 
-def _default(item: dataclasses.Field[Any]) -> Any:
-    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+def _default(item: dataclasses.Field[Any], path: str) -> Any:
+    if item.default_factory is dataclasses.MISSING:
+        return item.default
+    try:
+        return item.default_factory()
+    except (Exception, SystemExit) as error:
+        told = one_line(said(error), "")
+        raise UserError(f"{path}: its default cannot be made: {type(error).__name__}: {told}; give a value") from None
 
 
 def _value(kind: Any, value: Any, path: str, default: Any = None) -> Any:
@@ -83,7 +91,7 @@ def _value(kind: Any, value: Any, path: str, default: Any = None) -> Any:
         raise UserError(f"{path}: {value!r} is refused: {first['msg'][:1].lower()}{first['msg'][1:]}{hint}") from None
     except TypeError:
         raise UserError(f"{path}: {value!r} is not a plain value") from None
-    except PydanticSchemaGenerationError:
+    except (PydanticUserError, PydanticUndefinedAnnotation):
         raise UserError(f"{path}: nothing in a space file can be a {kind!r}; give the field a plain type") from None
 
 
@@ -106,7 +114,7 @@ def _nested(origin: Any, kinds: tuple[Any, ...], value: Any, path: str, default:
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, path: str, default: Any) -> Any:
-    """By the first kind of a union that takes the value; what the last of the dataclasses says where none does."""
+    """By the first kind of a union that takes the value; what the first of them says where none does."""
     if value is None and type(None) in kinds:
         return None
     # What the field has by default comes first: a mapping then changes it.

@@ -97,7 +97,9 @@ class Real:
         return float(value)
 
     def decode(self, stored: Any) -> Any:
-        return stored
+        return (
+            stored if self.step is None else self.nearest(stored)
+        )  # Optuna's third step of 0.1 is 0.30000000000000004
 
     def size(self) -> int | None:
         return None if self.step is None else _steps(self.low, self.high, self.step) + 1
@@ -198,7 +200,10 @@ class Choice:
         return CategoricalDistribution([self.encode(value) for value in self.values])
 
     def encode(self, value: Any) -> Any:
-        return value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value)
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        # As the choice has it: [1] equals [1.0], and a mapping one with its keys in another order.
+        return json.dumps(next((own for own in self.values if own == value), value))
 
     def decode(self, stored: Any) -> Any:
         return next(value for value in self.values if _same(self.encode(value), stored))
@@ -227,9 +232,10 @@ class Parameter:
         """The sampler's next value."""
         distribution = self.domain.distribution()
         if isinstance(distribution, FloatDistribution):
-            return trial.suggest_float(
+            drawn = trial.suggest_float(
                 self.name, distribution.low, distribution.high, log=distribution.log, step=distribution.step
             )
+            return self.domain.decode(drawn)
         if isinstance(distribution, IntDistribution):
             return trial.suggest_int(
                 self.name, distribution.low, distribution.high, log=distribution.log, step=distribution.step

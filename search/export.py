@@ -139,7 +139,7 @@ def _origin(document: Mapping[str, Any], space: Space, chosen: Record, saved: Sa
 
 
 def _write(target: Path, saved: Saved, told: Mapping[str, Any], metrics: Path) -> None:
-    """All of it or nothing: beside it first, then moved."""
+    """Beside it first: what cannot be written whole leaves nothing, and what is left to do is to move the files."""
     beside = target.resolve().with_name(f".{target.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     try:

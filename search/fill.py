@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from search import run as engine
-from search.command import cap_to_grid, check_unused, nodes_for, resolve, search
+from search.command import cap_to_grid, check_unused, nodes_for, prepare, resolve, search
 from search.folder import SPACE, STUDY
 from search.mirror import Mirror, below, fetch, folders_at, holds_search
 from search.options import Options
@@ -27,7 +27,7 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
     """Run what is left of the searches of the tables, `wanted` or "all"; none of them after a dry run.
 
     The same command with the same --name goes on with the tables, also from a bucket: a search that ended is not run
-    again, unless it is to have more trials. Raises UserError for every mistake, in any cell, before Ray starts.
+    again, unless it is to have more trials. Raises UserError for every mistake, in any cell, before the first runs.
     """
     if options.resume is not None or options.warm_start is not None:
         raise UserError("--table goes on where it was by --name; it does not go with --resume or --warm-start")
@@ -42,13 +42,15 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
         raise UserError(f"{options.file}: tables: two cells differ in signs only; name rows and columns by words")
     check_unused(results)
     for cell in cells:
-        resolve(_of_cell(options, results, cell), nodes)
+        resolved = resolve(_of_cell(options, results, cell), nodes)
+        if not options.dry_run:
+            prepare(resolved.space, resolved.trainable)
     mirror = None if options.uri is None or options.dry_run else _mirror(below(options.uri, results.name), results)
     outcomes: list[engine.Outcome] = []
     for number, cell in enumerate(cells, start=1):
         print(f"\ntable {cell.table}, cell {number} of {len(cells)}: {cell.row} {cell.column}".rstrip(), flush=True)
         of_cell = _of_cell(options, results, cell)
-        outcome = _ended(of_cell) or search(of_cell)
+        outcome = _ended(of_cell) or search(of_cell, mirror)
         if outcome is None:
             continue
         outcomes.append(outcome)

@@ -1,6 +1,6 @@
 """What a search leaves on disk: where each file lies, written so that an interruption tears nothing.
 
-Nor does one of the machine cost a long trial its checkpoint: it goes when the next and its report are on the disk.
+Of a long trial, a checkpoint goes only when the next one and its report have been forced to the disk.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def says_full(text: str) -> bool:
-    """The same of what an error was told as."""
+    """Whether the text of an error says that a disk is full, or somebody's share of it."""
     return any(os.strerror(code) in text for code in _FULL)
 
 
@@ -113,7 +113,7 @@ class TrialFolder:
             file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """One row per epoch; where an epoch was run twice, after an interruption, the later row."""
+        """One row per epoch; where epochs were run again, after an interruption, those of the later attempt alone."""
         file = self.path / "metrics.jsonl"
         try:
             lines = file.read_text().splitlines()
@@ -121,14 +121,20 @@ class TrialFolder:
             return []
         except OSError as error:
             raise UserError(f"{file}: cannot be opened: {error.strerror}") from None
-        rows: dict[int, dict[str, Any]] = {}
+        rows: list[dict[str, Any]] = []
         for line in lines:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:  # a torn line
                 continue
-            rows[row["epoch"]] = row
-        return [rows[epoch] for epoch in sorted(rows)]
+            while rows and rows[-1]["epoch"] >= row["epoch"]:
+                rows.pop()
+            rows.append(row)
+        return rows
+
+    def row(self, epoch: int) -> dict[str, Any] | None:
+        """The row of that epoch, or None."""
+        return next((row for row in self.read_metrics() if row["epoch"] == epoch), None)
 
     def write_checkpoint(self, epoch: int, state: bytes) -> None:
         """Beside the one before it, which is needed until the report that came with this one is on record."""

@@ -21,7 +21,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from search.machines import alive, gone
@@ -70,17 +70,18 @@ class GroupSpec:
     scratch: str
 
 
-def worst_of(answers: Mapping[int, Answer]) -> Answer:
+def worst_of(answers: Mapping[int, Answer], ranks: int) -> Answer:
     """The answer that decides for the group: a rank that broke, ran out of memory or blew up goes before rank 0's.
 
-    It is clean where those of all ranks are, and has what rank 0 printed, whichever decides.
+    It is clean where all of the `ranks` have answered, each of them clean, and has what rank 0 printed, whichever
+    decides.
     """
-    worst = _deciding(answers)
-    clean = all(answer.clean for answer in (worst, *answers.values()))
+    worst = _deciding(answers, ranks)
+    clean = len(answers) == ranks and all(answer.clean for answer in (worst, *answers.values()))
     return replace(worst, clean=clean, printed=answers[0].printed if 0 in answers else "")
 
 
-def _deciding(answers: Mapping[int, Answer]) -> Answer:
+def _deciding(answers: Mapping[int, Answer], ranks: int) -> Answer:
     broke = {rank: answer for rank, answer in sorted(answers.items()) if isinstance(answer, Broke)}
     if broke:  # which of several made the others break is for a person to see
         reason = _by_rank({rank: answer.reason for rank, answer in broke.items()}, ": ", "; ")
@@ -92,7 +93,7 @@ def _deciding(answers: Mapping[int, Answer]) -> Answer:
             if isinstance(answer, kind):
                 return answer
     ended = sorted(rank for rank, answer in answers.items() if answer.ends)
-    if 0 < len(ended) < len(answers):
+    if 0 < len(ended) < ranks:
         told = f"rank {ended[0]} has come to its end, and others have not; every rank yields equally often"
         return Broke(clean=False, reason=told, final=True)
     return min(answers.items())[1]
@@ -194,6 +195,8 @@ class Group:
             return self._ask(command)
         except RayActorError as error:
             raise GroupDied(f"the group's mailbox died: {_last_lines(str(error), 1)}") from None
+        except ObjectLostError:  # rank 0 has answered, and its machine went before its state was fetched
+            raise GroupDied("the state that rank 0 reported is lost", self._has_lost_a_machine()) from None
 
     def _ask(self, command: Command) -> Answer:
         ray.get(self._mailbox.post.remote(_packed(command)))
@@ -209,18 +212,16 @@ class Group:
                 if answer.ends:
                     grace_s = GRACE_S if isinstance(answer, FAILURES) or isinstance(command, Leave) else LAST_WORK_S
                     give_up = min(give_up, time.monotonic() + grace_s)
-        worst = worst_of(answers)
-        if len(answers) == self._workers:
-            return worst
-        if self._has_lost_a_machine():
+        if len(answers) < self._workers and self._has_lost_a_machine():
             raise GroupDied("a machine of the worker group has gone, and a rank with it", with_machine=True)
-        return replace(worst, clean=False)
+        return worst_of(answers, self._workers)
 
     def _has_lost_a_machine(self) -> bool:
-        """One that its ranks are on, or where they have not all been there yet, that it might have been started on."""
+        """One that its ranks are on or, where they have not all begun yet, one that they might be starting on."""
         if isinstance(self._error, ray.train.PreemptionError):  # told beforehand, and it may still be there
             return True
-        return gone(ray.get(self._mailbox.nodes.remote()) or self._around)
+        nodes = ray.get(self._mailbox.nodes.remote())
+        return gone(nodes if len(nodes) == self._workers else self._around)
 
     def stop(self) -> None:
         """End the group: politely, and by force where a rank does not listen."""

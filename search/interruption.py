@@ -51,7 +51,7 @@ class Interruption:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """An exception in here ends the search as Ctrl-C does, and not what comes next."""
+        """An exception in here is kept as the cause, and ends the search; what comes after the block still runs."""
         try:
             yield
         except Exception as error:
@@ -61,7 +61,7 @@ class Interruption:
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """The first of `SIGNALS` stops cleanly; a second one acts as it did before, but for SIGUSR1, a mere word."""
+        """The first of `SIGNALS` stops cleanly; a second has its usual effect, but for SIGUSR1, a mere warning."""
 
         def stop(signum: int, frame: Any) -> None:
             self.pressed = True

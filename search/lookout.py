@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from search.machines import alive
 
 LOOK_S = 5.0  # between two looks
 PATIENCE_S = 20.0  # with what waits for room; after a trial, one group takes the place of another
-SELDOM = 50  # times what a look takes lie between two: Ray's table keeps what has been removed
+SELDOM = 50  # times as long as a look took lie between it and the next: Ray's table keeps what has been removed
 
 BLOCKED = "no slot can start: another search runs from this machine; this one waits for it to end"
 Needs = list[dict[str, float]]  # of each worker of a group
@@ -28,9 +29,15 @@ class Lookout(tune.Callback):
         self._next_look = time.monotonic() + LOOK_S
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() >= self._next_look:
+            try:
+                self._look()
+            except Exception as error:  # a search does not end because nobody tells what it waits for
+                print(f"what the search waits for on its cluster is no longer told: {error!r}", flush=True)
+                self._next_look = math.inf
+
+    def _look(self) -> None:
         began = time.monotonic()
-        if began < self._next_look:
-            return
         before, self._known = self._known, alive()
         job = ray.get_runtime_context().get_job_id()
         told = [*moves(before, self._known), *self._waiting.look(ray.util.placement_group_table(), job, began)]

@@ -2,13 +2,16 @@
 
 The search always works on a local folder (the study is a file that is locked and appended to). Where `--results` is a
 URI, what is new goes there after every trial, and every few minutes of a long one, by pyarrow's filesystems: s3://,
-gs://, hdfs://.
+gs://, hdfs://. While trials run, a thread of its own sends it, so that no slot waits for an upload.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +64,7 @@ class Mirror:
         self._filesystem, self._root = _open(self.uri)
         self._sent: dict[str, float] = {}  # by relative path: when the file was changed that was sent last
         self._tried = time.monotonic()
+        self._wanted, self._follows = threading.Event(), False
 
     def check(self) -> None:
         """Raises UserError where nothing can be kept, or where it would overwrite what is there."""
@@ -79,7 +83,7 @@ class Mirror:
             raise UserError(f"{self.uri}: cannot be written to: {error}") from None
 
     def _recognise(self) -> None:
-        """Checkpoints that are there from before an interruption are not sent again: they are what is large.
+        """Checkpoints that are there from before an interruption are not sent again: they are most of the bytes.
 
         Raises UserError where there is another search, or more of this one, which a push would overwrite.
         """
@@ -99,8 +103,36 @@ class Mirror:
             if path.match(CHECKPOINT_PATTERN) and path.exists() and path.stat().st_size == found.size:
                 self._sent[path.relative_to(self.results).as_posix()] = path.stat().st_mtime
 
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """In here `push` returns at once, and another thread sends what is new; it has ended when this is left."""
+        over = threading.Event()
+
+        def follow() -> None:
+            while self._wanted.wait() and not over.is_set():
+                self._wanted.clear()
+                self._send_new()
+
+        sender = threading.Thread(target=follow, daemon=True, name="mirror")
+        sender.start()
+        self._follows = True
+        try:
+            yield
+        finally:
+            self._follows = False
+            over.set()
+            self._wanted.set()
+            sender.join()
+            self._wanted.clear()
+
     def push(self) -> None:
         """Send every file that has changed since it was sent. A store that cannot be reached does not end a search."""
+        if self._follows:
+            self._wanted.set()
+        else:
+            self._send_new()
+
+    def _send_new(self) -> None:
         try:
             self._push()
         except OSError as error:
@@ -113,14 +145,18 @@ class Mirror:
 
     def _push(self) -> None:
         self._tried = time.monotonic()
-        # The study comes last: what it calls finished is there already, should the machine go in between.
-        for path in sorted(self._files(), key=lambda path: (path.name == STUDY, path)):
+        # A study is read first and sent last, as it was then: should the machine go in between, all that it calls
+        # finished is there.
+        studies = {path: (_changed(path), path.read_bytes()) for path in self._files() if path.name == STUDY}
+        for path in sorted(path for path in self._files() if path not in studies):
             try:
-                self._send(path, path.relative_to(self.results).as_posix())
+                self._send(path, _changed(path))
             except FileNotFoundError:
                 if path.exists():
                     raise
                 continue  # a slot has put a newer checkpoint in its place
+        for path, (changed, content) in studies.items():
+            self._send(path, changed, content)
         self._drop_superseded()
 
     def _files(self) -> Iterator[Path]:
@@ -129,22 +165,35 @@ class Mirror:
             inside[:] = [name for name in inside if name != SCRATCH]
             yield from (Path(folder, name) for name in names if not name.startswith("."))
 
-    def _send(self, path: Path, name: str) -> None:
-        changed = path.stat().st_mtime
+    def _send(self, path: Path, changed: float, content: bytes | None = None) -> None:
+        """A file, unless it was sent as it is since it `changed`. content: what to send in its place."""
+        name = path.relative_to(self.results).as_posix()
         if self._sent.get(name) == changed:
             return
         target = f"{self._root}/{name}"
         self._filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-        fs.copy_files(str(path), target, destination_filesystem=self._filesystem)
+        if content is None:
+            fs.copy_files(str(path), target, destination_filesystem=self._filesystem)
+        else:
+            with self._filesystem.open_output_stream(target) as there:
+                there.write(content)
         self._sent[name] = changed
 
     def _drop_superseded(self) -> None:
-        """Checkpoints that were sent and have gone here, because there is a newer one, go there too."""
-        for name in list(self._sent):
-            path = self.results / name
-            if path.match(CHECKPOINT_PATTERN) and not path.exists() and any(path.parent.glob(CHECKPOINT_PATTERN)):
-                self._filesystem.delete_file(f"{self._root}/{name}")
+        """Checkpoints that were sent and have gone here go there too, but for the last that was sent of a trial."""
+        sent = [name for name in self._sent if Path(name).match(CHECKPOINT_PATTERN)]
+        of_trial = Counter(Path(name).parent for name in sent)
+        for name in sent:
+            trial = Path(name).parent
+            if of_trial[trial] > 1 and not (self.results / name).exists():
+                with contextlib.suppress(FileNotFoundError):
+                    self._filesystem.delete_file(f"{self._root}/{name}")
                 del self._sent[name]
+                of_trial[trial] -= 1
+
+
+def _changed(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def folders_at(uri: str) -> list[str]:

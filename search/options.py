@@ -46,7 +46,7 @@ class Options:
         if given.retry_failed and not given.resume:
             raise UserError("--retry-failed needs --resume RESULTS_DIR")
         if bool(given.space) == bool(given.resume):
-            raise UserError("name a space with --space, or a results folder to go on with with --resume")
+            raise UserError("name a space with --space, or a results folder with --resume")
         for option in ("profile", "name", "warm_start", "results"):
             if given.resume and getattr(given, option):
                 raise UserError(f"--{option.replace('_', '-')} does not go with --resume: the folder has settled it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ LONGEST_REASON = 4000  # of a trial's end, as its trainable gives it; readers of
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """The same in JSON's words.
+    """A value as JSON can hold it.
 
     Keys become text; scalars and arrays of NumPy and PyTorch numbers and lists; a number that is not finite, which JSON
     does not know, becomes a word, and so does any other object.
@@ -30,20 +31,20 @@ def plain(value: Any, depth: int = 0) -> Any:
             return {encodable(str(key)): plain(item, depth + 1) for key, item in value.items()}
         if isinstance(value, (list, tuple, set, frozenset)):
             return [plain(item, depth + 1) for item in value]
-        if callable(getattr(value, "tolist", None)):
+        with contextlib.suppress(Exception):  # a sparse tensor has no list
             return plain(value.tolist(), depth + 1)
-    return short_line(str(value), type(value).__name__)
+    return short_line(said(value), type(value).__name__)
 
 
 def encodable(text: str) -> str:
-    """The same as UTF-8 can hold it: Python has half characters for what is none, as in the name of an old file."""
+    """A text as UTF-8 can hold it: Python has half characters for what is none, as in the name of an old file."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def said(error: BaseException) -> str:
-    """What an exception says; nothing where its class fails at that."""
+def said(thing: object) -> str:
+    """What an exception says, or another object; nothing where its class fails at that."""
     try:
-        return str(error)
+        return str(thing)
     except Exception:
         return ""
 
@@ -54,6 +55,6 @@ def one_line(text: str, otherwise: str) -> str:
 
 
 def short_line(text: str, otherwise: str, longest: int = LONGEST_TEXT) -> str:
-    """The same, cut where it is long: what a library says, of which the whole stands elsewhere."""
+    """A text in one line, cut to `longest` characters: what a library says, and is kept whole elsewhere."""
     line = one_line(text, otherwise)
     return line if len(line) <= longest else line[: longest - 4].rstrip() + " ..."

@@ -183,9 +183,9 @@ class RankLoop:
 def _blew(error: Diverged) -> Blew:
     """What a trainable raised, in words that reach the driver. A class of its own may lack what `Diverged` has."""
     has = {name: getattr(error, name, None) for name in ("reason", "step", "details")}
-    told = str(has["reason"] or next(iter(error.args), ""))
+    told = said(next(iter(error.args), "") if has["reason"] is None else has["reason"])
     reason = short_line(told, "it diverged, and did not say how", LONGEST_REASON)
-    step, details = plain(has["step"]), plain(has["details"] or {})
+    step, details = plain(has["step"]), plain({} if has["details"] is None else has["details"])
     return Blew(
         reason=reason,
         step=step if isinstance(step, int) else None,

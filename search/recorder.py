@@ -11,6 +11,7 @@ from typing import Any
 
 from ray import tune
 from ray.exceptions import RayActorError, RayTaskError
+from ray.tune.experiment import Trial
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -18,10 +19,10 @@ from search.folder import TrialFolder, is_full
 from search.health import remarks
 from search.interruption import Hopeless, Interruption
 from search.record import RAN_TO_END, Record, unmeasured
-from search.study import Ledger
+from search.study import Ledger, OpenTrial
 from search.trial import EPOCH, METRICS, REASON, STATUS
 
-HOPELESS = 10  # trials that fail one after another, or two for each slot: by then it is not the settings
+HOPELESS = 10  # trials that fail one after another, or two for each slot: that is a bug, and not the settings
 
 
 def _kept(callback: Callable[..., None]) -> Callable[..., None]:
@@ -61,6 +62,14 @@ class Recorder(tune.Callback):
         self._writers: dict[str, SummaryWriter] = {}
         self._reported = False
         self._failed_in_a_row = 0
+        self._is_longer = False
+
+    @_kept
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """A trial that the scheduler has paused takes no time; it was counted up to its last report."""
+        for trial in trials:
+            if trial.status == Trial.PAUSED and trial.trial_id in self._ledger.open:
+                self._ledger.open[trial.trial_id].started = 0.0
 
     @_kept
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -79,6 +88,7 @@ class Recorder(tune.Callback):
         epoch, metrics = result[EPOCH], result[METRICS]
         self._look_at_first(metrics)
         opened = self._ledger.open[trial.trial_id]
+        self._look_at_length(opened, epoch)
         opened.lap()
         self._follow(trial)
         self._ledger.report(trial.trial_id, epoch, metrics)
@@ -99,6 +109,17 @@ class Recorder(tune.Callback):
             told = "a trial fails where its last report lacks it too; --resume takes other constraints"
             print(f"the first report has {lack} ({told})", flush=True)
 
+    def _look_at_length(self, opened: OpenTrial, epoch: int) -> None:
+        """Tell, once, of a trainable that reports more often than its space says: it is stopped too early."""
+        epochs = self._ledger.space.epochs_of(opened.values)
+        if epochs is not None and epoch > epochs and not self._is_longer:
+            self._is_longer = True
+            print(
+                f"trial {opened.number} has given report {epoch}, and config.epochs is {epochs}, which schedulers take "
+                "for the length of a trial; a trainable yields once an epoch",
+                flush=True,
+            )
+
     @_kept
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if trial.trial_id not in self._ledger.open:
@@ -106,6 +127,7 @@ class Recorder(tune.Callback):
         result = trial.last_result or {}
         if STATUS in result:
             # Population-based training may have made it a copy of another, which ended before its first report.
+            self._catch_up(trial.trial_id)
             self._ledger.open[trial.trial_id].epochs = result[EPOCH]
             self._follow(trial)
             self._end(trial.trial_id, result[STATUS], result[REASON])
@@ -132,9 +154,10 @@ class Recorder(tune.Callback):
         """The search stops with trials under way: they are stopped for the reason `ending`, or None: interrupted."""
         for key, opened in list(self._ledger.open.items()):
             with self._interruption.kept():
+                self._catch_up(key)
                 if ending is None:
                     folder = TrialFolder(self._results, opened.number)
-                    folder.keep_checkpoint(min(opened.epochs, folder.recorded()))
+                    folder.keep_checkpoint(folder.recorded())
                     self._ledger.interrupt(key)
                 else:
                     self._end(key, *self._stopped(key, f"{ending} after epoch {opened.epochs}"))
@@ -142,11 +165,18 @@ class Recorder(tune.Callback):
             with self._interruption.kept():
                 writer.close()
 
+    def _catch_up(self, key: str) -> None:
+        """With a trial that has become a copy of one that was ahead of it, since its last report."""
+        opened = self._ledger.open[key]
+        rows = TrialFolder(self._results, opened.number).read_metrics()
+        if rows and rows[-1]["epoch"] > opened.epochs:
+            opened.catch_up(rows)
+
     def _stopped(self, key: str, why: str) -> tuple[str, str]:
         """Status and reason of a trial that was not let go on; there may have been nothing left of it."""
         opened = self._ledger.open[key]
         epochs = self._ledger.space.epochs_of(opened.values)
-        if epochs is not None and opened.epochs >= epochs:
+        if opened.epochs == epochs:
             return "finished", RAN_TO_END
         return "stopped", why
 

@@ -61,7 +61,7 @@ def _as_reported(record: Record, results: Path) -> Record:
 
 
 def as_of_now(results: Path, found: Sequence[Record]) -> list[Record]:
-    """The same for somebody who asks now: what has not ended is running while a process runs the search."""
+    """The records for somebody who asks now: what has not ended is `running` while a process runs the search."""
     under_way = is_running(results)
     return [replace(item, status=RUNNING) if under_way and item.status == INTERRUPTED else item for item in found]
 

@@ -23,12 +23,14 @@ def retry_failed(results: Path, space: Space) -> str:
         trials = study.get_trials(deepcopy=False)
         epochs = TrialFolder(results, len(trials)).begin_from(TrialFolder(results, record.number))
         reported = trials[record.number].intermediate_values
+        params = params_of(space, record.values)
         attempt = create_trial(
             state=TrialState.RUNNING,
-            params=params_of(space, record.values),
+            params=params,
             distributions=distributions_of(space, record.values),
             intermediate_values={epoch: value for epoch, value in reported.items() if epoch <= epochs},
             user_attrs={"name": record.name, "values": dict(record.values), "again": record.number},
+            system_attrs={"fixed_params": params},  # Optuna's word for a setting that is given: it is no cell of a grid
         )
         study.add_trial(attempt)
         attempts.append(f"{record.number} as {len(trials)}")

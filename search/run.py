@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -57,8 +58,8 @@ RAY_ENVIRONMENT = {
 }
 
 
-ANSWER_S = 10.0  # how long the head of a cluster may take to take a connection
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of computing in each period, and that
+ANSWER_S = 10.0  # for the head of a cluster to take a connection
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, "QUOTA PERIOD" in microseconds; QUOTA may be max
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ def run(
             if past and space.scheduler.name in PAUSING:
                 print(f"{space.scheduler.name} compares anew: it knows nothing of what was reported before", flush=True)
             scheduler = make_scheduler(space, past)
-            with interruption.kept():
+            following = contextlib.nullcontext() if mirror is None else mirror.following()
+            with interruption.kept(), following:
                 _tuner(_job(space, plan, results, cold), plan.slots, ledger, recorder, scheduler, stop).fit()
             if (ledger.left or ledger.open) and not stop.out_of_time:
                 interruption.pressed = True  # Tune has a handler of its own for SIGUSR1

@@ -97,7 +97,7 @@ class _Pbt(PopulationBasedTraining):
         super().on_trial_add(SimpleNamespace(search_alg=None), trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        # Whoever has trained to the end has nothing left to train another setting with, and keeps its own.
+        # After its last epoch a trial has none left to train another setting with, and keeps its own.
         if self._space.epochs is not None and result[EPOCH] >= self._space.epochs:
             decision: str = TrialScheduler.CONTINUE
         else:
@@ -114,9 +114,9 @@ def perturb(space: Space, values: dict[str, Any], rng: random.Random, resample: 
     moved: dict[str, Any] = {}
     for parameter in space.parameters:
         if space.is_active(parameter, moved):
-            old = values.get(parameter.name)
-            again = old is None or rng.random() < resample
-            moved[parameter.name] = parameter.domain.sample(rng) if again else _step(parameter, old, rng)
+            again = parameter.name not in values or rng.random() < resample
+            known = values.get(parameter.name)
+            moved[parameter.name] = parameter.domain.sample(rng) if again else _step(parameter, known, rng)
     return moved
 
 

@@ -61,7 +61,7 @@ class Space:
         return epochs if isinstance(epochs, int) and not isinstance(epochs, bool) else None
 
     def with_trials(self, trials: int) -> Space:
-        """The same search with so many trials."""
+        """A copy with another `search.trials`."""
         return replace(self, search=self.search.model_copy(update={"trials": trials}))
 
     def is_active(self, parameter: Parameter, values: Mapping[str, Any]) -> bool:
@@ -102,7 +102,7 @@ class Space:
         tree = copy.deepcopy(dict(self.tree))
         for parameter in self.parameters:
             if parameter.name in values:
-                trees.put(tree, parameter.name, values[parameter.name])
+                trees.put(tree, parameter.name, copy.deepcopy(values[parameter.name]))
             else:
                 trees.drop(tree, parameter.name)
         return tree

@@ -150,6 +150,7 @@ def _leave_out(document: dict[str, Any], overrides: Sequence[str]) -> tuple[str,
         settings = [(str(name), value) for name, value in items if name != "name"]
         named = [(name, value) for name, value in settings if _is_under(f"config.{name}", changed)]
         clashes = [(name, value) for name, value in named if not _allows(document, name, value)]
+        clashes += [(name, value) for name, value in settings if _is_off(document, name, dict(settings), changed)]
         if clashes:
             name, value = clashes[0]
             lines.append(f"left out: known setting {entry.get('name', i)} has {name} = {value}, which --set rules out")
@@ -168,6 +169,19 @@ def _allows(document: Mapping[str, Any], name: str, value: Any) -> bool:
     """Whether the config's entry `name` may take or has this value."""
     node = trees.get(document.get("config") or {}, name)
     return parse_domain(f"config.{name}", node).domain.contains(value) if is_domain(node) else bool(node == value)
+
+
+def _is_off(document: Mapping[str, Any], name: str, setting: Mapping[str, Any], changed: Sequence[str]) -> bool:
+    """Whether `name` is no longer searched in this setting, since its `when` was overridden, or what that names."""
+    config = document.get("config") or {}
+    node = trees.get(config, name)
+    when = node.get("when") if is_domain(node) else None
+    for other, allowed in when.items() if isinstance(when, dict) else ():
+        value = setting.get(other, trees.get(config, other))
+        holds = is_domain(value) or value in (allowed if isinstance(allowed, list) else [allowed])
+        if not holds and any(_is_under(f"config.{each}", changed) for each in (name, other)):
+            return True
+    return False
 
 
 def _check_overrides(written: Sequence[str], overrides: Sequence[str]) -> None:

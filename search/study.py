@@ -111,6 +111,12 @@ class OpenTrial:
         self.seconds_before = self.seconds
         self.started = time.monotonic()
 
+    def catch_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what is on record in the trial's folder: an earlier attempt, or a trial that it is a copy of."""
+        if rows:
+            self.epochs, self.metrics = rows[-1]["epoch"], rows[-1]["metrics"]
+            self.seconds_before = max(self.seconds_before, rows[-1].get("seconds", 0.0))
+
 
 class Ledger:
     """Ask, report and end trials, each under a key of the caller's."""
@@ -170,10 +176,7 @@ class Ledger:
     def _take_up(self, opened: OpenTrial) -> None:
         """What is on record of an earlier attempt, which may have given its last report already."""
         folder = TrialFolder(self._results, opened.number)
-        rows = folder.read_metrics()
-        if rows:
-            opened.epochs, opened.metrics = rows[-1]["epoch"], rows[-1]["metrics"]
-            opened.seconds_before = max(opened.seconds_before, rows[-1].get("seconds", 0.0))
+        opened.catch_up(folder.read_metrics())
         torn = folder.set_torn_aside()
         # A slot may have been ahead of the record: from its checkpoint on, an epoch's report would be missing.
         folder.keep_checkpoint(opened.epochs)
@@ -258,16 +261,15 @@ def constraints_told(
     return {
         "diverged": severity(epochs, longest) if status == "diverged" else FEASIBLE,
         "out_of_memory": 1.0 if status == "out_of_memory" else FEASIBLE,
-        **_limits_told(space, status, epochs, metrics),
+        **_limits_told(space, status, metrics),
     }
 
 
-def _limits_told(space: Space, status: str, epochs: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The limits of metrics among them."""
-    never_ran = status == "stopped" and not epochs  # the time was over before its first report
-    unknown = FEASIBLE if never_ran else 1.0
+def _limits_told(space: Space, status: str, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The limits of metrics among them. What a stopped trial has not come to report, it has not violated."""
+    unknown = {name: FEASIBLE if status == "stopped" and name not in metrics else 1.0 for name in space.constraints}
     return {
-        name: unknown if (value := metrics.get(name)) is None else limit.excess(value)
+        name: unknown[name] if (value := metrics.get(name)) is None else limit.excess(value)
         for name, limit in space.constraints.items()
     }
 
@@ -359,7 +361,7 @@ def _constraints(space: Space, trial: FrozenTrial) -> dict[str, float]:
     """Of an ended trial, with the limits of the space; none where it was told none, as it failed or runs still."""
     own = {name: excess for name, excess in trial.constraints.items() if name in OWN_CONSTRAINTS}
     attrs = trial.user_attrs
-    return {**own, **_limits_told(space, attrs["status"], attrs["epochs"], attrs["metrics"])} if own else own
+    return {**own, **_limits_told(space, attrs["status"], attrs["metrics"])} if own else own
 
 
 class _quiet_optuna:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,14 +21,16 @@ def settle(seed: int, threads: int) -> None:
 
 
 class Surroundings:
-    """The working directory, the environment and the switches of torch, as they are now."""
+    """The working directory, the environment, the standard streams and the switches of torch, as they are now."""
 
     def __init__(self) -> None:
         self._folder, self._environment = _folder(), dict(os.environ)
+        self._streams = sys.stdout, sys.stderr
         self._modes = {name: read() for name, (read, _) in _MODES.items()}
         self._precision = _Precision()
 
     def restore(self) -> None:
+        sys.stdout, sys.stderr = self._streams
         if self._folder is not None and _folder() != self._folder:
             os.chdir(self._folder)
         for name in os.environ.keys() - self._environment.keys():

@@ -6,6 +6,7 @@ Tune sees a class Trainable whose `step` is one epoch. The worker group behind i
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import traceback
@@ -26,6 +27,7 @@ from search.space import Space
 LOSSES = 2  # machines that a trial may lose after one and the same epoch; it may be what takes them down
 # Keys of a result. OBJECTIVE is what schedulers compare (search/health.py), a name that no metric can clash with.
 STATUS, REASON, EPOCH, OBJECTIVE, METRICS = "status", "reason", "epoch", "objective", "metrics"
+ROW = "row.json"  # beside a checkpoint that Tune hands on: the row of metrics.jsonl that goes with it
 
 
 class TrialFailed(RuntimeError):
@@ -105,11 +107,19 @@ class Slot(tune.Trainable):
                 "the scheduler pauses trials, and this trainable's reports have no state to resume from; use asha"
             )
         shutil.copy2(saved.path, checkpoint_dir)
+        Path(checkpoint_dir, ROW).write_text(json.dumps(self._folder.row(saved.epoch)))
 
     def load_checkpoint(self, checkpoint: str) -> None:
-        """Into the trial's own folder, so that a retry too goes on from there and not from what was left behind."""
+        """Into the trial's own folder, so that a retry too goes on from there and not from what was left behind.
+
+        Where it is another trial's, so is the report that goes with it: on record, an interruption keeps them both.
+        """
         saved = last_checkpoint(Path(checkpoint))
         assert saved is not None, "save_checkpoint wrote one"
+        row = json.loads(Path(checkpoint, ROW).read_text())
+        if row is not None and row != self._folder.row(saved.epoch) and saved.epoch != self._folder.recorded():
+            own = self._folder.row(self._folder.recorded()) or {}
+            self._folder.append_metrics({**row, "seconds": own.get("seconds", 0.0)})
         self._folder.write_checkpoint(saved.epoch, saved.path.read_bytes())
         self._folder.keep_checkpoint(saved.epoch)
         self._begun = False

@@ -195,8 +195,17 @@ def test_a_bug_in_prepare_is_a_line_and_names_the_place(run: Run, tmp_path: Path
     status, _, told = run("--space", "mine.yaml")
     assert status == 2
     assert told.startswith(f"error: {name}:train: its module's `prepare` failed: KeyError: 'root' (")
-    assert told.rstrip().endswith("a helper that happens to be called so wants another name")
+    assert told.rstrip().endswith("rename a helper that happens to be called so")
     assert told.count("\n") == 1
+
+
+def test_a_prepare_that_leaves_the_program_has_not_found_anything(run: Run, tmp_path: Path) -> None:
+    code = "import sys\ndef train(trial):\n    yield {'loss': 1.0}\ndef prepare(config):\n    sys.exit()\n"
+    name = write_family(tmp_path, code)
+    (tmp_path / "mine.yaml").write_text(yaml_file.dump({**SPACE, "trainable": f"{name}:train", "config": {"lr": 0.1}}))
+    status, _, told = run("--space", "mine.yaml")
+    assert status == 2
+    assert "its module's `prepare` failed: SystemExit" in told
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import pytest
 
@@ -204,3 +205,28 @@ def test_dataclasses_in_lists_mappings_and_unions_are_decoded_as_strictly() -> N
 def test_a_slip_inside_them_is_named_too(tree: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         decode(Stack, tree)
+
+
+class Sizes(TypedDict):
+    width: int
+
+
+def missing() -> str:
+    return str(os.environ["A_FOLDER_THAT_NOBODY_NAMES"])
+
+
+@dataclass(frozen=True)
+class Placed:
+    root: str = field(default_factory=missing)
+    sizes: Sizes | None = None
+
+
+def test_a_default_is_made_where_it_is_needed_alone() -> None:
+    assert decode(Placed, {"root": "/data"}).root == "/data"
+    with pytest.raises(UserError, match=r"^config\.root: its default cannot be made: KeyError: .*; give a value$"):
+        decode(Placed, {})
+
+
+def test_a_type_that_pydantic_does_not_take_is_named() -> None:
+    with pytest.raises(UserError, match=r"^config\.sizes: nothing in a space file can be a "):
+        decode(Placed, {"root": "/data", "sizes": {"width": 3}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import re
@@ -82,7 +83,8 @@ class Machine:
     def go(self) -> None:
         """The machine is lost: nothing gets a chance to end well, and its disk is gone."""
         for process in self.processes():
-            os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(process, signal.SIGKILL)
         self.head.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)
 

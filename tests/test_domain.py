@@ -131,3 +131,20 @@ def test_a_mapping_is_a_domain_when_a_list_stands_behind_its_kind() -> None:
     assert is_domain({"log": [1, 2]})
     assert not is_domain({"log": True, "level": 3})  # a config may well have such keys
     assert not is_domain([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [([0.5, 10, 15], [0.5, 10.0, 15.0]), ({"b": 2, "a": 1}, {"a": 1, "b": 2})]
+)
+def test_a_value_that_equals_one_of_a_choice_is_stored_as_that_one(written: Any, meant: Any) -> None:
+    domain = parse_domain("x", {"choice": ["none", meant]}).domain
+    stored = domain.encode(written)
+    assert isinstance(domain.distribution(), optuna.distributions.CategoricalDistribution)
+    assert stored in domain.grid()
+    assert domain.decode(stored) == meant
+
+
+def test_a_step_is_what_a_person_would_write_whoever_suggests_it() -> None:
+    parameter = parse_domain("x", {"float": [0.0, 0.5], "step": 0.1})
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    assert {parameter.suggest(study.ask()) for _ in range(60)} == {0.0, 0.1, 0.2, 0.3, 0.4, 0.5}

@@ -164,11 +164,13 @@ def test_the_newest_of_two_counts_by_epoch_and_not_by_name(tmp_path: Path) -> No
     assert saved.epoch == 10_000
 
 
-def test_metrics_are_read_by_epoch_and_the_later_row_counts(folder: TrialFolder) -> None:
+def test_of_epochs_that_were_run_again_the_later_attempt_counts_alone(folder: TrialFolder) -> None:
     assert folder.read_metrics() == []
     for epoch, loss in ((1, 0.5), (2, 0.4), (3, 0.3), (2, 0.35)):
         folder.append_metrics({"epoch": epoch, "metrics": {"loss": loss}})
-    assert [row["metrics"]["loss"] for row in folder.read_metrics()] == [0.5, 0.35, 0.3]
+    assert [row["metrics"]["loss"] for row in folder.read_metrics()] == [0.5, 0.35]
+    folder.append_metrics({"epoch": 1, "metrics": {"loss": 0.6}})
+    assert folder.read_metrics() == [folder.row(1)] == [{"epoch": 1, "metrics": {"loss": 0.6}}]
 
 
 @pytest.mark.parametrize("kept", range(1, len('{"epoch": 2}')))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,7 +31,7 @@ from toy_task import (
 
 from search.states import Watch
 from trainables.contract import State, Trial, UserError
-from trainables.loop import fit
+from trainables.loop import Task, fit
 from trainables.optim import EarlyStop, Optim, Plateau
 from trainables.resume import seed_everything
 from trainables.samples import Batch, Ranks, TensorSamples
@@ -123,6 +125,44 @@ def test_samples_may_count_in_part_or_not_at_all(weight: float) -> None:
     expected = plain_weights(config)[0] if weight else done.weights[0]
     assert done.diverged is None
     torch.testing.assert_close(done.weights[-1], expected, rtol=0, atol=1e-6)
+
+
+def counting(uncounted: int, count: float) -> Task:
+    """The toy family, whose loss counts `count` in the batch with the sample `uncounted`, and else its samples."""
+
+    def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        found = torch.where((batch["index"] == uncounted).any(), count, float(len(batch["x"])))
+        return {name: (total, found) for name, (total, _) in toy_loss(model, batch, config).items()}
+
+    return replace(TOY, loss=loss)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_where_nothing_counts_the_sum_is_minimised_as_it_is(precision: Any) -> None:
+    """Divided by next to nothing it would be finite still, and AdamW would take no notice of any later step."""
+    config = Config(Optim(lr=0.01, batch_size=8, ema=0.9, precision=precision), epochs=1, loudness=0.1)
+    first = int(order(config)[0][0])
+    none, one = (run(config, counting(first, count)) for count in (0.0, 1.0))
+    assert torch.equal(none.weights[-1], one.weights[-1])
+    assert none.metrics[0]["grad_norm"] == one.metrics[0]["grad_norm"]
+    assert 16 * none.metrics[0]["loss"] == pytest.approx(17 * one.metrics[0]["loss"], rel=1e-5)
+
+
+def test_an_epoch_in_which_nothing_counts_has_a_finite_loss() -> None:
+    config = Config(Optim(lr=0.01, batch_size=8, weight_decay=0.0), epochs=1, samples=8)
+    done = run(config, counting(3, 0.0))
+    assert 0 < done.metrics[0]["loss"] < 1e3
+    assert 0 < done.metrics[0]["grad_norm"] < 1e3
+
+
+@pytest.mark.parametrize(("count", "square"), [(0.0, "nan"), (math.nan, "nan")])
+def test_a_step_in_which_nothing_counts_is_told_like_any_other(count: float, square: str) -> None:
+    config = Config(Optim(lr=0.01, batch_size=8), nan_loss_of=None if math.isnan(count) else 3)
+    done = run(config, counting(3, count))
+    assert done.diverged is not None
+    terms = done.diverged.details["terms"]
+    assert terms["square"] == square
+    assert math.isnan(count) or 0 < terms["size"] < 1e3
 
 
 def test_a_mean_of_means_would_be_noticed() -> None:
@@ -306,6 +346,78 @@ def test_frozen_parameters_and_modules_in_eval_mode_stay_as_the_family_left_them
     assert set(modes) == {(True, False)}  # in the second epoch too, after an evaluation
 
 
+def frozen_first(config: Config) -> nn.Module:
+    model = toy_model(config)
+    assert isinstance(model, nn.Sequential)
+    model[0].requires_grad_(False)
+    return model
+
+
+FROZEN = replace(TOY, model=frozen_first, derived=lambda scores: {"stalled": 1.0})
+LEFT_OUT = replace(FROZEN, saved=lambda name: not name.startswith("0."))
+WAITING = replace(EVERYTHING, optim=replace(EVERYTHING.optim, early_stop=EarlyStop("stalled", "max", 9)))
+
+
+def test_what_a_state_leaves_out_is_made_anew_and_a_resumed_trial_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole, with_all = run(WAITING, LEFT_OUT), run(WAITING, FROZEN)
+    assert whole.metrics == with_all.metrics
+    for epoch, state in enumerate(whole.states):
+        for model in (state["model"], state["best"]["weights"]["model"]):
+            assert model.keys() == {"3.weight", "3.bias", "5.weight", "5.bias"}
+        torch.save(state, tmp_path / "state.pt")
+        resumed = run(WAITING, LEFT_OUT, resume=torch.load(tmp_path / "state.pt", weights_only=True))
+        assert resumed.metrics == whole.metrics[epoch + 1 :]
+        assert_same(resumed.states, whole.states[epoch + 1 :])
+
+
+def test_a_frozen_part_that_is_kept_from_trial_to_trial_changes_none_of_them() -> None:
+    """As docs/bring-a-model.md has it."""
+
+    @functools.cache
+    def backbone() -> nn.Module:
+        made.append("read")
+        with torch.random.fork_rng():
+            return nn.Linear(WIDTH, 16).requires_grad_(False)
+
+    def model(config: Config) -> nn.Module:
+        return nn.Sequential(copy.deepcopy(backbone()), nn.Tanh(), nn.Dropout(config.dropout), nn.Linear(16, WIDTH))
+
+    made: list[str] = []
+    task = replace(LEFT_OUT, model=model)
+    first, later = (run(EVERYTHING, task) for _ in range(2))
+    assert made == ["read"]
+    assert first.metrics == later.metrics
+    assert_same(first.states, later.states)
+    assert_same(run(EVERYTHING, task, resume=first.states[0]).states, first.states[1:])
+
+
+def test_a_state_must_hold_what_is_saved_and_may_hold_the_rest() -> None:
+    whole, state = run(EVERYTHING, LEFT_OUT), run(EVERYTHING, FROZEN).states[1]
+    assert "0.weight" in state["model"]
+    assert_same(run(EVERYTHING, LEFT_OUT, resume=state).states, whole.states[2:])
+    lacking, strange = ({**whole.states[1], "model": dict(whole.states[1]["model"])} for _ in range(2))
+    del lacking["model"]["3.bias"]
+    strange["model"]["7.bias"] = torch.zeros(1)
+    for wrong, message in (
+        (lacking, r'Missing key\(s\) in state_dict: "3.bias"'),
+        (strange, r'Unexpected .* "7.bias"'),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run(EVERYTHING, LEFT_OUT, resume=wrong)
+
+
+def test_validation_samples_are_scored_in_whole_micro_batches() -> None:
+    """Figures were published of a network that, by a mistake, scores windows by what stands beside them."""
+    sizes: list[int] = []
+
+    def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        sizes.append(len(batch["index"]))
+        return toy_score(model, batch, config)
+
+    run(Config(Optim(batch_size=8, micro_batch=8), epochs=1), replace(TOY, score=score))
+    assert sizes == [8, 3]
+
+
 def test_lr_scale_is_a_parameters_own_ratio() -> None:
     config = Config(Optim(lr=0.01, batch_size=27, weight_decay=0.0), epochs=1)
     done = run(config, replace(TOY, lr_scale=lambda name: 0.1 if name.startswith("0.") else 1.0))
@@ -336,6 +448,7 @@ def test_scores_without_a_sample_are_left_out() -> None:
     [
         ({"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), 8), "b": (m(b["x"]).sum(), 4)}}, "a, b must share one count"),
         ({"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), 3)}}, "counts 3 for 8 samples"),
+        ({"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), 0)}}, "counts 0 for 8 samples"),
         ({"score": lambda m, b, c: {"loss": (torch.tensor(1.0), 1)}}, "name of a training metric: loss"),
         ({"data": lambda c, split, ranks: []}, "the split 'train' holds no sample"),
         (
@@ -344,6 +457,7 @@ def test_scores_without_a_sample_are_left_out() -> None:
         ),
         ({"config": Optim}, "trial.config is of the class Config and must be of Optim"),
         ({"lr_scale": lambda name: -1.0}, r"lr_scale\('0.weight'\) = -1.0 must be 0 or a positive"),
+        ({"saved": lambda name: name != "5.bias"}, r"saved\('5.bias'\) = False must be true of a parameter that is tr"),
     ],
 )
 def test_a_task_that_breaks_its_promises_is_told_so(wrong: dict[str, Any], message: str) -> None:
@@ -392,6 +506,13 @@ def test_a_trial_that_waits_resumes_bit_for_bit_and_stays_ended() -> None:
         resumed = run(PATIENT, STALLING, resume=state)
         assert resumed.metrics == whole.metrics[epoch + 1 :]
         assert_same(resumed.states, whole.states[epoch + 1 :])
+
+
+def test_no_trial_waits_for_what_differs_between_ranks() -> None:
+    """Their rates would part, or one would stop and leave the others in a collective."""
+    config = Config(Optim(batch_size=8, plateau=Plateau("samples_per_s", "max")))
+    with pytest.raises(UserError, match=r"^optim.plateau.metric = samples_per_s must be one of error, .*update_ratio$"):
+        run(config)
 
 
 def test_several_ranks_without_a_process_group_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -230,6 +231,53 @@ def test_a_long_trial_is_sent_now_and_then(results: Path, disk: Path) -> None:
         mirror.push_if_due()
     assert (disk / "0.0/trials/0000/checkpoint-0002.pt").exists()
     assert not (disk / "300.0/trials/0000/checkpoint-0002.pt").exists()
+
+
+def test_while_trials_run_nobody_waits_for_an_upload(
+    results: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror, copy_files, open_for_business = Mirror(results, f"file://{disk}/run"), fs.copy_files, threading.Event()
+
+    def slowly(*arguments: Any, **named: Any) -> None:
+        assert open_for_business.wait(30)
+        copy_files(*arguments, **named)
+
+    monkeypatch.setattr(fs, "copy_files", slowly)
+    with mirror.following():
+        mirror.push()
+        assert not tree(disk)
+        open_for_business.set()
+    mirror.push()
+    assert tree(disk / "run") == tree(results)
+
+
+def test_a_study_is_sent_as_it_was_when_the_files_it_speaks_of_were_looked_for(
+    results: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror, copy_files = Mirror(results, f"file://{disk}/run"), fs.copy_files
+
+    def meanwhile(*arguments: Any, **named: Any) -> None:
+        copy_files(*arguments, **named)
+        TrialFolder(results, 1).write_checkpoint(1, b"of a trial that ended meanwhile")
+        (results / "study.journal").write_bytes(b"one two")
+        os.utime(results / "study.journal", (1, 1))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fs, "copy_files", meanwhile)
+        mirror.push()
+    assert (disk / "run/study.journal").read_bytes() == b"one"
+    mirror.push()
+    assert tree(disk / "run") == tree(results)
+
+
+def test_a_checkpoint_stays_until_a_newer_one_has_been_sent(results: Path, disk: Path) -> None:
+    mirror = Mirror(results, f"file://{disk}/run")
+    mirror.push()
+    folder = TrialFolder(results, 0)
+    folder.keep_checkpoint(0)
+    (folder.path / "checkpoint-0002.pt").mkdir()  # there, and not to be sent
+    mirror.push()
+    assert (disk / "run/trials/0000/checkpoint-0001.pt").exists()
 
 
 def test_each_epoch_gives_the_mirror_its_turn(tmp_path: Path) -> None:

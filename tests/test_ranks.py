@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -56,6 +57,18 @@ FAMILY = """
 
     def diverge_without_details(trial):
         raise Diverged("exploded", 3, "some text")
+        yield
+
+    class Mute:
+        def __str__(self):
+            raise ValueError("no words")
+
+    def diverge_in_things_without_words(trial):
+        raise Diverged("exploded", 3, {"grad": torch.eye(2).to_sparse(), "of": Mute(), "at": [1.5]})
+        yield
+
+    def diverge_with_a_tensor(trial):
+        raise Diverged("exploded", 3, torch.ones(2))
         yield
 
     def diverge_as_a_class_of_its_own(trial):
@@ -260,6 +273,7 @@ def loop(tmp_path: Path) -> RankLoop:
             Blew(reason="exploded badly", step=7, details={"3": "a thing", "loss": "nan", "step": 99}),
         ),
         ("diverge_without_details", Blew(reason="exploded", step=3, details={"details": "some text"})),
+        ("diverge_with_a_tensor", Blew(reason="exploded", step=3, details={"details": [1.0, 1.0]})),
         ("diverge_as_a_class_of_its_own", Blew(reason="exploded")),
         ("diverge_at_an_old_file", Blew(reason=r"cannot read caf\udce9.png")),
         ("diverge_without_a_word", Blew(reason="it diverged, and did not say how")),
@@ -488,6 +502,31 @@ def test_a_process_is_where_it_was_whatever_a_trial_did(tmp_path: Path, monkeypa
         os.chdir(tmp_path / "home")
         os.rmdir("work")
     assert os.environ["OF_THE_MODULE"] == "set when it was imported"
+
+
+def test_what_a_post_mortem_cannot_put_in_words_does_not_hide_it(loop: RankLoop) -> None:
+    answer = run(loop, begin("diverge_in_things_without_words"))[-1]
+    assert isinstance(answer, Blew)
+    assert (answer.reason, answer.details["of"], answer.details["at"]) == ("exploded", "Mute", [1.5])
+
+
+def test_a_trial_prints_where_its_process_does_whatever_the_trial_before_did(tmp_path: Path) -> None:
+    family = """
+        import io, sys
+
+        def train(trial):
+            print("an epoch")
+            sys.stdout = log = io.StringIO()
+            yield {"loss": 1.0}
+            log.close()
+        """
+    loop = rank_of(tmp_path, "train", family=family)
+    before = sys.stdout
+    for _ in range(2):
+        assert loop.handle(begin("")) == Reported(metrics={"loss": 1.0})
+        assert run_on(loop)[-1] == Ended()
+    Surroundings.restore(loop._surroundings)
+    assert sys.stdout is before
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")

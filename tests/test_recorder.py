@@ -21,6 +21,7 @@ from search.folder import TrialFolder
 from search.interruption import Interruption
 from search.record import Record
 from search.recorder import HOPELESS, Recorder
+from search.states import save_state
 from search.study import Ledger
 from search.trial import EPOCH, METRICS, REASON, STATUS
 
@@ -250,6 +251,21 @@ def test_an_interrupted_trial_keeps_the_checkpoint_of_its_last_report_alone(tmp_
     run.recorder.close(None)
     assert [path.name for path in run.files.path.glob("checkpoint-*.pt")] == ["checkpoint-0002.pt"]
     assert not run.told
+
+
+def test_an_interrupted_copy_of_a_trial_that_was_ahead_goes_on_from_there(tmp_path: Path) -> None:
+    """Under population-based training: its slot has taken over a checkpoint, and the report that goes with it."""
+    run = watched(tmp_path)
+    run.files.write_checkpoint(1, b"its own")
+    run.report(1)
+    run.files.append_metrics({"epoch": 2, "metrics": {"loss": 0.25}, "seconds": 0.0})
+    run.files.write_checkpoint(2, save_state({"of": "the other"}))
+    run.recorder.close(None)
+    opened = ask(open_journal(run.ledger.space, tmp_path / "run"))
+    assert (opened.number, opened.epochs, opened.metrics) == (0, 2, {"loss": 0.25})
+    saved = run.files.checkpoint()
+    assert saved is not None
+    assert saved.epoch == 2
 
 
 def test_what_cannot_be_recorded_interrupts_the_search_and_nothing_is_recorded_after_it(

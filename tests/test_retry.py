@@ -120,3 +120,17 @@ def test_a_person_is_told_of_it(results: Path, space: Space) -> None:
     assert "\nrun again as trial 3\n" in why(results, "0")
     assert "\nanother attempt at trial 0\n" in why(results, "3")
     assert "attempt" not in why(results, "1")
+
+
+def test_an_attempt_takes_no_cell_of_a_grid(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"epochs": 4, "lr": {"choice": [0.1, 0.2, 0.3, 0.4]}}
+    grid, results = space_of(tmp_path, config, search={"trials": 4, "sampler": "grid"}), tmp_path / "results" / "grid"
+    for status, trials in (("failed", 2), ("finished", 4)):
+        ledger = open_journal(grid, results)
+        for _ in range(trials):
+            opened = ask(ledger)
+            ledger.report("slot", 4, {"loss": opened.values["lr"]})
+            ledger.end("slot", status, "")
+        retry_failed(results, grid)
+    finished = [item.values["lr"] for item in records(ledger.study, grid) if item.status == "finished"]
+    assert sorted(finished) == [0.1, 0.2, 0.3, 0.4]

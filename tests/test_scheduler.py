@@ -249,6 +249,11 @@ class TestPerturb:
             assert abs(moved["depth"] - values["depth"]) in (0, 4)
             assert abs(moved["momentum"] - values["momentum"]) < 0.3001
 
+    def test_a_choice_of_none_stays_as_often_as_any_other(self, tmp_path: Path) -> None:
+        space = space_of(tmp_path, {"decay": {"choice": [None, 0.1, 0.2]}})
+        moved = {perturb(space, {"decay": None}, random.Random(seed), resample=0.0)["decay"] for seed in range(20)}
+        assert moved == {None, 0.1}, "itself or the next, and not any"
+
     def test_every_value_of_a_grid_can_be_reached(self, space: Space) -> None:
         rng = random.Random(0)
         values, seen = space.draw(rng), set()

@@ -84,3 +84,31 @@ def test_a_trial_that_takes_machines_down_with_it_fails(
     epochs, group = play(slot, "r" * reports + "m" * (LOSSES + 1) + "r", monkeypatch)
     assert epochs == [*range(1, reports + 1), "the worker group died"]
     assert group.stopped == LOSSES + 1
+
+
+def test_a_copy_of_a_trial_that_was_ahead_keeps_its_checkpoint_when_the_search_is_interrupted(
+    slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(slot, "rrrd", monkeypatch)
+    (tmp_path / "handed on").mkdir()
+    slot.save_checkpoint(str(tmp_path / "handed on"))
+    slot.reset_config({"number": 1, "values": {"lr": 0.2}})
+    play(slot, "rd", monkeypatch)
+    slot.load_checkpoint(str(tmp_path / "handed on"))
+    folder = slot._folder
+    assert [row["epoch"] for row in folder.read_metrics()] == [1, 3]
+    folder.keep_checkpoint(folder.recorded())
+    saved = folder.checkpoint()
+    assert saved is not None
+    assert saved.epoch == 3
+
+
+def test_a_trial_that_was_paused_has_each_of_its_reports_once(
+    slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(slot, "rrd", monkeypatch)
+    before = (slot._folder.path / "metrics.jsonl").read_bytes()
+    (tmp_path / "handed on").mkdir()
+    slot.save_checkpoint(str(tmp_path / "handed on"))
+    slot.load_checkpoint(str(tmp_path / "handed on"))
+    assert (slot._folder.path / "metrics.jsonl").read_bytes() == before

@@ -638,6 +638,26 @@ def test_a_space_cannot_be_changed(tmp_path: Path) -> None:
     assert space == before
 
 
+def test_a_trial_cannot_change_what_a_choice_holds(tmp_path: Path) -> None:
+    space = space_of(tmp_path, {"optimizer": {"choice": [{"name": "adam"}, {"name": "sgd"}]}})
+    values = space.draw(random.Random(0))
+    space.config(values)["optimizer"].pop("name")
+    assert space.config(values)["optimizer"]["name"] in ("adam", "sgd")
+
+
+@pytest.mark.parametrize(
+    "override", ["config.use_aux=false", "config.aux={log: [0.01, 1.0], when: {use_aux: [never]}}"]
+)
+def test_an_override_that_switches_an_entry_off_leaves_out_the_known_settings_that_have_it(
+    tmp_path: Path, override: str
+) -> None:
+    config = {"use_aux": True, "aux": {"log": [0.01, 1.0], "when": {"use_aux": True}}, "lr": {"log": [0.01, 1.0]}}
+    file = write_space(tmp_path, config, try_first=[{"name": "with it", "aux": 0.1}, {"name": "without", "lr": 0.1}])
+    space, _ = load_space(file, [override])
+    assert [setting.name for setting in space.try_first] == ["without"]
+    assert space.left_out[0] == "left out: known setting with it has aux = 0.1, which --set rules out"
+
+
 @pytest.mark.parametrize("override", ["config.lr=0.5", "config.lr={log: [0.2, 1.0]}", "config={lr: 0.5}"])
 def test_an_override_leaves_out_the_known_settings_it_rules_out(tmp_path: Path, override: str) -> None:
     known = [{"name": "slow", "lr": 0.1}, {"name": "fast", "lr": 0.5}]

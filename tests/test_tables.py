@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from ledgers import ask, end_toy, open_journal
+from spaces import write_family
 
 from launch import main
 from search import fill, yaml_file
@@ -233,6 +234,29 @@ def test_a_cell_that_cannot_be_searched_is_told_before_any_runs(
     monkeypatch.chdir(tmp_path)
     assert main(["--space", str(file), "--table"]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_data_that_a_cell_cannot_be_trained_on_are_told_before_any_runs(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = write_family(
+        tmp_path,
+        """
+        from trainables.contract import UserError
+
+        def train(trial):
+            yield {"loss": 1.0}
+
+        def prepare(config):
+            if config["start"] == 2.0:
+                raise UserError("config.start: there are no data from 2.0 on")
+        """,
+    )
+    file.write_text(SPACE.replace("toys:descend", f"{name}:train"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["--space", str(file), "--table"]) == 2
+    assert "there are no data from 2.0 on" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 

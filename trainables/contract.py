@@ -48,7 +48,7 @@ class Diverged(RuntimeError):
         super().__init__(reason, step, details)
         self.reason = reason
         self.step = step
-        self.details = details or {}
+        self.details = {} if details is None else details
 
     def __str__(self) -> str:
         return self.reason if self.step is None else f"{self.reason} (step {self.step})"
@@ -101,7 +101,7 @@ class Trial:
     """One setting, to be run to its end, as one rank sees it.
 
     config: the trainable module's `Config`, or a plain dict for a module without one.
-    seed: the same on every rank.
+    seed: the search's seed, the same for all its trials and on every rank.
     rank, world_size: this process among those that train together; torchrun's environment unless given.
     device: where this rank computes. A GPU has its index, also where it was given without one: PyTorch's current GPU.
     resume: the state of the last checkpoint, or None for a fresh start.

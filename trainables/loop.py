@@ -28,14 +28,14 @@ from trainables.contract import Report, Trial, UserError
 from trainables.guard import Guard, Replay, Step
 from trainables.memory import MIB, Memory, Tried, fitting_micro_batch, shape_key, switches, try_step
 from trainables.optim import Ema, Patience, adamw, clip_divisor, fused_step, lr_factor, set_lr
-from trainables.resume import Best, generators, restore, seed_everything, seed_from, state_of
+from trainables.resume import Best, StoredModel, generators, restore, seed_everything, seed_from, state_of
 from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, on_device, ranks_of, share_of
-from trainables.step import Loss, Pairs, autocast, backward, compiled, everyones_count, over_ranks
+from trainables.step import Loss, Pairs, autocast, backward, compiled, divisor_of, global_count, over_ranks
 
 
 @dataclass(frozen=True)
 class Task:
-    """A family as the loop sees it: a class of settings, four functions, and four more that it may do without.
+    """A family as the loop sees it: a class of settings, four functions, and five more that it may do without.
 
     config: the class of `Trial.config`, a frozen dataclass with the fields `optim: Optim` and `epochs: int`. A search
         looks for it under the name `Config` in the module of the trainable.
@@ -46,15 +46,18 @@ class Task:
         will do for tensors in memory.
     loss: the loss terms of a batch by name, already weighted; their sum is minimised. All terms share one count: the
         same int, or the very same tensor. An int promises that every sample counts alike, so that each rank knows the
-        total; a tensor (valid tokens, say) is added over the ranks, one small collective per step.
+        total; a tensor (valid tokens, say) is added over the ranks, one small collective per step. Where nothing counts
+        in a whole batch, the sum itself is minimised.
     score: what is reported of the validation split, each with its own count. The names do not depend on the batch; a
         score whose count is zero over the whole split is left out.
     lr_scale: the learning rate of a parameter, by name, as a ratio of `optim.lr`.
-    derived: what follows from the scores of the whole split and is reported with them: a mean of ratios, say, which is
-        no sum over a count itself. None: a score of this name has only served to derive others, and is not reported.
+    derived: metrics computed from the whole split's scores, e.g. macro F1. Map a score's name to None to drop it from
+        the report.
     part: the part of the model that a parameter, by name, belongs to; None: none. The norm of each part's gradient in
         the last step of an epoch is reported as grad_norm_<part>, unless fp16 has skipped that step.
     names: where a person finds the training samples of these indices, for the post-mortem of a step.
+    saved: which parameters and buffers of the model, by name, a state holds. The others must never change, and `model`
+        must make them the same in every trial: a frozen backbone need not be in every checkpoint.
 
     `loss` and `score` get the plain module, on several ranks too; they may call any part of it, any number of times.
     """
@@ -68,6 +71,7 @@ class Task:
     derived: Callable[[Mapping[str, float]], Mapping[str, float | None]] = lambda scores: {}
     part: Callable[[str], str | None] = lambda name: None
     names: Callable[[Any, Sequence[int]], list[str]] = lambda config, indices: []
+    saved: Callable[[str], bool] = lambda name: True
 
 
 def fit(task: Task, trial: Trial) -> Iterator[Report]:
@@ -82,16 +86,17 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         torch.cuda.set_device(device)
     seed_everything(trial.seed, "model")
     model = task.model(config).to(device)
-    train, val = (samples_of(task, config, split, ranks) for split in ("train", "val"))
+    train, val = (open_split(task, config, split, ranks) for split in ("train", "val"))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept = StoredModel(model, task.saved)
     plain = Loss(task.loss, model, config).to(device)
     micro_batch = micro_batch_that_fits(plain, train, trial, ranks)
     optimizer = adamw(trained, task.lr_scale, optim)
     scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
     ema = Ema(trained, optim.ema)
     guard = Guard(Replay(plain, train, optim, device, ranks), functools.partial(task.names, config))
-    patience, best = Patience(optim), Best({"model": model, "ema": ema})
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": ema, "guard": guard, "patience": patience}
+    patience, best = Patience(optim), Best({"model": kept, "ema": ema})
+    parts = {"model": kept, "optimizer": optimizer, "scaler": scaler, "ema": ema, "guard": guard, "patience": patience}
     parts |= {"best": best} if optim.early_stop is not None else {}
     start = restore(parts, trial.resume)
     loss = over_ranks(compiled(plain) if optim.compile else plain, ranks, device)
@@ -103,7 +108,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         began_s = time.perf_counter()
         shares = epoch_shares(len(train), optim.batch_size, micro_batch, ranks, seed_from(trial.seed, "order", epoch))
         batches = on_device(train, [micro for share in shares for micro in share.micros], device)
-        taken = list[Taken]()
+        records = list[StepRecord]()
         for index, share in enumerate(shares):
             drawn = generators(device)
             lr = patience.lr_ratio * optim.lr * lr_factor(optim, epoch + (index + 0.5) / len(shares), config.epochs)
@@ -111,13 +116,13 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             optimizer.zero_grad(set_to_none=True)
             plain.carried.grad = None
             summed = backward(loss, batches, share, scaler, autocast(device, optim))
-            count = everyones_count(summed, share, ranks)
+            count = global_count(summed, share, ranks)
 
             # The gradients are those of the sum, over the ranks (by DDP) and over the batch's size (by `backward`).
-            divisor, scale = count / (ranks.size * share.effective), scaler.scale(torch.ones_like(count))
+            divisor, scale = divisor_of(count) / (ranks.size * share.effective), scaler.scale(torch.ones_like(count))
             scaler.unscale_(optimizer)
             norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None]) / divisor
-            skip, overflow = guard.judge(plain.everyones() / (scale * divisor), norm, scale)
+            skip, overflow = guard.judge(plain.global_loss() / (scale * divisor), norm, scale)
             if index == len(shares) - 1:
                 before = [parameter.detach().clone() for parameter in trained.values()]
                 by_part = part_norms(task.part, trained, divisor)
@@ -125,22 +130,23 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             scaler.update()
             ema.update()
 
-            taken.append(Taken(summed.sums_T, count, norm, overflow))
+            records.append(StepRecord(summed.sums_T, count, norm, overflow))
             guard.check()  # the step before this one
             guard.follow(Step(epoch * len(shares) + index, epoch, lr, scale, share, drawn, summed, count))
         guard.check()
         if not get_total_norm(trained.values()).isfinite():
             raise guard.weights_blown_up()
-        samples_per_s = sum(share.effective for share in shares) / (time.perf_counter() - began_s)
+        speed = {"samples_per_s": sum(share.effective for share in shares) / (time.perf_counter() - began_s)}
 
-        metrics = train_means(summed.terms, taken, ranks) | {"update_ratio": update_ratio(before, trained)}
+        metrics = train_means(summed.terms, records, ranks) | {"update_ratio": update_ratio(before, trained)}
         metrics |= {} if overflow else {name: float(part_norm) for name, part_norm in by_part.items()}
-        metrics |= {"lr": lr, "micro_batch": micro_batch, "samples_per_s": samples_per_s}
+        metrics |= {"lr": lr, "micro_batch": micro_batch}
         broadcast_buffers(model, ranks)
         with evaluating(model, ema):
             scores = evaluate(task, model, val, trial, ranks, micro_batch)
         metrics = joined(metrics, scores)
-        patience.look(metrics)
+        patience.look(metrics)  # which are the same on every rank, as the speed is not
+        metrics = joined(metrics, speed)
         if patience.improved:
             best.keep(metrics, epoch)
         report = Report(metrics, state=functools.partial(state_of, parts, epoch))
@@ -168,7 +174,7 @@ def step_memory(task: Task, trial: Trial) -> int:
     """
     ranks = ranks_of(trial)
     plain = Loss(task.loss, task.model(trial.config), trial.config).to(trial.device)
-    samples = samples_of(task, trial.config, "train", ranks)
+    samples = open_split(task, trial.config, "train", ranks)
     probe = probe_of(plain, samples, trial, ranks, None if trial.device.type == "cuda" else sys.maxsize)
     if probe.share not in probe.tried:
         probe.tried[probe.share] = try_step(plain, probe.step, probe.share, probe.memory)
@@ -210,28 +216,28 @@ def wanted_share(samples: Samples, trial: Trial, ranks: Ranks) -> int:
     return min(share, optim.micro_batch or share)
 
 
-class Taken(NamedTuple):
+class StepRecord(NamedTuple):
     """What an epoch's means need of a step."""
 
     sums_T: Tensor
-    counted: Tensor
+    count: Tensor
     norm: Tensor
     overflow: Tensor
 
 
-def train_means(terms: Sequence[str], taken: Sequence[Taken], ranks: Ranks) -> dict[str, float]:
+def train_means(terms: Sequence[str], records: Sequence[StepRecord], ranks: Ranks) -> dict[str, float]:
     """Return the means over samples and over the steps that were taken.
 
     Where fp16 has skipped every step of a short epoch, the losses, which are finite, are those of all, and there is no
     gradient norm.
     """
-    sums_ST, count_S, norm_S, overflow_S = (torch.stack(column) for column in zip(*taken, strict=True))
+    sums_ST, count_S, norm_S, overflow_S = (torch.stack(column) for column in zip(*records, strict=True))
     none_taken = bool(overflow_S.all())
     counts_S = overflow_S if none_taken else ~overflow_S
     sums_T = sums_ST[counts_S].double().sum(0)
     if ranks.size > 1:
         dist.all_reduce(sums_T)
-    means_T = sums_T / count_S[counts_S].double().sum()
+    means_T = sums_T / divisor_of(count_S[counts_S].double().sum())
     means = {f"loss_{term}": mean for term, mean in zip(terms, means_T.tolist(), strict=True)}
     norm = {} if none_taken else {"grad_norm": float(norm_S[counts_S].double().mean())}
     return {"loss": float(means_T.sum()), **means, **norm}
@@ -289,13 +295,14 @@ def evaluate(
     """
     optim, device = trial.config.optim, trial.device
     micro_batch = micro_batch or optim.micro_batch or -(-optim.batch_size // ranks.size)
-    share = share_of(torch.arange(len(samples)), ranks, micro_batch)
+    share = share_of(torch.arange(len(samples)), ranks, None)
+    (mine,) = share.micros  # cut up unevenly below: in eval mode a sample that is left over is as good as any
     totals: dict[str, Tensor] = {}
-    for batch in on_device(samples, share.micros, device):
+    for batch in on_device(samples, mine.split(micro_batch), device):
         with autocast(device, optim):
             pairs = task.score(model, batch, trial.config)
         for name, pair in pairs.items():
-            pair_2 = torch.stack([on(device, part) for part in pair])
+            pair_2 = torch.stack([as_float64(part, device) for part in pair])
             totals[name] = totals.get(name, 0) + share.weight * pair_2
     if not totals:
         return {}
@@ -307,8 +314,8 @@ def evaluate(
     return {name: value for name, value in reported.items() if value is not None}
 
 
-def on(device: torch.device, part: Tensor | float) -> Tensor:
-    """In float64; a number is written there, as the host would wait for one that is copied."""
+def as_float64(part: Tensor | float, device: torch.device) -> Tensor:
+    """On the device; a number is written there, as the host would wait for one that is copied."""
     if isinstance(part, Tensor):
         return part.to(device, torch.float64)
     return torch.full((), part, dtype=torch.float64, device=device)
@@ -323,7 +330,7 @@ def config_of(task: Task, trial: Trial) -> Any:
     return trial.config
 
 
-def samples_of(task: Task, config: Any, split: str, ranks: Ranks) -> Samples:
+def open_split(task: Task, config: Any, split: str, ranks: Ranks) -> Samples:
     samples = task.data(config, split, ranks)
     if not len(samples):
         raise UserError(f"the split {split!r} holds no sample; it must hold at least one")
