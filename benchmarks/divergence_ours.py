@@ -10,12 +10,13 @@ from optuna.storages import InMemoryStorage
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from search.domain import Parameter, Real
+from search.ledger import Ledger
 from search.sampler import sampler_maker
 from search.scheduler import make_scheduler
-from search.sections import Objective, Resources, Scheduler, Search, section
 from search.space import Space
-from search.study import Ledger, new_study
+from search.space.domain import Parameter, Real
+from search.space.sections import Objective, Resources, Scheduler, Search, section
+from search.study import new_study
 from search.trial import EPOCH, OBJECTIVE
 
 

@@ -26,9 +26,9 @@ import optuna
 import torch
 from divergence_edge import EPOCHS, RANGES, Budget, Setting, Trial
 
-from search.health import compared
-from search.sections import Objective
-from search.space_file import load_space
+from search.records.health import compared
+from search.space.file import load_space
+from search.space.sections import Objective
 from trainables import contract
 from trainables.beam import fusion
 

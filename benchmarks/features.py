@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from search.space_file import load_space
+from search.space.file import load_space
 from trainables.beam import features, fusion, rebuild
 from trainables.beam.config import Data, Simulated
 from trainables.contract import Trial

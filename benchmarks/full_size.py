@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from search.space_file import load_space
+from search.space.file import load_space
 from trainables.beam import fusion
 from trainables.beam.config import Data, Simulated
 from trainables.contract import Trial, default_device

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from search.space_file import load_space
+from search.space.file import load_space
 from trainables import loop
 from trainables.beam import fusion
 from trainables.beam.data import samples

@@ -21,15 +21,16 @@ from pathlib import Path
 import ray
 from measured import cost_per_further_trial
 
+from search import cluster
 from search import run as engine
-from search.folder import STUDY
 from search.interruption import Interruption
 from search.packing import measure
 from search.plan import Measured, Plan, Unmeasured, make_plan, told
-from search.ran import write_space
-from search.record import Record
+from search.records.folder import STUDY
+from search.records.provenance import write_space
+from search.records.record import Record
 from search.space import Space
-from search.space_file import load_space
+from search.space.file import load_space
 from search.study import open_study
 
 ROOT = Path(__file__).parents[1]
@@ -91,9 +92,9 @@ def main() -> None:
     )
     assert trainable.prepare is not None
     trainable.prepare(trainable.config(space.config(space.draw(random.Random(0)))))
-    os.environ.update(engine.RAY_ENVIRONMENT)
+    os.environ.update(cluster.RAY_ENVIRONMENT)
     ray.init(num_cpus=arguments.slots, include_dashboard=False, log_to_driver=False)
-    nodes = engine.start_ray(None)
+    nodes = cluster.start_ray(None)
 
     began = time.monotonic()
     memory = measure(space, nodes, Interruption())

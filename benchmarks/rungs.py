@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from search.folder import TrialFolder
-from search.health import compared
+from search.records.folder import TrialFolder
+from search.records.health import compared
 from search.results import read_results
 
 

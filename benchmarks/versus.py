@@ -28,7 +28,7 @@ from typing import Any
 from plot import Curve, steps
 
 from search.space import Space
-from search.space_file import load_space
+from search.space.file import load_space
 
 ROOT = Path(__file__).parents[1]
 PLAIN = ("search.sampler=random", "search.survival=false", "scheduler.name=none", "try_first=[]")

@@ -25,11 +25,11 @@ from measured import SLOTS
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from search import tree as trees
-from search.domain import Choice, Domain, Integer, Real
-from search.loading import load
 from search.space import Space
-from search.space_file import load_space
+from search.space import tree as trees
+from search.space.domain import Choice, Domain, Integer, Real
+from search.space.file import load_space
+from search.space.loading import load
 from trainables.contract import Trial
 
 

@@ -13,26 +13,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from search import cluster, yaml_file
 from search import run as engine
-from search import tree as trees
-from search import yaml_file
 from search.export import BEST_TRIAL, export, export_trial
-from search.folder import SPACE, STUDY, is_there, running
+from search.files import is_there
 from search.interruption import Interruption
-from search.journal import drop_lock
-from search.loading import Trainable, where
-from search.mirror import Mirror, above, below
 from search.options import Options, results_folder
 from search.packing import cannot_share, measure
 from search.plan import AT_THE_START, Node, Plan, Unmeasured, estimate, make_plan
-from search.ran import how_it_ran, write_space
-from search.record import Record, left_to_run, unmended
+from search.records.folder import SPACE, STUDY, running
+from search.records.journal import drop_lock
+from search.records.mirror import Mirror, above, below
+from search.records.provenance import how_it_ran, write_space
+from search.records.record import Record, left_to_run, unmended
 from search.results import as_of_now, read_results, summary, why, write_results
 from search.retry import retry_failed
 from search.sampler import grid_size, sampler_maker, unlearned
 from search.scheduler import make_scheduler, unheeded
 from search.space import Space
-from search.space_file import load_space, read_space
+from search.space import tree as trees
+from search.space.file import load_space, read_space
+from search.space.loading import Trainable, where
 from search.study import open_study
 from search.tables import MARKDOWN
 from search.warm_start import check_comparable, read_earlier, take_over
@@ -71,7 +72,7 @@ def report(folder: str, trial: str | None, exported: Sequence[str] | None = None
 
 def nodes_for(options: Options) -> tuple[Node, ...]:
     """The machines that a search would have; a cluster is joined for that."""
-    return engine.start_ray(options.address) if options.address else engine.this_machine()
+    return cluster.start_ray(options.address) if options.address else cluster.this_machine()
 
 
 def resolve(options: Options, nodes: Sequence[Node]) -> Resolved:
@@ -120,7 +121,7 @@ def search(options: Options, mirror_of_all: Mirror | None = None) -> engine.Outc
         if mirror is not None:
             mirror.begin()
         if not options.address:
-            engine.start_ray(None)
+            cluster.start_ray(None)
         if space.resources.gpus_per_worker == "auto" and alone is None and not interruption.pressed:
             plan = make_plan(space, nodes, measure(space, nodes, interruption))
             print(f"plan: {plan}", flush=True)

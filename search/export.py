@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from search import yaml_file
-from search.folder import SPACE, STUDY, Saved, TrialFolder, is_whole
-from search.mirror import fetch, local
-from search.record import Record, best_of
+from search.records.folder import SPACE, STUDY, Saved, TrialFolder, is_whole
+from search.records.mirror import fetch, local
+from search.records.record import Record, best_of
 from search.results import by_number, read_results
 from search.space import Space
 from trainables.contract import UserError

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from search import run as engine
 from search.command import cap_to_grid, check_unused, nodes_for, prepare, resolve, search
-from search.folder import SPACE, STUDY
-from search.mirror import Mirror, below, fetch, folders_at, holds_search
 from search.options import Options
-from search.record import INTERRUPTED, best_of
+from search.records.folder import SPACE, STUDY
+from search.records.mirror import Mirror, below, fetch, folders_at, holds_search
+from search.records.record import INTERRUPTED, best_of
 from search.results import read_results
-from search.sections import Table
-from search.space_file import load_space
+from search.space.file import load_space
+from search.space.sections import Table
 from search.study import ended_after, open_study
 from search.tables import Cell, cells_of, read_tables, write_tables
 from trainables.contract import UserError

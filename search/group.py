@@ -24,13 +24,13 @@ import ray.train.torch
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from search.machines import alive, gone
-from search.mailbox import Mailbox
-from search.messages import Answer, Begin, Blew, Broke, Command, Leave, Quit, RanOut, Reported
-from search.overdue import answered_within
-from search.plain import LONGEST_REASON, short_line
-from search.printed import Printed
-from search.ranks import RankLoop
+from search.cluster import alive, gone
+from search.text import LONGEST_REASON, short_line
+from search.workers.mailbox import Mailbox
+from search.workers.messages import Answer, Begin, Blew, Broke, Command, Leave, Quit, RanOut, Reported
+from search.workers.printed import Printed
+from search.workers.ranks import RankLoop
+from search.workers.watchdog import answered_within
 
 POLL_S = 1.0  # how often a wait looks whether the group still lives
 GRACE_S = 20.0  # for the other ranks to answer, once one of them has failed

@@ -10,9 +10,9 @@ from typing import Any
 
 from ray.tune import TuneError
 
-from search.folder import says_full
-from search.loading import where
-from search.plain import said, short_line
+from search.files import says_full
+from search.space.loading import where
+from search.text import said, short_line
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what Slurm sends before the time is over
 

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from search.machines import alive
+from search.cluster import alive
 
 LOOK_S = 5.0  # between two looks
 PATIENCE_S = 20.0  # with what waits for room; after a trial, one group takes the place of another

@@ -7,10 +7,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from search.decode import did_you_mean
 from search.export import BEST_TRIAL, empty_folder
-from search.folder import SPACE, STUDY, is_there
-from search.mirror import above, fetch, is_uri, local
+from search.files import is_there
+from search.records.folder import SPACE, STUDY
+from search.records.mirror import above, fetch, is_uri, local
+from search.space.decode import did_you_mean
 from trainables.contract import UserError
 
 DEFAULT_RESULTS = "results"

@@ -14,12 +14,12 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from search.domain import Choice, Integer
 from search.interruption import Interruption
-from search.loading import Trainable, load
 from search.plan import MIB, Measured, Node, Unmeasured, is_simulated, obstacle
 from search.space import Space, Values
-from search.surroundings import Surroundings, settle
+from search.space.domain import Choice, Integer
+from search.space.loading import Trainable, load
+from search.workers.surroundings import Surroundings, settle
 from trainables.contract import Trial, default_device
 
 DRAWS = 200  # of the space, among which the largest are looked for

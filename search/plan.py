@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from search.ranks import ALLOCATOR_ROOM
 from search.space import Space
+from search.workers.ranks import ALLOCATOR_ROOM
 from trainables.contract import UserError
 
 MIB = 2**20

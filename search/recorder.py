@@ -15,11 +15,12 @@ from ray.tune.experiment import Trial
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from search.folder import TrialFolder, is_full
-from search.health import remarks
+from search.files import is_full
 from search.interruption import Hopeless, Interruption
-from search.record import RAN_TO_END, Record, unmeasured
-from search.study import Ledger, OpenTrial
+from search.ledger import Ledger, OpenTrial
+from search.records.folder import TrialFolder
+from search.records.health import remarks
+from search.records.record import RAN_TO_END, Record, unmeasured
 from search.trial import EPOCH, METRICS, REASON, STATUS
 
 HOPELESS = 10  # trials that fail one after another, or two for each slot: that is a bug, and not the settings

@@ -12,24 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from search import yaml_file
-from search.decode import did_you_mean
-from search.folder import (
-    BEST,
-    ERROR,
-    PRINTED,
-    REPORT,
-    SPACE,
-    STUDY,
-    TRIALS_CSV,
-    TrialFolder,
-    is_running,
-    is_there,
-    replace_text,
-)
-from search.patterns import patterns
-from search.record import INTERRUPTED, RAN_TO_END, RUNNING, STATUSES, Record, best_of, unmended
+from search.files import is_there, replace_text
+from search.records.folder import BEST, ERROR, PRINTED, REPORT, SPACE, STUDY, TRIALS_CSV, TrialFolder, is_running
+from search.records.patterns import patterns
+from search.records.record import INTERRUPTED, RAN_TO_END, RUNNING, STATUSES, Record, best_of, unmended
 from search.space import Space
-from search.space_file import read_space
+from search.space.decode import did_you_mean
+from search.space.file import read_space
 from search.study import open_study, records
 from trainables.contract import UserError
 

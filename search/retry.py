@@ -6,8 +6,8 @@ from pathlib import Path
 
 from optuna.trial import TrialState, create_trial
 
-from search.folder import STUDY, TrialFolder
-from search.record import unmended
+from search.records.folder import STUDY, TrialFolder
+from search.records.record import unmended
 from search.space import Space
 from search.study import distributions_of, open_study, params_of, records
 

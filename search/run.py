@@ -3,63 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
-import signal
-import socket
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import optuna
 import ray
-import torch
 from ray import tune
-from ray.exceptions import AuthenticationError
 from ray.tune.schedulers import TrialScheduler
 
-from search.folder import SCRATCH, STUDY, TrialFolder
 from search.group import GroupSpec
-from search.health import compared
 from search.interruption import Interruption
+from search.ledger import Ledger
 from search.lookout import Lookout
-from search.mirror import Mirror
-from search.plain import one_line
-from search.plan import Node, Plan
-from search.record import INTERRUPTED, Record, best_of
+from search.plan import Plan
 from search.recorder import Recorder
+from search.records.folder import SCRATCH, STUDY, TrialFolder
+from search.records.health import compared
+from search.records.mirror import Mirror
+from search.records.record import INTERRUPTED, Record, best_of
 from search.results import trial_line, write_results
-from search.sampler import StudySearcher, sampler_maker
+from search.sampler import sampler_maker
 from search.scheduler import PAUSING, Past, make_scheduler
+from search.searcher import StudySearcher
 from search.space import Space
-from search.study import Ledger, mark_ended, open_study, records
+from search.study import mark_ended, open_study, records
 from search.trial import Job, Slot
-from trainables.contract import UserError
-
-# What Ray's processes must find in their environment. Ray has no other way to be told.
-RAY_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # a slot without a machine waits for one
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # `print` would log each line as well, and it would be kept twice
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config mean the driver's working directory
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_maximum_startup_concurrency": "16",  # a group is half a dozen processes, most of them asleep
-    "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints nothing of its own
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the recorder writes our own files
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the end of a trial carries no objective
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see Interruption
-    "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # after Ctrl-C: a slot in the middle of an epoch is not waited for
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
-
-
-ANSWER_S = 10.0  # for the head of a cluster to take a connection
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, "QUOTA PERIOD" in microseconds; QUOTA may be max
 
 
 @dataclass(frozen=True)
@@ -93,85 +65,6 @@ class _Stop(tune.Stopper):
 
     def stop_all(self) -> bool:
         return self._interruption.came or self.out_of_time
-
-
-def this_machine() -> tuple[Node, ...]:
-    """What a Ray of its own would have here; raises UserError for GPUs that PyTorch cannot use."""
-    gpus = torch.cuda.device_count()
-    if gpus and not torch.cuda.is_available():  # the former asks the driver alone
-        raise UserError(
-            f"there are {gpus} GPUs here, and PyTorch {torch.__version__} cannot use them: {_why_no_cuda()}; install "
-            "the driver that it wants, or search on the CPU with CUDA_VISIBLE_DEVICES= in the environment"
-        )
-    return (Node(cpus=cpus_here(), gpus=gpus),)
-
-
-def _why_no_cuda() -> str:
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return one_line(str(error), type(error).__name__)
-    return "no reason given"
-
-
-def cpus_here() -> int:
-    """The cores that this process may run on, and no more than its container's share of their time is worth."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-
-
-def start_ray(address: str | None) -> tuple[Node, ...]:
-    """Join the cluster at `address`, or start a local one, unless that has been done; returns its nodes."""
-    os.environ.update(RAY_ENVIRONMENT)
-    # Tune complains of log files that we do not let it write, and of trials that the tables explain better.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    arguments: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
-    if address is None:
-        # And not one that somebody else has started here; with as many CPUs as the plan counts on.
-        arguments |= {"address": "local", "num_cpus": cpus_here()}
-        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a machine of one's own is not taken away
-    else:
-        arguments |= {"address": address, "runtime_env": {"env_vars": RAY_ENVIRONMENT}}
-    if not ray.is_initialized():
-        heeding = signal.getsignal(signal.SIGTERM)
-        # Ray's processes ignore for good what is ignored while they are started: Slurm may send it to all of a job.
-        heeding_usr1 = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        try:
-            if address is not None:
-                _knock(address)
-            context = ray.init(**arguments)
-        except (OSError, ValueError) as error:
-            if address is None:
-                raise
-            raise UserError(f"--address {address}: no Ray cluster answers there: {error}") from None
-        except AuthenticationError as error:
-            raise UserError(
-                f"the Ray cluster wants its token, and got none or another: {one_line(str(error), '')}; put it into "
-                "~/.ray/auth_token and set RAY_AUTH_MODE=token, or unset that where the cluster has no token"
-            ) from None
-        finally:
-            signal.signal(signal.SIGUSR1, heeding_usr1)
-        signal.signal(signal.SIGTERM, heeding)  # Ray has put its own in its place, under which the process aborts
-        if context.dashboard_url:
-            asks = os.environ.get("RAY_AUTH_MODE") == "token"
-            token = " (it asks for a token: `ray get-auth-token` prints it)" if asks else ""
-            print(f"dashboard: http://{context.dashboard_url}{token}", flush=True)
-    return tuple(_node(entry["Resources"]) for entry in ray.nodes() if entry["Alive"])
-
-
-def _knock(address: str) -> None:
-    """Raises OSError or ValueError where nobody listens; Ray would go on trying for minutes."""
-    there = urlsplit(address if "://" in address else f"//{address}")
-    if there.port is not None:
-        socket.create_connection((there.hostname or "", there.port), timeout=ANSWER_S).close()
-
-
-def _node(resources: Mapping[str, float]) -> Node:
-    return Node(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
 
 
 def run(

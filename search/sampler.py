@@ -1,18 +1,16 @@
-"""The samplers by name, and Tune's view of the ledger: a Searcher that asks it for settings."""
+"""The samplers by name, and which of them can search what."""
 
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
-from ray.tune.search import Searcher
 
+from search.learning.surrogate import SurrogateSampler
+from search.ledger import MakeSampler
 from search.space import Space
-from search.study import Ledger, MakeSampler
-from search.surrogate import SurrogateSampler
 from trainables.contract import UserError
 
 WHOLE_TRIALS = ("cmaes", "nsga2")  # these learn from trials that ran to their end, and from no other
@@ -102,31 +100,3 @@ def _silent(kind: Any, **arguments: Any) -> BaseSampler:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler: BaseSampler = kind(**arguments)
         return sampler
-
-
-class StudySearcher(Searcher):
-    """Asks the ledger whenever Tune has room for a trial. Endings reach the ledger by `search.recorder`."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__()
-        self._ledger = ledger
-
-    def set_search_properties(self, metric: Any, mode: Any, config: dict[str, Any], **spec: Any) -> bool:
-        self._metric, self._mode = metric, mode
-        return True
-
-    def suggest(self, trial_id: str) -> Any:
-        opened = self._ledger.ask(trial_id)
-        if opened is None:
-            return Searcher.FINISHED
-        return {"number": opened.number, "values": dict(opened.values)}
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Nothing here: the result alone does not say why a trial ended."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Tune keeps a snapshot of its searcher; ours is the study, and this only satisfies Tune."""
-        Path(checkpoint_path).touch()
-
-    def restore(self, checkpoint_path: str) -> None:
-        """See `save`."""

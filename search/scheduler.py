@@ -18,8 +18,8 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from search.domain import Choice, Integer, Parameter, Real
 from search.space import Space
+from search.space.domain import Choice, Integer, Parameter, Real
 from search.trial import EPOCH, OBJECTIVE
 from trainables.contract import UserError
 

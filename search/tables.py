@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from search import yaml_file
-from search.decode import did_you_mean
-from search.folder import BEST, REPORT, replace_text
-from search.sections import Table, tables_in
-from search.space_file import profiled
+from search.files import replace_text
+from search.records.folder import BEST, REPORT
+from search.space.decode import did_you_mean
+from search.space.file import profiled
+from search.space.sections import Table, tables_in
 from trainables.contract import UserError
 
 MARKDOWN = "tables.md"

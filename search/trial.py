@@ -16,16 +16,17 @@ from typing import Any
 
 from ray import tune
 
-from search.folder import TrialFolder, is_full, last_checkpoint
+from search.files import is_full
 from search.group import Group, GroupDied, GroupSpec
-from search.health import compared
-from search.messages import Advance, Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
-from search.plain import short_line
-from search.record import RAN_TO_END
+from search.records.folder import TrialFolder, last_checkpoint
+from search.records.health import compared
+from search.records.record import RAN_TO_END
 from search.space import Space
+from search.text import short_line
+from search.workers.messages import Advance, Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
 
 LOSSES = 2  # machines that a trial may lose after one and the same epoch; it may be what takes them down
-# Keys of a result. OBJECTIVE is what schedulers compare (search/health.py), a name that no metric can clash with.
+# Keys of a result. OBJECTIVE is what schedulers compare (search.records.health), a name that no metric can clash with.
 STATUS, REASON, EPOCH, OBJECTIVE, METRICS = "status", "reason", "epoch", "objective", "metrics"
 ROW = "row.json"  # beside a checkpoint that Tune hands on: the row of metrics.jsonl that goes with it
 

@@ -11,12 +11,14 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState, create_trial
 
-from search import tree as trees
-from search.folder import SPACE, STUDY, is_there
-from search.record import longest_of
+from search.files import is_there
+from search.learning.lessons import constraints_told
+from search.records.folder import SPACE, STUDY
+from search.records.record import longest_of
 from search.space import Space, Values
-from search.space_file import read_space
-from search.study import constraints_told, directions_of, distributions_of, open_study, params_of
+from search.space import tree as trees
+from search.space.file import read_space
+from search.study import directions_of, distributions_of, open_study, params_of
 from trainables.contract import UserError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from search.folder import replace_text
+from search.files import replace_text
 from trainables.contract import UserError
 
 _EXPONENT_WITHOUT_POINT = re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+|[-+]?\d[\d_]*\.\d*[eE]\d+")

@@ -32,7 +32,7 @@ def ray_cluster() -> Iterator[None]:
     """One Ray for all tests marked `ray`, started by the first of them. Its three CPUs need not exist."""
     import ray
 
-    from search.run import RAY_ENVIRONMENT
+    from search.cluster import RAY_ENVIRONMENT
 
     os.environ.update({**RAY_ENVIRONMENT, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"})
     ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)

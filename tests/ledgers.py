@@ -9,11 +9,12 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 
-from search.folder import STUDY
-from search.record import Record
+from search.ledger import Ledger, OpenTrial
+from search.records.folder import STUDY
+from search.records.record import Record
 from search.sampler import sampler_maker
 from search.space import Space
-from search.study import Ledger, OpenTrial, new_study, open_study
+from search.study import new_study, open_study
 
 ENDINGS = ("finished", "stopped", "diverged", "out_of_memory", "failed")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from search import yaml_file
 from search.space import Space
-from search.space_file import load_space
+from search.space.file import load_space
 
 _NUMBERS = itertools.count()
 LOSS = {"metric": "loss", "mode": "min"}

@@ -18,7 +18,7 @@ from trainables.beam.augment import Change, change_of, changed_pictures, changed
 from trainables.beam.background import FRAMES, background, without
 from trainables.beam.config import MODALITIES, Data, Simulated
 from trainables.beam.data import samples
-from trainables.beam.files import radar_maps
+from trainables.beam.files import fov_of, lidar_counts, radar_maps
 from trainables.beam.gps import gps_features, mirrored_m
 from trainables.beam.health import dba_of_guessing
 from trainables.beam.prepare import prepare_data
@@ -147,6 +147,23 @@ def test_a_mirrored_window_is_the_windows_mirror_image(data: Data) -> None:
     torch.testing.assert_close(turned["gps"][..., 8], -plain["gps"][..., 8], atol=1e-4, rtol=0)  # towards the car
     for name in ("index", "scenario"):
         torch.testing.assert_close(turned[name], plain[name])
+
+
+@pytest.mark.parametrize("per_scenario", [False, True])
+@pytest.mark.parametrize("scenario", ["scenario31", "scenario32", "scenario33", "scenario34"])
+def test_a_mirrored_lidar_sees_mirrored_points_through_a_mirrored_field_of_view(
+    scenario: str, per_scenario: bool
+) -> None:
+    """Which is the same field of view only where its middle is straight ahead."""
+    fov = fov_of(scenario, per_scenario)
+    x, (low_m, high_m) = fov
+    points = np.random.default_rng(0).uniform((-80, -60, -3), (10, 60, 3), (500, 3))
+    other_side = points * (1, -1, 1)
+    turned = mirrored("lidar", torch.from_numpy(lidar_counts(points, SIZE, fov)))
+    assert turned.sum() > 0
+    assert torch.equal(turned, torch.from_numpy(lidar_counts(other_side, SIZE, (x, (-high_m, -low_m)))))
+    same_view = torch.equal(turned, torch.from_numpy(lidar_counts(other_side, SIZE, fov)))
+    assert same_view == (not per_scenario) == (low_m == -high_m)
 
 
 @pytest.mark.parametrize("size", [8, 32])

@@ -16,9 +16,11 @@ from torch import Tensor
 from trainables.beam import fusion, rebuild
 from trainables.beam.config import Data, Modality, Pretrain, Rebuild, RebuildLoss, Simulated
 from trainables.beam.data import samples
+from trainables.beam.health import fusion_signs
 from trainables.beam.rebuild_network import RebuildNetwork, first_stages, insert
 from trainables.beam.reconstruct import contrast_chance
 from trainables.contract import Report, Trial, UserError
+from trainables.memory import MIB
 from trainables.optim import Optim
 
 OPTIM = Optim(lr=1e-3, batch_size=8)
@@ -435,14 +437,75 @@ def test_recovered(upper: float, missing: float, now: float, expected: dict[str,
     assert rebuild.recovered(upper, missing, now) == pytest.approx(expected)
 
 
-def test_the_chance_level_of_the_contrast_is_that_of_the_micro_batches() -> None:
-    loss = RebuildLoss()
-    chance = {size: contrast_chance(size, loss.temperature, loss.contrast_form) for size in range(1, 25)}
-    assert rebuild.contrast_chance_of(24, 24, 1, loss) == pytest.approx(chance[24])
-    assert rebuild.contrast_chance_of(24, 16, 1, loss) == pytest.approx((16 * chance[16] + 8 * chance[8]) / 24)
-    on_two = (8 * chance[8] + 5 * chance[5]) + (8 * chance[8] + 4 * chance[4])
-    assert rebuild.contrast_chance_of(25, 8, 2, loss) == pytest.approx(on_two / 25)
-    assert rebuild.contrast_chance_of(2, 8, 4, loss) == 0.0  # one window each of two ranks, none of the others
+@pytest.mark.parametrize(
+    ("batch", "micro_batch", "ranks", "sizes", "contrasted"),
+    [
+        (24, 24, 1, [24], 1.0),
+        (24, 16, 1, [12, 12], 1.0),
+        (25, 8, 2, [7, 6, 6, 6], 1.0),
+        (9, 8, 1, [5, 4], 1.0),
+        (3, 8, 2, [2, 1], 2 / 3),
+        (5, 1, 1, [1, 1, 1, 1, 1], 0.0),
+        (2, 8, 4, [1, 1], 0.0),  # one window each of two ranks, none of the others
+    ],
+)
+def test_the_chance_level_of_the_contrast_is_that_of_the_micro_batches(
+    batch: int, micro_batch: int, ranks: int, sizes: list[int], contrasted: float
+) -> None:
+    loss = RebuildLoss(alpha_contrast=0.5)
+    assert rebuild.micro_sizes(batch, micro_batch, ranks) == sizes
+    signs = rebuild.contrast_signs(sizes, loss)
+    chance = sum(size * contrast_chance(size, loss.temperature, loss.contrast_form) for size in sizes)
+    assert signs == pytest.approx({"loss_contrast_chance": 0.5 * chance / batch, "contrasted": contrasted})
+
+
+@pytest.mark.parametrize(
+    ("optim", "ranks", "told"),
+    [
+        (
+            {"batch_size": 2},
+            2,
+            r"batch_size = 2, optim\.micro_batch = None and 2 ranks each .*batch_size to 4 or more",
+        ),
+        ({"batch_size": 1}, 1, r"batch_size = 1, optim\.micro_batch = None and 1 rank each .*batch_size to 2 or more"),
+        ({"batch_size": 8, "micro_batch": 1}, 1, r"batch_size = 8, optim\.micro_batch = 1 and 1 rank each"),
+    ],
+)
+def test_a_contrast_of_windows_that_are_always_alone_is_refused(
+    config: rebuild.Config, optim: dict[str, Any], ranks: int, told: str
+) -> None:
+    """Its loss would be 0, as if it were learnt."""
+    config = replace(config, optim=replace(OPTIM, **optim))
+    with pytest.raises(UserError, match=rf"^loss\.alpha_contrast = 1 needs two windows in a micro-batch, .*{told}"):
+        next(rebuild.train(Trial(config, world_size=ranks)))
+    rebuild.check_contrast(replace(config, loss=RebuildLoss(alpha_contrast=0.0)), ranks)
+    rebuild.check_contrast(replace(config, optim=replace(OPTIM, batch_size=3)), 2)
+
+
+def test_a_contrast_that_memory_left_no_pairs_for_is_reported_as_none(config: rebuild.Config) -> None:
+    config = replace(config, pretrain=Pretrain(epochs=0), optim=replace(OPTIM, batch_size=2), epochs=1)
+    need_mb = [
+        rebuild.memory_need(Trial(replace(config, optim=replace(OPTIM, batch_size=size)))) / MIB for size in (1, 2)
+    ]
+    (report,) = rebuild.train(Trial(config, memory_limit_mb=sum(need_mb) / 2))
+    assert (report.metrics["micro_batch"], report.metrics["contrasted"], report.metrics["loss_contrast"]) == (1, 0, 0)
+    (report,) = rebuild.train(Trial(config))
+    assert (report.metrics["micro_batch"], report.metrics["contrasted"]) == (2, 1)
+
+
+@torch.no_grad()
+def test_the_health_signs_are_those_of_what_the_objective_scores(config: rebuild.Config) -> None:
+    model, batch = network(config).eval(), batch_of(config)
+    model.fusion.absent["image"].fill_(3.0)  # its stand-in is nothing like what is rebuilt
+    maps = model.fusion.first_maps(batch)
+    rebuilt = insert(maps, model.translate(model.parts(maps)), torch.ones(4, dtype=torch.bool))
+    less = model.fusion.withhold(maps, fusion.everywhere(("image",), batch["beam"]))
+    found = rebuild.score(model, batch, config)
+    for variant, same in ((rebuilt, True), (less, False), (maps, False)):
+        with fusion_signs(model.fusion) as signs:
+            model.fusion.fuse(variant, batch["gps"])
+        assert len(signs) == 4 * 4
+        assert all(torch.equal(found[name][0], sign[0]) for name, sign in signs.items()) == same
 
 
 def test_what_is_reported_is_measured_by_the_network_as_it_came(
@@ -452,7 +515,8 @@ def test_what_is_reported_is_measured_by_the_network_as_it_came(
     config = replace(config, optim=replace(OPTIM, micro_batch=5), pretrain=Pretrain(epochs=0), epochs=1)
     (report,) = rebuild.train(Trial(config))
     assert report.metrics["recovered"] == pytest.approx((report.metrics["dba_rebuilt"] - 0.1) / 0.8)
-    assert report.metrics["loss_contrast_chance"] == rebuild.contrast_chance_of(8, 5, 1, config.loss)
+    assert report.metrics["loss_contrast_chance"] == contrast_chance(4, 0.1)
+    assert report.metrics["contrasted"] == 1
 
 
 def test_noise_in_the_place_of_a_sensor_is_the_same_whatever_was_drawn_before(config: rebuild.Config) -> None:

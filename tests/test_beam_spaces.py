@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from search.space_file import load_space
+from search.space.file import load_space
 from trainables.contract import Diverged, Trial
 from trainables.optim import Optim, lr_factor
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from printed import read_until
 
-from search.space_file import load_space
+from search.space.file import load_space
 from search.study import ended_after, open_study
 
 pytestmark = pytest.mark.ray

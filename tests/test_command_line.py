@@ -23,18 +23,18 @@ from s3 import Store
 from spaces import write_family
 
 import launch
-from search import command, folder, yaml_file
+from search import cluster, command, files, yaml_file
 from search import run as engine
-from search.folder import TrialFolder, running
 from search.interruption import SIGNALS
-from search.mirror import Mirror
 from search.plan import Node, make_plan
-from search.ran import write_space
-from search.record import best_of
+from search.records.folder import SCRATCH, TrialFolder, running
+from search.records.mirror import Mirror
+from search.records.provenance import write_space
+from search.records.record import best_of
 from search.space import Space
-from search.space_file import load_space, read_space
-from search.states import save_state
+from search.space.file import load_space, read_space
 from search.study import ended_after, open_study, records
+from search.workers.states import save_state
 
 ROOT = Path(__file__).parents[1]
 SPACE: dict[str, Any] = {
@@ -229,7 +229,7 @@ def test_a_search_goes_on_as_it_was(override: str, changed: str, run: Run, tmp_p
 
 def test_other_constraints_judge_the_trials_anew(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = finished_search(tmp_path)
-    monkeypatch.setattr(engine, "start_ray", lambda address: None)
+    monkeypatch.setattr(cluster, "start_ray", lambda address: None)
     for limit, status, told in ((-1.0, 1, "no trial finished and kept the constraints"), (9.0, 0, "best: trial 0")):
         constraints = f"constraints={{loss: {{max: {limit}}}}}"
         ended, out, _ = run("--resume", str(results), "--trials", "1", "--set", constraints)
@@ -278,7 +278,7 @@ def test_two_processes_do_not_run_one_search(run: Run, tmp_path: Path) -> None:
 def test_a_lock_that_a_killed_process_left_is_not_waited_for(
     target: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "start_ray", lambda address: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(cluster, "start_ray", lambda address: os.kill(os.getpid(), signal.SIGINT))
     results = finished_search(tmp_path)
     (results / "study.journal.lock").symlink_to(target)
     assert run("--resume", str(results))[0] == 130
@@ -298,7 +298,7 @@ def test_a_folder_that_cannot_be_written_to_is_reported_all_the_same(
     def full(path: Path, *chunks: bytes) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(folder, "replace_bytes", full)
+    monkeypatch.setattr(files, "replace_bytes", full)
     status, told, _ = run("--report", str(results))
     assert status == 0
     assert "best: trial 0" in told
@@ -325,7 +325,7 @@ def test_an_export_that_fails_leaves_the_search_its_exit_status(
         found = records(ledger.study, space)
         return engine.Outcome(tuple(found), tuple(best_of(found, space)), interrupted=False)
 
-    monkeypatch.setattr(engine, "start_ray", lambda address: None)
+    monkeypatch.setattr(cluster, "start_ray", lambda address: None)
     monkeypatch.setattr(engine, "run", ran)
     status, _, told = run(*TOY, "--name", "mine", "--export", "best", "model")
     assert status == 0
@@ -424,7 +424,7 @@ def test_ctrl_c_before_there_is_anything_to_go_on_with_is_status_130(
 def test_ctrl_c_while_ray_starts_leaves_a_search_to_go_on_with(
     how: signal.Signals, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(engine, "start_ray", lambda address: os.kill(os.getpid(), how))
+    monkeypatch.setattr(cluster, "start_ray", lambda address: os.kill(os.getpid(), how))
     status, out, told = run(*TOY, "--name", "early", "--cold", "--export", "best", "my model")
     assert (status, told) == (130, "")
     assert "no trial was run" in out
@@ -438,7 +438,7 @@ def test_ctrl_c_while_ray_starts_leaves_a_search_to_go_on_with(
 def test_a_mirror_that_cannot_be_used_leaves_nothing_in_the_way(
     uri: str, told: str, run: Run, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "start_ray", lambda address: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(cluster, "start_ray", lambda address: os.kill(os.getpid(), signal.SIGINT))
     status, _, error = run(*TOY, "--name", "night", "--results", uri)
     assert (status, error.count("\n")) == (2, 1)
     assert f"{uri}/night: {told}" in error
@@ -453,7 +453,7 @@ class TestResumeOfAMirroredSearch:
     @pytest.fixture
     def there(self, run: Run, store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
         """The mirror of results/night, a search that was interrupted at once."""
-        monkeypatch.setattr(engine, "start_ray", lambda address: os.kill(os.getpid(), signal.SIGINT))
+        monkeypatch.setattr(cluster, "start_ray", lambda address: os.kill(os.getpid(), signal.SIGINT))
         run(*TOY, "--name", "night", "--results", "s3://bucket/my%20runs")
         return store.folder / "bucket/my runs/night"
 
@@ -511,7 +511,7 @@ def test_what_a_search_could_not_go_on_for_stands_before_the_line_that_resumes(
     hopeless: bool, again: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = engine.Outcome((), (), interrupted=True, reason="it says why", hopeless=hopeless)
-    monkeypatch.setattr(engine, "start_ray", lambda address: None)
+    monkeypatch.setattr(cluster, "start_ray", lambda address: None)
     monkeypatch.setattr(engine, "run", lambda *_: cut)
     status, out, _ = run(*TOY, "--name", "full")
     line = f"interrupted: it says why; go on with: python platform/launch.py {again}\n"
@@ -522,7 +522,7 @@ def test_what_fails_at_the_end_of_a_search_leaves_the_rest_to_be_done(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = finished_search(tmp_path)
-    (results / folder.SCRATCH).mkdir()
+    (results / SCRATCH).mkdir()
     space, _ = load_space(tmp_path / "search_spaces/toy.yaml", ["search.trials=1"])
 
     def full(*_: object) -> None:
@@ -533,7 +533,7 @@ def test_what_fails_at_the_end_of_a_search_leaves_the_rest_to_be_done(
     outcome = engine.run(space, make_plan(space, [Node(1, 0)]), results, mirror=mirror)
     assert (outcome.interrupted, len(outcome.best)) == (True, 1)
     assert outcome.reason == "the disk is full ([Errno 28] No space left on device)"
-    assert not (results / folder.SCRATCH).exists()
+    assert not (results / SCRATCH).exists()
     assert (tmp_path / "mirror/study.journal").exists()
     assert ended_after(open_study(results / "study.journal", space, create=False)) is None
 
@@ -625,7 +625,7 @@ def test_what_failed_is_run_again_where_that_is_asked_for(
     def ran(space: Space, *_: object) -> engine.Outcome:
         return engine.Outcome(tuple(records(open_journal(space, results).study, space)), (), interrupted=False)
 
-    monkeypatch.setattr(engine, "start_ray", lambda address: None)
+    monkeypatch.setattr(cluster, "start_ray", lambda address: None)
     monkeypatch.setattr(engine, "run", ran)
     told = run("--resume", str(results), "--retry-failed")[1]
     assert "\nrun again: trial 1 as 2\n" in told
@@ -641,11 +641,11 @@ def test_a_container_has_the_cpus_that_its_quota_pays_for(
     quota: str, cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpu.max").write_text(quota)
-    monkeypatch.setattr(engine, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cluster, "CPU_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
-    assert engine.cpus_here() == cpus
-    monkeypatch.setattr(engine, "CPU_QUOTA", tmp_path / "none")
-    assert engine.cpus_here() == 8
+    assert cluster.cpus_here() == cpus
+    monkeypatch.setattr(cluster, "CPU_QUOTA", tmp_path / "none")
+    assert cluster.cpus_here() == 8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its GPUs can be used")

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 
 import pytest
 
-from search.decode import decode, did_you_mean
+from search.space.decode import decode, did_you_mean
 from trainables.contract import UserError
 
 

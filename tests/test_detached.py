@@ -26,8 +26,8 @@ import torch
 import yaml
 from printed import read_until
 
-from search.record import Record
-from search.space_file import read_space
+from search.records.record import Record
+from search.space.file import read_space
 from search.study import open_study, records
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 import pytest
 
-from search.domain import is_domain, parse_domain
+from search.space.domain import is_domain, parse_domain
 from trainables.contract import UserError
 
 DOMAINS: list[dict[str, Any]] = [

@@ -24,18 +24,18 @@ from ray.tune.schedulers import TrialScheduler
 
 from search import run as engine
 from search.command import folder_of, open_results
-from search.folder import TrialFolder
 from search.group import Group, GroupDied, GroupSpec
-from search.messages import Advance, Begin, Reported
 from search.options import Options
 from search.plan import Node, make_plan
+from search.records.folder import TrialFolder
 from search.results import trials_table, why
 from search.retry import retry_failed
 from search.scheduler import make_scheduler
-from search.space_file import load_space
-from search.states import load_state
+from search.space.file import load_space
 from search.study import ended_after, open_study
 from search.trial import METRICS
+from search.workers.messages import Advance, Begin, Reported
+from search.workers.states import load_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 HERE = Path(__file__).parent

@@ -14,12 +14,12 @@ from spaces import LOSS, space_of
 
 from search import yaml_file
 from search.export import export, export_trial
-from search.folder import TrialFolder
-from search.mirror import Mirror
+from search.records.folder import TrialFolder
+from search.records.mirror import Mirror
 from search.results import read_results
 from search.space import Space
-from search.space_file import load_space
-from search.states import save_state
+from search.space.file import load_space
+from search.workers.states import save_state
 from trainables.contract import State, UserError
 
 RAN = {"space": "toy", "commit": "0cb57c5", "versions": {"torch": "2.13.0"}}

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from search.folder import LONG_S, TrialFolder, is_running, last_checkpoint, replace_bytes, replace_text, running
-from search.states import save_state
+from search.files import replace_bytes, replace_text
+from search.records.folder import LONG_S, TrialFolder, is_running, last_checkpoint, running
+from search.workers.states import save_state
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from search.group import worst_of
-from search.messages import Answer, Blew, Broke, Ended, RanOut, Reported
+from search.workers.messages import Answer, Blew, Broke, Ended, RanOut, Reported
 
 REPORTED, ENDED = Reported(metrics={"loss": 0.5}), Ended()
 

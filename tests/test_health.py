@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from search.health import compared, remarks
-from search.sections import Objective
+from search.records.health import compared, remarks
+from search.space.sections import Objective
 
 DBA = Objective(metric="dba", mode="max")
 ERROR = Objective(metric="error", mode="min")

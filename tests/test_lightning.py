@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
+import json
 import pickle
+import re
+import sys
+import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -22,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated"),
 ]
-KINDS = ["steps", "epochs", "plateau", "norm"]
+KINDS = ["steps", "epochs", "plateau", "norm", "by hand"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,8 @@ def toy() -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_at_a_time_is_lightnings_one_go(toy: Any, kind: str) -> None:
     whole = toy.net(kind)
-    trainer = toy.pl.Trainer(max_epochs=toy.EPOCHS, accelerator="cpu", devices=1, enable_checkpointing=False, **QUIET)
+    off = {**QUIET, "logger": False, "enable_checkpointing": False}
+    trainer = toy.pl.Trainer(max_epochs=toy.EPOCHS, accelerator="cpu", devices=1, **off)
     trainer.fit(whole, *toy.loaders())
     parts = toy.net(kind)
     metrics, states = toy.run(parts, toy.loaders())
@@ -72,12 +78,93 @@ def test_divergence_ends_in_its_step_before_a_weight_has_changed(toy: Any) -> No
     torch.testing.assert_close(module.net.state_dict(), module.before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "step", "settings"),
+    [
+        ("steps", 7, {}),
+        ("steps", 7, {"gradient_clip_val": 1.0}),  # which would make all weights NaN
+        ("steps", 3, {"accumulate_grad_batches": 3}),
+        ("by hand", 4, {}),
+    ],
+)
+def test_a_gradient_that_is_not_finite_ends_it_before_it_is_clipped(
+    toy: Any, kind: str, step: int, settings: dict[str, Any]
+) -> None:
+    nan_step = step - (kind == "by hand")  # then in the step of the other optimizer, which has no such gradient
+    module = toy.net(kind, nan_step=nan_step, nan="gradient")
+    error = toy.diverged(module, toy.loaders(), **settings)
+    assert re.fullmatch(rf"the gradient of net.0.weight is not finite at lr 0.0\d+ \(step {step}\)", str(error))
+    torch.testing.assert_close(module.net.state_dict(), module.before, rtol=0, atol=0)
+    assert module.net[0].weight.grad.isnan().all()
+    assert module.net[0].bias.grad.isfinite().all()
+
+
+def test_a_post_mortem_shows_what_went_before(toy: Any) -> None:
+    seen: list[float] = []
+
+    class Losses(toy.pl.callbacks.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *batch: Any) -> None:
+            seen.append(2 * float(outputs["loss"]))
+
+    module = toy.net(nan_step=3, nan="gradient")
+    settings = {"accumulate_grad_batches": 2, "callbacks": Losses()}
+    details = toy.diverged(module, toy.loaders(), **settings).details
+    assert json.loads(json.dumps(details, allow_nan=False)) == details
+    assert details["losses"][:-1] == pytest.approx(seen)
+    assert len(details["losses"]) == 2 * len(details["grad_norms"]) == 8
+    assert all(norm > 0 for norm in details["grad_norms"][:-1])
+    assert details["grad_norms"][-1] == "nan"
+    assert (details["epoch"], details["parameter"], details["rank"]) == (1, "net.0.weight", 0)
+    assert details["lr"] == module.optimizers().param_groups[0]["lr"]
+
+
+def fp16(toy: Any, init_scale: float) -> Any:
+    """Lightning's plugin for it, which on a CPU it puts in only when told to."""
+    plugins = importlib.import_module("pytorch_lightning.plugins")
+    return plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=init_scale))
+
+
+@pytest.mark.parametrize("kind", ["epochs", "fused"])
+def test_an_overflow_of_fp16_is_left_to_its_scaler(toy: Any, kind: str) -> None:
+    plugin = fp16(toy, 2.0**20)
+    toy.run(toy.net(kind), toy.loaders(), plugins=plugin)
+    assert 1 < plugin.scaler.get_scale() < 2.0**20, "it was too high"
+    error = toy.diverged(toy.net(kind, nan_step=2, nan="gradient"), toy.loaders(), plugins=fp16(toy, 8.0))
+    assert error.step == 5, "8, 4, 2: a scale of 1 is the last"
+    assert error.details["grad_norms"][-4:] == ["inf", "inf", "inf", "nan"]
+    unscaled = toy.diverged(toy.net(kind, nan_step=2, nan="gradient"), toy.loaders())
+    for name in ("losses", "grad_norms"):
+        assert error.details[name][:2] == pytest.approx(unscaled.details[name][:2], rel=0.01)
+    assert (error.details["loss_scale"], unscaled.details["loss_scale"]) == (1, None)
+
+
 def test_a_checkpoint_is_one_of_lightnings(toy: Any, tmp_path: Path) -> None:
     module = toy.net("norm")
     _, states = toy.run(module, toy.loaders())
     torch.save(states[-1], tmp_path / "state.pt")
     loaded = toy.Net.load_from_checkpoint(tmp_path / "state.pt", kind="norm")
     torch.testing.assert_close(loaded.state_dict(), module.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lost", ["_restore_modules_and_callbacks", "restore_optimizers"])
+def test_a_state_that_lightning_does_not_take_is_no_new_beginning(
+    toy: Any, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """As one would that keeps elsewhere what it has loaded, or restores it elsewhere."""
+    _, states = toy.run(toy.net(), toy.loaders())
+    checkpoints = importlib.import_module("pytorch_lightning.trainer.connectors.checkpoint_connector")
+
+    def lose(connector: Any, *args: Any) -> None:
+        if lost != "restore_optimizers":
+            connector._loaded_checkpoint = {}
+
+    monkeypatch.setattr(checkpoints._CheckpointConnector, lost, lose)
+    module = toy.net()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(UserError, match=r"not taken the state in which epoch 2 ended, .* Lightning 2.6: pip install"):
+        toy.run(module, toy.loaders(), resume=states[1])
+    if lost != "restore_optimizers":
+        torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_trial_that_is_stopped_leaves_nothing_behind(toy: Any) -> None:
@@ -114,16 +201,63 @@ def test_what_is_no_lightning_module_is_refused(toy: Any) -> None:
         next(fit(Trial({}), nn.Linear(2, 2), *toy.loaders(), max_epochs=1))
 
 
+@pytest.mark.parametrize(
+    ("part", "version", "told"),
+    [
+        ("core.lightning", "1.5.10", 'older 1.5.10, .* needs Lightning 2.6: pip install "pytorch-lightning>=2.6,<2.7"'),
+        ("core.module", "2.5.0.post0", "older 2.5.0.post0, .* needs Lightning 2.6"),
+        ("models", "1.5.10", "Mine is no LightningModule"),
+    ],
+)
+def test_an_older_lightning_is_refused_by_its_version(
+    toy: Any, monkeypatch: pytest.MonkeyPatch, part: str, version: str, told: str
+) -> None:
+    library = types.ModuleType("older")
+    vars(library)["__version__"] = version
+    monkeypatch.setitem(sys.modules, "older", library)
+    base = type("LightningModule", (nn.Module,), {"__module__": f"older.{part}"})
+    with pytest.raises(UserError, match=told):
+        next(fit(Trial({}), type("Mine", (base,), {})(), *toy.loaders(), max_epochs=1))
+
+
+def test_a_module_may_log_where_no_logger_is_asked_for(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    class Logging(toy.Net):
+        def on_train_start(self) -> None:
+            self.logger.log_hyperparams({"lr": 0.02})
+            self.logger.experiment.add_scalar("lr", 0.02, self.global_step)
+            assert self.logger.save_dir == self.trainer.log_dir == str(tmp_path)
+
+    metrics, _ = toy.run(Logging(), toy.loaders(), callbacks=toy.pl.callbacks.LearningRateMonitor("epoch"))
+    assert metrics[-1]["lr-Adam"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_logger_that_is_asked_for_is_the_modules(toy: Any, tmp_path: Path) -> None:
+    logger = importlib.import_module("pytorch_lightning.loggers").CSVLogger(tmp_path)
+    toy.run(toy.net(), toy.loaders(), logger=logger, log_every_n_steps=1)
+    assert (Path(logger.log_dir) / "metrics.csv").read_text().count("\n") > toy.EPOCHS
+    module = toy.net()
+    toy.run(module, toy.loaders(), logger=False)
+    assert module.trainer.logger is None
+
+
 def test_two_ranks_train_as_one_resume_and_diverge_together(toy: Any, tmp_path: Path) -> None:
     spawn(toy.one_of_two, args=(tmp_path,), nprocs=2)
     both = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
     alone, states = toy.run(toy.net(), toy.loaders())
-    for told, plain, shuffled, resumed in both:
-        assert told.startswith("the loss is not finite at lr ")
-        assert told.endswith("(step 4)")
+    for told, plain, shuffled, resumed, orders, seeded in both:
+        assert re.fullmatch(r"the loss is not finite at lr .* \(step 4\)", str(told["loss"]))
+        assert re.fullmatch(r"the gradient of net.0.weight is not finite at lr .* \(step 4\)", str(told["gradient"]))
+        assert (told["loss"].details["rank"], told["loss"].details["losses"][-1]) == (1, "nan")
         assert len(plain[0]) == toy.EPOCHS
         for mine, theirs in zip(plain[0], alone, strict=True):
             assert mine == pytest.approx(theirs, rel=1e-4)
         torch.testing.assert_close(plain[1][-1]["state_dict"], states[-1]["state_dict"], rtol=0, atol=1e-5)
+        assert orders[0] != orders[1], "the order of samples follows the trial's seed"
+        assert seeded[0] == shuffled[0], "and nothing that of a script"
         assert resumed[0] == shuffled[0][2:]
         torch.testing.assert_close(resumed[1][-1]["state_dict"], shuffled[1][-1]["state_dict"], rtol=0, atol=0)

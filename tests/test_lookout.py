@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 from typing import Any
 
+from search.cluster import answers
 from search.lookout import BLOCKED, PATIENCE_S, Waiting, moves
-from search.machines import answers
 
 SLOT = {"CPU": 0.0, "node:10.0.0.1": 0.6667}
 RANK = {"CPU": 4.0, "GPU": 1.0}

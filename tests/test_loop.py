@@ -29,7 +29,7 @@ from toy_task import (
     weights_of,
 )
 
-from search.states import Watch
+from search.workers.states import Watch
 from trainables.contract import State, Trial, UserError
 from trainables.loop import Task, fit
 from trainables.optim import EarlyStop, Optim, Plateau

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +13,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from small_mabe import SMALL, write_calms21
 
 from trainables.contract import UserError
-from trainables.mabe import challenge
+from trainables.mabe import challenge, prepare, tagging
 from trainables.mabe.config import CLASSES, Augment, Data, Simulated
 from trainables.mabe.data import describe, names, samples, training_frames, videos_of
+from trainables.mabe.network import Inputs
 from trainables.mabe.prepare import Prepared, prepare_data
 from trainables.mabe.simulator import ATTACK, INVESTIGATION, LABS, MOUNT, OTHER, play, simulate
-from trainables.mabe.tagging import Config
+from trainables.mabe.tagging import Config, build
 from trainables.mabe.video import UNLABELLED
+from trainables.samples import Batch
 
 SIMULATED = Simulated(videos=8, seconds=5)
 
@@ -135,20 +139,83 @@ def test_a_single_video_cannot_be_split() -> None:
 
 def test_scale_and_axes_come_from_training_videos_alone(config: Config) -> None:
     prepared = prepare_data(config.data)
-    _, label = training_frames(config)
+    _, label = training_frames(config.data)
     frames = [prepared.start[v + 1] - prepared.start[v] for v in videos_of(prepared, config.data, "train")]
     assert len(label) == sum(frames)
 
 
-def test_changed_files_are_read_anew(tmp_path: Path) -> None:
+@pytest.fixture
+def written(tmp_path: Path) -> Data:
+    """A data set in a folder of its own."""
     simulate(tmp_path / "root", Simulated(videos=4, seconds=1))
+    return Data(root=str(tmp_path / "root"), prepared=str(tmp_path / "cache"), features=("coords", "pca"), pca=3)
+
+
+def without_events(data: Data, in_place: bool) -> None:
+    """Empty the annotations of a data set, in the files as they are or in others that take their places."""
+    for path in (Path(str(data.root)) / "train_annotation").rglob("*.parquet"):
+        other = path if in_place else path.with_suffix(".new")
+        pq.write_table(pq.read_table(path).slice(0, 0), other)
+        other.replace(path)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_changed_files_are_read_anew(written: Data, in_place: bool) -> None:
+    before = prepare_data(written).labels()
+    assert before.any()
+    without_events(written, in_place)
+    if in_place:  # for the next process to notice, which knows of nothing yet
+        assert prepare_data(written).labels().any()
+        prepare._digest.cache_clear()
+    assert before.shape == prepare_data(written).labels().shape
+    assert not prepare_data(written).labels().any()
+
+
+def test_files_of_calms21_that_are_written_over_are_read_anew(tmp_path: Path) -> None:
     data = Data(root=str(tmp_path / "root"), prepared=str(tmp_path / "cache"), features=("coords",))
-    before = prepare_data(data).labels()
-    for path in (tmp_path / "root/train_annotation").rglob("*.parquet"):
-        table = pq.read_table(path).slice(0, 0)
-        pq.write_table(table, path)
-    assert before.shape == prepare_data(data).labels().shape
-    assert not prepare_data(data).labels().any()
+    path = tmp_path / "root/calms21_task1_train.json"
+    for frames in (20, 30):
+        write_calms21(path, sequences=3, frames=frames)
+        assert len(prepare_data(data).labels()) == 3 * frames
+
+
+def test_arrays_that_were_removed_are_made_again(written: Data) -> None:
+    before = prepare_data(written)
+    labels = before.labels()
+    shutil.rmtree(before.folder)
+    np.testing.assert_array_equal(prepare_data(written).labels(), labels)
+
+
+def test_a_process_looks_at_a_data_set_and_fits_it_once(written: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, fitted = list[Path](), list[Data]()
+    files, make_inputs = challenge.files, tagging.make_inputs
+
+    def counted(root: Path) -> list[Path]:
+        looked.append(root)
+        return files(root)
+
+    def made(data: Data, groups: Batch) -> Inputs:
+        fitted.append(data)
+        return make_inputs(data, groups)
+
+    monkeypatch.setattr(challenge, "files", counted)
+    monkeypatch.setattr(tagging, "make_inputs", made)
+    config = Config(data=replace(written, window=8, stride=8), model=SMALL)
+    states = []
+    for _ in range(2):
+        for split in ("train", "val"):
+            samples(config, split)
+        torch.manual_seed(0)
+        network = build(config)
+        states.append({name: value.clone() for name, value in network.state_dict().items()})
+        network.inputs.scale_F.fill_(0.0)  # a trial's own
+    assert (len(looked), len(fitted)) == (1, 1)
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    build(replace(config, data=replace(config.data, pca=2)))
+    without_events(written, in_place=False)
+    build(config)
+    assert (len(looked), len(fitted)) == (2, 3)
 
 
 def test_the_same_seed_writes_the_same_data(tmp_path: Path) -> None:

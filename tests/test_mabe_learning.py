@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from search.space_file import load_space
+from search.space.file import load_space
 from trainables.contract import Trial
 from trainables.mabe.tagging import Config, prepare, train
 

@@ -71,6 +71,17 @@ def test_principal_components_are_those_of_the_covariance() -> None:
     assert inputs.state_dict().keys() == {"centre_D", "axes_DQ", "mean_F", "scale_F"}
 
 
+def test_half_precision_begins_behind_the_inputs() -> None:
+    """The last components, scaled to a deviation of 1, are small differences of coordinates that are not small."""
+    coords = 0.5 + torch.randn(400, 6) * torch.logspace(-1, -4, 6)
+    groups = {"coords": coords, "motion": torch.randn(400, 4)}
+    inputs = make_inputs(Data(features=("motion", "pca"), pca=6), groups)
+    whole = inputs(groups)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = inputs(groups)
+    assert torch.equal(half, whole)
+
+
 def test_the_loss_is_torchs_weighted_mean_over_the_labelled_frames() -> None:
     logits, label = torch.randn(3, 10, 4), torch.randint(4, (3, 10))
     label[1, 6:] = UNLABELLED

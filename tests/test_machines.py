@@ -22,7 +22,7 @@ import pytest
 from printed import read_until
 from spaces import write_space
 
-from search.run import RAY_ENVIRONMENT
+from search.cluster import RAY_ENVIRONMENT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[1]

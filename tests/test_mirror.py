@@ -15,10 +15,10 @@ from pyarrow import fs
 from s3 import Store
 from spaces import space_of
 
-from search.folder import SCRATCH, TrialFolder
 from search.interruption import Interruption
-from search.mirror import Mirror, above, below, fetch, local
 from search.recorder import Recorder
+from search.records.folder import SCRATCH, TrialFolder
+from search.records.mirror import Mirror, above, below, fetch, local
 from search.trial import EPOCH, METRICS
 from trainables.contract import UserError
 

@@ -75,6 +75,16 @@ def test_a_plateau_lowers_the_rate_as_torch_does(mode: Any, patience: int) -> No
     assert ours.lr_ratio < 1
 
 
+def test_a_best_that_is_hardly_better_is_a_new_best() -> None:
+    """Where torch's own threshold takes it for none."""
+    patience = Patience(Optim(plateau=Plateau("f1", "max", patience=0)))
+    for value in (0.5, 0.5 + 1e-6, 0.5 + 2e-6):
+        patience.look({"f1": value})
+    assert patience.lr_ratio == 1.0
+    patience.look({"f1": 0.5 + 2e-6})
+    assert patience.lr_ratio == 0.5
+
+
 def test_a_trial_ends_after_its_patience_and_not_while_it_improves() -> None:
     patience = Patience(Optim(early_stop=EarlyStop("f1", "max", patience=2)))
     ended = []

@@ -7,8 +7,8 @@ from concurrent import futures
 
 import pytest
 
-from search.messages import Broke
-from search.overdue import answered_within
+from search.workers.messages import Broke
+from search.workers.watchdog import answered_within
 
 
 def wait_for_nobody(seconds: float) -> None:

@@ -12,14 +12,14 @@ from spaces import space_of, write_family
 from toy_task import CPU, TOY, Config
 
 from search import run as engine
-from search.folder import STUDY
 from search.interruption import Interruption
-from search.loading import load
 from search.packing import DRAWS, LARGEST, Job, cannot_share, large_settings, measure, needs, on_every_machine
 from search.plan import MIB, Measured, Node, Unmeasured, make_plan
-from search.ranks import ALLOCATOR_ROOM
+from search.records.folder import STUDY
 from search.space import Space
+from search.space.loading import load
 from search.study import open_study
+from search.workers.ranks import ALLOCATOR_ROOM
 from trainables.contract import Trial
 from trainables.loop import step_memory
 from trainables.optim import Optim

@@ -11,8 +11,8 @@ import pytest
 from scipy.stats import fisher_exact
 from spaces import space_of
 
-from search.patterns import _splits, patterns
-from search.record import Record
+from search.records.patterns import _splits, patterns
+from search.records.record import Record
 from search.space import Space
 
 CONFIG = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from search.plain import LONGEST_TEXT, one_line, plain, short_line
+from search.text import LONGEST_TEXT, one_line, plain, short_line
 
 
 class Own:

@@ -10,8 +10,8 @@ import pytest
 from spaces import space_of
 
 from search.plan import AT_THE_START, MIB, Measured, Node, Plan, Unmeasured, estimate, expected_epochs, make_plan
-from search.ranks import ALLOCATOR_ROOM
 from search.space import Space
+from search.workers.ranks import ALLOCATOR_ROOM
 from trainables.contract import UserError
 
 

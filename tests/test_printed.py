@@ -14,9 +14,9 @@ from typing import TextIO, cast
 import pytest
 from tqdm import tqdm
 
-from search import printed as module
-from search.folder import TrialFolder
-from search.printed import Printed, Tee
+from search.records.folder import TrialFolder
+from search.workers import printed as module
+from search.workers.printed import Printed, Tee
 
 
 @contextmanager

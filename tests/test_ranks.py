@@ -15,10 +15,10 @@ import pytest
 import torch
 from spaces import write_family
 
-from search.messages import Advance, Answer, Begin, Blew, Broke, Ended, Leave, RanOut, Reported
-from search.ranks import RankLoop, numbers, storages_of
-from search.states import load_state
-from search.surroundings import Surroundings
+from search.workers.messages import Advance, Answer, Begin, Blew, Broke, Ended, Leave, RanOut, Reported
+from search.workers.ranks import RankLoop, numbers, storages_of
+from search.workers.states import load_state
+from search.workers.surroundings import Surroundings
 from trainables.contract import UserError
 
 FAMILY = """

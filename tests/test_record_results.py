@@ -14,21 +14,12 @@ from ledgers import ask, open_journal
 from spaces import LOSS, space_of
 
 from search import yaml_file
-from search.folder import TrialFolder, running
-from search.record import Record, best_of
-from search.results import (
-    as_of_now,
-    read_results,
-    report_page,
-    summary,
-    trial_line,
-    trials_table,
-    why,
-    write_results,
-)
-from search.sections import Limit
+from search.records.folder import TrialFolder, running
+from search.records.record import Record, best_of
+from search.results import as_of_now, read_results, report_page, summary, trial_line, trials_table, why, write_results
 from search.space import Space
-from search.space_file import load_space
+from search.space.file import load_space
+from search.space.sections import Limit
 from search.study import open_study
 from search.warm_start import Earlier, take_over
 from trainables.contract import UserError

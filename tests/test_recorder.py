@@ -17,13 +17,13 @@ from ledgers import ask, open_journal
 from ray.exceptions import ActorUnavailableError
 from spaces import space_of
 
-from search.folder import TrialFolder
 from search.interruption import Interruption
-from search.record import Record
+from search.ledger import Ledger
 from search.recorder import HOPELESS, Recorder
-from search.states import save_state
-from search.study import Ledger
+from search.records.folder import TrialFolder
+from search.records.record import Record
 from search.trial import EPOCH, METRICS, REASON, STATUS
+from search.workers.states import save_state
 
 
 @dataclass

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.optimize import check_grad
 
-from search import regression
-from search.features import Array
-from search.regression import Regression
+from search.learning import regression
+from search.learning.features import Array
+from search.learning.regression import Regression
 
 
 def rows(number: int, features: int = 2, seed: int = 0) -> Array:

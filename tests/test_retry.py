@@ -11,14 +11,14 @@ from optuna.trial import TrialState
 from spaces import space_of
 
 from search import yaml_file
-from search.folder import TrialFolder
-from search.record import left_to_run, unmended
+from search.records.folder import TrialFolder
+from search.records.record import left_to_run, unmended
 from search.results import read_results, summary, why
 from search.retry import retry_failed
 from search.run import past_of
 from search.space import Space
-from search.states import save_state
 from search.study import records
+from search.workers.states import save_state
 
 AFTER_THE_SECOND = save_state({"epoch": 1})
 KNOWN = {"name": "from the paper", "lr": 0.125, "shape": [8, 16]}

@@ -13,9 +13,10 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 from spaces import LOSS, space_of
 
-from search.sampler import StudySearcher, grid_size, sampler_maker, unlearned
+from search.ledger import Ledger
+from search.sampler import grid_size, sampler_maker, unlearned
+from search.searcher import StudySearcher
 from search.space import Space
-from search.study import Ledger
 from trainables.contract import UserError
 
 SAMPLERS = ["tpe", "gp", "cmaes", "nsga2", "qmc", "random", "grid"]

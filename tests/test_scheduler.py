@@ -15,8 +15,8 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import SearchGenerator
 from spaces import LOSS, space_of
 
-from search.sampler import StudySearcher
 from search.scheduler import PAUSING, Past, make_scheduler, perturb
+from search.searcher import StudySearcher
 from search.space import Space
 from search.trial import EPOCH, OBJECTIVE, REASON, STATUS
 from trainables.contract import UserError

@@ -11,8 +11,8 @@ from spaces import space_of
 
 from search import trial as trial_module
 from search.group import GroupDied, GroupSpec
-from search.messages import Advance, Answer, Begin, Command, Leave, Reported
 from search.trial import EPOCH, LOSSES, Job, Slot, TrialFailed
+from search.workers.messages import Advance, Answer, Begin, Command, Leave, Reported
 
 SPEC = GroupSpec("toys:descend", (), ("loss",), 1, 1, 0.0, None, None, "no scratch")
 STATE = b"the state after an epoch"

@@ -18,7 +18,7 @@ from spaces import LOSS, space_of, write_family, write_space
 import trainables
 from search import yaml_file
 from search.space import KnownSetting, Space
-from search.space_file import load_space
+from search.space.file import load_space
 from trainables.contract import UserError
 
 FAMILY = """

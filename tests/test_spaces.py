@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from test_beam_rebuild import NOTES
 
-from search import tree as trees
 from search import yaml_file
 from search.plan import Node, make_plan
 from search.sampler import sampler_maker
 from search.scheduler import make_scheduler
 from search.space import Space
-from search.space_file import load_space
+from search.space import tree as trees
+from search.space.file import load_space
 from search.tables import cells_of, read_tables
 
 SPACES = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))

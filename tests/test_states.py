@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from search.states import Watch
+from search.workers.states import Watch
 
 
 def test_a_nan_is_found_wherever_it_is_in_a_state() -> None:

@@ -13,11 +13,14 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from spaces import LOSS, space_of
 
-from search.folder import TrialFolder
+from search.learning.lessons import penalties, severity
+from search.learning.proposals import proposal_seed
+from search.ledger import Ledger
+from search.records.folder import TrialFolder
 from search.space import Space
-from search.states import save_state
-from search.study import Ledger, open_study, penalties, proposal_seed, records, severity
+from search.study import open_study, records
 from search.warm_start import Earlier, take_over
+from search.workers.states import save_state
 from trainables.contract import UserError
 
 CONFIG: dict[str, Any] = {"epochs": 4, "lr": {"log": [1e-4, 1.0]}, "shape": {"choice": [[8], [8, 16]]}}

@@ -17,12 +17,12 @@ from scipy.integrate import quad
 from spaces import LOSS, space_of
 from timing import thread_s
 
-from search.features import feature_rows
-from search.ladder import Ladder, rungs, scores_of
+from search.learning.features import feature_rows
+from search.learning.ladder import Ladder, rungs, scores_of
+from search.learning.surrogate import judge, log_expected_improvement, nearby
+from search.learning.survival import MAPPED
+from search.ledger import Ledger
 from search.space import Space
-from search.study import Ledger
-from search.surrogate import judge, log_expected_improvement, nearby
-from search.survival import MAPPED
 from search.warm_start import Earlier, take_over
 
 CONFIG: dict[str, Any] = {"epochs": 9, "lr": {"log": [1e-4, 1.0]}, "clip": {"float": [0.0, 2.0]}}
@@ -242,7 +242,7 @@ class TestProposals:
             return float(np.ptp(beside, axis=0).max())
 
         assert furthest_apart() > 0.1
-        monkeypatch.setattr("search.surrogate.Worth.expect", lambda worth, running: None)
+        monkeypatch.setattr("search.learning.surrogate.Worth.expect", lambda worth, running: None)
         assert furthest_apart() < 0.05
 
     def test_nothing_is_tried_twice_where_there_is_something_new(self, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ class TestProposals:
             ask(ledger)
             ledger.end("slot", "stopped", "the time budget was over after epoch 0")
         modelled: list[Any] = []
-        monkeypatch.setattr("search.surrogate.Regression", lambda *rows: modelled.append(rows))
+        monkeypatch.setattr("search.learning.surrogate.Regression", lambda *rows: modelled.append(rows))
         assert judge(space, told(ledger), None, random.Random(0)) is not None
         assert modelled == []
 
@@ -292,9 +292,9 @@ class TestProposals:
             ledger.report("slot", 1, {"loss": 1.0, "size": size})
             ledger.end("slot", status, "as the test says")
         modelled: list[Any] = []
-        monkeypatch.setattr("search.surrogate.Regression", lambda rows, excess: modelled.append(excess))
-        monkeypatch.setattr("search.surrogate.Worth.__init__", lambda *_: None)
-        monkeypatch.setattr("search.surrogate.Worth.exclude", lambda *_: None)
+        monkeypatch.setattr("search.learning.surrogate.Regression", lambda rows, excess: modelled.append(excess))
+        monkeypatch.setattr("search.learning.surrogate.Worth.__init__", lambda *_: None)
+        monkeypatch.setattr("search.learning.surrogate.Worth.exclude", lambda *_: None)
         judge(space, told(ledger), None, random.Random(0))
         assert sorted(set(modelled[0])) == pytest.approx([-4.4, 0.1, 1.0]), "of -9, .1, and 1 for what was lost"
         assert len(modelled[0]) == 12
@@ -323,7 +323,7 @@ class TestProposals:
     def test_what_was_tried_long_ago_or_failed_is_remembered(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("search.survival.LATEST", MAPPED)
+        monkeypatch.setattr("search.learning.survival.LATEST", MAPPED)
         config = {"epochs": 9, "lr": {"choice": [1e-4, 1e-3]}, "clip": {"int": [0, 19]}}
         ledger = open_ledger(search_of(tmp_path, config), InMemoryStorage())
         known = []
@@ -340,7 +340,7 @@ class TestProposals:
         assert judge(ledger.space, told(ledger), None, random.Random(0)) is not None
 
     def test_the_best_is_remembered_however_long_ago(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("search.survival.LATEST", 2 * MAPPED)
+        monkeypatch.setattr("search.learning.survival.LATEST", 2 * MAPPED)
         best = {"lr": 1e-3, "clip": 0.5}
         space = search_of(tmp_path, try_first=[best], search={"sampler": "random", "survival": False})
         ledger = open_ledger(space, InMemoryStorage())

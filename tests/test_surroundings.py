@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from search.surroundings import Surroundings
+from search.workers.surroundings import Surroundings
 
 # Of torch.backends: where a switch is read, and a statement that turns it.
 SWITCHES = {

@@ -14,13 +14,13 @@ from optuna.trial import TrialState
 from spaces import space_of
 from timing import thread_s
 
-from search.domain import Parameter
-from search.features import features
-from search.proposals import ASKED_AGAIN
+from search.learning.features import features
+from search.learning.proposals import ASKED_AGAIN, proposal_seed
+from search.learning.survival import KNOWN, MAPPED, Survival, demanded, learn, remembered
+from search.ledger import Ledger, OpenTrial
 from search.sampler import sampler_maker
 from search.space import Space
-from search.study import Ledger, OpenTrial, proposal_seed
-from search.survival import KNOWN, MAPPED, Survival, demanded, learn, remembered
+from search.space.domain import Parameter
 
 CONFIG: dict[str, Any] = {"epochs": 4, "lr": {"log": [1e-4, 1.0]}, "clip": {"float": [0.0, 2.0]}}
 CONDITIONAL: dict[str, Any] = {
@@ -124,7 +124,7 @@ class TestModel:
     def test_divergences_of_long_ago_are_remembered_and_little_else(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("search.survival.LATEST", 2 * MAPPED)
+        monkeypatch.setattr("search.learning.survival.LATEST", 2 * MAPPED)
         ledger = open_ledger(space_of(tmp_path, CONFIG, search={"trials": 100}), InMemoryStorage())
         for status in ("diverged", "finished") * MAPPED + ("finished",) * 3 * MAPPED:
             end_toy(ledger, ask(ledger), status)
@@ -247,7 +247,7 @@ def test_the_more_has_been_tried_the_likelier_a_proposal_must_be_to_survive() ->
 
 
 def test_the_likeliest_is_taken_where_none_is_likely_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("search.proposals.demanded", lambda tried, parameters: 1.0)
+    monkeypatch.setattr("search.learning.proposals.demanded", lambda tried, parameters: 1.0)
     space = search_of("random", tmp_path, CONFIG)
     ledger = open_ledger(space, InMemoryStorage())
     rng = random.Random(5)
@@ -262,7 +262,7 @@ def test_the_likeliest_is_taken_where_none_is_likely_enough(tmp_path: Path, monk
 
 def test_known_settings_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole or in part, and whatever was seen before them."""
-    monkeypatch.setattr("search.survival.MAPPED", 2)
+    monkeypatch.setattr("search.learning.survival.MAPPED", 2)
     known = [
         {"lr": 1e-4, "block": "uni", "fixed": 3},
         {"lr": 1.0, "block": "uni", "fixed": 3},

@@ -14,7 +14,7 @@ from launch import main
 from search import fill, yaml_file
 from search.options import Options
 from search.retry import retry_failed
-from search.space_file import load_space
+from search.space.file import load_space
 from search.study import mark_ended
 from search.tables import cells_of, markdown, read_tables, write_tables
 from trainables.contract import UserError

@@ -58,7 +58,7 @@ class Diverged(RuntimeError):
 class Report:
     """What a trainable yields after each epoch.
 
-    metrics: numbers by name; only those of rank 0 are read.
+    metrics: numbers by name. Every rank yields, equally often; only those of rank 0 are read.
     state: returns what `Trial.resume` needs to go on after this epoch. Called on rank 0, if at all, before the
         generator runs on; a search keeps the last state of every trial, and so calls it after each report. A report
         without one costs nothing, and a trial goes on from the last that had one.

@@ -25,7 +25,7 @@ from trainables.optim import Optim
 from trainables.postmortem import Findings, Witness, examine
 from trainables.resume import Generators, set_generators
 from trainables.samples import Ranks, Samples, Share, on_device
-from trainables.step import Loss, Summed, autocast, backward
+from trainables.step import Loss, Summed, autocast, backward, divisor_of
 
 KEPT = 50  # steps whose loss and gradient norm a post-mortem shows, and over which the running median is taken
 SETTLED = 10  # steps before the running median means anything
@@ -175,7 +175,7 @@ class Guard:
         step, sums_T = asked.step, asked.step.summed.sums_T.clone()
         if self._ranks.size > 1:
             dist.all_reduce(sums_T)
-        terms = dict(zip(step.summed.terms, (sums_T / step.count).tolist(), strict=True))
+        terms = dict(zip(step.summed.terms, (sums_T / divisor_of(step.count)).tolist(), strict=True))
         return {
             "epoch": step.epoch,
             "lr": step.lr,
@@ -192,7 +192,7 @@ class Guard:
 
     def _culprit(self, step: Step) -> tuple[int, Findings, list[int]]:
         """The first rank on which the step fails when it is run again, what was found there, and its samples."""
-        everyone = self._everyones((self._ranks.rank, self._replay.findings(step), samples_of(step)))
+        everyone = self._everyones((self._ranks.rank, self._replay.findings(step), sample_indices(step)))
         return next((item for item in everyone if item[1].reproduced), everyone[0])
 
     def _told(self, batch: list[int]) -> dict[str, Any]:
@@ -204,7 +204,7 @@ class Guard:
         return {"batch": batch, "names": names} if names else {"batch": batch}
 
     def _everyones_samples(self, step: Step) -> list[int]:
-        return [index for samples in self._everyones(samples_of(step)) for index in samples]
+        return [index for samples in self._everyones(sample_indices(step)) for index in samples]
 
     def _everyones(self, own: T) -> list[T]:
         """What every rank has, in their order."""
@@ -241,7 +241,7 @@ def _settings_of_loss(config: Any) -> str:
     return repr({name: value for name, value in vars(config).items() if name not in ("optim", "epochs")})
 
 
-def samples_of(step: Step) -> list[int]:
+def sample_indices(step: Step) -> list[int]:
     """The numbers of this rank's samples."""
     indices: list[int] = torch.cat(step.share.micros).tolist()
     return indices

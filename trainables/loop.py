@@ -220,7 +220,7 @@ class StepRecord(NamedTuple):
     """What an epoch's means need of a step."""
 
     sums_T: Tensor
-    count: Tensor
+    counted: Tensor
     norm: Tensor
     overflow: Tensor
 

@@ -58,10 +58,11 @@ class Spike:
 
 @dataclass(frozen=True)
 class Plateau:
-    """Lowers the learning rate when a reported metric stalls, whatever the schedule: as torch's ReduceLROnPlateau.
+    """Lowers the learning rate when a reported metric stalls, whatever the schedule.
 
-    The rate is multiplied by `factor` after more than `patience` epochs in a row without a new best, down to
-    `floor_ratio` of what the schedule says.
+    As torch's ReduceLROnPlateau with `threshold` 0, where that has 1e-4: any improvement, however small, is a new best.
+    After more than `patience` epochs in a row without one the rate is multiplied by `factor`, down to `floor_ratio` of
+    what the schedule says, and the count of epochs begins anew.
     """
 
     metric: str
@@ -168,9 +169,10 @@ def _half_cosine(start: float, end: float, progress: float) -> float:
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's, over named parameters, but for the settings and groups that a state brings along.
+    """torch.optim.AdamW whose `load_state_dict` matches state by parameter name.
 
-    Its own stay, as a trial may go on from another's.
+    It keeps this optimizer's own groups and hyperparameters, because a trial may continue from another trial's
+    checkpoint (population-based training).
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

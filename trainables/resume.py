@@ -6,14 +6,15 @@ The global generators are seeded anew for every epoch from what identifies it, s
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainables.contract import Report, State
+from trainables.optim import require
 
 
 def seed_from(*parts: int | str) -> int:
@@ -68,6 +69,26 @@ def restore(parts: Mapping[str, Any], state: State | None) -> int:
         if saved is not None and (saved or not isinstance(part, torch.amp.GradScaler)):
             part.load_state_dict(on_cpu(saved))  # a copy: an optimizer would go on to write into the state's tensors
     return int(state["epoch"]) + 1
+
+
+class StoredModel:
+    """A model as a state holds it: those of its parameters and buffers whose names `saved` picks.
+
+    Each of them must be in a state that is loaded. The others stay as they are, unless it holds them as well.
+    """
+
+    def __init__(self, model: nn.Module, saved: Callable[[str], bool]) -> None:
+        for name, parameter in model.named_parameters():
+            rule = "be true of a parameter that is trained"
+            require(saved(name) or not parameter.requires_grad, f"saved({name!r})", False, rule)
+        self._model, self._saved = model, saved
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in self._model.state_dict().items() if self._saved(name)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        own = {name: value for name, value in self._model.state_dict().items() if not self._saved(name)}
+        self._model.load_state_dict({**own, **state})
 
 
 class Best:

@@ -78,11 +78,16 @@ class Share:
 
 
 def share_of(batch: Tensor, ranks: Ranks, micro_batch: int | None) -> Share:
-    """Return this rank's share of the samples `batch`: every size-th of them."""
+    """Return this rank's share of the samples `batch`: every size-th of them.
+
+    In as few micro-batches of at most `micro_batch` as it takes, of even sizes: batch norm, and a loss that compares
+    samples, would make as much of a lone one that is left over as of a whole micro-batch.
+    """
     mine = batch[ranks.rank :: ranks.size]
     weight = 1.0 if len(mine) else 0.0
     mine = mine if len(mine) else batch[:1]
-    return Share(mine.split(micro_batch or len(mine)), len(batch), weight)
+    parts = -(-len(mine) // (micro_batch or len(mine)))
+    return Share(mine.tensor_split(parts), len(batch), weight)
 
 
 def epoch_shares(samples: int, batch_size: int, micro_batch: int | None, ranks: Ranks, seed: int) -> list[Share]:

@@ -43,7 +43,7 @@ class Loss(nn.Module):
         total = functools.reduce(operator.add, [term_sum for term_sum, _ in pairs.values()])
         return pairs, total + self.carried * total.detach()
 
-    def everyones(self) -> Tensor:
+    def global_loss(self) -> Tensor:
         """The loss of the step that was last taken back, summed and averaged over the ranks as its gradients are."""
         assert self.carried.grad is not None, "backward comes first"
         return self.carried.grad
@@ -114,16 +114,21 @@ def shared_count(pairs: Pairs) -> Tensor | int:
     return first
 
 
-def everyones_count(summed: Summed, share: Share, ranks: Ranks) -> Tensor:
+def global_count(summed: Summed, share: Share, ranks: Ranks) -> Tensor:
     """The count of the batch over all ranks. A count by the sample is known without asking."""
     if isinstance(summed.count, int):
-        if summed.count % share.size:
+        if not summed.count or summed.count % share.size:
             raise ValueError(f"a loss counts {summed.count} for {share.size} samples: return such a count as a tensor")
         return summed.sums_T.new_full((), summed.count // share.size * share.effective)
     count = summed.count * share.weight
     if ranks.size > 1:
         dist.all_reduce(count)
-    return count.clamp(min=1e-30)  # where nothing counts, the gradient is zero and not 0 / 0
+    return count
+
+
+def divisor_of(count: Tensor) -> Tensor:
+    """What a sum over so many is divided by: 1 where nothing counts. A NaN stays one, and ends the trial."""
+    return torch.where(count <= 0, torch.ones_like(count), count)
 
 
 def autocast(device: torch.device, optim: Optim) -> Cast:

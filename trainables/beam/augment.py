@@ -134,6 +134,11 @@ def mirrored(name: Modality, x: Tensor) -> Tensor:
 
     Columns are the picture's left to right, and the lidar's y. Those of a radar's angles are waves across the antennas:
     column k becomes -k, and 0, straight ahead, stays; its speeds, towards the station, stay too.
+
+    The lidar's field of view is mirrored with its points. Where each scenario has its own (`data.scenario_fov`), whose
+    middle is metres beside the station, a column then is another place than in the window as it was measured: the
+    mirrored street is that of another station. In the same field of view most of it would lie outside: scenario 32's
+    reaches from y -40 to 5.5 m.
     """
     if name != "radar":
         return x.flip(-1)

@@ -59,7 +59,9 @@ class Data:
     radar: Literal["angle_velocity", "angle"] = "angle_velocity"  # maps of range against these; angle: that one alone
     # Changed copies of each training window; the legacy split's are of the adaptation set alone, 47 as published.
     augment: int = 0
-    flip: bool = False  # mirrored windows beside what trains; in the legacy split beside all, before it is drawn
+    # Mirrored windows beside what trains; in the legacy split beside all, before it is drawn. With scenario_fov the
+    # columns of their lidar are other places: see `trainables.beam.augment.mirrored`.
+    flip: bool = False
     split: Literal["honest", "legacy"] = "honest"  # whole passes or blocks held out; legacy: random windows
     holdout: float = 0.2  # share of the passes (or blocks) held out
     # Of 400 seeds that whose held-out fifth suits a 20-nearest-neighbour model as the reference figures have it: DBA
@@ -118,9 +120,9 @@ def built_span(history: int, steps: int) -> int:
 class Model:
     """Fusion network: one encoder per sensor, fused after each of four stages.
 
-    `time_fusion`, `gps_embedding` and the fields from `mamba_init` on take the published behaviour or its mend, which
-    is the default. Published, with `block: bi` or `uni`: time_fusion v1, mamba_init legacy, ln_shape plane,
-    align_backward and residual false, missing zerolike or randlike, gps_embedding linear, tokens all. With
+    `time_fusion`, `gps_embedding` and the fields from `mamba_init` on: each has a published value and a corrected one;
+    the default is the corrected one. Published, with `block: bi` or `uni`: time_fusion v1, mamba_init legacy, ln_shape
+    plane, align_backward and residual false, missing zerolike or randlike, gps_embedding linear, tokens all. With
     `block: transformer` the same, and time_fusion sum. Published encoders start from ImageNet's weights:
     pretrained_encoders imagenet, which is not the default. The published schedule's floor and restarts have rates of
     their own, whatever the lr; those of `trainables.optim.Restarts` are ratios of it, and the same at 1.0e-4 only.

@@ -174,23 +174,27 @@ def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[st
     """DBA with nothing missing, with the targets rebuilt, and with their stand-ins; the error of the rebuilt features.
 
     With its stand-ins, the network as it is now tells how much of a gain is only that it got used to a missing sensor.
-    With the targets rebuilt there is a DBA of each scenario and step as well.
+    With the targets rebuilt there are a DBA of each scenario and step, and the fusion stages' health, as well.
     """
     assert isinstance(model, RebuildNetwork)
     model.note_scored()
-    maps, gps, beam_B = model.fused_maps(batch), batch.get("gps"), batch["beam"]
+    network, maps, gps, beam_B = model.fusion, model.fused_maps(batch), batch.get("gps"), batch["beam"]
     seen = model.seen_maps(batch, maps)
     left = {sensor: x for sensor, x in seen.items() if sensor not in model.target}
     rebuilt = model.translate(model.parts(left))
-    variants = {
-        "full": maps,
-        "rebuilt": insert(maps, rebuilt, torch.ones(len(beam_B), dtype=torch.bool, device=beam_B.device)),
-        "unrebuilt": model.fusion.withhold(maps, fusion.everywhere(model.target, beam_B)),
+
+    def dba(x: Maps) -> Tensor:
+        return beam_scores(network.fuse(x, gps), beam_B)["dba"]
+
+    with fusion_signs(network) as signs:  # of what the objective scores
+        rebuilt_dba = dba(insert(maps, rebuilt, torch.ones(len(beam_B), dtype=torch.bool, device=beam_B.device)))
+    scores = {
+        "dba_full": dba(maps),
+        "dba_rebuilt": rebuilt_dba,
+        "dba_unrebuilt": dba(network.withhold(maps, fusion.everywhere(model.target, beam_B))),
+        "trans": mean(trans_loss(rebuilt[s], seen[s].flatten(2), network.history) for s in model.target),
     }
-    with fusion_signs(model.fusion) as signs:  # of the last variant
-        scores = {f"dba_{name}": beam_scores(model.fusion.fuse(x, gps), beam_B)["dba"] for name, x in variants.items()}
-    scores["trans"] = mean(trans_loss(rebuilt[s], seen[s].flatten(2), model.fusion.history) for s in model.target)
-    pooled_B, rebuilt_dba = ~batch["apart"], scores["dba_rebuilt"]
+    pooled_B = ~batch["apart"]
     return {
         **{name: fusion.total(values, pooled_B) for name, values in scores.items()},
         **fusion.by_step(rebuilt_dba, pooled_B, "dba_rebuilt"),
@@ -217,11 +221,35 @@ def recovered(upper: float, missing: float, rebuilt: float) -> dict[str, float]:
     return {"recovered": (rebuilt - missing) / (upper - missing)} if upper - missing > NO_LOSS else {}
 
 
-def contrast_chance_of(batch: int, micro_batch: int, ranks: int, loss: RebuildLoss) -> float:
-    """The contrastive loss at chance, the mean over an effective batch: each micro-batch is compared within itself."""
+def micro_sizes(batch: int, micro_batch: int, ranks: int) -> list[int]:
+    """How many windows the micro-batches of an effective batch hold, over all ranks."""
     shares = [share_of(torch.arange(batch), Ranks(rank, ranks), micro_batch) for rank in range(ranks)]
-    sizes = [len(micro) for share in shares if share.weight for micro in share.micros]
-    return sum(size * contrast_chance(size, loss.temperature, loss.contrast_form) for size in sizes) / batch
+    return [len(micro) for share in shares if share.weight for micro in share.micros]
+
+
+def contrast_signs(sizes: Sequence[int], loss: RebuildLoss) -> dict[str, float]:
+    """What `loss_contrast` has to be read by: each micro-batch, of these sizes, is compared within itself.
+
+    loss_contrast_chance: its value at chance. contrasted: the share of windows with another beside them. One on its own
+    has no contrast, and so none has where memory leaves a single window to a micro-batch: the loss is 0, and untrained.
+    """
+    batch = sum(sizes)
+    chance = sum(size * contrast_chance(size, loss.temperature, loss.contrast_form) for size in sizes) / batch
+    contrasted = sum(size for size in sizes if size > 1) / batch
+    return {"loss_contrast_chance": loss.alpha_contrast * chance, "contrasted": contrasted}
+
+
+def check_contrast(config: Config, ranks: int) -> None:
+    """Raise `UserError` where the settings leave every window on its own, which has nothing to be told from."""
+    optim = config.optim
+    sizes = micro_sizes(optim.batch_size, optim.micro_batch or optim.batch_size, ranks)
+    if config.loss.alpha_contrast > 0 and max(sizes) == 1:
+        raise UserError(
+            f"loss.alpha_contrast = {config.loss.alpha_contrast:g} needs two windows in a micro-batch, and with "
+            f"optim.batch_size = {optim.batch_size}, optim.micro_batch = {optim.micro_batch} and {ranks} "
+            f"rank{'s' if ranks > 1 else ''} each holds one: raise optim.batch_size to {2 * ranks} or more, with an "
+            "optim.micro_batch of 2 or more, or set loss.alpha_contrast to 0"
+        )
 
 
 def task_for(config: Config, weights: Weights, maps: features.Maps) -> Task:
@@ -273,12 +301,13 @@ def untrained_weights(config: Config) -> Weights:
 
 
 def memory_need(trial: Trial) -> int:
-    """Of the rebuild, from frames: kept first maps take less. The fusion network is trained before it, on that."""
+    """Of the rebuild from frames: cached first maps take less. Its pre-training has to make do with the same amount."""
     return step_memory(task_for(trial.config, untrained_weights(trial.config), maps={}), trial)
 
 
 def train(trial: Trial) -> Iterator[Report]:
     config: Config = trial.config
+    check_contrast(config, trial.world_size)
     weights = initial_weights(config, trial)
     network = fusion.build(config.fusion).to(trial.device).eval()
     network.load_state_dict(weights)
@@ -290,8 +319,7 @@ def train(trial: Trial) -> Iterator[Report]:
     for report in fit(task_for(config, weights, maps), trial):
         assert report.state is not None
         share = recovered(before["dba_upper"], before["dba_missing"], report.metrics["dba_rebuilt"])
-        more = {**before, **share, "dba_rebuilt_chance": guessing}
-        chance = contrast_chance_of(batch, int(report.metrics["micro_batch"]), trial.world_size, config.loss)
-        more["loss_contrast_chance"] = config.loss.alpha_contrast * chance
+        sizes = micro_sizes(batch, int(report.metrics["micro_batch"]), trial.world_size)
+        more = {**before, **share, "dba_rebuilt_chance": guessing, **contrast_signs(sizes, config.loss)}
         state = functools.partial(with_settings, report.state, settings)
         yield replace(report, metrics={**report.metrics, **more}, state=state)

@@ -121,13 +121,13 @@ def videos_of(prepared: Prepared, data: Data, split: str) -> list[int]:
     return [v for v, unit in enumerate(prepared.unit) if (unit in held) == (split == "val")]
 
 
-def training_frames(config: HasData) -> tuple[Batch, Tensor]:
+def training_frames(data: Data) -> tuple[Batch, Tensor]:
     """Up to `SAMPLED` evenly spaced training frames: their features by group, (n, columns), and their labels (n,)."""
-    prepared = prepare_data(config.data)
-    train = [np.arange(prepared.start[v], prepared.start[v + 1]) for v in videos_of(prepared, config.data, "train")]
+    prepared = prepare_data(data)
+    train = [np.arange(prepared.start[v], prepared.start[v + 1]) for v in videos_of(prepared, data, "train")]
     frames = np.concatenate(train)
     chosen = frames[:: -(-len(frames) // SAMPLED)]
-    groups: Batch = {name: torch.from_numpy(prepared.group(name)[chosen]) for name in groups_of(config.data)}
+    groups: Batch = {name: torch.from_numpy(prepared.group(name)[chosen]) for name in groups_of(data)}
     return groups, torch.from_numpy(prepared.labels()[chosen].astype(np.int64))
 
 

@@ -53,7 +53,9 @@ class Inputs(nn.Module):
         self.scale_F.copy_(torch.where(deviation_F > 1e-6, deviation_F, 1.0))
 
     def forward(self, groups: Mapping[str, Tensor]) -> Tensor:
-        return ((self.joined(groups) - self.mean_F) / self.scale_F).clamp(-FAR, FAR)
+        # Half precision would leave little of the last components, which are differences of large coordinates.
+        with torch.autocast(self.mean_F.device.type, enabled=False):
+            return ((self.joined(groups) - self.mean_F) / self.scale_F).clamp(-FAR, FAR)
 
 
 class Block(nn.Module):

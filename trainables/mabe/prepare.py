@@ -2,10 +2,13 @@
 
 One folder per data set: points and labels of all videos one after another, and an array for each group of features
 that was ever asked for. Its name holds what the files are (path, size, time of change), so that new ones are read anew.
+A process looks at every file once, and again once a folder of the data set, or a file directly in it, has changed. A
+file that is written over deep in the challenge's folders is noticed by the next process, and so by the next search.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -15,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainables.cache import cache_folder, make_once, reserved_array
+from trainables.cache import Stamp, cache_folder, make_once, reserved_array, stamp_of
 from trainables.contract import UserError
 from trainables.mabe import calms21, challenge, simulator
 from trainables.mabe.config import Data, Feature
@@ -79,13 +82,11 @@ def prepare_data(data: Data) -> Prepared:
     Raises `UserError` with file, place and remedy for what cannot be read. Several processes may call it at once.
     """
     root = data_root(data)
-    files, read = _reader(root, data)
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    folder = _cache(data) / "prepared" / hashlib.sha256(repr((VERSION, stats)).encode()).hexdigest()[:16]
+    folder = _cache(data) / "prepared" / _digest(root, _stamps(root))
     if not folder.exists():
         print(f"mabe data: reading {root}", flush=True)
-    make_once(folder, lambda unfinished: _write_points(unfinished, read()))
-    prepared = Prepared(root, folder, **json.loads((folder / "index.json").read_text()))
+    make_once(folder, lambda unfinished: _write_points(unfinished, _videos(root, data)))
+    prepared = _opened(root, folder, stamp_of(folder / "index.json"))
     for name in groups_of(data):
         make_once(folder / f"{name}.npy", _write_group(prepared, name))
     return prepared
@@ -95,14 +96,40 @@ def _cache(data: Data) -> Path:
     return cache_folder(data.prepared) / "mabe"
 
 
-def _reader(root: Path, data: Data) -> tuple[list[Path], Callable[[], list[Video]]]:
-    """The files of a data set and what reads them, by what lies in its folder."""
+def _stamps(root: Path) -> tuple[Stamp, ...]:
+    """Of what lies directly in a data set's folder, and of the challenge's folders of each lab: some fifty of them."""
+    return tuple(stamp_of(path) for path in sorted([root, *root.glob("*"), *root.glob("train_*/*")]))
+
+
+@functools.lru_cache(maxsize=4)
+def _digest(root: Path, stamps: tuple[Stamp, ...]) -> str:
+    """What all files of a data set are, in a few letters. `stamps`, of its folders, make them be looked at anew."""
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(root)]
+    return hashlib.sha256(repr((VERSION, stats)).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(root: Path, folder: Path, stamp: Stamp) -> Prepared:
+    """`stamp`, of the index, makes it be read anew if the folder is made anew."""
+    return Prepared(root, folder, **json.loads((folder / "index.json").read_text()))
+
+
+def _is_challenge(root: Path) -> bool:
+    return (root / "train.csv").is_file()
+
+
+def _videos(root: Path, data: Data) -> list[Video]:
+    return challenge.read(root) if _is_challenge(root) else calms21.read(calms21.found(root), data.trust_pickle)
+
+
+def _files(root: Path) -> list[Path]:
+    """The files of a data set, by what lies in its folder."""
     if not root.is_dir():
         raise UserError(f"data.root = {root}: no such folder; give the one of a data set, or null")
-    if (root / "train.csv").is_file():
-        return challenge.files(root), lambda: challenge.read(root)
+    if _is_challenge(root):
+        return challenge.files(root)
     if files := calms21.found(root):
-        return files, lambda: calms21.read(files, data.trust_pickle)
+        return files
     raise UserError(
         f"data.root = {root} holds neither train.csv (MABe challenge) nor calms21_task1_train*.json or .npy, nor a "
         ".npz extract of CalMS21; give the folder of one of them"

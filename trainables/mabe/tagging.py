@@ -5,9 +5,11 @@ Shape suffixes: B windows, S frames with margins, T frames of the window, K clas
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +48,19 @@ class Config:
 
 def build(config: Config) -> Tagger:
     """The network, with scale, principal axes and class weights from the training videos."""
-    groups, label = training_frames(config)
-    inputs = make_inputs(config.data, groups)
+    fitted, label = _fitted(config.data, prepare_data(config.data).folder)
+    inputs = copy.deepcopy(fitted)  # a trial moves its own to its device
     return Tagger(inputs, FrameTagger(len(inputs.mean_F), config.model), class_weights(config.loss, label))
+
+
+@functools.lru_cache(maxsize=8)  # each as large as its labels, 2 MB; a search draws the features
+def _fitted(data: Data, folder: Path) -> tuple[Inputs, Tensor]:
+    """The inputs with their scale and axes, and the labels of the frames that they come from.
+
+    Computed once in a process. `folder`, that of the prepared arrays, has another name once the data have changed.
+    """
+    groups, label = training_frames(data)
+    return make_inputs(data, groups), label
 
 
 def make_inputs(data: Data, groups: dict[str, Tensor]) -> Inputs:
@@ -65,7 +77,7 @@ def make_inputs(data: Data, groups: dict[str, Tensor]) -> Inputs:
 
 
 def class_weights(settings: FrameLoss, label: Tensor) -> Tensor:
-    """Of the loss, (K,); their common size says nothing, because the loss is divided by them."""
+    """Class weights of the loss, (K,). Only their ratios matter, because it is divided by the sum of its frames'."""
     if settings.class_weights is not None:
         return torch.tensor(settings.class_weights)
     frames_K = torch.bincount(label, minlength=len(CLASSES)).clamp(min=1)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, ValidationError
 
-from search.plain import one_line, said
+from search.text import one_line, said
 from trainables.contract import UserError
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from search.files import replace_bytes, replace_text
 from trainables.contract import UserError
 
 SPACE, STUDY, TRIALS_CSV, BEST, REPORT = "space.yaml", "study.journal", "trials.csv", "best.yaml", "report.html"
@@ -27,25 +28,6 @@ _CHECKPOINT = "checkpoint-{:04d}.pt"  # the epochs it has behind it; torch.load 
 CHECKPOINT_PATTERN = "checkpoint-*.pt"
 _TAIL_BYTES = 8192
 LONG_S = 60.0  # of a trial; forcing a small checkpoint takes a hundredth of a second
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def is_there(path: Path) -> bool:
-    """Whether a path that somebody named exists; raises UserError where it cannot be looked at."""
-    try:
-        return path.exists()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether it was raised because a disk is full, or somebody's share of it."""
-    return isinstance(error, OSError) and error.errno in _FULL
-
-
-def says_full(text: str) -> bool:
-    """Whether the text of an error says that a disk is full, or somebody's share of it."""
-    return any(os.strerror(code) in text for code in _FULL)
 
 
 @dataclass(frozen=True)
@@ -250,24 +232,6 @@ def is_whole(checkpoint: Path) -> bool:
         raise
     except Exception:  # what zipfile raises depends on where the archive is torn
         return False
-
-
-def replace_text(path: Path, text: str) -> None:
-    replace_bytes(path, text.encode("utf-8", "backslashreplace"))  # what is no character is told all the same
-
-
-def replace_bytes(path: Path, *chunks: bytes) -> None:
-    """Write a file whole or not at all: beside it first, then renamed over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def _force(path: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from search.decode import nearest
-from search.sections import Limit, Objective
 from search.space import Space
+from search.space.decode import nearest
+from search.space.sections import Limit, Objective
 
 STATUSES = ("finished", "stopped", "diverged", "out_of_memory", "failed")
 RAN_TO_END = "ran to its end"  # the reason of a finished trial of which there is nothing more to say

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import torch
 
-from search.loading import Trainable, load
-from search.messages import Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
-from search.plain import LONGEST_REASON, encodable, one_line, plain, said, short_line
-from search.states import Watch, load_state, save_state
-from search.surroundings import Surroundings, settle
+from search.space.loading import Trainable, load
+from search.text import LONGEST_REASON, encodable, one_line, plain, said, short_line
+from search.workers.messages import Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
+from search.workers.states import Watch, load_state, save_state
+from search.workers.surroundings import Surroundings, settle
 from trainables.contract import Diverged, Report, Trial, UserError, default_device, memory_error
 
 # What PyTorch's allocator may keep of a GPU, as a ratio of `memory_limit_mb`: it rounds up, and holds on to blocks

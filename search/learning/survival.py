@@ -18,8 +18,8 @@ from optuna.trial import FrozenTrial
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.special import expit
 
-from search.features import Array, feature_rows
-from search.record import longest_of
+from search.learning.features import Array, feature_rows
+from search.records.record import longest_of
 from search.space import Space
 
 MAPPED = 10  # ended trials before the model speaks: the first settings map the space, its edge included

@@ -16,8 +16,8 @@ from typing import Any
 
 import search
 import trainables
-from search.decode import decode, did_you_mean
-from search.plain import one_line, said
+from search.space.decode import decode, did_you_mean
+from search.text import one_line, said
 from trainables.contract import UserError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from search.domain import is_domain
+from search.space.domain import is_domain
 from trainables.contract import UserError
 
 MISSING: Any = object()

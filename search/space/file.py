@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from search import tree as trees
 from search import yaml_file
-from search.decode import did_you_mean
-from search.domain import Integer, Parameter, Real, is_domain, nearly_domain, parse_domain
-from search.loading import Trainable, check_not_hidden, load, search_paths
-from search.sections import OWN_CONSTRAINTS, Limit, Objective, Resources, Scheduler, Search, section, tables_in
 from search.space import KnownSetting, Space
+from search.space import tree as trees
+from search.space.decode import did_you_mean
+from search.space.domain import Integer, Parameter, Real, is_domain, nearly_domain, parse_domain
+from search.space.loading import Trainable, check_not_hidden, load, search_paths
+from search.space.sections import OWN_CONSTRAINTS, Limit, Objective, Resources, Scheduler, Search, section, tables_in
 from trainables.contract import UserError
 
 DRAWS = 200  # settings that are built before anything starts

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from search.decode import did_you_mean
+from search.space.decode import did_you_mean
 from trainables.contract import UserError
 
 

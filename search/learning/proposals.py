@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,8 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
+from search.learning.survival import Survival, demanded
 from search.space import Space, Values
-from search.survival import Survival, demanded
 
 # Samplers that may be asked for several settings in one trial's place. Of the others, gp heeds the model by itself, and
 # the rest follows a sequence or a generation.
@@ -88,3 +89,9 @@ def propose(space: Space, sampler: BaseSampler, study: optuna.Study, trial: Froz
             stored = sampler.sample_independent(study, trial, name, distribution) if alone else together[name]
             values[name] = parameter.domain.decode(stored)
     return values
+
+
+def proposal_seed(seed: int, place: int, candidate: int = 0) -> int:
+    """A seed for the proposal at `place`, unlike those beside it; for each candidate there another."""
+    text = f"{seed}/{place}/{candidate}" if candidate else f"{seed}/{place}"
+    return random.Random(text).getrandbits(32)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from search.messages import Broke
+from search.workers.messages import Broke
 
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = (*(_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), site.getusersitepackages())

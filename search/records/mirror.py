@@ -19,7 +19,8 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pyarrow import fs
 
-from search.folder import CHECKPOINT_PATTERN, SCRATCH, SPACE, STUDY, replace_bytes
+from search.files import replace_bytes
+from search.records.folder import CHECKPOINT_PATTERN, SCRATCH, SPACE, STUDY
 from trainables.contract import UserError
 
 

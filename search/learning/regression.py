@@ -19,7 +19,7 @@ import numpy as np
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 
-from search.features import Array
+from search.learning.features import Array
 
 # Priors of the logarithms, normal, as mean and standard deviation; scores are standardised, a range is 2 wide.
 LENGTH = (0.25, 0.5)  # and half the logarithm of D

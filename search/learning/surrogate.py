@@ -20,15 +20,14 @@ from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import log_ndtr, ndtr
 
-from search.domain import Choice, Domain, Integer, Real
-from search.features import Array, feature_rows
-from search.ladder import Ladder, rungs, scores_of
-from search.proposals import WholeSampler, propose, surviving
-from search.record import longest_of, read_record
-from search.regression import FAR, Regression
+from search.learning.features import Array, feature_rows
+from search.learning.ladder import Ladder, rungs, scores_of
+from search.learning.proposals import WholeSampler, proposal_seed, propose, surviving
+from search.learning.regression import FAR, Regression
+from search.learning.survival import MAPPED, SURVIVED, Survival, demanded, learn, remembered, tells
+from search.records.record import longest_of, read_record
 from search.space import Space, Values
-from search.study import proposal_seed
-from search.survival import MAPPED, SURVIVED, Survival, demanded, learn, remembered, tells
+from search.space.domain import Choice, Domain, Integer, Real
 
 ANYWHERE, NEARBY, NEARER = 500, 500, 150  # candidates: in all the space; around the best settings; twice, around theirs
 BEST = 5  # settings, or candidates, around which others are drawn

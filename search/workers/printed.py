@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO, cast
 
-from search.plain import encodable
+from search.text import encodable
 
 LONGEST = 64 * 2**10  # characters that are kept until they are taken
 _MOVES = re.compile(r"(\r*\n|\r|\x1b\[A)")  # of a terminal's cursor: the last, upwards, is tqdm's with several bars

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from search.sections import Objective
+from search.space.sections import Objective
 
 CHANCE = "_chance"
 PATIENCE = 3  # epochs before a trial is said to learn nothing

@@ -10,9 +10,9 @@ from typing import Any
 
 import optuna
 
-from search import tree as trees
-from search.domain import Parameter
-from search.sections import Limit, Objective, Resources, Scheduler, Search
+from search.space import tree as trees
+from search.space.domain import Parameter
+from search.space.sections import Limit, Objective, Resources, Scheduler, Search
 
 Values = dict[str, Any]  # of the searched parameters, by dotted path
 

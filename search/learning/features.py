@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.domain import Choice, Integer, Parameter, Real
 from search.space import Space
+from search.space.domain import Choice, Integer, Parameter, Real
 
 Array = NDArray[np.float64]
 

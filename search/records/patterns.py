@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import hypergeom
 
-from search.domain import Choice, Parameter
-from search.record import Record
+from search.records.record import Record
 from search.space import Space
+from search.space.domain import Choice, Parameter
 
 FAILURES = {"diverged": "diverged", "out_of_memory": "ran out of memory"}
 TRIED = ("finished", "stopped", *FAILURES)  # a failed trial says nothing of its setting

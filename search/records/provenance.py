@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from search import yaml_file
-from search.folder import SPACE, is_there
+from search.files import is_there
+from search.records.folder import SPACE
 from search.space import Space
 from trainables.contract import UserError
 

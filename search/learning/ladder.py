@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from optuna.trial import FrozenTrial
 
-from search.features import Array
-from search.health import CHANCE, compared
-from search.regression import Regression, within_reach
+from search.learning.features import Array
+from search.learning.regression import Regression, within_reach
+from search.records.health import CHANCE, compared
 from search.space import Space
 
 ENOUGH = 3  # trials on a rung above the first, from which on it is modelled

@@ -1,0 +1,143 @@
+"""The machines of a search: what this one has, a Ray cluster joined or started, and which of it are still there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray
+import torch
+from ray.exceptions import AuthenticationError
+
+from search.plan import Node
+from search.text import one_line
+from trainables.contract import UserError
+
+# What Ray's processes must find in their environment. Ray has no other way to be told.
+RAY_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # a slot without a machine waits for one
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # `print` would log each line as well, and it would be kept twice
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config mean the driver's working directory
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_maximum_startup_concurrency": "16",  # a group is half a dozen processes, most of them asleep
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints nothing of its own
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the recorder writes our own files
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the end of a trial carries no objective
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see Interruption
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # after Ctrl-C: a slot in the middle of an epoch is not waited for
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+HEAD_ANSWERS_S = 10.0  # for the head of a cluster to take a connection
+MACHINE_ANSWERS_S = 3.0  # for a machine of it
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, "QUOTA PERIOD" in microseconds; QUOTA may be max
+
+
+def this_machine() -> tuple[Node, ...]:
+    """What a Ray of its own would have here; raises UserError for GPUs that PyTorch cannot use."""
+    gpus = torch.cuda.device_count()
+    if gpus and not torch.cuda.is_available():  # the former asks the driver alone
+        raise UserError(
+            f"there are {gpus} GPUs here, and PyTorch {torch.__version__} cannot use them: {_why_no_cuda()}; install "
+            "the driver that it wants, or search on the CPU with CUDA_VISIBLE_DEVICES= in the environment"
+        )
+    return (Node(cpus=cpus_here(), gpus=gpus),)
+
+
+def _why_no_cuda() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return one_line(str(error), type(error).__name__)
+    return "no reason given"
+
+
+def cpus_here() -> int:
+    """The cores that this process may run on, and no more than its container's share of their time is worth."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def start_ray(address: str | None) -> tuple[Node, ...]:
+    """Join the cluster at `address`, or start a local one, unless that has been done; returns its nodes."""
+    os.environ.update(RAY_ENVIRONMENT)
+    # Tune complains of log files that we do not let it write, and of trials that the tables explain better.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    arguments: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
+    if address is None:
+        # And not one that somebody else has started here; with as many CPUs as the plan counts on.
+        arguments |= {"address": "local", "num_cpus": cpus_here()}
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a machine of one's own is not taken away
+    else:
+        arguments |= {"address": address, "runtime_env": {"env_vars": RAY_ENVIRONMENT}}
+    if not ray.is_initialized():
+        heeding = signal.getsignal(signal.SIGTERM)
+        # Ray's processes ignore for good what is ignored while they are started: Slurm may send it to all of a job.
+        heeding_usr1 = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        try:
+            if address is not None:
+                _knock(address)
+            context = ray.init(**arguments)
+        except (OSError, ValueError) as error:
+            if address is None:
+                raise
+            raise UserError(f"--address {address}: no Ray cluster answers there: {error}") from None
+        except AuthenticationError as error:
+            raise UserError(
+                f"the Ray cluster wants its token, and got none or another: {one_line(str(error), '')}; put it into "
+                "~/.ray/auth_token and set RAY_AUTH_MODE=token, or unset that where the cluster has no token"
+            ) from None
+        finally:
+            signal.signal(signal.SIGUSR1, heeding_usr1)
+        signal.signal(signal.SIGTERM, heeding)  # Ray has put its own in its place, under which the process aborts
+        if context.dashboard_url:
+            asks = os.environ.get("RAY_AUTH_MODE") == "token"
+            token = " (it asks for a token: `ray get-auth-token` prints it)" if asks else ""
+            print(f"dashboard: http://{context.dashboard_url}{token}", flush=True)
+    return tuple(_node(entry["Resources"]) for entry in ray.nodes() if entry["Alive"])
+
+
+def _knock(address: str) -> None:
+    """Raises OSError or ValueError where nobody listens; Ray would go on trying for minutes."""
+    there = urlsplit(address if "://" in address else f"//{address}")
+    if there.port is not None:
+        socket.create_connection((there.hostname or "", there.port), timeout=HEAD_ANSWERS_S).close()
+
+
+def _node(resources: Mapping[str, float]) -> Node:
+    return Node(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
+
+
+def alive() -> dict[str, str]:
+    """The address of each machine that is there, by the id of its Ray node."""
+    return {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes() if entry["Alive"]}
+
+
+def gone(nodes: Iterable[str]) -> bool:
+    """Whether one of the machines has gone. Ray takes up to a minute to be sure of that, so each machine is asked."""
+    wanted = set(nodes)
+    there = [entry for entry in ray.nodes() if entry["NodeID"] in wanted]
+    return len(there) < len(wanted) or not all(
+        entry["Alive"] and answers(entry["NodeManagerAddress"], entry["NodeManagerPort"]) for entry in there
+    )
+
+
+def answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), MACHINE_ANSWERS_S).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,38 @@
+"""Tune's view of the ledger: a Searcher that asks it for settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from search.ledger import Ledger
+
+
+class StudySearcher(Searcher):
+    """Asks the ledger whenever Tune has room for a trial. Endings reach the ledger by `search.recorder`."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+
+    def set_search_properties(self, metric: Any, mode: Any, config: dict[str, Any], **spec: Any) -> bool:
+        self._metric, self._mode = metric, mode
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        opened = self._ledger.ask(trial_id)
+        if opened is None:
+            return Searcher.FINISHED
+        return {"number": opened.number, "values": dict(opened.values)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing here: the result alone does not say why a trial ended."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune keeps a snapshot of its searcher; ours is the study, and this only satisfies Tune."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""
