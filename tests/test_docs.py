@@ -6,6 +6,7 @@ what they print (a block `text`), in which a line `...` stands for any lines and
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import re
@@ -14,7 +15,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -120,6 +121,32 @@ def last_metrics(swing: types.ModuleType, optim: Optim, rank: int = 0, world_siz
     config = swing.Config(optim, epochs=2)
     *_, last = swing.train(Trial(config, rank=rank, world_size=world_size, device=torch.device("cpu")))
     return {name: value for name, value in last.metrics.items() if name not in ("samples_per_s", "micro_batch")}
+
+
+def test_the_generator_of_the_readme_goes_on_where_it_was() -> None:
+    code = next(block.text for block in blocks(ROOT / "README.md") if block.name == "my_loop.py")
+
+    def build(lr: float, device: torch.device) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = torch.nn.Linear(1, 1, bias=False, device=device)
+        torch.nn.init.constant_(model.weight, 5.0)
+        return model, torch.optim.Adam(model.parameters(), lr)
+
+    def train_one_epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 1)).square().sum()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    scope: dict[str, Any] = {"build": build, "train_one_epoch": train_one_epoch}
+    exec(code, scope)
+    config = {"lr": 0.5, "epochs": 4}
+    whole, states = [], []
+    for report in scope["train"](Trial(config)):
+        whole.append(report.metrics)
+        states.append(copy.deepcopy(report.state()))
+    for epoch, state in enumerate(states):
+        assert [report.metrics for report in scope["train"](Trial(config, resume=state))] == whole[epoch + 1 :]
 
 
 SWING_OPTIM = Optim(lr=0.01, batch_size=32)
