@@ -25,6 +25,7 @@ from trainables.lightning import QUIET, fit
 pytestmark = [
     pytest.mark.slow,  # the import of Lightning takes seconds
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The `srun` command is available"),  # on a machine with Slurm
     pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated"),
 ]
 KINDS = ["steps", "epochs", "plateau", "norm", "by hand"]

@@ -20,8 +20,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainables.contract import Diverged, State, Trial
 from trainables.lightning import fit
 
-# Lightning recommends workers to every data loader, and uses a class that PyTorch is about to drop.
-OWN_WARNINGS = [".*does not have many workers", r"`isinstance\(treespec, LeafSpec\)` is deprecated"]
+# Lightning recommends workers to every data loader, and Slurm where there is one; and it uses a class that PyTorch is
+# about to drop.
+OWN_WARNINGS = [
+    ".*does not have many workers",
+    "The `srun` command is available",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+]
 EPOCHS = 5
 SAMPLES, BATCH = 48, 12
 

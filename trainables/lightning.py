@@ -143,7 +143,6 @@ def _no_logger(library: Any, folder: Any) -> Any:
 
     folder: what the module is told where it asks for the logger's folder, to put things there itself.
     """
-
     loggers: Any = importlib.import_module(f"{library.__name__}.loggers.logger")
 
     class NoLogger(loggers.DummyLogger):
