@@ -21,7 +21,7 @@ EXIT_FOUND, EXIT_NOTHING, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as everything else here does."""
+    """Reports a mistake in one line, as everything else here does."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists all options")
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_alone(given: argparse.Namespace, *names: str) -> None:
-    """Raise UserError where there are other options than these, which would be ignored beside the first of them."""
+    """Raise UserError if options other than `names` are given, which the first of these would ignore."""
     defaults = vars(parser().parse_args([]))
     for name, value in vars(given).items():
         if name not in names and value != defaults[name]:
@@ -82,20 +82,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             given = parser().parse_args(arguments)
             looks = given.list or given.report or given.dry_run
-            if not looks:  # the folder has what is printed
+            if not looks:  # a search goes on without output, since its folder has it too
                 output.enter_context(lossy_output())
             status = run(given)
             sys.stdout.flush()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_MISTAKE
-        except KeyboardInterrupt:  # before there was anything to go on with, or for the second time
+        except KeyboardInterrupt:  # before there was anything to resume, or a second Ctrl-C
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
         except BrokenPipeError:
             if not looks:
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader has left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left, as `head` does
             return EXIT_FOUND
         return status
 
@@ -112,7 +112,7 @@ def run(given: argparse.Namespace) -> int:
     options = Options.read(given, HERE / "search_spaces")
     outcomes = fill(options, given.table) if given.table else [search(options)]
     ran = [outcome for outcome in outcomes if outcome is not None]
-    if any(outcome.reason for outcome in ran):  # not 130: a script that resumes on 130 would meet the same again
+    if any(outcome.reason for outcome in ran):  # not 130: a script that resumes on 130 would fail again
         return EXIT_NOTHING
     if any(outcome.interrupted for outcome in ran):
         return EXIT_INTERRUPTED

@@ -1,4 +1,4 @@
-"""The machines of a search: what this one has, a Ray cluster joined or started, and which of it are still there."""
+"""The machines of a search: this one's resources, a Ray cluster joined or started, and which of its nodes are alive."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from search.plan import Node
 from search.text import one_line
 from trainables.contract import UserError
 
-# What Ray's processes must find in their environment. Ray has no other way to be told.
+# The environment that Ray's processes need; Ray offers no other way to set these.
 RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # a slot without a machine waits for one
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # `print` would log each line as well, and it would be kept twice
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config mean the driver's working directory
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else `print` also logs each line, which would be kept twice
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config refer to the driver's working directory
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_maximum_startup_concurrency": "16",  # a group is half a dozen processes, most of them asleep
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints nothing of its own
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the recorder writes our own files
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the end of a trial carries no objective
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see Interruption
-    "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # after Ctrl-C: a slot in the middle of an epoch is not waited for
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # after Ctrl-C: do not wait for a slot in the middle of an epoch
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
 
-HEAD_ANSWERS_S = 10.0  # for the head of a cluster to take a connection
-MACHINE_ANSWERS_S = 3.0  # for a machine of it
+HEAD_ANSWERS_S = 10.0  # for the head of a cluster to accept a connection
+MACHINE_ANSWERS_S = 3.0  # for another machine of the cluster
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, "QUOTA PERIOD" in microseconds; QUOTA may be max
 
 
 def this_machine() -> tuple[Node, ...]:
-    """What a Ray of its own would have here; raises UserError for GPUs that PyTorch cannot use."""
+    """Return the resources that a local Ray would have; raises UserError for GPUs that PyTorch cannot use."""
     gpus = torch.cuda.device_count()
-    if gpus and not torch.cuda.is_available():  # the former asks the driver alone
+    if gpus and not torch.cuda.is_available():  # the count needs only the driver
         raise UserError(
             f"there are {gpus} GPUs here, and PyTorch {torch.__version__} cannot use them: {_why_no_cuda()}; install "
             "the driver that it wants, or search on the CPU with CUDA_VISIBLE_DEVICES= in the environment"
@@ -62,7 +62,7 @@ def _why_no_cuda() -> str:
 
 
 def cpus_here() -> int:
-    """The cores that this process may run on, and no more than its container's share of their time is worth."""
+    """Return the number of cores that this process may use, limited by its container's CPU quota."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = CPU_QUOTA.read_text().split()
@@ -72,20 +72,23 @@ def cpus_here() -> int:
 
 
 def start_ray(address: str | None) -> tuple[Node, ...]:
-    """Join the cluster at `address`, or start a local one, unless that has been done; returns its nodes."""
+    """Join the cluster at `address`, or start a local one, unless that has been done; returns its nodes.
+
+    Raises UserError if no cluster answers at `address`, or it refuses the token.
+    """
     os.environ.update(RAY_ENVIRONMENT)
-    # Tune complains of log files that we do not let it write, and of trials that the tables explain better.
+    # Tune complains about log files that we do not let it write, and about trials that the tables explain better.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     arguments: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
     if address is None:
-        # And not one that somebody else has started here; with as many CPUs as the plan counts on.
+        # Not a cluster that somebody else has started here; with as many CPUs as the plan counts on.
         arguments |= {"address": "local", "num_cpus": cpus_here()}
-        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a machine of one's own is not taken away
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one's own machine is not preempted
     else:
         arguments |= {"address": address, "runtime_env": {"env_vars": RAY_ENVIRONMENT}}
     if not ray.is_initialized():
         heeding = signal.getsignal(signal.SIGTERM)
-        # Ray's processes ignore for good what is ignored while they are started: Slurm may send it to all of a job.
+        # Ray's processes ignore for good what is ignored while they start; Slurm may send SIGUSR1 to all of a job.
         heeding_usr1 = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         try:
             if address is not None:
@@ -102,7 +105,7 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
             ) from None
         finally:
             signal.signal(signal.SIGUSR1, heeding_usr1)
-        signal.signal(signal.SIGTERM, heeding)  # Ray has put its own in its place, under which the process aborts
+        signal.signal(signal.SIGTERM, heeding)  # Ray has installed its own handler, under which the process aborts
         if context.dashboard_url:
             asks = os.environ.get("RAY_AUTH_MODE") == "token"
             token = " (it asks for a token: `ray get-auth-token` prints it)" if asks else ""
@@ -111,7 +114,7 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
 
 
 def _knock(address: str) -> None:
-    """Raises OSError or ValueError where nobody listens; Ray would go on trying for minutes."""
+    """Raise OSError or ValueError if nothing listens at `address`; Ray would keep trying for minutes."""
     there = urlsplit(address if "://" in address else f"//{address}")
     if there.port is not None:
         socket.create_connection((there.hostname or "", there.port), timeout=HEAD_ANSWERS_S).close()
@@ -122,12 +125,12 @@ def _node(resources: Mapping[str, float]) -> Node:
 
 
 def alive() -> dict[str, str]:
-    """The address of each machine that is there, by the id of its Ray node."""
+    """Return the address of each machine that is alive, by the id of its Ray node."""
     return {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes() if entry["Alive"]}
 
 
 def gone(nodes: Iterable[str]) -> bool:
-    """Whether one of the machines has gone. Ray takes up to a minute to be sure of that, so each machine is asked."""
+    """Return whether one of the machines has gone. Each is contacted, because Ray takes up to a minute to be sure."""
     wanted = set(nodes)
     there = [entry for entry in ray.nodes() if entry["NodeID"] in wanted]
     return len(there) < len(wanted) or not all(

@@ -1,4 +1,4 @@
-"""What `launch.py` does, in order: resolve the space, check the data, plan, start Ray, run, report."""
+"""The steps of `launch.py`: resolve the space, check the data, plan, start Ray, run, report."""
 
 from __future__ import annotations
 
@@ -41,18 +41,19 @@ from trainables.contract import UserError
 
 
 class Resolved(NamedTuple):
-    """A search before it begins."""
+    """A fully resolved search, before anything has been started."""
 
     space: Space
     trainable: Trainable
-    alone: Unmeasured | None  # why its slots cannot share a GPU
+    alone: Unmeasured | None  # why the slots cannot share a GPU; None if they can
     plan: Plan
 
 
 def report(folder: str, trial: str | None, exported: Sequence[str] | None = None) -> str:
-    """Rebuild the tables of a results folder, or say why a trial ended as it did, or export one.
+    """Rewrite the tables of a results folder, explain why `trial` ended as it did, or export a trial.
 
-    exported: which trial, and to which folder.
+    exported: the trial to export and the destination folder. Raises UserError when both `trial` and `exported` are
+    given.
     """
     if exported is not None:
         if trial is not None:
@@ -65,18 +66,18 @@ def report(folder: str, trial: str | None, exported: Sequence[str] | None = None
     told = summary(results, space, as_of_now(results, found))
     try:
         write_results(results, space, found)
-    except (OSError, UserError) as error:  # somebody else's search can be read all the same
+    except (OSError, UserError) as error:  # another user's search can be read, though not written to
         told += f"\nthe tables in {results} are as they were: {error}"
     return told
 
 
 def nodes_for(options: Options) -> tuple[Node, ...]:
-    """The machines that a search would have; a cluster is joined for that."""
+    """Return the machines available to the search, joining the cluster first when an address is given."""
     return cluster.start_ray(options.address) if options.address else cluster.this_machine()
 
 
 def resolve(options: Options, nodes: Sequence[Node]) -> Resolved:
-    """What would be searched, and how; raises UserError for every mistake in it, and changes nothing."""
+    """Resolve the space, trainable and plan without changing anything; raises UserError for any mistake in them."""
     space, trainable = load_space(
         options.file, options.overrides, options.profile, has_gpu=any(node.gpus for node in nodes)
     )
@@ -93,9 +94,9 @@ def resolve(options: Options, nodes: Sequence[Node]) -> Resolved:
 
 
 def search(options: Options, mirror_of_all: Mirror | None = None) -> engine.Outcome | None:
-    """Run a search to its end; None after a dry run. Raises UserError for every mistake, before anything runs.
+    """Run a search to its end; returns None after a dry run. Raises UserError for every mistake before any trial runs.
 
-    mirror_of_all: of a folder that holds this search's and others.
+    mirror_of_all: mirror of a folder that holds this search along with others.
     """
     nodes = nodes_for(options)
     space, trainable, alone, plan = resolve(options, nodes)
@@ -114,7 +115,7 @@ def search(options: Options, mirror_of_all: Mirror | None = None) -> engine.Outc
         return None
     space = prepared(space, trainable)
     interruption = Interruption()
-    with interruption.heeded(), contextlib.ExitStack() as held:  # from here on there is a folder to go on from
+    with interruption.heeded(), contextlib.ExitStack() as held:  # from here on there is a folder to resume from
         results = folder_of(options, space)
         mirror = open_mirror(options, results)
         open_results(options, space, results, held, mirror)
@@ -142,13 +143,13 @@ def search(options: Options, mirror_of_all: Mirror | None = None) -> engine.Outc
     elif options.export is not None and outcome.best:
         try:
             print(export_trial(results, BEST_TRIAL, options.export))
-        except (UserError, OSError) as error:  # the search itself has ended well, and nothing of it is lost
+        except (UserError, OSError) as error:  # the search itself ended well and nothing is lost
             print(f"error: not exported: {error}", file=sys.stderr)
     return outcome
 
 
 def prepared(space: Space, trainable: Trainable) -> Space:
-    """The space with what its trainable says of the data, which is asked to look at them before trials run."""
+    """Have the trainable check its data before any trial runs; returns the space with its description of them."""
     described = prepare(space, trainable)
     if described is None:
         return space
@@ -157,7 +158,7 @@ def prepared(space: Space, trainable: Trainable) -> Space:
 
 
 def prepare(space: Space, trainable: Trainable) -> str | None:
-    """What a trainable says of its data, if it does; raises UserError where they cannot be trained on."""
+    """Return the trainable's description of its data, or None; raises UserError if the data are unusable."""
     if trainable.prepare is None:
         return None
     try:
@@ -173,7 +174,7 @@ def prepare(space: Space, trainable: Trainable) -> str | None:
 
 
 def describe(space: Space) -> str:
-    """The search in a few words."""
+    """Return a one-line description of the search."""
     goal = ", ".join(f"{item.mode} {item.metric}" for item in space.objectives)
     profile = f", profile {space.profile}" if space.profile else ""
     searched = ", ".join(item.name for item in space.parameters) or "nothing"
@@ -184,7 +185,7 @@ def describe(space: Space) -> str:
 
 
 def untried(space: Space) -> list[str]:
-    """A line where the search is too short for what is known beforehand."""
+    """Return a warning line if the search has fewer trials than known settings."""
     known, trials = len(space.try_first), space.search.trials
     return (
         [f"search.trials: {trials}, so only the first {trials} of {known} known settings run"] if trials < known else []
@@ -192,17 +193,17 @@ def untried(space: Space) -> list[str]:
 
 
 def cap_to_grid(space: Space) -> Space:
-    """A grid has an end: there is nothing to try beyond it and the known settings, which are no cells of it."""
+    """Limit a grid search to the grid's cells plus the known settings, which are not cells; others are unchanged."""
     if space.search.sampler != "grid":
         return space
     return space.with_trials(min(space.search.trials, grid_size(space) + len(space.try_first)))
 
 
 def check_folders(options: Options, space: Space) -> None:
-    """Raise UserError where the folders that the command names do not go with this search; changes nothing in them."""
+    """Check, without changing them, that the command's folders fit this search; raises UserError where they do not."""
     if options.resume is not None:
         check_same(read_space(options.resume / SPACE), space, options.resume)
-        open_study(options.resume / STUDY, space, create=False)  # one that cannot be read
+        open_study(options.resume / STUDY, space, create=False)  # raises UserError if the study is unreadable
     if options.warm_start is not None:
         check_comparable(read_earlier(options.warm_start), space)
     if options.resume is None and options.name is not None:
@@ -217,14 +218,15 @@ def check_unused(results: Path) -> None:
 
 
 def folder_of(options: Options, space: Space) -> Path:
-    """The results folder, which a new search does not have yet."""
+    """Return the path of the results folder; for a new search it does not exist yet."""
     return options.resume or options.results / (options.name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def open_mirror(options: Options, results: Path) -> Mirror | None:
-    """The mirror of the results folder, also of one that was mirrored before and goes on from here; None without one.
+    """Return the mirror of the results folder, including one set up before a resume; None if it has no mirror.
 
-    Comes before the folder is made, which would stand in the way of the mended command: raises UserError for a mistake.
+    Call this before creating the folder, which would otherwise block the corrected command. Raises UserError if the
+    mirror cannot be used.
     """
     if options.uri is not None:
         mirror = Mirror(results, below(options.uri, results.name))
@@ -248,9 +250,9 @@ def open_mirror(options: Options, results: Path) -> Mirror | None:
 def open_results(
     options: Options, space: Space, results: Path, held: contextlib.ExitStack, mirror: Mirror | None = None
 ) -> None:
-    """Put the resolved space and the study into the results folder; no other process runs it while it is `held`.
+    """Write the resolved space and the study to the results folder, locked for other processes while `held` is open.
 
-    What `check_folders` refuses has been told before.
+    Call `check_folders` first: it reports the mistakes that are not expected here.
     """
     uri = None if mirror is None else mirror.uri
     if options.resume is not None:
@@ -267,7 +269,7 @@ def open_results(
     except OSError as error:
         raise UserError(f"--results {results}: no folder can be made here: {error.strerror}") from None
     _take(results, held)
-    check_unused(results)  # another process may have been first
+    check_unused(results)  # another process may have been faster
     write_space(results, space, uri)
     study = open_study(results / STUDY, space, create=True)
     if options.warm_start is not None:
@@ -275,7 +277,7 @@ def open_results(
 
 
 def _take(results: Path, held: contextlib.ExitStack) -> None:
-    """Two searches in one folder would run the same trials, and overwrite each other's files."""
+    """Lock the folder: two searches in it would run the same trials and overwrite each other's files."""
     try:
         alone = held.enter_context(running(results))
     except BlockingIOError:
@@ -285,7 +287,7 @@ def _take(results: Path, held: contextlib.ExitStack) -> None:
 
 
 def check_same(earlier: Space, space: Space, folder: Path) -> None:
-    """Raise UserError where a search would go on as another: its tables pair every trial with the config of `space`."""
+    """Raise UserError if resuming would change the search: its tables pair every trial with the config of `space`."""
     before, now = (
         {key: item.document()[key] for key in ("trainable", "objective", "config", "try_first")}
         for item in (earlier, space)
@@ -301,7 +303,7 @@ def check_same(earlier: Space, space: Space, folder: Path) -> None:
 
 
 def estimate_of(options: Options, space: Space, plan: Plan) -> str:
-    """What the search will cost, in words; one that goes on is judged by its own epochs, and by the trials left."""
+    """Return the estimated cost as text; a resumed search is estimated from its own epochs and remaining trials."""
     if options.resume is None:
         return estimate(space, plan, measured_before(options.results, space))
     _, found = read_results(options.resume)
@@ -313,20 +315,20 @@ def estimate_of(options: Options, space: Space, plan: Plan) -> str:
 
 
 def seconds_per_epoch(found: Sequence[Record]) -> float | None:
-    """Of the trials of a search; None before their first epoch."""
+    """Return the mean seconds per epoch over the trials of a search; None before their first epoch."""
     epochs = sum(record.epochs for record in found)
     return sum(record.seconds for record in found) / epochs if epochs else None
 
 
 def measured_before(results: Path, space: Space) -> float | None:
-    """Seconds per epoch of the newest search of the same trainable and profile under `results`, where there is one."""
+    """Return seconds per epoch of the newest search under `results` with the same trainable and profile, or None."""
     measured = (space.trainable, space.profile)
     folders = sorted(results.glob(f"*/{SPACE}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for file in folders:
         try:
             document = yaml_file.read(file)
         except UserError:
-            continue  # a folder of something else
+            continue  # not a results folder
         document = document if isinstance(document, dict) else {}
         ran = document.get("ran")
         if (document.get("trainable"), ran.get("profile") if isinstance(ran, dict) else None) != measured:

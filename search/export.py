@@ -1,10 +1,10 @@
-"""A trial as somebody takes it elsewhere: `--export best DIR` writes a folder that needs nothing of the search.
+"""Exports a trial to use elsewhere: `--export best DIR` writes a folder that needs nothing else of the search.
 
 DIR/checkpoint.pt   the state that the trainable gave with its last report, as torch.save wrote it
-DIR/config.yaml     the trial's config, as far as the space says it; the rest are the defaults of its trainable's Config
+DIR/config.yaml     the trial's config as far as the space says it; the rest are defaults of the trainable's Config
 DIR/metrics.jsonl   a row per epoch
 DIR/space.yaml      a space of this one setting: `--space DIR/space.yaml` trains it again, longer or with another seed
-DIR/origin.yaml     which search and trial it is, its last metrics, and the commit and versions it ran on
+DIR/origin.yaml     its search and trial number, last metrics, and the commit and versions it ran on
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ BEST_TRIAL = "best"
 def export(source: str, what: str, folder: str) -> str:
     """Export from a results folder or its mirror: the best trial, or the one with the number `what`.
 
-    Of a mirror only the space, the study and that trial are fetched, to a place that is removed again. Returns what
-    was done, in words. Raises UserError where there is no such trial or nothing to export, or `folder` is in use.
+    From a mirror, only the space, the study and that trial are fetched, to a temporary folder. Returns a summary in
+    words. Raises UserError if there is no such trial or nothing to export, or if `folder` is in use.
     """
     target = empty_folder(folder)
     here = local(source)
@@ -50,7 +50,7 @@ def export(source: str, what: str, folder: str) -> str:
 
 
 def export_trial(results: Path, what: str, target: Path, source: str | None = None) -> str:
-    """Export a trial of a results folder on this machine. source: what to call the folder, if not by its path."""
+    """Export a trial of a results folder on this machine. source: the folder's name in messages, if not its path."""
     source = source or str(results)
     space, found = read_results(results)
     chosen = choose(found, space, what, source)
@@ -81,7 +81,10 @@ def export_trial(results: Path, what: str, target: Path, source: str | None = No
 
 
 def choose(found: Sequence[Record], space: Space, what: str, source: str) -> Record:
-    """The best trial, of several that no other beats the best in the first objective; or the one with that number."""
+    """Return the best trial (of a Pareto front, the best in the first objective), or the one with the number `what`.
+
+    Raises UserError if there is no such trial.
+    """
     if what == BEST_TRIAL:
         best = best_of(found, space)
         if not best:
@@ -94,7 +97,7 @@ def choose(found: Sequence[Record], space: Space, what: str, source: str) -> Rec
 
 
 def empty_folder(text: str) -> Path:
-    """The folder to export to; raises UserError when something is in it."""
+    """Return the folder to export to; raises UserError if it exists and is not an empty folder."""
     folder = Path(text)
     try:
         in_use = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
@@ -106,7 +109,7 @@ def empty_folder(text: str) -> Path:
 
 
 def is_plain(checkpoint: Path) -> bool:
-    """Whether `torch.load(weights_only=True)` reads it."""
+    """Return whether `torch.load(weights_only=True)` can read the checkpoint."""
     try:
         torch.load(checkpoint, map_location="meta", weights_only=True)
     except pickle.UnpicklingError:
@@ -115,7 +118,7 @@ def is_plain(checkpoint: Path) -> bool:
 
 
 def _again(document: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The space of a search with nothing left to search: one trial, to its end."""
+    """Return the space of a search with nothing left to search: one trial, run to its end."""
     search = {**document["search"], "trials": 1, "sampler": "random", "time_budget": None}
     ran = {key: value for key, value in (document.get("ran") or {}).items() if key in ("space", "paths", "profile")}
     return {**document, "config": config, "try_first": [], "search": search, "scheduler": {"name": "none"}, "ran": ran}
@@ -139,7 +142,7 @@ def _origin(document: Mapping[str, Any], space: Space, chosen: Record, saved: Sa
 
 
 def _write(target: Path, saved: Saved, told: Mapping[str, Any], metrics: Path) -> None:
-    """Beside it first: what cannot be written whole leaves nothing, and what is left to do is to move the files."""
+    """Write to a folder beside `target` first, then move the files, so that a failure while writing leaves nothing."""
     beside = target.resolve().with_name(f".{target.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     try:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and paths that somebody named."""
+"""Files that are written whole or not at all, and paths given by users."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_there(path: Path) -> bool:
-    """Whether a path that somebody named exists; raises UserError where it cannot be looked at."""
+    """Return whether a path given by a user exists; raises UserError if it cannot be accessed."""
     try:
         return path.exists()
     except OSError as error:
@@ -20,21 +20,21 @@ def is_there(path: Path) -> bool:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether it was raised because a disk is full, or somebody's share of it."""
+    """Return whether the error was raised because a disk, or a quota on it, is full."""
     return isinstance(error, OSError) and error.errno in _FULL
 
 
 def says_full(text: str) -> bool:
-    """Whether the text of an error says that a disk is full, or somebody's share of it."""
+    """Return whether the text of an error says that a disk, or a quota on it, is full."""
     return any(os.strerror(code) in text for code in _FULL)
 
 
 def replace_text(path: Path, text: str) -> None:
-    replace_bytes(path, text.encode("utf-8", "backslashreplace"))  # what is no character is told all the same
+    replace_bytes(path, text.encode("utf-8", "backslashreplace"))  # lone surrogates are written escaped
 
 
 def replace_bytes(path: Path, *chunks: bytes) -> None:
-    """Write a file whole or not at all: beside it first, then renamed over it."""
+    """Write a file whole or not at all: to a temporary file beside it, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

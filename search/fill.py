@@ -1,4 +1,4 @@
-"""`launch.py --table`: a search for each cell of a space's tables, one after another, and the tables from the best."""
+"""`launch.py --table`: runs a search for each cell of a space's tables, and fills the tables from the best trials."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from trainables.contract import UserError
 
 
 def fill(options: Options, wanted: str) -> list[engine.Outcome]:
-    """Run what is left of the searches of the tables, `wanted` or "all"; none of them after a dry run.
+    """Run the remaining searches of the tables `wanted`; returns the outcomes of their cells, none for a dry run.
 
-    The same command with the same --name goes on with the tables, also from a bucket: a search that ended is not run
-    again, unless it is to have more trials. Raises UserError for every mistake, in any cell, before the first runs.
+    wanted: a table's name or "all". The same command with the same --name continues the tables, also from a bucket: a
+    search that ended is not run again, unless it is to have more trials. Raises UserError for every mistake, in any
+    cell, before the first search runs.
     """
     if options.resume is not None or options.warm_start is not None:
         raise UserError("--table goes on where it was by --name; it does not go with --resume or --warm-start")
     nodes = nodes_for(options)
     has_gpu = any(node.gpus for node in nodes)
     tables = read_tables(options.file, options.profile, has_gpu, "all")
-    read_tables(options.file, options.profile, has_gpu, wanted)  # there is such a one
+    read_tables(options.file, options.profile, has_gpu, wanted)  # raises UserError for an unknown one
     results = options.results / (options.name or f"{options.file.stem}-tables-{time.strftime('%Y%m%d-%H%M%S')}")
     everything = cells_of(tables)
     cells = [cell for cell in everything if wanted in ("all", cell.table)]
@@ -56,7 +57,7 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
         outcomes.append(outcome)
         try:
             text = _write(results, options.file.stem, tables, everything)
-        except OSError as error:  # the disk is full, say, which the search has told
+        except OSError as error:  # such as a full disk, which the search has reported
             text = f"the tables are as they were: {error}"
         if mirror is not None:
             mirror.push()
@@ -69,7 +70,7 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
 
 
 def _mirror(uri: str, results: Path) -> Mirror:
-    """The mirror of the tables' folder; what is there of them and not here comes from it first."""
+    """Return the mirror of the tables' folder, after fetching those of its searches that are missing or older here."""
     for name in folders_at(uri):
         if holds_search(below(uri, name)):
             fetch(below(uri, name), results)
@@ -79,7 +80,7 @@ def _mirror(uri: str, results: Path) -> Mirror:
 
 
 def _ended(options: Options) -> engine.Outcome | None:
-    """What came of a cell's search, where it has ended and is to have no more trials; else None."""
+    """Return the outcome of a cell's search if it has ended and is to have no more trials; else None."""
     if options.resume is None or options.dry_run:
         return None
     space, _ = load_space(options.file, options.overrides)
@@ -87,14 +88,14 @@ def _ended(options: Options) -> engine.Outcome | None:
     if ended is None or cap_to_grid(space).search.trials > ended:
         return None
     _, found = read_results(options.resume)
-    if any(record.status == INTERRUPTED for record in found):  # another attempt at what failed, since then
+    if any(record.status == INTERRUPTED for record in found):  # a retry of a failed trial, begun since then
         return None
     print("its search has ended; --trials with a larger number would go on with it", flush=True)
     return engine.Outcome(tuple(found), tuple(best_of(found, space)), interrupted=False)
 
 
 def _write(results: Path, title: str, tables: Mapping[str, Table], cells: Sequence[Cell]) -> str:
-    """The tables of which a search has begun, this time or before."""
+    """Write the tables of which a search has begun, this time or before; returns the Markdown."""
     begun = {cell.table for cell in cells if (results / cell.folder / STUDY).exists()}
     shown = {name: table for name, table in tables.items() if name in begun}
     return write_tables(results, title, shown, [cell for cell in cells if cell.table in begun])

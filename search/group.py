@@ -1,8 +1,8 @@
 """A Ray Train worker group that stays up and runs one trial after another.
 
-The group is a single `TorchTrainer` whose loop serves commands. Both directions go through a small mailbox actor and
-not through Ray Train's reporting, which is polled every two seconds: an answer arrives in milliseconds. Every rank
-takes its commands from a queue of its own, so that an idle group waits in no collective that could time out.
+The group is a single `TorchTrainer` whose loop serves commands. Both directions use a small mailbox actor instead of
+Ray Train's reporting, which is polled every two seconds: an answer arrives in milliseconds. Every rank takes its
+commands from its own queue, so an idle group does not wait in a collective that could time out.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from search.workers.printed import Printed
 from search.workers.ranks import RankLoop
 from search.workers.watchdog import answered_within
 
-POLL_S = 1.0  # how often a wait looks whether the group still lives
-GRACE_S = 20.0  # for the other ranks to answer, once one of them has failed
-LAST_WORK_S = 600.0  # the same, once one has come to its end: another may still be saving or scoring
+POLL_S = 1.0  # how often a waiting slot checks that the group is alive
+GRACE_S = 20.0  # for the other ranks to answer after one has failed
+LAST_WORK_S = 600.0  # the same after one has ended: another may still be saving or scoring
 FAILURES = (Broke, RanOut, Blew)
-QUIT_S = 10.0  # for a group to leave by itself
-STARTS = 10  # attempts at starting the ranks, once there is room for them
+QUIT_S = 10.0  # for a group to quit by itself
+STARTS = 10  # attempts to start the ranks once there is room for them
 
 
 class GroupDied(RuntimeError):
-    """The worker group is gone, or its ranks no longer answer together; the message says why.
+    """The worker group is gone, or its ranks no longer all answer; the message says why.
 
-    with_machine: a machine that it ran on has gone, too.
+    with_machine: a machine that it ran on is lost, too.
     """
 
     def __init__(self, reason: str, with_machine: bool = False) -> None:
@@ -53,10 +53,10 @@ class GroupDied(RuntimeError):
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """What a group is made of and what it runs.
+    """What a group consists of and what it runs.
 
-    required: metrics that a report must hold and that must be finite; the others may be missing or NaN.
-    report_timeout_s: after which a rank that has not reported is taken to hang; None: never.
+    required: metrics that every report must contain with finite values; others may be missing or NaN.
+    report_timeout_s: after this long without a report, a rank is considered hung; None: never.
     """
 
     trainable: str
@@ -71,9 +71,9 @@ class GroupSpec:
 
 
 def worst_of(answers: Mapping[int, Answer], ranks: int) -> Answer:
-    """The answer that decides for the group: a rank that broke, ran out of memory or blew up goes before rank 0's.
+    """Return the answer that decides for the group: a rank that broke, ran out of memory or blew up precedes rank 0.
 
-    It is clean where all of the `ranks` have answered, each of them clean, and has what rank 0 printed, whichever
+    It is clean only if all `ranks` have answered cleanly, and always carries the output of rank 0, whichever rank
     decides.
     """
     worst = _deciding(answers, ranks)
@@ -83,7 +83,7 @@ def worst_of(answers: Mapping[int, Answer], ranks: int) -> Answer:
 
 def _deciding(answers: Mapping[int, Answer], ranks: int) -> Answer:
     broke = {rank: answer for rank, answer in sorted(answers.items()) if isinstance(answer, Broke)}
-    if broke:  # which of several made the others break is for a person to see
+    if broke:  # a person must judge which of several made the others break
         reason = _by_rank({rank: answer.reason for rank, answer in broke.items()}, ": ", "; ")
         trace = _by_rank({rank: answer.trace for rank, answer in broke.items()}, ":\n", "\n")
         final = any(answer.final for answer in broke.values())
@@ -100,7 +100,7 @@ def _deciding(answers: Mapping[int, Answer], ranks: int) -> Answer:
 
 
 def _by_rank(told: Mapping[int, str], colon: str, between: str) -> str:
-    """What each rank says, and once what they all say."""
+    """Join the texts of all ranks, labelled by rank; identical texts appear once."""
     ranks: dict[str, list[str]] = {}
     for rank, text in told.items():
         ranks.setdefault(text, []).append(str(rank))
@@ -110,9 +110,9 @@ def _by_rank(told: Mapping[int, str], colon: str, between: str) -> str:
 
 
 def _serve(job: Mapping[str, Any]) -> None:
-    """The `train_loop_per_worker`: answer commands until told to quit."""
+    """The `train_loop_per_worker`: answer commands until `Quit`."""
     context = ray.train.get_context()
-    # A worker sees all GPUs of its node that the group has; Ray knows which are its own.
+    # A worker sees all the group's GPUs on its node; Ray knows which are its own.
     device = ray.train.torch.get_device() if job["spec"].gpus_per_worker else None
     mailbox, machine = job["mailbox"], context.get_node_rank()
     here = ray.get_runtime_context()
@@ -134,9 +134,9 @@ def _serve(job: Mapping[str, Any]) -> None:
 
 
 def _more_of_torchrun(rank: int, world_size: int, machine: int, machines: int, name: str) -> dict[str, str]:
-    """What torchrun has in the environment of its ranks beside what Ray Train puts there.
+    """Return the environment variables that torchrun sets for its ranks and Ray Train does not.
 
-    Libraries tell by it that a launcher has started all ranks, and on which machine they are.
+    Libraries use them to detect that a launcher started all ranks, and on which machine each rank runs.
     """
     said = {
         "GROUP_RANK": machine,
@@ -153,7 +153,7 @@ def _more_of_torchrun(rank: int, world_size: int, machine: int, machines: int, n
     return {key: str(value) for key, value in said.items()}
 
 
-# States are large: they go through the object store, and only a reference through the mailbox.
+# States are large: they go through the object store, and only references through the mailbox.
 def _packed(message: Any) -> Any:
     if isinstance(message, Begin) and message.resume is not None:
         return replace(message, resume=ray.put(message.resume))
@@ -171,31 +171,31 @@ def _unpacked(message: Any) -> Any:
 
 
 class Group:
-    """A running worker group, as its slot sees it."""
+    """A running worker group, as seen by its slot."""
 
     def __init__(self, spec: GroupSpec) -> None:
         self._workers = spec.workers
-        # On the machine of its slot, which goes with the search, and on no other that could go alone.
+        # Pinned to the slot's machine: if that is lost, the slot is lost anyway; any other could be lost on its own.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._mailbox = Mailbox.options(scheduling_strategy=here).remote(spec.workers)  # type: ignore[attr-defined]
         self._error: BaseException | None = None
         self._around = alive()
-        # Ray Train wants a folder for its run that every node sees; nothing of ours is in it.
+        # Ray Train requires a run folder that every node sees; nothing of ours is stored in it.
         self._folder = Path(spec.scratch) / f"group-{uuid.uuid4().hex[:12]}"
         self._thread = threading.Thread(target=self._fit, args=(spec,), daemon=True, name="group")
         self._thread.start()
 
     def ask(self, command: Command) -> Answer:
-        """Hand `command` to every rank and return what came of it: the worst answer, or else rank 0's.
+        """Send `command` to every rank and return the deciding answer: the worst one, or else rank 0's.
 
-        When one rank fails and another has not answered `GRACE_S` later, the answer says that the group is not clean:
-        the silent rank sits in a collective that nobody joins. Raises GroupDied when the group ends.
+        If one rank fails and another has not answered within `GRACE_S`, the answer is marked not clean: the silent rank
+        is stuck in a collective that no other rank joins. Raises GroupDied when the group ends.
         """
         try:
             return self._ask(command)
         except RayActorError as error:
             raise GroupDied(f"the group's mailbox died: {_last_lines(str(error), 1)}") from None
-        except ObjectLostError:  # rank 0 has answered, and its machine went before its state was fetched
+        except ObjectLostError:  # rank 0 answered, but its machine was lost before its state was fetched
             raise GroupDied("the state that rank 0 reported is lost", self._has_lost_a_machine()) from None
 
     def _ask(self, command: Command) -> Answer:
@@ -217,14 +217,14 @@ class Group:
         return worst_of(answers, self._workers)
 
     def _has_lost_a_machine(self) -> bool:
-        """One that its ranks are on or, where they have not all begun yet, one that they might be starting on."""
-        if isinstance(self._error, ray.train.PreemptionError):  # told beforehand, and it may still be there
+        """Return whether a machine of its ranks is lost; until all have begun, any that was alive at the start."""
+        if isinstance(self._error, ray.train.PreemptionError):  # announced in advance; the machine may still be up
             return True
         nodes = ray.get(self._mailbox.nodes.remote())
         return gone(nodes if len(nodes) == self._workers else self._around)
 
     def stop(self) -> None:
-        """End the group: politely, and by force where a rank does not listen."""
+        """End the group, killing ranks that do not quit by themselves."""
         try:
             if self._thread.is_alive():
                 ray.get(self._mailbox.post.remote(Quit()))
@@ -255,13 +255,13 @@ class Group:
                 run_config=ray.train.RunConfig(
                     name="group",
                     storage_path=str(self._folder),
-                    # Ray Train would start other ranks in the place of preempted ones, which know nothing of the trial.
+                    # Ray Train would replace preempted ranks with new ones that know nothing of the trial.
                     failure_config=ray.train.FailureConfig(
                         max_failures=0, max_preemption_failures=0, controller_failure_limit=STARTS
                     ),
                 ),
             ).fit()
-        except BaseException as error:  # kept for whoever waits on this group
+        except BaseException as error:  # kept for the thread that waits on this group
             self._error = error
 
     def _why(self) -> str:

@@ -1,4 +1,4 @@
-"""What ends a search before its time: Ctrl-C, a signal, or an error after which it cannot go on."""
+"""What ends a search early: Ctrl-C, a signal, or an error after which it cannot go on."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from search.files import says_full
 from search.space.loading import where
 from search.text import said, short_line
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what Slurm sends before the time is over
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends the last one before the time is over
 
 
 class Hopeless(Exception):
-    """Whatever is tried fails; the message says how, and the search ends to be resumed."""
+    """Trials fail one after another; the message says how, and the search ends so that it can be resumed."""
 
 
 class Interruption:
-    """`pressed`: somebody wants it to end; while `heeded` is entered, the first of `SIGNALS` only sets it.
+    """Whether a search must end early, and why.
 
-    `cause`: the first exception that was `kept`.
+    pressed: a user or a signal asks for it; within `heeded`, the first of `SIGNALS` sets this and does no more.
+    cause: the first exception that occurred within `kept`.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class Interruption:
 
     @property
     def reason(self) -> str | None:
-        """The cause in a line. Tune hands on the text of a traceback, which ends in what was raised."""
+        """The cause in one line. Tune passes on the text of a traceback, whose last line is the error."""
         if self.cause is None:
             return None
         told = short_line(said(self.cause).strip().rpartition("\n")[2], type(self.cause).__name__)
@@ -51,17 +52,17 @@ class Interruption:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """An exception in here is kept as the cause, and ends the search; what comes after the block still runs."""
+        """Keep an exception raised in this context as the cause, which ends the search; code after it still runs."""
         try:
             yield
         except Exception as error:
             if not (self.cause or isinstance(error, Hopeless) or says_full(said(error))):
-                traceback.print_exc()  # for whoever has to mend it
+                traceback.print_exc()  # for the person who has to fix it
             self.cause = self.cause or error
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """The first of `SIGNALS` stops cleanly; a second has its usual effect, but for SIGUSR1, a mere warning."""
+        """Let the first of `SIGNALS` stop cleanly; a second has its usual effect, except SIGUSR1, a warning: none."""
 
         def stop(signum: int, frame: Any) -> None:
             self.pressed = True

@@ -1,8 +1,7 @@
-"""The ledger of a search: asks Optuna for settings and tells it, in its terms, how each trial ended.
+"""The ledger of a search: asks Optuna for settings and tells it how each trial ended.
 
-What failure tells the sampler follows one rule (`search.learning.lessons`): a diverged trial is told COMPLETE, with a
-finite penalty and a violated constraint; only a trial lost to a bug or to the machine is told FAIL, which every sampler
-ignores.
+Failures reach the sampler by one rule (`search.learning.lessons`): a diverged trial is told as COMPLETE, with a finite
+penalty and a violated constraint; only a trial lost to a bug or to the machine is told as FAIL, which samplers ignore.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from search.space import Space
 from search.space.sections import OWN_CONSTRAINTS
 from search.study import distributions_of, params_of, quiet_optuna
 
-MakeSampler = Callable[[int], BaseSampler]  # from a seed
-_CONSTRAINT = "constraints:"  # before its name, where Optuna keeps what a trial was told of it
-_CHANGED = "changed"  # of a trial: not the values that Optuna proposed, but others have been trained
+MakeSampler = Callable[[int], BaseSampler]  # given a seed
+_CONSTRAINT = "constraints:"  # prefix of the keys under which Optuna stores a trial's constraint values
+_CHANGED = "changed"  # trial attribute: it was trained with other values than those Optuna proposed
 
 
 @dataclass
 class OpenTrial:
-    """A trial that has been asked for and not ended."""
+    """A trial that has been asked for and has not ended."""
 
     trial: optuna.Trial
     values: dict[str, Any]
     name: str | None
     metrics: dict[str, Any] = field(default_factory=dict)
     epochs: int = 0
-    seconds_before: float = 0.0  # up to its last report, over all attempts, without what it was paused for
-    started: float = 0.0  # or went on, or reported last
+    seconds_before: float = 0.0  # up to its last report, over all attempts, excluding pauses
+    started: float = 0.0  # `time.monotonic()` of its start, resumption or last report; 0: not running
 
     @property
     def number(self) -> int:
@@ -54,19 +53,19 @@ class OpenTrial:
         return self.seconds_before + (time.monotonic() - self.started if self.started else 0.0)
 
     def lap(self) -> None:
-        """Count the time up to here."""
+        """Add the time since the last lap to `seconds_before`."""
         self.seconds_before = self.seconds
         self.started = time.monotonic()
 
     def catch_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take over what is on record in the trial's folder: an earlier attempt, or a trial that it is a copy of."""
+        """Take over the rows of the trial's folder, from an earlier attempt or from the trial that it is a copy of."""
         if rows:
             self.epochs, self.metrics = rows[-1]["epoch"], rows[-1]["metrics"]
             self.seconds_before = max(self.seconds_before, rows[-1].get("seconds", 0.0))
 
 
 class Ledger:
-    """Ask, report and end trials, each under a key of the caller's."""
+    """Asks for, reports and ends trials, each under a key that the caller chooses."""
 
     def __init__(self, space: Space, study: optuna.Study, make_sampler: MakeSampler, results: Path) -> None:
         self._results = results
@@ -82,7 +81,7 @@ class Ledger:
 
     @property
     def left(self) -> int:
-        """How many trials are still to be run, those that were interrupted included; other attempts are on top."""
+        """Return how many trials are still to be run, interrupted ones included; retries do not use up the total."""
         begun = [
             item
             for item in self.study.get_trials(deepcopy=False)
@@ -91,10 +90,10 @@ class Ledger:
         return max(0, self.space.search.trials - len(begun)) + len(self._unfinished)
 
     def ask(self, key: str) -> OpenTrial | None:
-        """The next trial: one that was interrupted, a known setting, or the sampler's proposal; None at the end.
+        """Return the next trial: an interrupted one, a known setting, or the sampler's proposal; None if none are left.
 
-        The sampler is made anew for each proposal, with a seed from the search's seed and the trial's place. So a
-        proposal depends on the history alone, and a resumed search proposes what an uninterrupted one would.
+        Each proposal gets a new sampler, seeded from the search's seed and the trial's place. So it depends on the
+        history alone, and a resumed search proposes what an uninterrupted one would.
         """
         if self.left == 0:
             return None
@@ -113,7 +112,7 @@ class Ledger:
             attrs = trial.user_attrs
             values = attrs.get("values") or self.space.suggest(trial)
         opened = OpenTrial(trial, values, attrs.get("name"), seconds_before=attrs.get("seconds", 0.0))
-        if unfinished is None:  # a machine that went, or a mirror of it, may have kept more than the study
+        if unfinished is None:  # its folder may hold leftovers unknown to the study, from a lost machine or a mirror
             TrialFolder(self._results, opened.number).clear()
         else:
             self._take_up(opened)
@@ -121,11 +120,11 @@ class Ledger:
         return opened
 
     def _take_up(self, opened: OpenTrial) -> None:
-        """What is on record of an earlier attempt, which may have given its last report already."""
+        """Restore an interrupted trial from its folder; an earlier attempt may already have given its last report."""
         folder = TrialFolder(self._results, opened.number)
         opened.catch_up(folder.read_metrics())
         torn = folder.set_torn_aside()
-        # A slot may have been ahead of the record: from its checkpoint on, an epoch's report would be missing.
+        # A slot may have been ahead of the record; resuming from its checkpoint would leave out an epoch's report.
         folder.keep_checkpoint(opened.epochs)
         if torn:
             saved = folder.checkpoint()
@@ -133,7 +132,7 @@ class Ledger:
             print(f"trial {opened.number}: {', '.join(torn)} cannot be read; it {how}", flush=True)
 
     def _sampler(self, place: int, given: bool) -> BaseSampler:
-        """What proposes at a place. given: values are known already, some or all; these are not judged."""
+        """Return the sampler for a place. given: some or all values are known, so the survival model is not applied."""
         search = self.space.search
         model = None
         if search.survival and search.sampler in ASKED_AGAIN and not given:
@@ -141,29 +140,29 @@ class Ledger:
         return surviving(self.space, model, lambda i: self._make_sampler(proposal_seed(search.seed, place, i)))
 
     def report(self, key: str, epoch: int, metrics: Mapping[str, Any]) -> None:
-        """An epoch is over. Only finite objectives get here."""
+        """Record the report of an epoch; a single objective must be finite."""
         opened = self.open[key]
         opened.epochs = epoch
         opened.metrics = dict(metrics)
         if len(self.space.objectives) == 1:
             value = metrics[self.space.objectives[0].metric]
             assert math.isfinite(value), "a non-finite objective ends its trial before it is reported"
-            with quiet_optuna():  # an epoch that is run again after an interruption is reported twice
+            with quiet_optuna():  # an epoch that is rerun after an interruption is reported twice
                 opened.trial.report(value, epoch)
 
     def change(self, key: str, values: Mapping[str, Any]) -> None:
-        """The trial goes on with other values, also where the search is killed now and resumed."""
+        """Continue the trial with other values; they are stored in the study, so they survive a kill and resume."""
         opened = self.open[key]
         opened.values = dict(values)
         opened.trial.set_user_attr("values", opened.values)
         opened.trial.set_user_attr(_CHANGED, True)
 
     def interrupt(self, key: str) -> None:
-        """The search stops here; the trial stays open in the study, and a resumed search goes on with it."""
+        """Leave the trial open in the study, so that a resumed search continues it."""
         self._write(self.open.pop(key))
 
     def end(self, key: str, status: str, reason: str) -> Record:
-        """Tell the study how a trial ended; returns its record."""
+        """Tell the study how a trial ended and return its record."""
         opened = self.open.pop(key)
         self._write(opened, status=status, reason=reason)
         state, values = self._verdict(opened, status)
@@ -196,11 +195,11 @@ class Ledger:
 
 
 class _AsKnown(optuna.Study):
-    """A study as a sampler should see it, where Optuna keeps what it was told or had proposed at the time.
+    """A study as the sampler should see it, correcting what Optuna stored as it was at the time.
 
-    Its penalties are those that all measurements to this day ask for: one is told when its trial ends, perhaps before
-    anything was measured. Its settings are those that were trained: population-based training changes some on the way.
-    Its limits are those of the space: a search may have gone on with others.
+    Penalties are recomputed from all measurements so far: each was told when its trial ended, perhaps before anything
+    was measured. Settings are those that were trained: population-based training changes some during a trial.
+    Constraint limits are those of the space: a resumed search may have changed them.
     """
 
     def __init__(self, study: optuna.Study, space: Space) -> None:
@@ -236,7 +235,7 @@ class _AsKnown(optuna.Study):
 
 
 def _constraints(space: Space, trial: FrozenTrial) -> dict[str, float]:
-    """Of an ended trial, with the limits of the space; none where it was told none, as it failed or runs still."""
+    """Return an ended trial's constraints under the space's limits; empty if it was told none (failed, or running)."""
     own = {name: excess for name, excess in trial.constraints.items() if name in OWN_CONSTRAINTS}
     attrs = trial.user_attrs
     return {**own, **limits_told(space, attrs["status"], attrs["metrics"])} if own else own

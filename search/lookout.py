@@ -1,4 +1,4 @@
-"""Tells of what a search waits for on its cluster: machines that have gone, and room for its groups."""
+"""Reports what a search waits for on its cluster: machines that have gone, and room for its groups."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ray import tune
 
 from search.cluster import alive
 
-LOOK_S = 5.0  # between two looks
-PATIENCE_S = 20.0  # with what waits for room; after a trial, one group takes the place of another
-SELDOM = 50  # times as long as a look took lie between it and the next: Ray's table keeps what has been removed
+LOOK_S = 5.0  # between two looks at the cluster
+PATIENCE_S = 20.0  # a longer wait for room is reported; after a trial, one group takes the place of another
+SELDOM = 50  # least ratio of the pause between looks to a look's duration: Ray's table keeps what was removed
 
 BLOCKED = "no slot can start: another search runs from this machine; this one waits for it to end"
-Needs = list[dict[str, float]]  # of each worker of a group
+Needs = list[dict[str, float]]  # resources of each worker of a group
 
 
 class Lookout(tune.Callback):
-    """Nothing else would say that machines go or come, and that slots wait."""
+    """Prints a line when machines go or come and when slots wait, which nothing else reports."""
 
     def __init__(self) -> None:
         self._known = alive()
@@ -32,7 +32,7 @@ class Lookout(tune.Callback):
         if time.monotonic() >= self._next_look:
             try:
                 self._look()
-            except Exception as error:  # a search does not end because nobody tells what it waits for
+            except Exception as error:  # failing to report a wait must not end a search
                 print(f"what the search waits for on its cluster is no longer told: {error!r}", flush=True)
                 self._next_look = math.inf
 
@@ -48,7 +48,7 @@ class Lookout(tune.Callback):
 
 
 def moves(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """A line for each machine that has gone or come."""
+    """Return a line for each machine that has gone or come."""
     return [
         *(
             f"a machine has gone, {before[node]}: what ran on it goes on where there is room"
@@ -59,16 +59,16 @@ def moves(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 class Waiting:
-    """What of a search has waited for room, and since when."""
+    """Keeps track of what in a search waits for room, and since when."""
 
     def __init__(self) -> None:
         self._since: dict[str, float] = {}  # by placement group
         self._told = 0, False
 
     def look(self, table: Mapping[str, Any], job: str, now: float) -> list[str]:
-        """A line when more of this search than before wait for longer than one has patience for.
+        """Return a line when more groups than before have waited for `PATIENCE_S`, and one when no slot can start.
 
-        table: Ray's, of all placement groups; the ids of this search's end with that of its job.
+        table: Ray's table of all placement groups; the ids of this search's end with its job id.
         """
         own = {key: entry for key, entry in table.items() if key.endswith(job)}
         pending = {key: entry for key, entry in own.items() if entry["state"] in ("PENDING", "RESCHEDULING")}
@@ -82,7 +82,7 @@ class Waiting:
 
 
 def is_slot(entry: Mapping[str, Any]) -> bool:
-    """Whether it is the place of a slot on the driver's machine, and not of a group's workers."""
+    """Return whether a placement group is that of a slot, on the driver's machine, and not of a group's workers."""
     return any(name.startswith("node:") for name in entry["bundles"][0])
 
 

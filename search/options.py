@@ -19,7 +19,7 @@ DEFAULT_RESULTS = "results"
 
 @dataclass(frozen=True)
 class Options:
-    """The command line of a search, checked as far as it can be without the space."""
+    """The command line of a search, validated as far as possible without the space."""
 
     file: Path
     overrides: tuple[str, ...]
@@ -37,7 +37,7 @@ class Options:
 
     @staticmethod
     def read(given: argparse.Namespace, spaces: Path) -> Options:
-        """From parsed arguments; raises UserError for what cannot go together."""
+        """Return the options for parsed arguments; raises UserError for those that do not go together."""
         if given.why:
             raise UserError("--why needs --report RESULTS_DIR")
         if given.export and given.table:
@@ -85,18 +85,18 @@ class Options:
 
 
 def results_root(text: str) -> tuple[Path, str | None]:
-    """The local folder for results folders, and the URI they are mirrored to, if `text` is one."""
+    """Return the local folder for results folders, and `text` if it is a URI to mirror them to, else None."""
     folder = local(text)
     return (Path(DEFAULT_RESULTS), text) if folder is None else (folder, None)
 
 
 def results_folder(text: str) -> Path:
-    """An earlier results folder, fetched first where `text` is a URI."""
+    """Return an earlier results folder, fetched first if `text` is a URI."""
     return local(text) or fetch(text, Path(DEFAULT_RESULTS))
 
 
 def find_space(name: str, spaces: Path) -> Path:
-    """The file of a space given by path or by name; raises UserError with the nearest known name."""
+    """Return the file of a space given by path or by name; raises UserError with the nearest known name."""
     for path in (Path(name), spaces / f"{name}.yaml"):
         if is_there(path) and path.is_file():
             return path
@@ -105,7 +105,7 @@ def find_space(name: str, spaces: Path) -> Path:
 
 
 def list_spaces(spaces: Path) -> str:
-    """Each space with the comment at its top."""
+    """List the spaces, each with the comment at its top."""
     lines = []
     for path in sorted(spaces.glob("*.yaml")):
         first = path.read_text().split("\n", 1)[0]

@@ -1,4 +1,4 @@
-"""Standard output and error as a search has them: what cannot be written is lost, and nothing else is."""
+"""Standard output and error of a search: what cannot be written is dropped without raising an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Lossy:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(Exception):  # also where the handler of a signal prints in the middle of a print
+        with contextlib.suppress(Exception):  # also if a signal handler prints in the middle of a print
             self._stream.write(text)
         return len(text)
 
@@ -30,7 +30,7 @@ class _Lossy:
 
 @contextlib.contextmanager
 def lossy_output() -> Iterator[None]:
-    """While it is entered no print raises, and Python's own flush at the exit will not fail for what was left."""
+    """Make printing never raise in this context, and Python's flush at exit not fail for unwritten output."""
     out, err = sys.stdout, sys.stderr
     lossy = [cast(TextIO, _Lossy(stream)) for stream in (out, err)]
     try:

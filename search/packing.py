@@ -1,4 +1,4 @@
-"""How much memory the trials of a search take: measured once before it, so that several slots can share a GPU."""
+"""The memory that the trials of a search take, measured once before it so that several slots can share a GPU."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from search.space.loading import Trainable, load
 from search.workers.surroundings import Surroundings, settle
 from trainables.contract import Trial, default_device
 
-DRAWS = 200  # of the space, among which the largest are looked for
-LARGEST = 5  # of them that are measured, beside the known settings
-WAIT_S = 600.0  # for a measurement, reading of the data included; then every worker gets a whole GPU
-LOOK_S = 0.5  # how often it is looked whether Ctrl-C was pressed meanwhile
+DRAWS = 200  # random settings from which the largest are chosen
+LARGEST = 5  # of them that are measured, besides the known settings
+WAIT_S = 600.0  # for a measurement, reading the data included; after that, every worker gets a whole GPU
+LOOK_S = 0.5  # how often to check for Ctrl-C meanwhile
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a machine is to measure: `configs` as trees, and the search's own limit of a GPU, if it has one."""
+    """What a machine is to measure: `configs` as trees. limit_mb: the search's own limit of a GPU in MiB, or None."""
 
     trainable: str
     paths: tuple[str, ...]
@@ -41,17 +41,17 @@ class Job:
 
 
 def cannot_share(space: Space, trainable: Trainable, nodes: Sequence[Node]) -> Unmeasured | None:
-    """Why there is nothing to measure; None where slots can share GPUs."""
+    """Return why slots cannot share GPUs, so that there is nothing to measure; None if they can."""
     if trainable.memory_need is None:
         return obstacle(space, nodes) or Unmeasured(f"the module of {space.trainable} has no function memory_need")
     return obstacle(space, nodes)
 
 
 def measure(space: Space, nodes: Sequence[Node], interruption: Interruption) -> Measured | Unmeasured:
-    """Try the largest settings on a GPU of each machine, all machines at once; Ray is started.
+    """Measure the largest settings on a GPU of each machine, on all machines at once; Ray must be running.
 
-    The GPUs of one machine are taken to be alike. Whatever goes wrong is the reason why nothing was measured, and so is
-    the interruption.
+    The GPUs of one machine are assumed to be alike. Any failure, and the interruption, is returned as the reason why
+    nothing was measured.
     """
     job = Job(
         trainable=space.trainable,
@@ -62,7 +62,7 @@ def measure(space: Space, nodes: Sequence[Node], interruption: Interruption) -> 
         limit_mb=space.resources.memory_limit_mb,
     )
     print(f"measuring the memory of a training step, for {len(job.configs)} setting(s)", flush=True)
-    task = ray.remote(num_cpus=job.threads, max_calls=1, max_retries=0)(needs)  # max_calls: it frees the GPU
+    task = ray.remote(num_cpus=job.threads, max_calls=1, max_retries=0)(needs)  # one call, as its exit frees the GPU
     if is_simulated(space, nodes):
         tasks = [task.remote(job)]
     else:
@@ -89,7 +89,7 @@ def measure(space: Space, nodes: Sequence[Node], interruption: Interruption) -> 
 
 
 def on_every_machine(found: Sequence[Measured | Unmeasured]) -> Measured | Unmeasured:
-    """What holds on every machine."""
+    """Combine the measurements of all machines into one that holds on each; the first failure if there is any."""
     measured = [item for item in found if isinstance(item, Measured)]
     for item in found:
         if isinstance(item, Unmeasured):
@@ -103,7 +103,7 @@ def on_every_machine(found: Sequence[Measured | Unmeasured]) -> Measured | Unmea
 
 
 def needs(job: Job) -> Measured | Unmeasured:
-    """The largest need of the settings, measured in this process on this process's GPU, or on a simulated one."""
+    """Return the largest need of the settings, measured in this process on its GPU, or on a simulated one."""
     device = default_device()
     cache: dict[Any, Any] = {}
     largest = 0
@@ -132,11 +132,11 @@ def needs(job: Job) -> Measured | Unmeasured:
 
 
 def large_settings(space: Space) -> list[Values]:
-    """The known settings, and those draws of the space that look as if they took most memory; each shape once.
+    """Return the known settings, and random ones that look as if they took the most memory; each shape once.
 
-    A model's size and a batch's lie in whole numbers and choices, and memory is about their product. Where a larger
-    number makes a smaller model this picks others than the very largest: then a trial that needs more than its share
-    passes its batch through in parts.
+    The sizes of a model and of a batch are integers and choices, and memory is roughly proportional to their product.
+    If a larger number makes a smaller model, this misses the very largest settings: a trial that needs more than its
+    share then passes its batch through in parts.
     """
     rng = random.Random(space.search.seed)
     known = [space.draw(rng, setting.values) for setting in space.try_first]
@@ -152,7 +152,7 @@ def large_settings(space: Space) -> list[Values]:
 
 
 def _shape(space: Space, values: Mapping[str, Any]) -> str:
-    """Equal for settings that differ in real numbers only: rates and weights, which change no tensor's size."""
+    """Return a key that is equal for settings that differ only in real numbers, such as rates, which alter no shape."""
     whole = [item.name for item in space.parameters if isinstance(item.domain, (Choice, Integer))]
     return repr([(name, values[name]) for name in whole if name in values])
 
@@ -163,7 +163,7 @@ def _log_size(space: Space, values: Mapping[str, Any]) -> float:
 
 
 def _magnitude(value: Any) -> float:
-    """Of a number itself, of a list the sum of its numbers and how many words it has; 0 of what has no order."""
+    """Return the magnitude of a number, or the sum over a list, in which a word counts 1; 0 for what has no order."""
     if isinstance(value, list):
         return sum(1.0 if isinstance(item, str) else _magnitude(item) for item in value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""How many slots run side by side, and what each worker gets: a pure function of the space and the machine."""
+"""How many slots run side by side and what each worker gets: a pure function of the space and the machines."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from search.workers.ranks import ALLOCATOR_ROOM
 from trainables.contract import UserError
 
 MIB = 2**20
-MANY_CPUS = 1e9  # more than all workers want
-MOST_ON_ONE_GPU = 64  # Ray counts a GPU in ten-thousandths, and rounds: 64 shares are exactly 64, 101 would be more
+MANY_CPUS = 1e9  # more than all workers need
+MOST_ON_ONE_GPU = 64  # Ray rounds shares to 1/10000 of a GPU; exactly 64 shares of 1/64 fit
 
 
 @dataclass(frozen=True)
 class Node:
-    """What one machine of the cluster offers."""
+    """The resources of one machine of the cluster."""
 
     cpus: float
     gpus: float
@@ -24,12 +24,12 @@ class Node:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found of memory before a search, on a worker that had a GPU to itself.
+    """GPU memory as measured before a search, on a worker that had a GPU to itself.
 
-    need_bytes: the peak of a training step of the largest of so many `settings`.
-    besides_bytes: what a process takes of a GPU beside PyTorch's allocator, such as CUDA's context. What others hold
-        of that GPU is in it too: then it is more than the truth, and never less.
-    device_bytes: the smallest GPU's memory, or `resources.memory_limit_mb` where that is less.
+    need_bytes: peak of a training step of the largest of `settings` settings.
+    besides_bytes: what a process takes of a GPU besides PyTorch's allocator, such as the CUDA context. Includes what
+        other processes hold on that GPU, so it may be too high, but never too low.
+    device_bytes: memory of the smallest GPU, or `resources.memory_limit_mb` if that is less.
     """
 
     settings: int
@@ -40,7 +40,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Unmeasured:
-    """Why nothing is known of memory."""
+    """Why there is no memory measurement."""
 
     reason: str
 
@@ -53,15 +53,15 @@ AT_THE_START = Unmeasured("what a training step takes is measured at the start")
 class Plan:
     """`slots` trials at a time, each on a group of `workers` ranks.
 
-    gpus_per_worker: of GPUs that Ray knows; a simulated one is none.
-    memory_limit_mb: of a training step of each rank, in MiB; None: what its GPU has.
+    gpus_per_worker: counts GPUs known to Ray; a simulated GPU counts as none.
+    memory_limit_mb: limit of each rank's training step, in MiB; None: all that its GPU has.
     """
 
     slots: int
     workers: int
     cpus_per_worker: int
     gpus_per_worker: float
-    limit: str  # what keeps it from being more slots
+    limit: str  # what keeps the plan from having more slots
     memory_limit_mb: float | None = None
 
     @property
@@ -77,10 +77,10 @@ class Plan:
 
 
 def make_plan(space: Space, nodes: Sequence[Node], memory: Measured | Unmeasured = AT_THE_START) -> Plan:
-    """As many groups as the nodes hold, at most one for each trial.
+    """Return the plan with as many groups as fit on the nodes, at most one for each trial.
 
-    memory: decides how many slots share a GPU where `resources.gpus_per_worker` is `auto`.
-    A group may spread over nodes; a worker may not. Raises UserError when not even one group fits.
+    A group may span nodes; a worker may not. memory: determines how many slots share a GPU if
+    `resources.gpus_per_worker` is `auto`. Raises UserError if not even one group fits, or for an impossible GPU share.
     """
     wanted = space.resources
     if wanted.gpus_per_worker == "auto":
@@ -99,7 +99,7 @@ def make_plan(space: Space, nodes: Sequence[Node], memory: Measured | Unmeasured
 
 
 def _whole(space: Space, nodes: Sequence[Node], gpus: float, kind: str = "GPU") -> Plan:
-    """The plan whose workers have so many GPUs each, or such a part of one."""
+    """Return the plan whose workers have `gpus` GPUs each, or that fraction of one."""
     wanted = space.resources
     fits = _groups(space, nodes, gpus)
     if fits == 0:
@@ -122,7 +122,7 @@ def _whole(space: Space, nodes: Sequence[Node], gpus: float, kind: str = "GPU") 
 
 
 def _shared(space: Space, nodes: Sequence[Node], memory: Measured | Unmeasured) -> Plan:
-    """`auto`: as many slots on each GPU as have room there, or whole GPUs where that is not known."""
+    """Return the plan for `auto`: as many slots on each GPU as have room there, or whole GPUs if that is unknown."""
     simulated = is_simulated(space, nodes)
     if not simulated and not any(node.gpus >= 1 for node in nodes):
         plan = _whole(space, nodes, 0.0)
@@ -137,7 +137,7 @@ def _shared(space: Space, nodes: Sequence[Node], memory: Measured | Unmeasured) 
     else:
         room = room_on_one(memory)
         most = _whole(space, nodes, 1 / room, kind)
-        # No more slots on one GPU than it takes: Ray would fill the first GPUs, and leave the others idle.
+        # No more slots on a GPU than the total requires: Ray would fill the first GPUs and leave the others idle.
         sharing = next(k for k in range(1, room + 1) if min(_groups(space, nodes, 1 / k), most.slots) == most.slots)
         limit_mb = share_mb(memory, sharing) if sharing > 1 else whole.memory_limit_mb
         plan = replace(most, gpus_per_worker=1 / sharing, memory_limit_mb=limit_mb)
@@ -147,32 +147,32 @@ def _shared(space: Space, nodes: Sequence[Node], memory: Measured | Unmeasured) 
 
 
 def obstacle(space: Space, nodes: Sequence[Node]) -> Unmeasured | None:
-    """What keeps slots from sharing a GPU, whatever they take of its memory."""
+    """Return what keeps slots from sharing a GPU regardless of their memory; None if nothing does."""
     if space.resources.workers > 1:
         return Unmeasured("NCCL refuses two ranks of a group on one GPU")
     return None if is_simulated(space, nodes) or any(node.gpus >= 1 for node in nodes) else NO_GPU
 
 
 def is_simulated(space: Space, nodes: Sequence[Node]) -> bool:
-    """Whether `auto` shares a GPU that is not there: one on each machine, of `resources.memory_limit_mb`."""
+    """Return whether `auto` shares simulated GPUs: one on each machine, of `resources.memory_limit_mb`."""
     wanted = space.resources
     is_limited = wanted.gpus_per_worker == "auto" and wanted.memory_limit_mb is not None
     return is_limited and not any(node.gpus for node in nodes)
 
 
 def room_on_one(memory: Measured) -> int:
-    """How many slots a GPU holds, each with what the largest setting takes; 1 where it does not even hold one."""
+    """Return how many slots fit on a GPU if each takes what the largest setting takes; 1 even if none fits."""
     each = ALLOCATOR_ROOM * memory.need_bytes + memory.besides_bytes
     return max(1, min(MOST_ON_ONE_GPU, int(memory.device_bytes // max(each, 1))))
 
 
 def share_mb(memory: Measured, slots: int) -> float:
-    """What a training step may take, in MiB, in each of so many slots on one GPU."""
+    """Return the limit of a training step, in MiB, for each of `slots` slots on one GPU."""
     return (memory.device_bytes / slots - memory.besides_bytes) / ALLOCATOR_ROOM / MIB
 
 
 def told(memory: Measured) -> str:
-    """The measurement in words."""
+    """Describe the measurement in words."""
     unit, name = (1024 * MIB, "GiB") if memory.device_bytes >= 1024 * MIB else (MIB, "MiB")
     besides = f" and its process {memory.besides_bytes / unit:.1f} besides" if memory.besides_bytes else ""
     count = f"the largest of {memory.settings} settings" if memory.settings > 1 else "the only setting"
@@ -180,7 +180,7 @@ def told(memory: Measured) -> str:
 
 
 def _groups(space: Space, nodes: Sequence[Node], gpus: float) -> int:
-    """How many groups the nodes hold when each worker takes so many GPUs."""
+    """Return how many groups the nodes hold when each worker takes `gpus` GPUs."""
     return sum(_workers_on(node, space.resources.cpus_per_worker, gpus) for node in nodes) // space.resources.workers
 
 
@@ -193,7 +193,7 @@ def _workers_on(node: Node, cpus: int, gpus: float) -> int:
 
 
 def estimate(space: Space, plan: Plan, epoch_s: float | None) -> str:
-    """How much a search will cost, in words. epoch_s: seconds per epoch of one trial, where they were measured."""
+    """Return the cost of a search in words. epoch_s: measured seconds per epoch of one trial, or None."""
     trials = space.search.trials
     if space.epochs is None:
         return f"{trials} trials; their length is not known (the space fixes no config.epochs)"
@@ -209,12 +209,15 @@ def estimate(space: Space, plan: Plan, epoch_s: float | None) -> str:
 
 
 def _hours(hours: float) -> str:
-    """Two digits that count, and never an exponent."""
+    """Format hours to about two significant digits, never with an exponent."""
     return f"{hours:.0f}" if hours >= 10 else f"{hours:.2g}" if hours >= 0.01 else "less than 0.01"
 
 
 def expected_epochs(space: Space) -> float:
-    """Epochs of a trial on average: under asha one in `reduction` passes each rung. Of the others nobody can say."""
+    """Return the mean epochs of a trial: under asha one in `reduction` passes each rung; else its full length.
+
+    How many epochs other schedulers save cannot be predicted.
+    """
     assert space.epochs is not None
     if space.scheduler.name != "asha":
         return space.epochs

@@ -1,4 +1,4 @@
-"""Tune's callback that writes down what happens: into the study, the trial's folder, TensorBoard, the terminal."""
+"""Tune callback that records events in the study, the trial's folder, TensorBoard and the terminal."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from search.records.health import remarks
 from search.records.record import RAN_TO_END, Record, unmeasured
 from search.trial import EPOCH, METRICS, REASON, STATUS
 
-HOPELESS = 10  # trials that fail one after another, or two for each slot: that is a bug, and not the settings
+HOPELESS = 10  # consecutive failures (or two per open trial, if more) that point to a bug rather than to the settings
 
 
 def _kept(callback: Callable[..., None]) -> Callable[..., None]:
-    """Tune would take some exceptions for a failure of the trial, and run again what has ended.
+    """End the search at the first exception of `callback`, and record nothing after it.
 
-    So the first of them ends the search, and nothing is recorded after it.
+    Otherwise Tune would treat some exceptions as failures of the trial, and rerun trials that have ended.
     """
 
     @functools.wraps(callback)
@@ -42,9 +42,9 @@ def _kept(callback: Callable[..., None]) -> Callable[..., None]:
 
 
 class Recorder(tune.Callback):
-    """Follows every trial from its start to its end.
+    """Records every trial from its start to its end.
 
-    `tell` is given the record of each trial that ends; `keep` is called after each epoch.
+    `tell` is called with the record of each trial that ends; `keep` is called after each epoch.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Recorder(tune.Callback):
 
     @_kept
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """A trial that the scheduler has paused takes no time; it was counted up to its last report."""
+        """Stop the clock of paused trials; their time has been counted up to the last report."""
         for trial in trials:
             if trial.status == Trial.PAUSED and trial.trial_id in self._ledger.open:
                 self._ledger.open[trial.trial_id].started = 0.0
@@ -77,14 +77,14 @@ class Recorder(tune.Callback):
         opened = self._ledger.open[trial.trial_id]
         if not opened.started:
             self._folder(trial).write_config(self._ledger.space.config(opened.values))
-        opened.started = time.monotonic()  # anew where the scheduler had paused it
+        opened.started = time.monotonic()  # reset if the scheduler had paused it
         self._follow(trial)
 
     @_kept
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if STATUS in result:  # the end; there is nothing measured in it
+        if STATUS in result:  # the end of the trial; contains no measurements
             return
         epoch, metrics = result[EPOCH], result[METRICS]
         self._look_at_first(metrics)
@@ -103,7 +103,7 @@ class Recorder(tune.Callback):
         self._keep()
 
     def _look_at_first(self, metrics: Mapping[str, Any]) -> None:
-        """Tell of each constraint without a metric: it may come with a trial's last report alone, or be misspelt."""
+        """Report constraints whose metric the first report lacks: it may come with the last report, or be misspelt."""
         lacking = [] if self._reported else unmeasured(self._ledger.space.constraints, metrics)
         self._reported = True
         for lack in lacking:
@@ -111,7 +111,7 @@ class Recorder(tune.Callback):
             print(f"the first report has {lack} ({told})", flush=True)
 
     def _look_at_length(self, opened: OpenTrial, epoch: int) -> None:
-        """Tell, once, of a trainable that reports more often than its space says: it is stopped too early."""
+        """Warn, once, of a trainable that reports more often than its space says: schedulers stop it too early."""
         epochs = self._ledger.space.epochs_of(opened.values)
         if epochs is not None and epoch > epochs and not self._is_longer:
             self._is_longer = True
@@ -127,7 +127,7 @@ class Recorder(tune.Callback):
             return
         result = trial.last_result or {}
         if STATUS in result:
-            # Population-based training may have made it a copy of another, which ended before its first report.
+            # Population-based training may have made it a copy of another trial, and it ended before its next report.
             self._catch_up(trial.trial_id)
             self._ledger.open[trial.trial_id].epochs = result[EPOCH]
             self._follow(trial)
@@ -138,21 +138,22 @@ class Recorder(tune.Callback):
 
     @_kept
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """An attempt has failed, and there will be another."""
+        """Check the disk after a failed attempt that will be retried."""
         _check_room(trial)
 
     @_kept
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         _check_room(trial)
         if trial.trial_id in self._ledger.open:
-            # The slot keeps the reason of its last attempt, unless it died itself; Tune has that of some attempt.
+            # The slot saves the reason of its last attempt, unless it died itself; Tune's may be that of an earlier
+            # one.
             error, told = trial.get_pickled_error(), self._folder(trial).read_error()
             if told is None or isinstance(error, RayActorError):
                 told = "the slot died" if error is None else _reason(error)
             self._end(trial.trial_id, "failed", told.split("\n", 1)[0])
 
     def close(self, ending: str | None) -> None:
-        """The search stops with trials under way: they are stopped for the reason `ending`, or None: interrupted."""
+        """End all open trials: as stopped for the reason `ending`, or as interrupted if it is None."""
         for key, opened in list(self._ledger.open.items()):
             with self._interruption.kept():
                 self._catch_up(key)
@@ -167,14 +168,14 @@ class Recorder(tune.Callback):
                 writer.close()
 
     def _catch_up(self, key: str) -> None:
-        """With a trial that has become a copy of one that was ahead of it, since its last report."""
+        """Update a trial from its folder if, since its last report, it became a copy of one that was ahead of it."""
         opened = self._ledger.open[key]
         rows = TrialFolder(self._results, opened.number).read_metrics()
         if rows and rows[-1]["epoch"] > opened.epochs:
             opened.catch_up(rows)
 
     def _stopped(self, key: str, why: str) -> tuple[str, str]:
-        """Status and reason of a trial that was not let go on; there may have been nothing left of it."""
+        """Return status and reason of a trial that was not continued: finished if no epochs were left to run."""
         opened = self._ledger.open[key]
         epochs = self._ledger.space.epochs_of(opened.values)
         if opened.epochs == epochs:
@@ -207,15 +208,15 @@ class Recorder(tune.Callback):
         self._look_for_hope(record)
 
     def _look_for_hope(self, record: Record) -> None:
-        """A bug that every trial meets, or a machine that fails all it takes, would use up a night's settings."""
+        """Raise Hopeless if the latest trials all failed: a bug or a bad machine would use up a night's settings."""
         self._failed_in_a_row = self._failed_in_a_row + 1 if record.status == "failed" else 0
-        under_way = len(self._ledger.open)  # as many may fail by one incident
+        under_way = len(self._ledger.open)  # all of these may fail in one incident
         if self._failed_in_a_row >= max(HOPELESS, 2 * under_way) and (self._ledger.left or under_way):
             told = f"the last {self._failed_in_a_row} trials have all failed, trial {record.number} by {record.reason}"
             raise Hopeless(told)
 
     def _follow(self, trial: Any) -> None:
-        """Population-based training changes the values of a trial on the way."""
+        """Record new values of a trial: population-based training changes them during a trial."""
         values = dict(trial.config["values"])
         if values != self._ledger.open[trial.trial_id].values:
             self._ledger.change(trial.trial_id, values)
@@ -231,7 +232,7 @@ class Recorder(tune.Callback):
 
 
 def _write_hparams(writer: SummaryWriter, record: Record) -> None:
-    """One row of TensorBoard's HParams tab, in the trial's own event file."""
+    """Write the trial as one row of TensorBoard's HParams tab, into its own event file."""
     plain = (bool, int, float, str)
     values = {name: value if isinstance(value, plain) else str(value) for name, value in record.values.items()}
     measured = {name: value for name, value in record.metrics.items() if value is not None}
@@ -240,7 +241,7 @@ def _write_hparams(writer: SummaryWriter, record: Record) -> None:
 
 
 def _check_room(trial: Any) -> None:
-    """Raise what the last attempt at a trial ended with, where its slot's disk was full: the next one's is, too."""
+    """Raise the error of the trial's last attempt if its slot's disk was full, as the next attempt's would be."""
     file = trial.pickled_error_file
     error = None if file is None else pickle.loads(Path(file).read_bytes())
     if isinstance(error, RayTaskError) and is_full(error.cause):

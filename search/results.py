@@ -1,4 +1,4 @@
-"""The tables of a results folder, made from its study: trials.csv, best.yaml, report.html, and the answer to why."""
+"""The tables of a results folder, made from its study: trials.csv, best.yaml, report.html and the output of `--why`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ UNENDED = {
     RUNNING: "it has not ended",
     INTERRUPTED: "it has not ended; where no process runs the search, --resume goes on with it",
 }
-NULL = "null"  # a value that was searched, where an empty cell is a parameter that was not active
-ERROR_LINES = 8  # of a failed trial's error.txt that are told
-PRINTED_LINES = 10  # of what it printed
+NULL = "null"  # written for a searched value of None; an empty cell means that the parameter was not active
+ERROR_LINES = 8  # last lines of a failed trial's error.txt that are shown
+PRINTED_LINES = 10  # last lines of its output that are shown
 
 
 def read_results(results: Path) -> tuple[Space, list[Record]]:
-    """The space and the trials of a results folder; raises UserError where it is none."""
+    """Read the space and the trials of a results folder; raises UserError if it is not one."""
     if not is_there(results / SPACE):
         raise UserError(f"{results}: there is no {SPACE} here; name a results folder of an earlier search")
     space = read_space(results / SPACE)
@@ -41,7 +41,7 @@ def read_results(results: Path) -> tuple[Space, list[Record]]:
 
 
 def _as_reported(record: Record, results: Path) -> Record:
-    """A trial that has not ended: the study hears of its metrics at the end."""
+    """Add what an unended trial has reported so far, from its folder: the study gets metrics only at the end."""
     rows = TrialFolder(results, record.number).read_metrics()
     if not rows:
         return record
@@ -50,13 +50,13 @@ def _as_reported(record: Record, results: Path) -> Record:
 
 
 def as_of_now(results: Path, found: Sequence[Record]) -> list[Record]:
-    """The records for somebody who asks now: what has not ended is `running` while a process runs the search."""
+    """Return the records as of now: unended trials are `running` while a process runs the search."""
     under_way = is_running(results)
     return [replace(item, status=RUNNING) if under_way and item.status == INTERRUPTED else item for item in found]
 
 
 def write_results(results: Path, space: Space, found: Sequence[Record]) -> None:
-    """Write trials.csv, best.yaml and report.html anew."""
+    """Write trials.csv, best.yaml and report.html, replacing earlier ones."""
     replace_text(results / TRIALS_CSV, trials_table(space, found))
     best = best_of(found, space)
     if best:
@@ -67,10 +67,10 @@ def write_results(results: Path, space: Space, found: Sequence[Record]) -> None:
 
 
 def trials_table(space: Space, found: Sequence[Record]) -> str:
-    """One row per trial, as CSV: trial, status, reason, name, parameters, last metrics, epochs, seconds."""
+    """Return CSV with one row per trial: trial, status, reason, name, parameters, last metrics, epochs, seconds."""
     parameters = [item.name for item in space.parameters]
     metrics = sorted({name for record in found for name in record.metrics})
-    # Two columns of one name would be read as one.
+    # Two columns with the same name would be read as one.
     own = {"trial", "status", "reason", "name", "epochs", "seconds"}
     searched = [f"{name} (parameter)" if name in own else name for name in parameters]
     columns = [f"{name} (metric)" if name in own or name in parameters else name for name in metrics]
@@ -86,7 +86,7 @@ def trials_table(space: Space, found: Sequence[Record]) -> str:
 
 
 def best_document(results: Path, space: Space, best: Sequence[Record]) -> dict[str, Any]:
-    """The best trial: config, metrics, checkpoint; with several objectives the whole front."""
+    """Return the best trial's config, metrics and checkpoint; with several objectives also the whole Pareto front."""
     documents = [_one_best(results, space, record) for record in best]
     return documents[0] if len(documents) == 1 else {**documents[0], "front": documents}
 
@@ -107,7 +107,7 @@ def _one_best(results: Path, space: Space, record: Record) -> dict[str, Any]:
 
 
 def summary(results: Path, space: Space, found: Sequence[Record]) -> str:
-    """What a person reads when a search ends."""
+    """Return the text that is shown when a search ends."""
     counts = Counter(record.status for record in found)
     told = ", ".join(f"{counts[status]} {status}" for status in (*STATUSES, *UNENDED) if counts[status])
     lines = [f"data: {space.data}"] if space.data else []
@@ -135,7 +135,7 @@ def summary(results: Path, space: Space, found: Sequence[Record]) -> str:
 
 
 def trial_line(record: Record, space: Space) -> str:
-    """A trial's end in one line."""
+    """Return a line on an ended trial, with its reason on a second line unless it simply ran to its end."""
     scores = " ".join(f"{item.metric} {_short(record.metrics.get(item.metric))}" for item in space.objectives)
     values = " ".join(f"{name.rpartition('.')[2]}={_short(value)}" for name, value in record.values.items())
     name = f" [{record.name}]" if record.name else ""
@@ -145,7 +145,7 @@ def trial_line(record: Record, space: Space) -> str:
 
 
 def by_number(found: Sequence[Record], number: str, source: str) -> Record:
-    """The trial with that number, as a person writes it; raises UserError where there is none in `source`."""
+    """Return the trial with the number that a user typed; raises UserError if `source` has no such trial."""
     known = {str(record.number): record for record in found}
     key = number.lstrip("0") or "0"
     if key not in known:
@@ -154,7 +154,7 @@ def by_number(found: Sequence[Record], number: str, source: str) -> Record:
 
 
 def why(results: Path, number: str) -> str:
-    """Why a trial ended as it did, in words; raises UserError for an unknown one."""
+    """Explain in words why a trial ended as it did; raises UserError for an unknown trial."""
     space, found = read_results(results)
     record = by_number(as_of_now(results, found), number, str(results))
     lines = [
@@ -184,7 +184,7 @@ def why(results: Path, number: str) -> str:
 
 
 def post_mortem(results: Path, record: Record) -> list[str]:
-    """What was found out about a divergence, a line each; nothing for a trial that ended otherwise."""
+    """Return the findings on a divergence, one per line; empty for a trial that ended otherwise."""
     found = TrialFolder(results, record.number).read_divergence() if record.status == "diverged" else None
     if found is None:
         return []
@@ -192,7 +192,7 @@ def post_mortem(results: Path, record: Record) -> list[str]:
 
 
 def report_page(results: Path, space: Space, found: Sequence[Record]) -> str:
-    """The report: one HTML page that needs nothing beside it."""
+    """Return the report, a self-contained HTML page."""
     rows = csv.reader(io.StringIO(trials_table(space, found)))
     header, *body = list(rows)
     best = {record.number for record in best_of(found, space)}
@@ -244,7 +244,7 @@ def _short(value: Any) -> str:
 
 
 def _listed(value: Any) -> str:
-    """A value of a post-mortem; of a long list, its end."""
+    """Format a value of a post-mortem; of a long list only the end."""
     if isinstance(value, list):
         head = "... " if len(value) > 8 else ""
         return head + ", ".join(_short(item) for item in value[-8:])

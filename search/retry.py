@@ -1,4 +1,4 @@
-"""Another attempt at what failed, once its cause has been mended: `--resume DIR --retry-failed`."""
+"""Retries failed trials once the cause has been fixed: `--resume DIR --retry-failed`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from search.study import distributions_of, open_study, params_of, records
 
 
 def retry_failed(results: Path, space: Space) -> str:
-    """Begin each failed trial of a results folder anew, unless that has been done; returns which, in words.
+    """Begin a new attempt at each failed trial of a results folder that has none yet; returns which, in words.
 
-    Optuna reopens no trial that has ended. So each attempt is a trial of its own, on top of the search's, and stands in
-    the study as one that was interrupted: at the failed one's setting, with its name, after its last checkpoint.
+    Optuna cannot reopen an ended trial. So each attempt is a further trial, on top of the search's, stored in the study
+    as an interrupted one: with the failed trial's setting and name, after its last checkpoint.
     """
     study, attempts = open_study(results / STUDY, space, create=False), []
     for record in unmended(records(study, space)):
@@ -30,7 +30,7 @@ def retry_failed(results: Path, space: Space) -> str:
             distributions=distributions_of(space, record.values),
             intermediate_values={epoch: value for epoch, value in reported.items() if epoch <= epochs},
             user_attrs={"name": record.name, "values": dict(record.values), "again": record.number},
-            system_attrs={"fixed_params": params},  # Optuna's word for a setting that is given: it is no cell of a grid
+            system_attrs={"fixed_params": params},  # how Optuna marks a given setting, which is not a cell of a grid
         )
         study.add_trial(attempt)
         attempts.append(f"{record.number} as {len(trials)}")

@@ -1,4 +1,4 @@
-"""Run a search: from a space and a plan to a results folder, with Ray Tune in between."""
+"""Run a search: from a space and a plan to a results folder, by means of Ray Tune."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from search.trial import Job, Slot
 class Outcome:
     """How a search ended.
 
-    interrupted: by Ctrl-C, or for `reason`; what was running goes on with `--resume`. hopeless: all that was tried last
-    has failed, and is worth another attempt.
+    interrupted: by Ctrl-C or for `reason`; unfinished trials continue with `--resume`. hopeless: the most recent trials
+    all failed and are worth retrying.
     """
 
     records: tuple[Record, ...]
@@ -50,7 +50,7 @@ class Outcome:
 
 
 class _Stop(tune.Stopper):
-    """Ends the whole search when it was interrupted or the time is over."""
+    """Ends the whole search on an interruption or when the time budget is used up."""
 
     def __init__(self, interruption: Interruption, budget_s: float | None) -> None:
         self._interruption = interruption
@@ -75,10 +75,10 @@ def run(
     mirror: Mirror | None = None,
     interruption: Interruption | None = None,
 ) -> Outcome:
-    """Run the trials that are left of the search in `results` (its study exists), and write its tables.
+    """Run the remaining trials of the search in `results`, whose study must exist, and write its tables.
 
-    Ray is started. Prints a line for each trial that ends, and brings the mirror up to date. interruption: heeded by
-    the caller; None: nothing interrupts.
+    Ray must be running. Prints a line for each trial that ends and keeps the mirror up to date. interruption: its
+    signals are handled by the caller; None: nothing interrupts.
     """
     results = results.resolve()
     interruption = interruption or Interruption()
@@ -106,8 +106,8 @@ def run(
             with interruption.kept(), following:
                 _tuner(_job(space, plan, results, cold), plan.slots, ledger, recorder, scheduler, stop).fit()
             if (ledger.left or ledger.open) and not stop.out_of_time:
-                interruption.pressed = True  # Tune has a handler of its own for SIGUSR1
-    finally:  # each of these is tried, whatever became of those before
+                interruption.pressed = True  # Tune has its own handler for SIGUSR1
+    finally:  # each of these steps is attempted, even if an earlier one failed
         over = stop.out_of_time and not interruption.came
         recorder.close(f"the time budget of {space.search.time_budget} was over" if over else None)
         shutil.rmtree(results / SCRATCH, ignore_errors=True)
@@ -126,9 +126,9 @@ def run(
 
 
 def past_of(study: optuna.Study, space: Space, results: Path) -> list[Past]:
-    """What schedulers know already of a search that goes on: the trials that were begun, by number.
+    """Return the reports of all trials begun before a resume, by trial number, for the scheduler to recall.
 
-    Of one that failed and is run again, the later attempt alone, which has the same reports.
+    A failed trial that was retried is represented only by its last attempt, which contains the same reports.
     """
     found = records(study, space)
     again = {record.again for record in found}
@@ -168,7 +168,7 @@ def _tuner(
     space = job.space
     slot = tune.with_parameters(Slot, job=job)
     pausing = space.scheduler.name in PAUSING
-    # These compare whole brackets or populations: all their settings are drawn before any of them has run.
+    # Pausing schedulers compare whole brackets or populations, so all settings are drawn before any trial has run.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(ledger.left) if pausing else "auto"
     return tune.Tuner(
         tune.with_resources(slot, tune.PlacementGroupFactory([_share_of_this_node(slots)])),
@@ -185,7 +185,7 @@ def _tuner(
             name="tune",
             storage_path=job.spec.scratch,
             callbacks=[recorder, Lookout()],
-            # The group has written each epoch's checkpoint already; Tune would ask for one more at the end.
+            # The slot has already written each epoch's checkpoint; Tune would request another at the end.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=space.search.retries),
             stop=stop,
@@ -195,11 +195,11 @@ def _tuner(
 
 
 def _share_of_this_node(slots: int) -> dict[str, float]:
-    """Resources that `slots` actors can hold, exactly so many up to a hundred, on the driver's own machine.
+    """Return a resource request of which exactly `slots` (up to a hundred) fit on the driver's machine.
 
-    Ray Train reserves the workers' CPUs and GPUs, so a slot itself needs none. But schedulers that pause trials begin
-    more of them than there are slots, and only a resource keeps them from all running at once. Every Ray node has a
-    resource of its own name and size 1, counted in ten-thousandths; about half a share of it stays free.
+    Ray Train reserves the workers' CPUs and GPUs, so a slot itself needs none. But pausing schedulers begin more trials
+    than there are slots, and only a resource request keeps them from all running at once. Every Ray node has a resource
+    named after itself, of size 1 and granularity 1/10,000; about half a share of it stays free.
     """
     share = round(10_000 / (slots + 0.5)) / 10_000
     return {"CPU": 0, f"node:{ray.util.get_node_ip_address()}": share}

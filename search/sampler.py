@@ -1,4 +1,4 @@
-"""The samplers by name, and which of them can search what."""
+"""The samplers by name, and which spaces each can search."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from search.ledger import MakeSampler
 from search.space import Space
 from trainables.contract import UserError
 
-WHOLE_TRIALS = ("cmaes", "nsga2")  # these learn from trials that ran to their end, and from no other
+WHOLE_TRIALS = ("cmaes", "nsga2")  # learn only from trials that ran to their end
 STOPPING = ("asha", "hyperband", "median")
-LARGEST_GRID = 100_000  # settings; Optuna makes a list of them for each proposal
+LARGEST_GRID = 100_000  # settings; Optuna lists all of them for each proposal
 
 
 def sampler_maker(space: Space) -> MakeSampler:
-    """From a proposal's seed to the space's sampler; raises UserError where the sampler cannot search the space."""
+    """Return the function from a seed to the space's sampler; raises UserError if that cannot search the space."""
     name, seed = space.search.sampler, space.search.seed
     conditional = [item.name for item in space.parameters if item.when]
     if name == "grid":
         grid = _grid(space)
-        return lambda _: _Grid(grid, seed=seed % 2**32)  # numpy takes no larger one
+        return lambda _: _Grid(grid, seed=seed % 2**32)  # numpy takes no larger seed
     if name == "qmc":
-        # One sequence for the whole search: its place in it is kept in the study. What a `when` hides from the
-        # sequence is drawn with the proposal's own seed.
+        # One sequence for the whole search; the study stores the position in it. Parameters with a `when` are not part
+        # of the sequence; they are drawn with the proposal's own seed.
         return lambda s: _silent(
             optuna.samplers.QMCSampler,
             seed=seed,
@@ -49,7 +49,7 @@ def sampler_maker(space: Space) -> MakeSampler:
 
 
 def unlearned(space: Space) -> list[str]:
-    """A line where the sampler would propose again and again what the scheduler has stopped."""
+    """Return a warning line if the sampler may propose again and again what the scheduler has stopped."""
     sampler, scheduler = space.search.sampler, space.scheduler.name
     if sampler not in WHOLE_TRIALS or scheduler not in STOPPING:
         return []
@@ -60,7 +60,7 @@ def unlearned(space: Space) -> list[str]:
 
 
 def grid_size(space: Space) -> int:
-    """How many settings the grid of a space has; UserError where there is no such grid, or no end of it."""
+    """Return the number of settings in the space's grid; raises UserError if it has no grid, or too large a one."""
     settings = 1
     for parameter in space.parameters:
         if parameter.when:
@@ -89,7 +89,7 @@ def _grid(space: Space) -> dict[str, list[Any]]:
 
 
 class _Grid(optuna.samplers.GridSampler):
-    """Optuna's, which after its last setting would stop `Study.optimize`; here the ledger counts the trials."""
+    """Optuna's grid sampler, without its `Study.stop` after the last setting: the ledger counts the trials."""
 
     def after_trial(self, *args: Any, **kwargs: Any) -> None:
         pass

@@ -1,4 +1,4 @@
-"""The schedulers by name: Ray Tune's own, kept from ever seeing a trial that ended without an objective."""
+"""The schedulers by name: Ray Tune's own. They never compare the end of a trial, which carries no objective."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from search.space.domain import Choice, Integer, Parameter, Real
 from search.trial import EPOCH, OBJECTIVE
 from trainables.contract import UserError
 
-UNKNOWN_EPOCHS = 10_000  # rungs are laid out up to here when a space does not say how long a trial is
-PAUSING = ("hyperband", "pbt")  # these pause trials, so that more may be begun than there are slots
+UNKNOWN_EPOCHS = 10_000  # rungs are laid out up to here if a space does not fix the length of a trial
+PAUSING = ("hyperband", "pbt")  # these pause trials, so more trials may be begun than there are slots
 
 
 @dataclass(frozen=True)
 class Past:
-    """What was told of a trial before the search was left: its epochs, and what schedulers compare after each.
+    """A trial as known before a resume: its epochs, and the value that schedulers compare after each.
 
-    over: the trial has ended; else it goes on.
+    over: the trial has ended; otherwise it continues.
     """
 
     number: int
@@ -41,16 +41,16 @@ class Past:
 
 @dataclass(frozen=True)
 class _Earlier:
-    """Stands for a Tune trial of the run before, as far as these schedulers look at one."""
+    """Stands in for a Tune trial of an earlier run, with the only attribute that these schedulers use."""
 
     trial_id: str
 
 
 class _Recalling(TrialScheduler):
-    """Judges as if the search had never been left: those that have ended are there still, and so is what goes on."""
+    """Judges as if the search had never been interrupted, by recalling the reports of ended and unfinished trials."""
 
     def recall(self, past: Sequence[Past]) -> None:
-        """Take over what was reported before; to be called once, before the first trial."""
+        """Take over the earlier reports; call once, before the first trial."""
         self._unfinished = {item.number: item for item in past if not item.over}
         for item in past:
             if item.over:
@@ -66,17 +66,17 @@ class _Recalling(TrialScheduler):
 
     def _tell(self, trial: Any, past: Past) -> None:
         for epoch, value in past.reports:
-            self.on_trial_result(None, trial, {EPOCH: epoch, OBJECTIVE: value})  # what it decided then is done
+            self.on_trial_result(None, trial, {EPOCH: epoch, OBJECTIVE: value})  # it acted on this decision then
 
 
 class _Asha(_Recalling, AsyncHyperBandScheduler):
-    """Each rung keeps the first report that reaches it."""
+    """Each rung records only the first report with which a trial reaches it."""
 
 
 class _Median(_Recalling, MedianStoppingRule):
-    """Counts every report once: what Tune hands over at a trial's end is its last one again, or none at all."""
+    """Counts each report once: at a trial's end Tune passes its last report again, or a result without an objective."""
 
-    def _tell(self, trial: Any, past: Past) -> None:  # without a verdict: more is known by now than was then
+    def _tell(self, trial: Any, past: Past) -> None:  # without a verdict: more is known now than then
         self._results[trial] += [{EPOCH: epoch, OBJECTIVE: value} for epoch, value in past.reports]
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ class _Median(_Recalling, MedianStoppingRule):
 
 
 class _Pbt(PopulationBasedTraining):
-    """Explores within the domains of the space; Ray's own exploration walks out of them."""
+    """PBT that explores within the domains of the space; Ray's own exploration leaves them."""
 
     def __init__(self, space: Space, seed: int, **arguments: Any) -> None:
         self._space = space
@@ -92,12 +92,12 @@ class _Pbt(PopulationBasedTraining):
         super().__init__(custom_explore_fn=lambda config: config, log_config=False, **arguments)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        # Ray refuses PBT beside a searcher, since a searcher is not told that a trial's setting has changed. The
+        # Ray refuses PBT together with a searcher, which is not told that a trial's setting has changed. Here the
         # recorder tells the ledger.
         super().on_trial_add(SimpleNamespace(search_alg=None), trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        # After its last epoch a trial has none left to train another setting with, and keeps its own.
+        # After its last epoch a trial has none left to train another setting, so it keeps its own.
         if self._space.epochs is not None and result[EPOCH] >= self._space.epochs:
             decision: str = TrialScheduler.CONTINUE
         else:
@@ -110,7 +110,10 @@ class _Pbt(PopulationBasedTraining):
 
 
 def perturb(space: Space, values: dict[str, Any], rng: random.Random, resample: float = 0.25) -> dict[str, Any]:
-    """PBT's exploration: each value is drawn anew with probability `resample`, else moved to 0.8 or 1.2 of itself."""
+    """Return PBT's next setting: each value is redrawn with probability `resample`, else moved to 0.8 or 1.2 of itself.
+
+    Choices move to a neighbouring value instead.
+    """
     moved: dict[str, Any] = {}
     for parameter in space.parameters:
         if space.is_active(parameter, moved):
@@ -124,7 +127,7 @@ def _step(parameter: Parameter, value: Any, rng: random.Random) -> Any:
     domain, factor = parameter.domain, rng.choice((0.8, 1.2))
     if isinstance(domain, (Real, Integer)):
         moved = domain.nearest(value * factor)
-        if moved == value and domain.step is not None:  # too small a change to reach the next value of the grid
+        if moved == value and domain.step is not None:  # the factor was too small to reach the next grid value
             moved = domain.nearest(value + rng.choice((-1, 1)) * domain.step)
         return moved
     assert isinstance(domain, Choice)
@@ -133,7 +136,7 @@ def _step(parameter: Parameter, value: Any, rng: random.Random) -> Any:
 
 
 def unheeded(space: Space) -> list[str]:
-    """A line where the scheduler has no use for what it is told, or the search for the scheduler."""
+    """Return a warning line if the scheduler ignores its `grace_epochs`, or if these leave it nothing to do."""
     name, grace, longest = space.scheduler.name, space.scheduler.grace_epochs, space.epochs
     if name == "hyperband" and grace != 1:
         return ["scheduler.grace_epochs: hyperband has brackets of its own and does not heed it; asha and median do"]
@@ -143,9 +146,9 @@ def unheeded(space: Space) -> list[str]:
 
 
 def make_scheduler(space: Space, past: Sequence[Past] = ()) -> TrialScheduler:
-    """The space's scheduler; raises UserError where it cannot serve the space.
+    """Return the space's scheduler; raises UserError if it cannot serve the space.
 
-    past: of a search that goes on. Those that pause trials compare anew.
+    past: the trials of a resumed search, recalled by asha and median; the others compare anew.
     """
     scheduler = _made(space)
     if isinstance(scheduler, _Recalling):
@@ -174,6 +177,6 @@ def _made(space: Space) -> TrialScheduler:
             raise UserError("scheduler.name: hyperband shares out a known number of epochs; fix config.epochs")
         return HyperBandScheduler(**common, max_t=longest, reduction_factor=wanted.reduction, stop_last_trials=False)
     if wanted.name == "median":
-        # Left alone, Ray's rule pauses a trial while another waits for its start, and not every trainable can resume.
+        # By default, Ray's rule pauses a trial while another waits to start, and not every trainable can resume.
         return _Median(**common, grace_period=wanted.grace_epochs, min_time_slice=math.inf)
     return _Pbt(space, space.search.seed, perturbation_interval=wanted.grace_epochs, **common)

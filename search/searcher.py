@@ -11,7 +11,7 @@ from search.ledger import Ledger
 
 
 class StudySearcher(Searcher):
-    """Asks the ledger whenever Tune has room for a trial. Endings reach the ledger by `search.recorder`."""
+    """Asks the ledger for a setting when Tune has room for a trial; `search.recorder` tells it how trials end."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
@@ -28,11 +28,11 @@ class StudySearcher(Searcher):
         return {"number": opened.number, "values": dict(opened.values)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Nothing here: the result alone does not say why a trial ended."""
+        """Do nothing: the result alone does not say why a trial ended."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Tune keeps a snapshot of its searcher; ours is the study, and this only satisfies Tune."""
+        """Write an empty file, as Tune expects a snapshot of its searcher; the study is ours."""
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
-        """See `save`."""
+        """Do nothing, see `save`."""

@@ -1,4 +1,4 @@
-"""The Optuna study of a search, which is its one source of truth: how it is opened, and what is in it."""
+"""The Optuna study of a search, its single source of truth: how it is opened and read."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from search.records.record import Record, read_record
 from search.space import Space
 from trainables.contract import UserError
 
-_NAME = "search"  # of the one study in a journal
+_NAME = "search"  # name of the only study in a journal
 _ENDED = "ended"
 
 
 def open_study(file: Path, space: Space, create: bool) -> optuna.Study:
-    """The study of a results folder; with `create`, a new one."""
+    """Open the study of a results folder, or create it; raises UserError if it is missing or unreadable."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if not create and not is_there(file):
         raise UserError(f"{file}: there is no study here; name a results folder of an earlier search")
@@ -34,14 +34,14 @@ def open_study(file: Path, space: Space, create: bool) -> optuna.Study:
         return new_study(storage, space) if create else optuna.load_study(storage=storage, study_name=_NAME)
     except KeyError:
         raise UserError(f"{file}: there is no search in it; name a results folder of an earlier search") from None
-    except ValueError as error:  # in the middle of it; a torn end is passed over
+    except ValueError as error:  # corrupt in the middle; a torn last line is skipped
         raise UserError(f"{file}: cannot be read: {error}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be opened: {error.strerror}") from None
 
 
 def new_study(storage: BaseStorage, space: Space) -> optuna.Study:
-    """A study of the space's objectives, which knows them by name and direction."""
+    """Create a study with the directions and metric names of the space's objectives."""
     study = optuna.create_study(storage=storage, study_name=_NAME, directions=directions_of(space))
     with quiet_optuna():
         study.set_metric_names([item.metric for item in space.objectives])
@@ -49,18 +49,18 @@ def new_study(storage: BaseStorage, space: Space) -> optuna.Study:
 
 
 def mark_ended(study: optuna.Study, trials: int) -> None:
-    """A search of so many trials has come to its end, by itself or because its time was over."""
+    """Mark a search of `trials` trials as ended, whether complete or out of time."""
     study.set_user_attr(_ENDED, trials)
 
 
 def ended_after(study: optuna.Study) -> int | None:
-    """How many trials the search was to have when it ended; None where it has not, or was interrupted."""
+    """Return how many trials an ended search was to have; None if it has not ended or was interrupted."""
     ended: int | None = study.user_attrs.get(_ENDED)
     return ended
 
 
 def records(study: optuna.Study, space: Space) -> list[Record]:
-    """Every trial of this search that was begun, by number; without those taken over by a warm start."""
+    """Return the records of all trials begun in this search, by number, excluding those taken over by a warm start."""
     return [
         read_record(trial, space)
         for trial in study.get_trials(deepcopy=False)
@@ -74,7 +74,7 @@ def directions_of(space: Space) -> list[StudyDirection]:
 
 
 def params_of(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A setting as Optuna keeps it."""
+    """Return a setting encoded as Optuna stores it."""
     return {item.name: item.domain.encode(values[item.name]) for item in space.parameters if item.name in values}
 
 
@@ -84,7 +84,7 @@ def distributions_of(space: Space, values: Mapping[str, Any]) -> dict[str, BaseD
 
 @contextmanager
 def quiet_optuna() -> Iterator[None]:
-    """Optuna announces with warnings what is meant here; they would reach the user's terminal."""
+    """Suppress Optuna's warnings about intended behaviour, which would reach the user's terminal."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

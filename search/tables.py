@@ -1,9 +1,9 @@
-"""Tables of a space: each cell is the best trial of a search of its own, all at the same budget.
+"""Tables of a space: each cell is the best trial of a search of its own, all with the same budget.
 
 tables:
   missing:
     title: A missing sensor, and what its rebuild wins back
-    rows:                                   # what a row overrides, and what a column does
+    rows:                                   # the overrides of each row and, below, of each column
       image: {config.rebuild.target: [image]}
       radar: {config.rebuild.target: [radar]}
     columns:
@@ -40,17 +40,20 @@ class Cell:
     table: str
     row: str
     column: str
-    overrides: tuple[str, ...]  # `KEY=VALUE`, on top of the command's
+    overrides: tuple[str, ...]  # `KEY=VALUE`, in addition to the command's
 
     @property
     def folder(self) -> str:
-        """Of its results, below the table's."""
+        """The name of its results folder, within the tables' folder."""
         names = [re.sub(r"[^A-Za-z0-9]+", "_", part).strip("_") for part in (self.table, self.row, self.column)]
         return "-".join(name for name in names if name)
 
 
 def read_tables(file: Path, profile: str | None, has_gpu: bool, wanted: str) -> dict[str, Table]:
-    """The tables of a space file by name, `wanted` or all; raises UserError where there are none or not that one."""
+    """Return the tables of a space file by name; raises UserError if there are none, or not the one wanted.
+
+    wanted: a table's name or "all".
+    """
     try:
         document, _ = profiled(yaml_file.read(file), profile, has_gpu)
         tables = tables_in(document.get("tables"))
@@ -64,7 +67,7 @@ def read_tables(file: Path, profile: str | None, has_gpu: bool, wanted: str) -> 
 
 
 def cells_of(tables: Mapping[str, Table]) -> list[Cell]:
-    """Every search that the tables ask for."""
+    """Return every search that the tables require."""
     return [
         Cell(name, row, column, _overrides({**over_column, **over_row}))
         for name, table in tables.items()
@@ -78,7 +81,7 @@ def _overrides(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def write_tables(results: Path, title: str, tables: Mapping[str, Table], cells: Sequence[Cell]) -> str:
-    """Write tables.md and report.html from what the searches of the cells have found so far; returns the Markdown."""
+    """Write tables.md and report.html from the best trials of the cells so far; returns the Markdown."""
     texts = []
     for name, table in tables.items():
         best = {(cell.row, cell.column): _best(results / cell.folder) for cell in cells if cell.table == name}
@@ -93,7 +96,7 @@ def write_tables(results: Path, title: str, tables: Mapping[str, Table], cells: 
 
 
 def _best(folder: Path) -> Mapping[str, Any]:
-    """What best.yaml says of a search's best trial; nothing where there is none yet."""
+    """Return the content of a search's best.yaml; empty if there is none yet."""
     if not (folder / BEST).exists():
         return {}
     document: dict[str, Any] = yaml_file.read(folder / BEST)
@@ -101,7 +104,7 @@ def _best(folder: Path) -> Mapping[str, Any]:
 
 
 def markdown(table: Table, best: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
-    """The table; a cell is `measured (reference)`, a dash where no trial finished within the constraints.
+    """Return a table as Markdown; a cell is `measured (reference)`, a dash if no trial finished within the constraints.
 
     best: metrics of the best trial by row and column.
     """
@@ -134,7 +137,7 @@ def _number(value: float) -> str:
 
 
 def _html(text: str) -> str:
-    """These tables' own Markdown as HTML."""
+    """Convert the Markdown of these tables to HTML."""
     out: list[str] = []
     for block in text.strip().split("\n\n"):
         lines = block.split("\n")

@@ -1,4 +1,4 @@
-"""What somebody's code says of a trial, as JSON and a table can hold it."""
+"""Converts what user code says about a trial to what JSON and tables can hold."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-DEEPEST = 20  # containers inside each other; what holds itself would have no end
+DEEPEST = 20  # levels of nested containers; one that contains itself would have no end
 LONGEST_TEXT = 400  # characters
-LONGEST_REASON = 4000  # of a trial's end, as its trainable gives it; readers of CSV stop at 131072
+LONGEST_REASON = 4000  # characters of the reason that a trainable gives; readers of CSV stop at 131072
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """A value as JSON can hold it.
+    """Return a value as JSON can hold it.
 
-    Keys become text; scalars and arrays of NumPy and PyTorch numbers and lists; a number that is not finite, which JSON
-    does not know, becomes a word, and so does any other object.
+    Keys become text; scalars and arrays of NumPy and PyTorch become numbers and lists; numbers that are not finite,
+    which JSON does not have, become text, and so does any other object.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -31,18 +31,18 @@ def plain(value: Any, depth: int = 0) -> Any:
             return {encodable(str(key)): plain(item, depth + 1) for key, item in value.items()}
         if isinstance(value, (list, tuple, set, frozenset)):
             return [plain(item, depth + 1) for item in value]
-        with contextlib.suppress(Exception):  # a sparse tensor has no list
+        with contextlib.suppress(Exception):  # a sparse tensor cannot be converted to a list
             return plain(value.tolist(), depth + 1)
     return short_line(said(value), type(value).__name__)
 
 
 def encodable(text: str) -> str:
-    """A text as UTF-8 can hold it: Python has half characters for what is none, as in the name of an old file."""
+    """Return text that UTF-8 can hold: lone surrogates, as in the name of an old file, are escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def said(thing: object) -> str:
-    """What an exception says, or another object; nothing where its class fails at that."""
+    """Return the text of an exception or another object; empty if its class fails to give one."""
     try:
         return str(thing)
     except Exception:
@@ -50,11 +50,11 @@ def said(thing: object) -> str:
 
 
 def one_line(text: str, otherwise: str) -> str:
-    """A text in one line; `otherwise` where there is nothing in it."""
+    """Return a text on one line; `otherwise` if it is empty."""
     return encodable(" ".join(text.split())) or otherwise
 
 
 def short_line(text: str, otherwise: str, longest: int = LONGEST_TEXT) -> str:
-    """A text in one line, cut to `longest` characters: what a library says, and is kept whole elsewhere."""
+    """Return a text on one line, cut to `longest` characters; for messages that are kept whole elsewhere."""
     line = one_line(text, otherwise)
     return line if len(line) <= longest else line[: longest - 4].rstrip() + " ..."

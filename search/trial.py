@@ -1,7 +1,7 @@
-"""The Tune trainable: one slot of the search, lent to one trial after another.
+"""The Tune trainable: one slot of the search, which runs one trial after another.
 
 Tune sees a class Trainable whose `step` is one epoch. The worker group behind it stays up between trials
-(`reuse_actors`), so that only the first trial of a slot pays for its start.
+(`reuse_actors`), so only the first trial of a slot pays for its start.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from search.space import Space
 from search.text import short_line
 from search.workers.messages import Advance, Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
 
-LOSSES = 2  # machines that a trial may lose after one and the same epoch; it may be what takes them down
-# Keys of a result. OBJECTIVE is what schedulers compare (search.records.health), a name that no metric can clash with.
+LOSSES = 2  # machines a trial may lose after the same epoch; beyond that, the trial itself may be bringing them down
+# Result keys. OBJECTIVE holds what schedulers compare (search.records.health); no metric can have the same name.
 STATUS, REASON, EPOCH, OBJECTIVE, METRICS = "status", "reason", "epoch", "objective", "metrics"
-ROW = "row.json"  # beside a checkpoint that Tune hands on: the row of metrics.jsonl that goes with it
+ROW = "row.json"  # stored with a checkpoint handed to Tune: the matching row of metrics.jsonl
 
 
 class TrialFailed(RuntimeError):
-    """A trial was lost to a bug or to the machine; Tune runs it again while retries are left."""
+    """A trial was lost to a bug or to the machine; Tune retries it while retries are left."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every trial of a search shares."""
+    """What all trials of a search share."""
 
     space: Space
     spec: GroupSpec
@@ -46,10 +46,10 @@ class Job:
 
 
 class Slot(tune.Trainable):
-    """Runs the trial `config["number"]` with the searched values `config["values"]`.
+    """Runs trial number `config["number"]` with the searched values `config["values"]`.
 
-    After an epoch the result holds `epoch` (reports so far), `objective` and `metrics`; at the end of a trial `done`,
-    `epoch`, `status` and `reason`, and no objective, whatever became of it.
+    After an epoch the result holds `epoch` (number of reports so far), `objective` and `metrics`. At the end of a trial
+    it holds `done`, `epoch`, `status` and `reason`, but no objective, whatever the status.
     """
 
     def setup(self, config: dict[str, Any], job: Job) -> None:
@@ -67,8 +67,8 @@ class Slot(tune.Trainable):
             return self._step()
         except TrialFailed:
             raise
-        except Exception as error:  # of this slot itself
-            if is_full(error):  # the recorder ends the search for it
+        except Exception as error:  # an error of the slot itself
+            if is_full(error):  # the recorder ends the search on a full disk
                 raise
             raise self._failed(short_line(f"{type(error).__name__}: {error}", ""), traceback.format_exc()) from None
 
@@ -83,7 +83,7 @@ class Slot(tune.Trainable):
         return self._end(answer)
 
     def _next_answer(self) -> Answer:
-        """Of a trial whose machine goes, from its last checkpoint on, as soon as there is another."""
+        """Return the next answer. If the machine is lost, the trial resumes from its last checkpoint on another one."""
         begun = self._begun
         while True:
             try:
@@ -96,12 +96,12 @@ class Slot(tune.Trainable):
             begun = False
 
     def _failed(self, reason: str, trace: str = "") -> TrialFailed:
-        """The error to raise. It is kept in the trial's folder, since Tune hands on the first of several attempts."""
+        """Return the error to raise, kept in the trial's folder: of several attempts Tune passes on the first one's."""
         self._folder.write_error(reason, trace)
         return TrialFailed(reason)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """For schedulers that pause a trial or copy one into another."""
+        """Save the trial for a scheduler that pauses or copies it; raises TrialFailed if it has no checkpoint."""
         saved = self._folder.checkpoint()
         if saved is None:
             raise self._failed(
@@ -111,9 +111,10 @@ class Slot(tune.Trainable):
         Path(checkpoint_dir, ROW).write_text(json.dumps(self._folder.row(saved.epoch)))
 
     def load_checkpoint(self, checkpoint: str) -> None:
-        """Into the trial's own folder, so that a retry too goes on from there and not from what was left behind.
+        """Copy the checkpoint into the trial's own folder, so that a retry resumes from it too, not from an older one.
 
-        Where it is another trial's, so is the report that goes with it: on record, an interruption keeps them both.
+        If it is another trial's, the report that goes with it is copied too; once recorded, both survive an
+        interruption.
         """
         saved = last_checkpoint(Path(checkpoint))
         assert saved is not None, "save_checkpoint wrote one"
@@ -133,10 +134,10 @@ class Slot(tune.Trainable):
         self._folder = TrialFolder(Path(self._job.results), config["number"])
         self._begun = False
         self._epoch = 0
-        self._lost_after = list[int]()  # of the machines that it has lost, the epoch that each came after
+        self._lost_after = list[int]()  # for each machine lost, the epoch after which it was lost
 
     def _begin(self) -> Answer:
-        """Start the trial, from its own last checkpoint where an earlier attempt left one."""
+        """Start the trial, from its own last checkpoint if an earlier attempt left one."""
         if self._job.cold or not self._is_free():
             self._retire_group()
         if self._group is None:
@@ -148,13 +149,13 @@ class Slot(tune.Trainable):
         return self._ask(self._group, Begin(self._tree, self._job.space.search.seed, resume))
 
     def _ask(self, group: Group, command: Command) -> Answer:
-        """The group's answer. What it printed is the trial's that it was lent to last: closing one may print, too."""
+        """Return the group's answer. What it printed belongs to its last trial: closing that may print, too."""
         answer = group.ask(command)
         self._lent_to.append_printed(answer.printed)
         return answer
 
     def _is_free(self) -> bool:
-        """Whether the group has let go of its last trial, which the scheduler may have stopped, without a trace."""
+        """Make the group leave its last trial, perhaps stopped by the scheduler; returns whether that left no trace."""
         try:
             return self._group is None or self._ask(self._group, Leave()).clean
         except GroupDied:
@@ -162,7 +163,7 @@ class Slot(tune.Trainable):
 
     def _advance(self) -> Answer:
         assert self._group is not None
-        # Its report has been dealt with, or there would be no next step; but on a full disk it is not on record.
+        # Tune has processed the last report, or there would be no next step; but on a full disk it is not on record.
         self._folder.keep_checkpoint(min(self._epoch, self._folder.recorded()))
         return self._ask(self._group, Advance())
 
@@ -191,7 +192,7 @@ class Slot(tune.Trainable):
 
 
 def verdict(answer: Answer) -> tuple[str, str]:
-    """Status and reason of a trial whose group gave its last answer."""
+    """Return status and reason of a trial from its group's last answer."""
     if isinstance(answer, Ended):
         return "finished", RAN_TO_END
     if isinstance(answer, Blew):

@@ -1,4 +1,4 @@
-"""What an earlier search teaches a changed one: `--warm-start`."""
+"""What a changed search learns from an earlier one: `--warm-start`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainables.contract import UserError
 
 @dataclass(frozen=True)
 class Earlier:
-    """A search that came before this one. source: what its folder is called."""
+    """An earlier search. source: the name of its folder."""
 
     source: str
     space: Space
@@ -39,7 +39,7 @@ def read_earlier(folder: Path) -> Earlier:
 
 
 def check_comparable(earlier: Earlier, space: Space) -> None:
-    """Raises UserError when an earlier study searched for something else."""
+    """Raise UserError if the objectives of an earlier study differ from those of the space."""
     names = [item.metric for item in space.objectives]
     if (earlier.study.metric_names, earlier.study.directions) != (names, directions_of(space)):
         raise UserError(
@@ -51,15 +51,15 @@ def check_comparable(earlier: Earlier, space: Space) -> None:
 def take_over(study: optuna.Study, space: Space, earlier: Earlier) -> str:
     """Copy an earlier study's ended trials that are settings of this space; returns how many, in words.
 
-    They teach the sampler and count as trials of the earlier search, not of this one. What was searched then may be
-    fixed now, and the reverse; what is fixed in both is not compared. Raises UserError when the objectives are others.
+    They teach the sampler, and count as trials of the earlier search, not of this one. What was searched then may be
+    fixed now, or the reverse; what is fixed in both is not compared. Raises UserError if the objectives differ.
     """
     check_comparable(earlier, space)
     longest = space.epochs or longest_of(earlier.study.get_trials(deepcopy=False))
     taken, outside = 0, Counter[str]()
     for trial in earlier.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
         attrs = trial.user_attrs
-        # What a trial that was itself taken over had fixed is not known.
+        # What was fixed for a trial that was itself taken over is not known.
         config = _tree(attrs["values"]) if "from" in attrs else earlier.space.config(attrs["values"])
         values = place(config, attrs["values"], space)
         if isinstance(values, str):
@@ -82,9 +82,9 @@ def take_over(study: optuna.Study, space: Space, earlier: Earlier) -> str:
 
 
 def place(config: Mapping[str, Any], searched: Mapping[str, Any], space: Space) -> Values | str:
-    """A trial's setting in terms of a space; or where it lies outside of it, the name of an entry that says so.
+    """Return a trial's setting in terms of a space or, if it lies outside, the name of an entry that shows so.
 
-    config: what the trial was trained with, as far as known. searched: those of its values that were searched.
+    config: what the trial was trained with, as far as known. searched: the values of it that were searched.
     """
     values: Values = {}
     for parameter in space.parameters:

@@ -1,7 +1,7 @@
-"""YAML as a person meant it: the safe loader, without its silent traps.
+"""YAML as its author meant it: the safe loader, without its silent traps.
 
-PyYAML reads `1e-5` as text and `on` as True, and keeps the last of two equal keys. Here each is an error. What an alias
-repeats it makes one object; here it is a copy, so that a value put in one place is not in the other too.
+PyYAML reads `1e-5` as text and `on` as True, and keeps the last of two equal keys. Here each is an error. PyYAML turns
+an alias into the same object; here it is a copy, so that a change in one place does not appear in the other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainables.contract import UserError
 
 _EXPONENT_WITHOUT_POINT = re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+|[-+]?\d[\d_]*\.\d*[eE]\d+")
 _POINT_FIRST = re.compile(r"[-+]?\.\d[\d_]*([eE][-+]?\d+)?")
-_OTHER_BASE = re.compile(r"[-+]?(0[\d_]+|[\d_]+(:[0-5]?\d)+)")  # eight and sixty
+_OTHER_BASE = re.compile(r"[-+]?(0[\d_]+|[\d_]+(:[0-5]?\d)+)")  # octal and sexagesimal
 _WORDS_FOR_BOOL = {"yes", "no", "on", "off"}
 
 
@@ -77,7 +77,7 @@ def _with_point(text: str) -> str:
 
 
 def parse(text: str, where: str) -> Any:
-    """The value that `text` holds; raises UserError with `where` and the line."""
+    """Return the value that the YAML `text` holds; raises UserError with `where` and the line."""
     try:
         return _copied(yaml.load(text, Loader=_Loader))
     except RecursionError:
@@ -108,7 +108,7 @@ def read(path: Path) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Keeps short lists on one line and prints every value so that `parse` reads it back, without anchors."""
+    """Keeps short lists on one line, and writes each value, without anchors, so that `parse` reads it back."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -142,12 +142,12 @@ _Dumper.add_representer(
 
 
 def dump(value: Any) -> str:
-    """`value` as YAML that `parse` reads back equal."""
+    """Return `value` as YAML that `parse` reads back equal."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 class _LineDumper(_Dumper):
-    """Everything on one line."""
+    """Writes everything on one line."""
 
 
 _LineDumper.add_representer(
@@ -156,7 +156,7 @@ _LineDumper.add_representer(
 
 
 def dump_line(value: Any) -> str:
-    """`value` on one line, which `parse` reads back equal."""
+    """Return `value` as YAML on one line that `parse` reads back equal."""
     text = yaml.dump(
         value, Dumper=_LineDumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
     )

@@ -1,4 +1,4 @@
-"""A setting as numbers, for models of settings."""
+"""Settings as vectors of numbers, for models of settings."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Array = NDArray[np.float64]
 
 
 def feature_rows(space: Space, settings: Sequence[Mapping[str, Any]]) -> Array:
-    """The features of several settings, a row each."""
+    """Return the features of several settings, one row each."""
     return np.array([features(space, values) for values in settings])
 
 
 def features(space: Space, values: Mapping[str, Any]) -> Array:
-    """A setting as numbers of one scale: ranges from -1 to 1, a choice as one indicator for each of its values.
+    """Return a setting as numbers of one scale: ranges from -1 to 1, a choice as one indicator for each value.
 
-    A parameter that is not active has zeros throughout, and one that has conditions an indicator of being active.
+    An inactive parameter is zero throughout; one with conditions has an additional indicator of being active.
     """
     found: list[float] = []
     for parameter in space.parameters:

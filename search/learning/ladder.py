@@ -1,14 +1,14 @@
-"""What settings will score at the end of a trial, learned from whole trials and from stopped ones.
+"""Predicts what settings will score at the end of a trial, from whole trials and from stopped ones.
 
-A score is modelled from rung to rung of the scheduler, each as the one before and what comes to it from there (Kennedy
-and O'Hagan 2000). One rung after the other, as Le Gratiet and Garnier (2014) do, which needs that whoever has reached a
-rung has reached those below: a trial reports every epoch.
+A score is modelled from rung to rung of the scheduler, each as a multiple of the one before plus a difference (Kennedy
+and O'Hagan 2000). The rungs are fitted one after the other, as by Le Gratiet and Garnier (2014), which requires that a
+trial on one rung has reached those below: a trial reports every epoch.
 
-Of a trial that was stopped nothing is known of the rungs above. It is taken to get there as expected, and no better
-than the best did. Were it left open, it would stay the most promising place of all: whatever is tried there is stopped
-again, and shows nothing of its end.
+The scores of a stopped trial at the rungs above are unknown. They are assumed to be as expected, but no better than the
+best. If left open, its setting would stay the most promising of all: whatever is tried there is stopped again, and
+shows nothing of its end.
 
-Shapes: N trials, K of them on a rung, G gone before it, M settings, D features.
+Shapes: N trials, K of them on a rung, G stopped before it, M settings, D features.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from search.learning.regression import Regression, within_reach
 from search.records.health import CHANCE, compared
 from search.space import Space
 
-ENOUGH = 3  # trials on a rung above the first, from which on it is modelled
-ALL = 0.05  # how much all objectives count beside the furthest one
+ENOUGH = 3  # trials on a rung above the first before it is modelled
+ALL = 0.05  # weight of the sum over all objectives, beside the one furthest from its best
 
-Scores = Mapping[int, float]  # by rung, an epoch; the lower the better
+Scores = Mapping[int, float]  # by rung, an epoch; lower is better
 
 
 class Ladder:
-    """The score at the highest rung that enough of the trials have reached. There is at least one trial.
+    """Predicts the score at the highest rung that enough of the trials have reached. Needs at least one trial.
 
-    A rung from which all have gone on to the next one tells nothing that this does not.
+    A rung from which all trials have gone on to the next one adds no information and is skipped.
     """
 
     def __init__(self, x_ND: Array, trials: Sequence[Scores], rungs: Sequence[int]) -> None:
-        self._steps: list[tuple[float, Regression]] = []  # what is left of the rung before, and what comes to it
+        self._steps: list[tuple[float, Regression]] = []  # factor on the rung before, model of the difference
         before_N = np.zeros(len(trials))
         reached = [[i for i, scores in enumerate(trials) if rung in scores] for rung in rungs]
         for rung, there, beyond in zip(rungs, reached, [*reached[1:], []], strict=True):
@@ -57,7 +57,7 @@ class Ladder:
             self._steps.append((rest, regression))
 
     def predict(self, x_MD: Array) -> tuple[Array, Array]:
-        """Means and standard deviations, without the noise of a measurement."""
+        """Return means and standard deviations, without measurement noise."""
         mean_M, variance_M = np.zeros(len(x_MD)), np.zeros(len(x_MD))
         for rest, regression in self._steps:
             more_M, deviation_M = regression.predict(x_MD)
@@ -66,21 +66,21 @@ class Ladder:
         return mean_M, np.sqrt(variance_M)
 
     def believe(self, x_MD: Array) -> None:
-        """Take its own means for measured: what runs already is not to be proposed again."""
+        """Treat the model's own means as measured, so that what already runs is not proposed again."""
         for _, regression in self._steps:
             mean_M, _ = regression.predict(x_MD)
             regression.add(x_MD, mean_M)
 
 
 def _slope(x_K: Array, y_K: Array) -> float:
-    """Of y over x by least squares, never falling; one more trial is taken to say 1."""
+    """Return the least-squares slope of y over x, at least 0, with a prior worth one more trial of slope 1."""
     x_K, y_K = x_K - x_K.mean(), y_K - y_K.mean()
     one = float(np.mean(x_K**2)) or 1.0
     return max(0.0, (float(x_K @ y_K) + one) / (float(x_K @ x_K) + one))
 
 
 def rungs(space: Space, longest: int) -> list[int]:
-    """The epochs after which scores are compared, up to the last one."""
+    """Return the epochs after which scores are compared, up to the last one."""
     found = [min(space.scheduler.grace_epochs, longest)]
     while found[-1] < longest:
         found.append(min(found[-1] * space.scheduler.reduction, longest))
@@ -90,11 +90,11 @@ def rungs(space: Space, longest: int) -> list[int]:
 def scores_of(
     space: Space, trials: Sequence[FrozenTrial], longest: int, rng: random.Random
 ) -> Iterator[tuple[Mapping[str, Any], Scores]]:
-    """The settings of finished and stopped trials that reached the first rung, and their scores.
+    """Yield the settings of finished and stopped trials that reached the first rung, and their scores.
 
     A trial that finished before its last epoch keeps its score to the end; one of an earlier search, which may have had
-    fewer epochs, does not. Of several objectives, which no scheduler compares, whole trials alone have a score: one of
-    the trade-offs between them, drawn from rng.
+    fewer epochs, does not. With several objectives, which no scheduler compares, only whole trials have a score: a
+    trade-off between the objectives, with weights drawn from rng.
     """
     if len(space.objectives) > 1:
         whole = [item for item in trials if item.values and (_own(item) or item.user_attrs["epochs"] >= longest)]
@@ -112,12 +112,12 @@ def scores_of(
 
 
 def _own(trial: FrozenTrial) -> bool:
-    """Whether it is one of this search, and not taken over from an earlier one."""
+    """Return whether the trial is of this search, and not taken over from an earlier one."""
     return "from" not in trial.user_attrs
 
 
 def _compared(space: Space, trial: FrozenTrial) -> Scores:
-    """By epoch, as schedulers see it."""
+    """Return scores by epoch, as schedulers see them; lower is better."""
     objective = space.objectives[0]
     sign = 1.0 if objective.mode == "min" else -1.0
     chance = {key: value for key, value in trial.user_attrs["metrics"].items() if key == objective.metric + CHANCE}
@@ -129,7 +129,7 @@ def _compared(space: Space, trial: FrozenTrial) -> Scores:
 
 
 def _traded_off(space: Space, trials: Sequence[FrozenTrial], rng: random.Random) -> list[float]:
-    """The largest weighted distance from the best in each objective (ParEGO: Knowles 2006)."""
+    """Return the largest weighted distance from the best, plus a share of all of them (ParEGO: Knowles 2006)."""
     if not trials:
         return []
     signs = [1.0 if item.mode == "min" else -1.0 for item in space.objectives]

@@ -1,4 +1,4 @@
-"""What the ending of a trial teaches the sampler, in Optuna's terms: constraints with a severity, and a finite penalty.
+"""What the end of a trial teaches the sampler, in Optuna's terms: constraints with a severity, and a finite penalty.
 
 A setting under which training blows up is a bad setting, not a missing one.
 """
@@ -20,7 +20,7 @@ FEASIBLE = -1.0  # the constraint of a trial that neither diverged nor ran out o
 def constraints_told(
     space: Space, status: str, epochs: int, longest: int, metrics: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Every constraint of a trial by name; it is feasible when none is above 0. All trials have the same names."""
+    """Return every constraint of a trial by name; it is feasible if none is above 0. All trials have the same names."""
     return {
         "diverged": severity(epochs, longest) if status == "diverged" else FEASIBLE,
         "out_of_memory": 1.0 if status == "out_of_memory" else FEASIBLE,
@@ -29,7 +29,7 @@ def constraints_told(
 
 
 def limits_told(space: Space, status: str, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The limits of metrics among them. What a stopped trial has not come to report, it has not violated."""
+    """Return the constraints on metrics. A stopped trial does not violate limits of metrics it has not reported."""
     unknown = {name: FEASIBLE if status == "stopped" and name not in metrics else 1.0 for name in space.constraints}
     return {
         name: unknown[name] if (value := metrics.get(name)) is None else limit.excess(value)
@@ -38,15 +38,15 @@ def limits_told(space: Space, status: str, metrics: Mapping[str, Any]) -> dict[s
 
 
 def severity(epochs: int, longest: int) -> float:
-    """How bad a divergence is: 2 in the first epoch, towards 1 at the end. Above 0: violated."""
+    """Return how bad a divergence is: 2 in the first epoch, towards 1 at the end. Above 0: violated."""
     return 2.0 - min(1.0, epochs / longest)
 
 
 def penalties(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> list[float]:
-    """For each objective a finite value that is worse than any measured: the worst and a tenth of the span beyond it.
+    """Return for each objective a finite value worse than any measured one: the worst plus a tenth of the span.
 
-    What a diverged trial reported on its way counts for nothing: a loss of 1e30 before the NaN would leave a sampler
-    that models values no difference to see among the others.
+    Reports of a diverged trial do not count: a loss of 1e30 before the NaN would make all other values look alike to a
+    sampler that models them.
     """
     found = []
     measured = [trial for trial in trials if not is_penalised(trial)]
@@ -62,5 +62,5 @@ def penalties(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection
 
 
 def is_penalised(trial: FrozenTrial) -> bool:
-    """Whether the values of a trial are penalties and not measurements."""
+    """Return whether the values of a trial are penalties and not measurements."""
     return trial.user_attrs.get("status") in ("diverged", "out_of_memory")

@@ -1,4 +1,4 @@
-"""Settings chosen as a whole, and proposals of Optuna's samplers that are likely to survive."""
+"""Samplers that choose whole settings, among them one that prefers proposals likely to survive."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from optuna.trial import FrozenTrial
 from search.learning.survival import Survival, demanded
 from search.space import Space, Values
 
-# Samplers that may be asked for several settings in one trial's place. Of the others, gp heeds the model by itself, and
-# the rest follows a sequence or a generation.
+# Samplers that can be asked for several settings in one trial's place. Of the others, gp applies the model by itself,
+# and the rest follow a sequence or a generation.
 ASKED_AGAIN = ("tpe", "nsga2", "random")
 CANDIDATES = 16
 
 
 class WholeSampler(BaseSampler):
-    """A sampler that chooses a setting as a whole, where Optuna asks for it value by value."""
+    """A sampler that chooses a whole setting at once, although Optuna asks for it value by value."""
 
     def __init__(self, space: Space) -> None:
         self._space = space
@@ -30,7 +30,7 @@ class WholeSampler(BaseSampler):
 
     @abstractmethod
     def choose(self, study: optuna.Study, trial: FrozenTrial) -> Values:
-        """A value for every active parameter."""
+        """Return a value for every active parameter."""
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         self._chosen = self.choose(study, trial)
@@ -51,9 +51,9 @@ class WholeSampler(BaseSampler):
 
 
 class SurvivingSampler(WholeSampler):
-    """The first proposal that is likely enough to survive, of those that one sampler makes with different seeds.
+    """Proposes the first candidate that is likely enough to survive, from one sampler with different seeds.
 
-    Where none of the candidates is, it is the likeliest. They leave no trace among the trials of the study.
+    If none is, it proposes the likeliest. The candidates leave no trace among the trials of the study.
     """
 
     def __init__(self, space: Space, model: Survival, candidates: Callable[[int], BaseSampler]) -> None:
@@ -73,12 +73,12 @@ class SurvivingSampler(WholeSampler):
 
 
 def surviving(space: Space, model: Survival | None, sampler: Callable[[int], BaseSampler]) -> BaseSampler:
-    """A sampler whose proposals are likely to survive, as far as a model knows. sampler: for the i-th candidate."""
+    """Return a sampler whose proposals are likely to survive, if there is a model. sampler: for the i-th candidate."""
     return sampler(0) if model is None else SurvivingSampler(space, model, sampler)
 
 
 def propose(space: Space, sampler: BaseSampler, study: optuna.Study, trial: FrozenTrial) -> Values:
-    """A sampler's setting for a trial, without telling the trial."""
+    """Return a sampler's setting for a trial, without storing it in the trial."""
     sampler.before_trial(study, trial)
     together = sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
     values: Values = {}
@@ -92,6 +92,6 @@ def propose(space: Space, sampler: BaseSampler, study: optuna.Study, trial: Froz
 
 
 def proposal_seed(seed: int, place: int, candidate: int = 0) -> int:
-    """A seed for the proposal at `place`, unlike those beside it; for each candidate there another."""
+    """Return a seed for the proposal at `place`, different for each place and each candidate."""
     text = f"{seed}/{place}/{candidate}" if candidate else f"{seed}/{place}"
     return random.Random(text).getrandbits(32)

@@ -1,11 +1,11 @@
-"""Gaussian-process regression, for settings and what they scored.
+"""Gaussian-process regression of scores on settings.
 
 Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, algorithm 2.1 and chapter 5: a squared
-exponential with a length for each feature. Lengths, amplitude and noise are the likeliest under a prior, whose length
-grows with the root of the features (Hvarfner et al., Vanilla Bayesian Optimization Performs Great in High Dimensions,
-2024), so that ten scores in seven dimensions are not taken for noise.
+exponential kernel with a length scale for each feature. Length scales, amplitude and noise are the most probable ones
+under a prior whose length scale grows with the square root of the number of features (Hvarfner et al., Vanilla Bayesian
+Optimization Performs Great in High Dimensions, 2024), so that ten scores in seven dimensions are not taken for noise.
 
-theta holds the logarithms of D lengths, of the amplitude and of the noise.
+theta holds the logarithms of D length scales, of the amplitude and of the noise.
 
 Shapes: N known rows, M others, D features, T = D + 2.
 """
@@ -21,17 +21,17 @@ from scipy.optimize import minimize
 
 from search.learning.features import Array
 
-# Priors of the logarithms, normal, as mean and standard deviation; scores are standardised, a range is 2 wide.
-LENGTH = (0.25, 0.5)  # and half the logarithm of D
+# Normal priors of the logarithms, as mean and standard deviation; scores are standardised, a range is 2 wide.
+LENGTH = (0.25, 0.5)  # the mean, plus half the logarithm of D
 AMPLITUDE = (0.0, 1.0)
 NOISE = (-5.0, 2.0)
-FAR = 8.0  # scores further from the median than so many times what lies between it and the best count as that far
-HUGE = 1e100  # a score beyond it, whose square would be infinite, counts as this
+FAR = 8.0  # scores worse than the median by more than this many times its distance from the best are clipped
+HUGE = 1e100  # scores are clipped to this magnitude: the square of a larger one would be infinite
 JITTER = 1e-8
 
 
 class Regression:
-    """Scores, the lower the better, as a smooth function of N rows of features. N is 1 or more."""
+    """Models scores, lower being better, as a smooth function of N rows of features. N is 1 or more."""
 
     def __init__(self, x_ND: Array, y_N: Array) -> None:
         y_N = within_reach(y_N)
@@ -46,27 +46,27 @@ class Regression:
         self._weight_N = cho_solve((self._lower_NN, True), self._y_N)
 
     def predict(self, x_MD: Array) -> tuple[Array, Array]:
-        """Means and standard deviations of M rows, without the noise of a measurement."""
+        """Return means and standard deviations of M rows, without measurement noise."""
         k_NM = _covariance(self._theta, self._x_ND, x_MD)
         known_NM = solve_triangular(self._lower_NN, k_NM, lower=True)
         variance_M = np.maximum(1e-12, np.exp(self._theta[-2]) - (known_NM**2).sum(axis=0))
         return self._mean + self._scale * (self._weight_N @ k_NM), self._scale * np.sqrt(variance_M)
 
     def add(self, x_KD: Array, y_K: Array) -> None:
-        """K more rows, without another look at lengths and noise."""
+        """Add K rows without refitting theta."""
         self._x_ND = np.concatenate([self._x_ND, x_KD])
         self._y_N = np.concatenate([self._y_N, (y_K - self._mean) / self._scale])
         self._solve()
 
 
 def within_reach(y_N: Array) -> Array:
-    """Scores of which none is too far out: a loss of 1e30, finite as it is, would leave no difference to see.
+    """Return scores with bad outliers clipped: a loss of 1e30, though finite, would make all others look alike.
 
-    Where most of them are as far out as that, it stays so.
+    If most scores are that far out, they stay so.
     """
     y_N = np.clip(y_N, -HUGE, HUGE)
     best = y_N.min()
-    others = y_N[y_N > best]  # of many that share the best, the median would be that, too
+    others = y_N[y_N > best]  # if many share the best, the median of all would be the best
     if not len(others):
         return y_N
     median = np.median(others)
@@ -74,7 +74,7 @@ def within_reach(y_N: Array) -> Array:
 
 
 def _covariance(theta_T: Array, a_ND: Array, b_MD: Array) -> Array:
-    """The covariances of two sets of rows."""
+    """Return the covariances between two sets of rows."""
     a_ND, b_MD = a_ND * np.exp(-theta_T[:-2]), b_MD * np.exp(-theta_T[:-2])
     squares_NM = (a_ND**2).sum(axis=1)[:, None] + (b_MD**2).sum(axis=1) - 2 * a_ND @ b_MD.T
     k_NM: Array = np.exp(theta_T[-2] - 0.5 * np.maximum(0.0, squares_NM))
@@ -95,14 +95,14 @@ def _likeliest(x_ND: Array, y_N: Array) -> Array:
 
 
 def _prior(features: int) -> tuple[Array, Array]:
-    """Means and standard deviations of theta."""
+    """Return means and standard deviations of theta under the prior."""
     length = LENGTH[0] + 0.5 * np.log(features)
     mean_T = np.array([*[length] * features, AMPLITUDE[0], NOISE[0]])
     return mean_T, np.array([*[LENGTH[1]] * features, AMPLITUDE[1], NOISE[1]])
 
 
 def loss_of(x_ND: Array, y_N: Array) -> Callable[[Array], tuple[float, Array]]:
-    """The negative logarithm of likelihood and prior by theta, and its gradient (equations 5.8 and 5.9)."""
+    """Return the function from theta to the negative log of likelihood times prior and its gradient (eqs. 5.8, 5.9)."""
     squares_DNN: Array = (x_ND.T[:, :, None] - x_ND.T[:, None, :]) ** 2
     mean_T, deviation_T = _prior(x_ND.shape[1])
 

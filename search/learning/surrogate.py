@@ -1,8 +1,8 @@
-"""The sampler `gp`: Bayesian optimisation that knows of divergence, of stopped trials and of its own blindness.
+"""The sampler `gp`: Bayesian optimisation that accounts for divergence, stopped trials and its own blind spots.
 
-Proposed is the setting, likely enough to survive, of the largest expected improvement of the score of a whole trial
-(in logarithms: Ament et al., Unexpected Improvements to Expected Improvement, 2023). A smooth model that is wrong is
-sure of itself, and would ask for the same place again and again; so every other proposal is TPE's.
+It proposes, among settings likely enough to survive, the one with the largest expected improvement of the score of a
+whole trial (in logarithms: Ament et al., Unexpected Improvements to Expected Improvement, 2023). A smooth model that is
+wrong is sure of itself, and would propose the same place again and again; so every other proposal is TPE's.
 
 Shapes: N scored trials, M candidates, D features.
 """
@@ -29,15 +29,15 @@ from search.records.record import longest_of, read_record
 from search.space import Space, Values
 from search.space.domain import Choice, Domain, Integer, Real
 
-ANYWHERE, NEARBY, NEARER = 500, 500, 150  # candidates: in all the space; around the best settings; twice, around theirs
+ANYWHERE, NEARBY, NEARER = 500, 500, 150  # candidates: anywhere; near the best settings; twice, near the best so far
 BEST = 5  # settings, or candidates, around which others are drawn
-STEP = (0.01, 0.5)  # parts of a range, to a candidate nearby; every order of magnitude alike
-FINER = (0.05, 0.015)  # to one nearer, the first and the second time
-TAIL = -30.0  # standard deviations below which an improvement is reckoned by its asymptote
+STEP = (0.01, 0.5)  # step sizes to a nearby candidate, as fractions of a range; log-uniform
+FINER = (0.05, 0.015)  # step sizes of the first and the second refinement
+TAIL = -30.0  # standard deviations below which the improvement is computed by its asymptote
 
 
 class SurrogateSampler(WholeSampler):
-    """Every other setting is TPE's; the rest are draws until ten trials have ended in any way, and one has a score."""
+    """Every other setting is TPE's; the rest are random until ten trials have ended in any way and one has a score."""
 
     def __init__(self, space: Space, seed: int) -> None:
         super().__init__(space)
@@ -81,11 +81,11 @@ class SurrogateSampler(WholeSampler):
 
 
 class Worth:
-    """What a candidate is worth.
+    """Ranks candidates by what they are worth.
 
-    scored: settings, and what is expected of them by `ladder`. limits: the excess of each constraint. survival: None
-    where nothing is known of it.
-    best: the best of the scored settings, as far as known within all limits.
+    scored: settings whose scores `ladder` predicts. limits: models of the excess over each limit. survival: None if
+        unknown.
+    best: the best of the scored settings, those predicted to break the fewest limits first.
     """
 
     def __init__(
@@ -104,32 +104,32 @@ class Worth:
         self._excluded: set[bytes] = set()
 
     def _order(self, x_MD: Array) -> tuple[NDArray[np.intp], float]:
-        """The best first, those that break the fewest limits before all others; and what the first is to score."""
+        """Return the order, by limits broken and then by predicted score, and the predicted score of the first."""
         mean_M, _ = self._ladder.predict(x_MD)
         broken_M = sum((limit.predict(x_MD)[0] > 0 for limit in self._limits), np.zeros(len(x_MD)))
         order = np.lexsort((mean_M, broken_M))
         return order, float(mean_M[order[0]])
 
     def expect(self, settings: Sequence[Mapping[str, Any]]) -> None:
-        """These are being measured; until they are, they are believed to score as expected."""
+        """Assume that settings which are being measured score as predicted."""
         if settings:
             x_KD = feature_rows(self._space, settings)
             self._ladder.believe(x_KD)
             _, self._least = self._order(np.concatenate([self._x_ND, x_KD]))
 
     def exclude(self, settings: Sequence[Mapping[str, Any]]) -> None:
-        """These are not to be tried again, whatever became of them."""
+        """Exclude settings from being proposed again, whatever became of them."""
         self._excluded |= {_key(row) for row in feature_rows(self._space, settings)}
 
     def ranked(self, candidates: Sequence[Values]) -> list[Values]:
-        """The best first, and nothing that is excluded where there is anything else."""
+        """Return the candidates, best first, without excluded ones unless there are no others."""
         x_MD = feature_rows(self._space, candidates)
         new = [i for i in range(len(candidates)) if _key(x_MD[i]) not in self._excluded] or list(range(len(candidates)))
         likely_M, worth_M = self._worth(x_MD[new])
         return [candidates[new[i]] for i in np.lexsort((-worth_M, ~likely_M))]
 
     def _worth(self, x_MD: Array) -> tuple[NDArray[np.bool_], Array]:
-        """Whether candidates are likely enough to survive, and what they are then worth; else, how likely they are."""
+        """Return whether candidates are likely enough to survive, and their worth or, if not, how likely they are."""
         mean_M, deviation_M = self._ladder.predict(x_MD)
         worth_M = log_expected_improvement(self._least - mean_M, deviation_M)
         for limit in self._limits:
@@ -143,12 +143,12 @@ class Worth:
 
 
 def _key(row_D: Array) -> bytes:
-    """The same for settings that differ by what adding up steps leaves."""
+    """Return a key that is equal for settings that differ only in rounding errors of added steps."""
     return (np.round(row_D, 9) + 0.0).tobytes()  # no -0.0
 
 
 def judge(space: Space, others: Sequence[FrozenTrial], survival: Survival | None, rng: random.Random) -> Worth | None:
-    """By all trials but the one to be begun; None where they do not tell enough."""
+    """Return the `Worth` learned from all trials but the one to be begun; None while they tell too little."""
     tried = [item for item in others if item.state.is_finished()]
     best = _incumbents(space, tried)
     ended = remembered([item for item in tried if tells(item)], lambda item: item.number in best)
@@ -167,7 +167,7 @@ def judge(space: Space, others: Sequence[FrozenTrial], survival: Survival | None
 
 
 def _incumbents(space: Space, tried: Sequence[FrozenTrial]) -> set[int]:
-    """The numbers of the trials that ended with the best of each objective."""
+    """Return the numbers of the `BEST` best finished trials in each objective."""
     found: set[int] = set()
     whole = [item for item in tried if item.user_attrs.get("status") == "finished"]
     for k, objective in enumerate(space.objectives):
@@ -177,15 +177,16 @@ def _incumbents(space: Space, tried: Sequence[FrozenTrial]) -> set[int]:
 
 
 def _settings(space: Space, trials: Sequence[FrozenTrial]) -> list[Mapping[str, Any]]:
-    """Those that are whole settings of this space."""
+    """Return the trials' settings that are complete settings of this space."""
     return [values for item in trials if space.holds(values := read_record(item, space).values)]
 
 
 def _limits(space: Space, ended: Sequence[FrozenTrial], measured: Sequence[FrozenTrial]) -> list[Regression]:
-    """Of metrics, by whole trials, as a limit holds at the end; of failures, where no model of survival knows of them.
+    """Return a model of the excess over each limit that some trial broke.
 
-    Further within its limit than `FAR` times what others break it by counts as that far: a few that are a thousandfold
-    within would leave nothing to see near the limit.
+    Limits of metrics are learned from whole trials, as they hold at the end; failures only without a survival model.
+    Excess is clipped at `FAR` times the median violation, on both sides: a few trials a thousandfold within a limit
+    would hide all differences near it.
     """
     failures = () if space.search.survival else ("diverged", "out_of_memory")
     told_of = {name: [item for item in ended if name in item.constraints] for name in failures}
@@ -202,7 +203,7 @@ def _limits(space: Space, ended: Sequence[FrozenTrial], measured: Sequence[Froze
 
 
 def log_expected_improvement(gain_M: Array, deviation_M: Array) -> Array:
-    """The logarithm of how much better than the best a score is expected to be. gain: by which its mean is."""
+    """Return the logarithm of the expected improvement on the best. gain: how much better than the best the mean is."""
     z_M = gain_M / deviation_M
     near_M, far_M = np.maximum(z_M, TAIL), np.minimum(z_M, TAIL)
     density_M = np.exp(-0.5 * near_M**2) / math.sqrt(2 * math.pi)
@@ -212,7 +213,7 @@ def log_expected_improvement(gain_M: Array, deviation_M: Array) -> Array:
 
 
 def nearby(space: Space, centre: Mapping[str, Any], step: float, rng: random.Random) -> Values:
-    """A setting around another: numbers a normal step away, in parts of their range, choices now and then anew."""
+    """Return a setting near another: numbers move by a normal step, relative to their range; choices may be redrawn."""
     values: Values = {}
     for parameter in space.parameters:
         if space.is_active(parameter, values):
@@ -226,4 +227,4 @@ def _moved(domain: Domain, value: Any, step: float, rng: random.Random) -> Any:
         return domain.sample(rng) if rng.random() < step else value
     assert isinstance(domain, (Real, Integer))
     part = abs(domain.part(value) + rng.gauss(0.0, step)) % 2.0
-    return domain.at(min(part, 2.0 - part))  # thrown back at the ends of the range, or these would be drawn most
+    return domain.at(min(part, 2.0 - part))  # reflected at the ends of the range, which clipping would draw most often

@@ -1,8 +1,8 @@
-"""A model of which settings survive, and what may be asked of a proposal.
+"""A model of which settings survive, and what survival probability to demand of a proposal.
 
-It is Gaussian-process classification with the Laplace approximation (Rasmussen and Williams, Gaussian Processes
-for Machine Learning, 2006, algorithms 3.1 and 3.2). Its kernel is a linear one, which carries a learned edge on into
-what was never tried, and a squared exponential, which lets the edge bend.
+It is Gaussian-process classification with the Laplace approximation (Rasmussen and Williams, Gaussian Processes for
+Machine Learning, 2006, algorithms 3.1 and 3.2). Its kernel is the sum of a linear one, which extends a learned edge to
+untried regions, and a squared exponential, which lets the edge bend.
 
 Shapes: N tried settings, D features.
 """
@@ -22,24 +22,25 @@ from search.learning.features import Array, feature_rows
 from search.records.record import longest_of
 from search.space import Space
 
-MAPPED = 10  # ended trials before the model speaks: the first settings map the space, its edge included
-KNOWN = 20  # ended trials for each parameter, with which the odds of survival that are demanded double
-LATEST = 200  # ended trials that the model learns from: its cost grows with their cube
+MAPPED = 10  # ended trials before the model is used: the first settings map the space, its edge included
+KNOWN = 20  # ended trials for each parameter after which the odds of survival that are demanded double
+LATEST = 200  # ended trials that the model learns from: its cost is cubic in their number
 BIAS, SLOPE, BEND, BEND_LENGTH = 1.0, 4.0, 1.0, 2.0  # of the kernel; a parameter's range is 2 wide
 SCALES = (1.0, 10.0, 100.0, 1000.0)  # prior variances of the log-odds
-SURVIVED = {"finished": 1.0, "stopped": 1.0, "diverged": 0.0, "out_of_memory": 0.0}  # a failed trial says nothing
+SURVIVED = {"finished": 1.0, "stopped": 1.0, "diverged": 0.0, "out_of_memory": 0.0}  # a failed trial tells nothing
 
 
 class Survival:
-    """The probability that a setting neither diverges nor runs out of memory, learned from tried ones.
+    """The probability that a setting neither diverges nor runs out of memory, learned from tried settings.
 
-    weights: how much of an observation each tried setting is. The steepness of the edge is the likeliest of `SCALES`.
+    weights: how much of an observation each tried setting counts. The steepness of the edge is the most probable one of
+    `SCALES`.
     """
 
     def __init__(
         self, space: Space, tried: Sequence[Mapping[str, Any]], survived: Sequence[float], weights: Sequence[float]
     ) -> None:
-        self.tried = len(tried)  # settings
+        self.tried = len(tried)  # number of settings
         self._space = space
         self._x_ND = feature_rows(space, tried)
         k_NN = _kernel(self._x_ND, self._x_ND)
@@ -47,13 +48,13 @@ class Survival:
         self._fit = max(fits, key=lambda fit: fit.log_evidence)
 
     def probability(self, values: Mapping[str, Any]) -> float:
-        """Of a setting."""
+        """Return the survival probability of a setting."""
         return float(self.probabilities(feature_rows(self._space, [values]))[0])
 
     def probabilities(self, x_MD: Array) -> Array:
-        """Of M settings, by their features.
+        """Return the survival probabilities of M settings, given by their features.
 
-        Averaged over what the model does not know, so that far from all that was tried it is timid.
+        They are averaged over the model's uncertainty, so that they are cautious far from all tried settings.
         """
         fit = self._fit
         k_NM = fit.scale * _kernel(self._x_ND, x_MD)
@@ -65,7 +66,7 @@ class Survival:
 
 @dataclass(frozen=True)
 class _Fit:
-    """The posterior's mode: the slope of the log-likelihood, and the factor that its variance needs."""
+    """The mode of the posterior: the slope of the log-likelihood, and the factor that the predictive variance needs."""
 
     scale: float
     slope_N: Array
@@ -77,7 +78,7 @@ class _Fit:
 def _fit(scale: float, k_NN: Array, survived_N: Array, weight_N: Array) -> _Fit:
     k_NN = scale * k_NN
     f_N = np.zeros(len(k_NN))
-    for _ in range(30):  # Newton's method; it converges in a handful of steps
+    for _ in range(30):  # Newton's method; it converges in a few steps
         p_N = expit(f_N)
         root_N = np.sqrt(weight_N * p_N * (1 - p_N))
         lower_NN = cholesky(np.eye(len(k_NN)) + root_N[:, None] * k_NN * root_N, lower=True)
@@ -92,9 +93,9 @@ def _fit(scale: float, k_NN: Array, survived_N: Array, weight_N: Array) -> _Fit:
 
 
 def learn(space: Space, trials: Sequence[FrozenTrial]) -> Survival | None:
-    """The model of a study's ended trials; None where they do not yet tell what survives from what does not.
+    """Return the survival model of a study's ended trials; None while these do not tell survivors from others.
 
-    A trial that the scheduler stopped has survived the epochs it ran, and counts as that part of an observation.
+    A trial that the scheduler stopped has survived the epochs that it ran, and counts as that part of an observation.
     """
     told = remembered([item for item in trials if tells(item)], lambda item: not SURVIVED[item.user_attrs["status"]])
     ended = [item.user_attrs for item in told]
@@ -107,7 +108,7 @@ def learn(space: Space, trials: Sequence[FrozenTrial]) -> Survival | None:
 
 
 def remembered(ended: Sequence[FrozenTrial], dear: Callable[[FrozenTrial], bool]) -> list[FrozenTrial]:
-    """The latest, `LATEST` in all, of which a quarter may be older ones that are dear to the model."""
+    """Return the latest `LATEST` trials, of which up to a quarter may be older ones that are `dear` to the model."""
     dear_ones = {item.number for item in ended if dear(item)}
     kept = set(sorted(dear_ones)[-(LATEST // 4) :])
     left = [item.number for item in ended if item.number not in kept]
@@ -116,7 +117,7 @@ def remembered(ended: Sequence[FrozenTrial], dear: Callable[[FrozenTrial], bool]
 
 
 def tells(trial: FrozenTrial) -> bool:
-    """Whether a trial has shown what becomes of its setting; one that the end of the time kept from running has not."""
+    """Return whether a trial shows what becomes of its setting; one stopped before its first report does not."""
     attrs = trial.user_attrs
     return attrs.get("status") in SURVIVED and (attrs["status"] != "stopped" or attrs["epochs"] > 0)
 
@@ -128,13 +129,13 @@ def _kernel(a_ND: Array, b_MD: Array) -> Array:
 
 
 def _own(a_ND: Array) -> Array:
-    """The kernel of each row and itself."""
+    """Return the kernel of each row with itself."""
     own: Array = BIAS + SLOPE * (a_ND**2).sum(axis=1) + BEND
     return own
 
 
 def demanded(tried: int, parameters: int) -> float:
-    """The probability of survival from which a candidate is taken, after so many tried settings.
+    """Return the survival probability that is demanded of a candidate after `tried` settings.
 
     At first it need only be more likely than not: a strict limit keeps a model that knows little away from the edge,
     and the best settings often lie close to it. Once the edge is known, one more diverged trial teaches nothing.

@@ -1,1 +1,1 @@
-"""What is on record of a search: its folder, its trials, and the copy of both at a URI."""
+"""The records of a search: its folder, its trials, and the mirror of both at a URI."""

@@ -1,6 +1,6 @@
-"""What a search leaves on disk: where each file lies, written so that an interruption tears nothing.
+"""The files of a search: where each one lies, and how it is written so that an interruption leaves none torn.
 
-Of a long trial, a checkpoint goes only when the next one and its report have been forced to the disk.
+In a long trial, a checkpoint is deleted only after the next one and its report have been forced to disk.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from trainables.contract import UserError
 SPACE, STUDY, TRIALS_CSV, BEST, REPORT = "space.yaml", "study.journal", "trials.csv", "best.yaml", "report.html"
 ERROR, PRINTED = "error.txt", "output.txt"  # in a trial's folder
 SCRATCH = ".ray"  # Ray's own files; removed when the search ends
-_CHECKPOINT = "checkpoint-{:04d}.pt"  # the epochs it has behind it; torch.load gives the trainable's own state
+_CHECKPOINT = "checkpoint-{:04d}.pt"  # numbered by epochs completed; torch.load returns the trainable's own state
 CHECKPOINT_PATTERN = "checkpoint-*.pt"
 _TAIL_BYTES = 8192
-LONG_S = 60.0  # of a trial; forcing a small checkpoint takes a hundredth of a second
+LONG_S = 60.0  # trials longer than this force checkpoints to disk, which takes about 10 ms for a small one
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint file and how many epochs it has behind it."""
+    """A checkpoint file and the number of epochs completed by then."""
 
     epoch: int
     path: Path
@@ -48,18 +48,18 @@ class TrialFolder:
         replace_text(self.path / "config.json", json.dumps(config, indent=2, default=str) + "\n")
 
     def write_error(self, reason: str, trace: str = "") -> None:
-        """Keep why an attempt at the trial failed: a line, and where it was raised."""
+        """Record why an attempt at the trial failed: a line, then the traceback."""
         replace_text(self.path / ERROR, f"{reason}\n\n{trace}")
 
     def read_error(self) -> str | None:
-        """The reason of the last attempt that failed, and below it where it was raised; None where none did."""
+        """Return the reason and the traceback of the last failed attempt; None if none failed."""
         try:
             return (self.path / ERROR).read_text()
         except FileNotFoundError:
             return None
 
     def append_printed(self, text: str) -> None:
-        """Keep what the trial has printed, if it has. A trial does not fail because that finds no room on the disk."""
+        """Append what the trial printed, if anything; ignores OSError: a full disk should not fail the trial here."""
         if text:
             with contextlib.suppress(OSError):
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ class TrialFolder:
                     file.write(text.encode())
 
     def last_printed(self, lines: int) -> list[str]:
-        """So many lines, the last that the trial printed; fewer where they are long, none where it printed nothing."""
+        """Return the last `lines` lines that the trial printed; fewer if they are long, none if it printed nothing."""
         try:
             with open(self.path / PRINTED, "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -76,11 +76,11 @@ class TrialFolder:
             return []
 
     def write_divergence(self, found: Mapping[str, Any]) -> None:
-        """The post-mortem of a trial that diverged, as JSON has it."""
+        """Write the post-mortem of a diverged trial, which must be JSON-compatible."""
         replace_text(self.path / "divergence.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
 
     def read_divergence(self) -> dict[str, Any] | None:
-        """The post-mortem of a trial that diverged; None for any other."""
+        """Return the post-mortem of a diverged trial; None for any other."""
         try:
             found: dict[str, Any] = json.loads((self.path / "divergence.json").read_text())
         except FileNotFoundError:
@@ -91,11 +91,14 @@ class TrialFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "metrics.jsonl", "ab+") as file:
             file.seek(max(0, file.tell() - 1))
-            torn = file.read() not in (b"", b"\n")  # the power went while the last line was being written
+            torn = file.read() not in (b"", b"\n")  # the machine lost power while the last line was being written
             file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """One row per epoch; where epochs were run again, after an interruption, those of the later attempt alone."""
+        """Return one row per epoch; if epochs were rerun after an interruption, only those of the later attempt.
+
+        Raises UserError if the file cannot be opened.
+        """
         file = self.path / "metrics.jsonl"
         try:
             lines = file.read_text().splitlines()
@@ -115,15 +118,15 @@ class TrialFolder:
         return rows
 
     def row(self, epoch: int) -> dict[str, Any] | None:
-        """The row of that epoch, or None."""
+        """Return the row of that epoch, or None."""
         return next((row for row in self.read_metrics() if row["epoch"] == epoch), None)
 
     def write_checkpoint(self, epoch: int, state: bytes) -> None:
-        """Beside the one before it, which is needed until the report that came with this one is on record."""
+        """Write a checkpoint beside the previous one, which is needed until the report of this one is on record."""
         replace_bytes(self.path / _CHECKPOINT.format(epoch), state)
 
     def recorded(self) -> int:
-        """The epoch that was reported last, as far as it is on record; 0 before the first."""
+        """Return the last reported epoch that is on record; 0 before the first."""
         with contextlib.suppress(FileNotFoundError):
             for line in reversed((self.path / "metrics.jsonl").read_bytes().splitlines()):
                 with contextlib.suppress(ValueError):  # torn
@@ -131,24 +134,24 @@ class TrialFolder:
         return 0
 
     def keep_checkpoint(self, epochs: int) -> None:
-        """Keep the newest checkpoint that has at most so many epochs behind it, and no other."""
-        for torn in self.path.glob(f".{CHECKPOINT_PATTERN}.*"):  # a slot was killed while it wrote
+        """Delete all checkpoints except the newest that has completed at most `epochs` epochs."""
+        for torn in self.path.glob(f".{CHECKPOINT_PATTERN}.*"):  # a slot was killed while writing
             torn.unlink(missing_ok=True)
         saved = _checkpoints(self.path)
         kept = max((item.epoch for item in saved if item.epoch <= epochs), default=None)
         superseded = [item.path for item in saved if item.epoch != kept]
-        if superseded and self._is_long():  # what takes their place is on the disk before they go, its report too
+        if superseded and self._is_long():  # their replacement and its report must be on disk before they go
             with contextlib.suppress(FileNotFoundError):
                 _force(self.path / "metrics.jsonl")
             if kept is not None:
                 _force(self.path / _CHECKPOINT.format(kept))
-            with contextlib.suppress(OSError):  # some network file systems cannot force a folder
+            with contextlib.suppress(OSError):  # some network file systems cannot force a folder to disk
                 _force(self.path)
         for path in superseded:
             path.unlink(missing_ok=True)
 
     def _is_long(self) -> bool:
-        """Whether the trial has run for so long that a power loss would cost more than forcing each checkpoint does."""
+        """Return whether the trial has run so long that a power loss would cost more than forcing each checkpoint."""
         with contextlib.suppress(FileNotFoundError):
             return time.time() - (self.path / "config.json").stat().st_mtime > LONG_S
         return True
@@ -157,14 +160,14 @@ class TrialFolder:
         return last_checkpoint(self.path)
 
     def set_torn_aside(self) -> list[str]:
-        """Rename the checkpoints that cannot be read, so that an earlier one counts; returns what they were called."""
+        """Rename checkpoints that cannot be read, so that an earlier one is used; returns their former names."""
         torn = [item.path for item in _checkpoints(self.path) if not is_whole(item.path)]
         for path in torn:
             path.rename(path.with_suffix(".torn"))
         return [path.name for path in torn]
 
     def begin_from(self, other: TrialFolder) -> int:
-        """Take on another trial's last checkpoint and its metrics up to there; returns how many epochs that is."""
+        """Copy another trial's last checkpoint and its metrics up to there; returns its number of epochs, or 0."""
         self.clear()
         saved = other.checkpoint()
         if saved is None:
@@ -176,16 +179,16 @@ class TrialFolder:
         return saved.epoch
 
     def clear(self) -> None:
-        """Remove what lies here of a trial that the study never heard of."""
+        """Remove leftovers of a trial that the study has no record of."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def running(results: Path, only_look: bool = False) -> Iterator[bool]:
-    """Entered by the process that runs the search of a folder; raises BlockingIOError where another one has.
+    """Lock a folder for the process that runs its search; raises BlockingIOError if another process holds the lock.
 
-    A process that is killed lets go of it. On a file system without locks nobody is kept out: it then gives False.
-    only_look: others that look are not in the way.
+    The lock ends with the process. Yields False on a file system without locks, where no process is kept out.
+    only_look: take a shared lock, which does not conflict with others that only look.
     """
     folder = os.open(results, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -202,7 +205,7 @@ def running(results: Path, only_look: bool = False) -> Iterator[bool]:
 
 
 def is_running(results: Path) -> bool:
-    """Whether a process runs the search of a folder, be it this one; False where that cannot be seen."""
+    """Return whether a process, perhaps this one, runs the search of a folder; False if that cannot be determined."""
     try:
         with running(results, only_look=True):
             return False
@@ -211,7 +214,7 @@ def is_running(results: Path) -> bool:
 
 
 def last_checkpoint(folder: Path) -> Saved | None:
-    """The newest checkpoint in a folder, or None."""
+    """Return the newest checkpoint in a folder, or None."""
     return max(_checkpoints(folder), key=lambda item: item.epoch, default=None)
 
 
@@ -220,12 +223,12 @@ def _checkpoints(folder: Path) -> list[Saved]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint is as torch.save wrote it: an archive, with a checksum of each part of it."""
+    """Return whether a checkpoint is intact: torch.save writes an archive with a checksum for each part."""
     try:
         with zipfile.ZipFile(checkpoint) as archive:
             return archive.testzip() is None
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a place before the file's beginning, as a torn archive names it
+        if error.errno != errno.EINVAL:  # a torn archive may point before the beginning of the file
             raise
         return False
     except MemoryError:
@@ -235,7 +238,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def _force(path: Path) -> None:
-    """To the disk: what is in a file, or the names in a folder."""
+    """Force the content of a file, or the names in a folder, to disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

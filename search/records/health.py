@@ -1,6 +1,6 @@
-"""What the course of a trial's metrics says of it, beyond how it ended.
+"""What a trial's metrics over its epochs reveal, beyond how it ended.
 
-A trainable may report, beside a metric, the value that the metric has when nothing is learnt, as `<metric>_chance`.
+A trainable may report a metric's chance level, its value if nothing is learnt, as `<metric>_chance`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from search.space.sections import Objective
 
 CHANCE = "_chance"
 PATIENCE = 3  # epochs before a trial is said to learn nothing
-NEAR = 0.2  # an objective this close to chance, relative to it, is at chance
-AT = 0.02  # so is another metric this close to its own
+NEAR = 0.2  # an objective this close to chance, as a fraction of chance, counts as chance
+AT = 0.02  # so does any other metric this close to its own chance level
 
 Metrics = Mapping[str, float | None]
 
 
 def remarks(epochs: Sequence[Metrics], objective: Objective) -> list[str]:
-    """Sentences on a trial, from its metrics after each epoch; none where there is nothing to say."""
+    """Return remarks on a trial, given its metrics after each epoch; empty if there is nothing to say."""
     if len(epochs) < PATIENCE:
         return []
     last, said = epochs[-1], []
@@ -44,10 +44,10 @@ def _stuck(epochs: Sequence[Metrics], objective: Objective) -> str:
 
 
 def compared(metrics: Metrics, objective: Objective) -> float | None:
-    """The objective of an epoch as schedulers see it: what is no better than guessing is told as guessing.
+    """Return an epoch's objective as schedulers see it: a score no better than chance is replaced by chance.
 
-    A network that will learn often scores below chance first, and one that learns nothing stays at it: halving by the
-    scores themselves would keep the latter.
+    A network that will learn often scores below chance first, and one that learns nothing stays at chance: halving by
+    the raw scores would keep the latter. None if the objective was not measured.
     """
     value, chance = metrics.get(objective.metric), metrics.get(objective.metric + CHANCE)
     return value if value is None or chance is None or _learnt(value, chance, objective) else chance

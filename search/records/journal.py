@@ -1,4 +1,4 @@
-"""The study's journal file: Optuna's, forced to the disk when a trial ends and not at every word."""
+"""The study's journal file: Optuna's, forced to disk when a trial ends and not at every entry."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from optuna.trial import TrialState
 
 
 class StudyJournal(JournalFileBackend):
-    """Optuna's own backend forces every entry to the disk, a few milliseconds each and some twenty a trial.
+    """Optuna's journal backend, changed to force only entries that end a trial to disk.
 
-    An entry is safe from the death of this process as soon as it is written. Only the death of the machine asks for
-    more, and there it suffices that what has ended is never lost.
+    Forcing every entry, as Optuna does, takes a few milliseconds each, some twenty times a trial. A written entry
+    survives the death of this process. Only the death of the machine requires more, and then it suffices that no ended
+    trial is lost.
     """
 
     def __init__(self, file_path: str) -> None:
@@ -40,19 +41,19 @@ class StudyJournal(JournalFileBackend):
 
 
 def drop_lock(file: Path) -> None:
-    """Remove what a process that was killed as it wrote has left; for the only one that may write to the journal now.
+    """Remove the lock left by a process that was killed while writing; for the only process that may write now.
 
-    Optuna waits half a minute for such a lock. It is a link to the journal as that was called: where the folder has
-    been moved since, Optuna finds no age there and waits for ever.
+    Optuna waits half a minute for such a lock. It is a symlink to the journal's former path: if the folder has been
+    moved since, Optuna finds no age there and waits forever.
     """
-    with contextlib.suppress(OSError):  # where nothing can be written, what writes next says so
+    with contextlib.suppress(OSError):  # if nothing can be written here, the next write says so
         file.with_name(file.name + LOCK_FILE_SUFFIX).unlink()
 
 
 def _cut_torn_line(file: BinaryIO) -> None:
-    """Take away what is left of an entry that was being written when its machine died, or its disk was full.
+    """Remove an entry that is incomplete because the machine died, or its disk was full, while it was written.
 
-    Whoever holds the lock is the only one that writes. What is appended to half a line could never be read again.
+    The lock must be held, so that nobody else writes. An entry appended to half a line could never be read.
     """
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - 1))

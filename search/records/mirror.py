@@ -1,8 +1,8 @@
 """A copy of a results folder at a URI, for a machine that may be taken away.
 
-The search always works on a local folder (the study is a file that is locked and appended to). Where `--results` is a
-URI, what is new goes there after every trial, and every few minutes of a long one, by pyarrow's filesystems: s3://,
-gs://, hdfs://. While trials run, a thread of its own sends it, so that no slot waits for an upload.
+The search always works on a local folder (the study is a file that is locked and appended to). If `--results` is a URI,
+new content is uploaded after every trial, and every few minutes during a long one, through pyarrow's filesystems:
+s3://, gs://, hdfs://. While trials run, a separate thread uploads it, so that no slot waits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from trainables.contract import UserError
 
 
 def local(text: str) -> Path | None:
-    """The folder on this machine that `text` names; None for a URI elsewhere."""
+    """Return the local folder that `text` names; None for a URI elsewhere.
+
+    Raises UserError for a file:// URI that names another machine.
+    """
     if is_uri(text):
         return None
     if not text.startswith("file://"):
@@ -37,25 +40,25 @@ def local(text: str) -> Path | None:
 
 
 def is_uri(text: str) -> bool:
-    """Whether `text` names a place that has to be mirrored."""
+    """Return whether `text` is a URI that has to be mirrored."""
     return "://" in text and not text.startswith("file://")
 
 
 def below(uri: str, name: str) -> str:
-    """The URI of what is called `name` in the folder at `uri`, which may end in options for the store: ?region=..."""
+    """Return the URI of `name` in the folder at `uri`, keeping options of the store such as ?region=..."""
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
 
 
 def above(uri: str) -> str:
-    """The URI of the folder that holds what is at `uri`."""
+    """Return the URI of the folder that contains `uri`, keeping options of the store."""
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]))
 
 
 @dataclass
 class Mirror:
-    """The folder at `uri` that follows the local folder `results`; `every_s`: while trials run."""
+    """The folder at `uri`, a copy of the local folder `results`; `every_s`: seconds between uploads in a trial."""
 
     results: Path
     uri: str
@@ -63,12 +66,12 @@ class Mirror:
 
     def __post_init__(self) -> None:
         self._filesystem, self._root = _open(self.uri)
-        self._sent: dict[str, float] = {}  # by relative path: when the file was changed that was sent last
+        self._sent: dict[str, float] = {}  # by relative path: modification time of the version sent last
         self._tried = time.monotonic()
         self._wanted, self._follows = threading.Event(), False
 
     def check(self) -> None:
-        """Raises UserError where nothing can be kept, or where it would overwrite what is there."""
+        """Raise UserError if the URI cannot be written to, or a push would overwrite what is there."""
         try:
             self._filesystem.create_dir(self._root, recursive=True)
             self._recognise()
@@ -76,7 +79,7 @@ class Mirror:
             raise UserError(f"{self.uri}: cannot be written to: {error}") from None
 
     def begin(self) -> None:
-        """The first push; raises UserError where nothing can be kept, before anything has been computed for nothing."""
+        """Push for the first time; raises UserError if that fails, before any trial has run in vain."""
         self.check()
         try:
             self._push()
@@ -84,9 +87,9 @@ class Mirror:
             raise UserError(f"{self.uri}: cannot be written to: {error}") from None
 
     def _recognise(self) -> None:
-        """Checkpoints that are there from before an interruption are not sent again: they are most of the bytes.
+        """Mark checkpoints stored before an interruption as sent, since they are most of the bytes.
 
-        Raises UserError where there is another search, or more of this one, which a push would overwrite.
+        Raises UserError if the store has another search, or more of this one, which a push would overwrite.
         """
         for found in self._filesystem.get_file_info(fs.FileSelector(self._root, allow_not_found=True, recursive=True)):
             path = self.results / found.path.removeprefix(f"{self._root}/")
@@ -106,7 +109,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
-        """In here `push` returns at once, and another thread sends what is new; it has ended when this is left."""
+        """Make `push` return at once in this context, while another thread uploads; the thread has ended on exit."""
         over = threading.Event()
 
         def follow() -> None:
@@ -127,7 +130,7 @@ class Mirror:
             self._wanted.clear()
 
     def push(self) -> None:
-        """Send every file that has changed since it was sent. A store that cannot be reached does not end a search."""
+        """Upload every file that has changed since it was sent. A store that is unreachable does not end the search."""
         if self._follows:
             self._wanted.set()
         else:
@@ -140,14 +143,14 @@ class Mirror:
             print(f"{self.uri}: not up to date, {error}; tried again after the next trial", flush=True)
 
     def push_if_due(self) -> None:
-        """Push, unless that was tried less than `every_s` ago."""
+        """Push, unless the last attempt was less than `every_s` seconds ago."""
         if time.monotonic() - self._tried >= self.every_s:
             self.push()
 
     def _push(self) -> None:
         self._tried = time.monotonic()
-        # A study is read first and sent last, as it was then: should the machine go in between, all that it calls
-        # finished is there.
+        # The study is read first and sent last, as it was then: if the machine dies in between, every trial that the
+        # stored study calls finished is complete.
         studies = {path: (_changed(path), path.read_bytes()) for path in self._files() if path.name == STUDY}
         for path in sorted(path for path in self._files() if path not in studies):
             try:
@@ -155,19 +158,19 @@ class Mirror:
             except FileNotFoundError:
                 if path.exists():
                     raise
-                continue  # a slot has put a newer checkpoint in its place
+                continue  # a slot has replaced it with a newer checkpoint
         for path, (changed, content) in studies.items():
             self._send(path, changed, content)
         self._drop_superseded()
 
     def _files(self) -> Iterator[Path]:
-        """All but Ray's, whose folders come and go, and what is being written."""
+        """Yield all files except Ray's, whose folders come and go, and those being written."""
         for folder, inside, names in os.walk(self.results):
             inside[:] = [name for name in inside if name != SCRATCH]
             yield from (Path(folder, name) for name in names if not name.startswith("."))
 
     def _send(self, path: Path, changed: float, content: bytes | None = None) -> None:
-        """A file, unless it was sent as it is since it `changed`. content: what to send in its place."""
+        """Send a file unless its version of time `changed` was sent already. content: what to send in its place."""
         name = path.relative_to(self.results).as_posix()
         if self._sent.get(name) == changed:
             return
@@ -181,7 +184,7 @@ class Mirror:
         self._sent[name] = changed
 
     def _drop_superseded(self) -> None:
-        """Checkpoints that were sent and have gone here go there too, but for the last that was sent of a trial."""
+        """Delete from the store the sent checkpoints that are gone here, except the last one sent of each trial."""
         sent = [name for name in self._sent if Path(name).match(CHECKPOINT_PATTERN)]
         of_trial = Counter(Path(name).parent for name in sent)
         for name in sent:
@@ -198,7 +201,7 @@ def _changed(path: Path) -> float:
 
 
 def folders_at(uri: str) -> list[str]:
-    """Names of the folders in that at `uri`; none where there is no such. Raises UserError as `fetch` does."""
+    """Return the names of the folders in `uri`; empty if it does not exist. Raises UserError if it cannot be read."""
     filesystem, root = _open(uri)
     try:
         found = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
@@ -208,7 +211,7 @@ def folders_at(uri: str) -> list[str]:
 
 
 def holds_search(uri: str) -> bool:
-    """Whether there is a results folder at `uri`; raises UserError where the store cannot be reached."""
+    """Return whether there is a results folder at `uri`; raises UserError if the store cannot be reached."""
     filesystem, root = _open(uri)
     try:
         return bool(filesystem.get_file_info(f"{root}/{SPACE}").type != fs.FileType.NotFound)
@@ -217,10 +220,10 @@ def holds_search(uri: str) -> bool:
 
 
 def fetch(uri: str, into: Path, parts: Sequence[str] = ()) -> Path:
-    """A local copy of a results folder that was mirrored to `uri`, or of these parts of it: files, or folders.
+    """Copy a results folder mirrored to `uri`, or only `parts` of it (files or folders), into `into`; returns its path.
 
-    A copy of the whole that is there already stays as it is, unless the store has heard more of the search since.
-    Raises UserError when there is none, the store cannot be reached, or the local folder is of another search.
+    An existing copy of the whole stays as it is, unless the store has more of the search. Raises UserError if there is
+    no results folder at `uri`, the store cannot be reached, or the local folder holds another search.
     """
     filesystem, root = _open(uri)
     results = into / root.rpartition("/")[2]
@@ -242,7 +245,7 @@ def fetch(uri: str, into: Path, parts: Sequence[str] = ()) -> Path:
 
 
 def _copy_all(filesystem: fs.FileSystem, root: str, results: Path) -> None:
-    """A results folder. Its study is read first and put in its place last: where it lies, so does all it speaks of."""
+    """Copy a results folder. Its study is read first and written last, so that all it mentions is there when it is."""
     with filesystem.open_input_stream(f"{root}/{STUDY}") as there:
         study = there.read()
     for found in filesystem.get_file_info(fs.FileSelector(root)):
@@ -252,7 +255,7 @@ def _copy_all(filesystem: fs.FileSystem, root: str, results: Path) -> None:
 
 
 def _copy(filesystem: fs.FileSystem, source: str, target: Path) -> None:
-    """A file or a folder; nothing where there is none."""
+    """Copy a file or a folder; does nothing if there is none."""
     kind = filesystem.get_file_info(source).type
     if kind != fs.FileType.NotFound:
         (target if kind == fs.FileType.Directory else target.parent).mkdir(parents=True, exist_ok=True)
@@ -260,13 +263,13 @@ def _copy(filesystem: fs.FileSystem, source: str, target: Path) -> None:
 
 
 def _length(filesystem: fs.FileSystem, path: str) -> int:
-    """Of a study, which only ever grows: the longer is the newer. -1 where there is none."""
+    """Return the size of a study, -1 if there is none. A study only grows, so the longer one is the newer."""
     found = filesystem.get_file_info(path)
     return found.size if found.type == fs.FileType.File else -1
 
 
 def _same_begin(filesystem: fs.FileSystem, study: str, copy: Path, length: int) -> bool:
-    """Whether a study and its copy agree as far as both go."""
+    """Return whether a study and its copy agree in their first `length` bytes."""
     if length <= 0:
         return True
     with filesystem.open_input_stream(study) as there, copy.open("rb") as here:

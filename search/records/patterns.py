@@ -1,4 +1,4 @@
-"""Where in the space trials blow up: what the values of those that did have in common.
+"""Where in the space trials fail: which values the failed ones have in common.
 
 Shapes: P parts of the space, N tried settings.
 """
@@ -17,21 +17,21 @@ from search.space import Space
 from search.space.domain import Choice, Parameter
 
 FAILURES = {"diverged": "diverged", "out_of_memory": "ran out of memory"}
-TRIED = ("finished", "stopped", *FAILURES)  # a failed trial says nothing of its setting
-CHANCE = 0.05  # a pattern that is likelier than this by chance is not told
-MOST = 3  # patterns told of each failure
+TRIED = ("finished", "stopped", *FAILURES)  # a failed trial tells nothing about its setting
+CHANCE = 0.05  # a pattern more likely than this to arise by chance is not reported
+MOST = 3  # patterns reported for each failure
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Trials inside a part of the space and outside of it, and how many of them failed."""
+    """The trials inside and outside a part of the space, and how many of each failed."""
 
     where: str
     inside: int
     failed_inside: int
     outside: int
     failed_outside: int
-    chance: float  # that a split into such parts is at least as uneven, with all cuts of a range counted
+    chance: float  # probability of at least so uneven a split by chance, times the number of splits (Bonferroni)
 
     def told(self, failure: str) -> str:
         inside = f"{self.failed_inside} of {self.inside} {failure} with {self.where}"
@@ -39,7 +39,7 @@ class Pattern:
 
 
 def patterns(space: Space, found: Sequence[Record]) -> list[str]:
-    """A line for each part of the space, described by one parameter, in which clearly more trials failed."""
+    """Return a line for each part of the space, described by one parameter, in which clearly more trials failed."""
     tried = [record for record in found if record.status in TRIED]
     lines = []
     for status, failure in FAILURES.items():
@@ -55,7 +55,7 @@ def patterns(space: Space, found: Sequence[Record]) -> list[str]:
 
 
 def _splits(parameter: Parameter, tried: Sequence[Record], status: str) -> list[Pattern]:
-    """By each value of a choice, and by each cut between two tried values of a range."""
+    """Return a pattern for each value of a choice, or both sides of each cut between two tried values of a range."""
     name = parameter.name
     having = [record for record in tried if name in record.values]
     values = [record.values[name] for record in having]
@@ -80,6 +80,6 @@ def _splits(parameter: Parameter, tried: Sequence[Record], status: str) -> list[
 
 
 def _cut(low: float, high: float) -> str:
-    """A number between two others, in as few digits as say so."""
+    """Return a number between two others, in as few digits as possible (three or more)."""
     texts = (f"{(low + high) / 2:.{digits}g}" for digits in range(3, 18))
     return next((text for text in texts if low < float(text) < high), repr(low))

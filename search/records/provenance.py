@@ -1,4 +1,4 @@
-"""What a results folder's space.yaml says of its run: by which command, on what, and where it is mirrored to."""
+"""The run information in a results folder's space.yaml: command, data, versions and the URI of its mirror."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("ray", "optuna", "torch", "numpy")
 
 
 def write_space(results: Path, space: Space, mirror: str | None = None) -> None:
-    """The space as it really ran, with what it ran on, and the URI that the folder is mirrored to."""
+    """Write the space as it ran, with run information and the mirror's URI; raises UserError if it cannot."""
     document = space.document()
     document["ran"] = {
         "space": space.name,
@@ -42,7 +42,7 @@ def write_space(results: Path, space: Space, mirror: str | None = None) -> None:
 
 
 def _runs_before(results: Path) -> list[dict[str, Any]]:
-    """By which commands, and on what, the search in this folder was run before; the first of them first."""
+    """Return the commands, versions and commits of earlier runs of the search in this folder, the oldest first."""
     last = how_it_ran(results)
     if not last:
         return []
@@ -50,12 +50,12 @@ def _runs_before(results: Path) -> list[dict[str, Any]]:
 
 
 def how_it_ran(results: Path) -> dict[str, Any]:
-    """What the space of a results folder says of how it ran; nothing where there is none yet."""
+    """Return the run information in the space of a results folder; empty if there is none yet."""
     return (yaml_file.read(results / SPACE).get("ran") if is_there(results / SPACE) else None) or {}
 
 
 def commit() -> str | None:
-    """The commit of this checkout, marked where files differ from it; None outside a git checkout."""
+    """Return the commit of this checkout, marked if files differ from it; None outside a git checkout."""
     here = Path(__file__).resolve().parent
     try:
         told = subprocess.run(

@@ -14,17 +14,17 @@ from search.space.decode import nearest
 from search.space.sections import Limit, Objective
 
 STATUSES = ("finished", "stopped", "diverged", "out_of_memory", "failed")
-RAN_TO_END = "ran to its end"  # the reason of a finished trial of which there is nothing more to say
-INTERRUPTED = "interrupted"  # not ended yet: `--resume` goes on with it
-RUNNING = "running"  # what is said of such a one while a process runs its search
+RAN_TO_END = "ran to its end"  # the reason of a finished trial about which there is nothing more to say
+INTERRUPTED = "interrupted"  # not ended yet: `--resume` continues it
+RUNNING = "running"  # shown instead while a process runs the search
 
 
 @dataclass(frozen=True)
 class Record:
-    """A trial: what was tried, what came of it, and why it ended.
+    """A trial: what was tried, its outcome, and why it ended.
 
-    metrics: of the last report. epochs: reports given. seconds: wall time, over all attempts.
-    again: the number of the failed trial that this is another attempt at, if it is one.
+    metrics: of the last report. epochs: number of reports. seconds: wall time, over all attempts.
+    again: the number of the failed trial that this one retries, or None.
     """
 
     number: int
@@ -38,7 +38,7 @@ class Record:
     again: int | None = None
 
     def solves(self, constraints: Mapping[str, Limit]) -> bool:
-        """Whether it finished, and within every limit."""
+        """Return whether the trial finished within every limit."""
         if self.status != "finished":
             return False
         measured = {name: self.metrics.get(name) for name in constraints}
@@ -46,7 +46,7 @@ class Record:
 
 
 def read_record(trial: FrozenTrial, space: Space) -> Record:
-    """The record of an Optuna trial that a ledger wrote."""
+    """Return the record of an Optuna trial that a ledger wrote."""
     attrs = trial.user_attrs
     decoders = {item.name: item.domain.decode for item in space.parameters}
     values = attrs.get("values") or {
@@ -67,19 +67,19 @@ def read_record(trial: FrozenTrial, space: Space) -> Record:
 
 
 def left_to_run(found: Sequence[Record], trials: int) -> int:
-    """How many trials a search of so many has still to run; those that were interrupted are among them."""
+    """Return how many of a search's `trials` trials are still to run, including interrupted ones."""
     begun = sum(record.again is None for record in found)
     return max(0, trials - begun) + sum(record.status == INTERRUPTED for record in found)
 
 
 def unmended(found: Sequence[Record]) -> list[Record]:
-    """The trials that failed and of which there is no other attempt."""
+    """Return the failed trials that have not been retried."""
     again = {record.again for record in found}
     return [record for record in found if record.status == "failed" and record.number not in again]
 
 
 def unmeasured(constraints: Mapping[str, Limit], metrics: Mapping[str, Any]) -> list[str]:
-    """For each constraint whose metric is not among these: its name, those that are, and the nearest."""
+    """Describe each constraint whose metric is missing: its name, the metrics present, and the nearest of them."""
     there, found = ", ".join(metrics), []
     for name in constraints:
         if name not in metrics:
@@ -90,12 +90,12 @@ def unmeasured(constraints: Mapping[str, Limit], metrics: Mapping[str, Any]) -> 
 
 
 def longest_of(trials: Iterable[FrozenTrial]) -> int:
-    """How many epochs the longest of these trials took, at least 1: a whole one, where the space does not say."""
+    """Return the epochs of the longest of these trials, at least 1: a trial's length if the space does not say."""
     return max([1, *(trial.user_attrs.get("epochs", 0) for trial in trials)])
 
 
 def best_of(records: Sequence[Record], space: Space) -> list[Record]:
-    """The solutions that no other beats, best in the first objective first; at most one with a single objective."""
+    """Return the undominated solutions, best in the first objective first; at most one with a single objective."""
     solutions = [item for item in records if item.solves(space.constraints)]
     if len(space.objectives) == 1:
         return sorted(solutions, key=lambda item: (-_goodness(item, space.objectives[0]), item.number))[:1]

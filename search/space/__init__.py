@@ -1,4 +1,4 @@
-"""A space file, its overrides applied, as one validated and immutable `Space`."""
+"""A space file, with its overrides applied, as one validated and immutable `Space`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from search.space import tree as trees
 from search.space.domain import Parameter
 from search.space.sections import Limit, Objective, Resources, Scheduler, Search
 
-Values = dict[str, Any]  # of the searched parameters, by dotted path
+Values = dict[str, Any]  # values of the searched parameters, by dotted path
 
 
 @dataclass(frozen=True)
 class KnownSetting:
-    """A setting to run before the sampler proposes; parameters it leaves out are sampled."""
+    """A setting to run before the sampler proposes any; parameters that it leaves out are sampled."""
 
     name: str | None
     values: Mapping[str, Any]
@@ -29,10 +29,10 @@ class KnownSetting:
 class Space:
     """What is searched, what is fixed, and how trials run.
 
-    tree: the config with its domains as written. parameters: the searched ones, each after those its `when` names.
+    tree: the config with its domains as written. parameters: the searched ones, each after those that its `when` names.
     left_out: a line on each known setting that an override ruled out, and on each parameter that is never searched.
-    paths: where the trainable is looked for.
-    data: what the trainable's `prepare` says of its data, such as how they are split; None where it says nothing.
+    paths: folders to search for the trainable.
+    data: the description of the data, such as their split, that the trainable's `prepare` returned, or None.
     """
 
     name: str
@@ -52,20 +52,20 @@ class Space:
 
     @property
     def epochs(self) -> int | None:
-        """`config.epochs`, where it is fixed."""
+        """`config.epochs` if it is fixed, else None."""
         return self.epochs_of({})
 
     def epochs_of(self, values: Mapping[str, Any]) -> int | None:
-        """`config.epochs` of a setting; None where nothing says how long its trial is."""
+        """Return `config.epochs` of a setting; None if the length of its trial is unknown."""
         epochs = values.get("epochs", self.tree.get("epochs"))
         return epochs if isinstance(epochs, int) and not isinstance(epochs, bool) else None
 
     def with_trials(self, trials: int) -> Space:
-        """A copy with another `search.trials`."""
+        """Return a copy with another `search.trials`."""
         return replace(self, search=self.search.model_copy(update={"trials": trials}))
 
     def is_active(self, parameter: Parameter, values: Mapping[str, Any]) -> bool:
-        """Whether the conditions of a parameter hold, given the values of those before it."""
+        """Return whether the conditions of a parameter hold, given the values of those before it."""
         searched = {item.name for item in self.parameters}
         for name, allowed in parameter.when.items():
             if name in searched:
@@ -76,12 +76,12 @@ class Space:
         return True
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether these are a whole setting of this space: a value for every active parameter, inside its domain."""
+        """Return whether these values are a complete setting: one for every active parameter, inside its domain."""
         active = {item.name: item.domain for item in self.parameters if self.is_active(item, values)}
         return values.keys() == active.keys() and all(active[name].contains(values[name]) for name in values)
 
     def suggest(self, trial: optuna.trial.Trial) -> Values:
-        """Values for every active parameter, asked of the sampler."""
+        """Ask the sampler for a value of every active parameter."""
         values: Values = {}
         for parameter in self.parameters:
             if self.is_active(parameter, values):
@@ -89,7 +89,7 @@ class Space:
         return values
 
     def draw(self, rng: random.Random, known: Mapping[str, Any] | None = None) -> Values:
-        """Values for every active parameter: those of `known`, the others at random."""
+        """Return a value for every active parameter: from `known` if it has one, else drawn at random."""
         values: Values = {}
         for parameter in self.parameters:
             if self.is_active(parameter, values):
@@ -98,7 +98,7 @@ class Space:
         return values
 
     def config(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The config tree with the searched values put in; inactive parameters are left out, as `Parameter` says."""
+        """Return the config tree with searched values inserted and inactive parameters left out (see `Parameter`)."""
         tree = copy.deepcopy(dict(self.tree))
         for parameter in self.parameters:
             if parameter.name in values:
@@ -108,7 +108,7 @@ class Space:
         return tree
 
     def document(self) -> dict[str, Any]:
-        """The resolved space as a YAML document that loads back to this space."""
+        """Return the resolved space as a YAML document that loads back to this space."""
         objectives = [item.model_dump() for item in self.objectives]
         return {
             "trainable": self.trainable,

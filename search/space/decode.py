@@ -1,4 +1,4 @@
-"""From a config tree to a trainable's frozen `Config`: strict, with messages for people."""
+"""Converts a config tree to a trainable's frozen `Config`: strict, with readable errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainables.contract import UserError
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A half sentence that names the nearest known word, or all of them."""
+    """Return half a sentence that suggests the nearest known word, or else lists all of them."""
     words = [str(item) for item in known]
     if near := nearest(word, words):
         return f"did you mean `{near}`?"
@@ -26,16 +26,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is spelt most like this one; None where none is."""
+    """Return the known word with the most similar spelling; None if none is similar."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), None)
 
 
 def decode(cls: type, tree: Mapping[str, Any], path: str = "config", otherwise: Any = None) -> Any:
-    """An instance of the dataclass `cls` made from nested mappings.
+    """Return an instance of the dataclass `cls` made from nested mappings.
 
-    Every key must be a field, every value of the field's type (a whole number will do for a float; nothing else is
-    converted); fields without a value are as in the instance `otherwise`, or keep their default. Raises UserError with
-    the dotted path.
+    Every key must be a field and every value of the field's type (a float may be given as a whole number, a tuple as a
+    list; nothing else is converted). Missing fields are taken from the instance `otherwise`, or keep their default.
+    Raises UserError with the dotted path.
     """
     types = _types(cls)
     fields = {item.name: item for item in dataclasses.fields(cls) if item.init}
@@ -45,7 +45,7 @@ def decode(cls: type, tree: Mapping[str, Any], path: str = "config", otherwise: 
     values = {}
     for name, item in fields.items():
         here = f"{path}.{name}"
-        # Where a plain value is given the default is not made: its factory may need what is not there.
+        # A plain value replaces the default, which is then not made: its factory may need something that is missing.
         wanted = name not in tree or _is_dataclass(types[name]) or _nests(types[name])
         default = None if not wanted else _default(item, here) if otherwise is None else getattr(otherwise, name)
         if name in tree:
@@ -58,7 +58,7 @@ def decode(cls: type, tree: Mapping[str, Any], path: str = "config", otherwise: 
         return cls(**values)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {one_line(said(error), type(error).__name__)}") from None
-    except (Exception, SystemExit) as error:  # an `assert`, or a slip in the class's own checks: it cannot be built
+    except (Exception, SystemExit) as error:  # an `assert`, or a bug in the class's own checks: it cannot be built
         told = " ".join([type(error).__name__, *said(error).split()])
         raise UserError(f"{path}: {cls.__name__} refuses it: {told}") from None
 
@@ -81,7 +81,7 @@ def _value(kind: Any, value: Any, path: str, default: Any = None) -> Any:
     if _nests(kind):
         return _nested(typing.get_origin(kind), typing.get_args(kind), value, path, default)
     try:
-        # As JSON, because strict JSON takes a list for a tuple and a whole number for a float, and nothing else.
+        # As JSON, since strict JSON accepts a list for a tuple and a whole number for a float, and nothing else.
         return _adapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first, each = error.errors()[0], typing.get_args(kind)
@@ -96,7 +96,7 @@ def _value(kind: Any, value: Any, path: str, default: Any = None) -> Any:
 
 
 def _nested(origin: Any, kinds: tuple[Any, ...], value: Any, path: str, default: Any) -> Any:
-    """A value that holds dataclasses, or is one of several: Pydantic would pass over a key that they do not know."""
+    """Decode a value that contains dataclasses or is a union: Pydantic would ignore unknown keys of a dataclass."""
     if origin in _UNIONS:
         return _one_of(kinds, value, path, default)
     if origin is collections.abc.Sequence:
@@ -114,10 +114,10 @@ def _nested(origin: Any, kinds: tuple[Any, ...], value: Any, path: str, default:
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, path: str, default: Any) -> Any:
-    """By the first kind of a union that takes the value; what the first of them says where none does."""
+    """Decode with the first type of a union that accepts the value; raises the error of the first one if none does."""
     if value is None and type(None) in kinds:
         return None
-    # What the field has by default comes first: a mapping then changes it.
+    # The type of the field's default comes first: a mapping then modifies the default.
     fitting = [kind for kind in kinds if isinstance(value, Mapping) or not _is_dataclass(kind)] or list(kinds)
     refusal = None
     for kind in sorted(fitting, key=lambda kind: (not _nests(kind), type(default) is not kind)):
@@ -134,7 +134,7 @@ def _is_dataclass(kind: Any) -> bool:
 
 
 def _nests(kind: Any) -> bool:
-    """Whether a type is a dataclass, or one stands somewhere in it."""
+    """Return whether a type is, or contains, a dataclass."""
     return _is_dataclass(kind) or any(map(_nests, typing.get_args(kind)))
 
 

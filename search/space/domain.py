@@ -1,7 +1,7 @@
-"""What a searched parameter may be: the `{domain}` values of a space file.
+"""The values that a searched parameter may take: the `{domain}` values of a space file.
 
-A domain is written `{log: [low, high]}`, `{float: [low, high]}`, `{int: [low, high]}` (with `log: true` or `step: n`)
-or `{choice: [...]}`, each with an optional `when: {other.parameter: [values]}`.
+A domain is written `{log: [low, high]}`, `{float: [low, high]}` (with `step: x`), `{int: [low, high]}`
+(with `log: true` or `step: n`) or `{choice: [...]}`, each with an optional `when: {other.parameter: [values]}`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from trainables.contract import UserError
 
-LARGEST_INT = 2**53  # samplers compute in floats, which tell whole numbers apart up to here
+LARGEST_INT = 2**53  # samplers compute in floats, which are exact for whole numbers up to here
 KINDS = ("log", "float", "int", "choice")
 _OPTIONS = {"log": {"when"}, "float": {"when", "step"}, "int": {"when", "log", "step"}, "choice": {"when"}}
 
@@ -34,20 +34,20 @@ class Domain(Protocol):
     def distribution(self) -> BaseDistribution: ...
 
     def encode(self, value: Any) -> Any:
-        """The value as Optuna stores it."""
+        """Return the value as Optuna stores it."""
 
     def decode(self, stored: Any) -> Any: ...
 
     def size(self) -> int | None:
-        """How many values there are; None where there is no end of them."""
+        """Return the number of values; None if there are infinitely many."""
 
     def grid(self) -> list[Any]:
-        """Every value, as Optuna stores it, where there is an end of them."""
+        """Return all values, as Optuna stores them, of a finite domain."""
 
 
 @dataclass(frozen=True)
 class Real:
-    """Numbers from low to high, both included; `log`: every order of magnitude is as likely as another."""
+    """Numbers from low to high, both included; `log`: every order of magnitude is equally likely."""
 
     low: float
     high: float
@@ -65,11 +65,11 @@ class Real:
     def contains(self, value: Any) -> bool:
         if not _is_number(value) or not self.low <= value <= self.high:
             return False
-        # Within a hair of the grid, because a sampler adds steps up in its own order.
+        # Close to the grid is enough, because a sampler adds up steps in another order.
         return self.step is None or abs(self.nearest(value) - value) < 1e-6 * self.step
 
     def nearest(self, value: float) -> float:
-        """The value of this domain that is closest: within the range, and on the grid of a `step`."""
+        """Return the nearest value of this domain: within the range and, with a `step`, on the grid."""
         inside = min(max(value, self.low), self.high)
         if self.step is None:
             return inside
@@ -78,11 +78,11 @@ class Real:
         return min(on_grid, self.high)
 
     def part(self, value: float) -> float:
-        """Where in the range a value lies: 0 at its low end, 1 at its high one."""
+        """Return the position of a value in the range, from 0 at the low end to 1 at the high end."""
         return _part(self, value)
 
     def at(self, part: float) -> float:
-        """The value of this domain nearest to that part of the range."""
+        """Return the value of this domain nearest to that position in the range."""
         return self.nearest(_at(self, part))
 
     def sample(self, rng: random.Random) -> float:
@@ -136,20 +136,20 @@ class Integer:
         return _is_whole(value) and self.nearest(value) == value
 
     def nearest(self, value: float) -> int:
-        """The value of this domain that is closest."""
+        """Return the nearest value of this domain."""
         inside = min(max(value, self.low), self.high)
         return self.low + self.step * round((inside - self.low) / self.step)
 
     def part(self, value: float) -> float:
-        """Where in the range a value lies: 0 at its low end, 1 at its high one."""
+        """Return the position of a value in the range, from 0 at the low end to 1 at the high end."""
         return _part(self, value)
 
     def at(self, part: float) -> int:
-        """The value of this domain nearest to that part of the range."""
+        """Return the value of this domain nearest to that position in the range."""
         return self.nearest(_at(self, part))
 
     def sample(self, rng: random.Random) -> int:
-        if self.log:  # as Optuna draws, so that both ends have their whole share
+        if self.log:  # as Optuna draws, so that both ends get their full share
             return self.nearest(math.exp(rng.uniform(math.log(self.low - 0.5), math.log(self.high + 0.5))))
         return rng.randrange(self.low, self.high + 1, self.step)
 
@@ -171,7 +171,7 @@ class Integer:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several values; lists and mappings among them reach Optuna as JSON text, the rest as they are."""
+    """One of several values; lists and mappings among them are stored in Optuna as JSON text, others unchanged."""
 
     values: tuple[Any, ...]
 
@@ -184,7 +184,7 @@ class Choice:
             if json.loads(json.dumps(value)) != value:  # a NaN, or a mapping with numbers as keys
                 raise UserError(f"a choice cannot hold {value!r}: it would not be the same read back from the study")
         stored = [self.encode(value) for value in self.values]
-        if any(a == b for i, a in enumerate(stored) for b in stored[:i]):  # Optuna tells 1 from 1.0 and True no more
+        if any(a == b for i, a in enumerate(stored) for b in stored[:i]):  # to Optuna 1, 1.0 and True are the same
             raise UserError(f"a choice names a value twice: {list(self.values)}")
 
     def __str__(self) -> str:
@@ -202,7 +202,7 @@ class Choice:
     def encode(self, value: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        # As the choice has it: [1] equals [1.0], and a mapping one with its keys in another order.
+        # As the choice writes it: [1] equals [1.0], and the key order of a mapping does not matter.
         return json.dumps(next((own for own in self.values if own == value), value))
 
     def decode(self, stored: Any) -> Any:
@@ -217,11 +217,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A searched value: its dotted path in the config, its domain, and when it exists at all.
+    """A searched value: its dotted path in the config, its domain, and the conditions under which it exists.
 
-    when: by dotted path, the values of another entry under which this one is searched; where they do not hold, the
-        entry is left out of the config, with the mappings around it that hold nothing else, so that a `Config` class
-        falls back on its default.
+    when: maps the dotted path of another entry to the values for which this one is searched. Otherwise the entry is
+    left out of the config, along with enclosing mappings that hold nothing else, so that a `Config` class uses its
+    default.
     """
 
     name: str
@@ -229,7 +229,7 @@ class Parameter:
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def suggest(self, trial: optuna.trial.Trial) -> Any:
-        """The sampler's next value."""
+        """Return the sampler's next value."""
         distribution = self.domain.distribution()
         if isinstance(distribution, FloatDistribution):
             drawn = trial.suggest_float(
@@ -245,9 +245,10 @@ class Parameter:
 
 
 def nearly_domain(node: Any) -> str | None:
-    """The kind of domain that a mapping was surely meant to be; None where it is one, or may mean something else.
+    """Return the kind of domain that a mapping was surely meant to be; None if it is one, or may mean something else.
 
-    One key with a list behind it, which has the letters of a kind or is another library's word for one.
+    It has one key with a list as its value, and that key has the letters of a kind or is another library's word for
+    one.
     """
     if not isinstance(node, dict) or is_domain(node):
         return None
@@ -267,7 +268,7 @@ _ELSEWHERE = {
 
 
 def is_domain(node: Any) -> bool:
-    """Whether a mapping of the config tree is a domain: one key says the kind, with a list behind it."""
+    """Return whether a mapping of the config tree is a domain: one of its keys names a kind and has a list."""
     if not isinstance(node, dict):
         return False
     kinds = [key for key in node if key in KINDS and isinstance(node[key], list)]
@@ -275,7 +276,7 @@ def is_domain(node: Any) -> bool:
 
 
 def parse_domain(name: str, node: Mapping[str, Any]) -> Parameter:
-    """The parameter that a domain mapping describes; raises UserError that names what is wrong with it."""
+    """Return the parameter that a domain mapping describes; raises UserError for what is wrong with it."""
     kinds = [key for key in node if key in KINDS and isinstance(node[key], list)]
     if len(kinds) > 1:
         raise UserError(f"{name}: a domain has one kind, not {' and '.join(kinds)}")
@@ -322,7 +323,7 @@ def _conditions(when: Any) -> dict[str, tuple[Any, ...]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON, and so Optuna's journal, can hold it."""
+    """Return whether JSON, and so Optuna's journal, can hold the value."""
     try:
         json.dumps(value)
     except TypeError:
@@ -331,7 +332,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a finite number, also as a float."""
+    """Return whether the value is a finite number, even when converted to float."""
     return (_is_whole(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
 
 
@@ -340,7 +341,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal and of the same kind: a choice of 1 does not contain 1.0 or True."""
+    """Return whether two values are equal and of the same type: a choice of 1 does not contain 1.0 or True."""
     return type(a) is type(b) and a == b
 
 
@@ -368,7 +369,7 @@ def _check_range(low: float, high: float, log: bool) -> None:
 
 
 def _steps(low: float, high: float, step: float) -> int:
-    """How many whole steps fit between low and high."""
+    """Return how many whole steps fit between low and high."""
     return math.floor((high - low) / step + 1e-9)
 
 

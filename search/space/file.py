@@ -1,4 +1,4 @@
-"""From a space file, a profile and overrides to a validated `Space`."""
+"""Builds a validated `Space` from a space file, a profile and overrides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from search.space.loading import Trainable, check_not_hidden, load, search_paths
 from search.space.sections import OWN_CONSTRAINTS, Limit, Objective, Resources, Scheduler, Search, section, tables_in
 from trainables.contract import UserError
 
-DRAWS = 200  # settings that are built before anything starts
+DRAWS = 200  # random settings that are built before anything starts
 _SECTIONS = (
     "trainable",
     "objective",
@@ -35,17 +35,17 @@ _OPTIONS = tuple(
     for field in model.model_fields
 )
 _PROFILED = (*_SECTIONS, "tables")
-_KEYS = (*_PROFILED, "profiles", "ran")  # ran: on what and how; stands in a results folder's space.yaml
+_KEYS = (*_PROFILED, "profiles", "ran")  # ran: on what and how; only in a results folder's space.yaml
 
 
 def load_space(
     file: Path, overrides: Sequence[str] = (), profile: str | None = None, has_gpu: bool = True
 ) -> tuple[Space, Trainable]:
-    """Read a space file, apply a profile and `KEY=VALUE` overrides, and check the whole.
+    """Load a space file with a profile and `KEY=VALUE` overrides; returns the validated space and its trainable.
 
-    profile: None takes the profile `laptop` where there is one and `has_gpu` is false.
-    Builds the trainable's Config for 200 random draws, so that a bad corner shows here and not in trial 37, and looks
-    through the profiles that are not chosen, so that a slip in them does not show first on the cluster.
+    profile: None selects the profile `laptop` if there is one and `has_gpu` is false.
+    Builds the trainable's Config for 200 random draws, so that a bad corner shows here and not in trial 37, and checks
+    the profiles that are not chosen, so that a mistake in them does not first show on the cluster.
     Raises UserError: one line with the file, the key, the value and the remedy.
     """
     whole = yaml_file.read(file)
@@ -72,7 +72,7 @@ def load_space(
 
 
 def profiled(document: Any, profile: str | None, has_gpu: bool) -> tuple[dict[str, Any], str | None]:
-    """A space file's content with a profile applied, and the profile's name; see `load_space`."""
+    """Return a space file's content with a profile applied, and the profile's name; see `load_space`."""
     document = _mapping(document)
     _check_keys(document, _KEYS)
     profiles = document.get("profiles") or {}
@@ -88,7 +88,7 @@ def _mapping(document: Any) -> dict[str, Any]:
 
 
 def read_space(file: Path) -> Space:
-    """The resolved space of a results folder, which can be read where its trainable cannot be imported."""
+    """Read the resolved space of a results folder, even if its trainable cannot be imported; raises UserError."""
     document = yaml_file.read(file)
     try:
         return _build(_mapping(document), file, None, ())
@@ -131,14 +131,14 @@ def _override(document: dict[str, Any], text: str) -> None:
 
 
 def _meant(key: str, document: Mapping[str, Any]) -> str:
-    """A half sentence that names the key below which `key` stands, or the nearest."""
+    """Return half a sentence that suggests a known key ending in `key`, or else the nearest one."""
     known = dict.fromkeys([*trees.leaves({name: document.get(name) for name in _SECTIONS}), *_OPTIONS])
     ends = [name for name in known if name.endswith(f".{key}")]
     return f"did you mean `{ends[0]}`?" if ends else did_you_mean(key, known)
 
 
 def _leave_out(document: dict[str, Any], overrides: Sequence[str]) -> tuple[str, ...]:
-    """Take the known settings out that an override rules out; returns a line on each.
+    """Remove the known settings that an override rules out; returns a line on each.
 
     Only an override does this: a space file whose known settings clash with its own ranges is a mistake.
     """
@@ -166,13 +166,13 @@ def _is_under(name: str, changed: Sequence[str]) -> bool:
 
 
 def _allows(document: Mapping[str, Any], name: str, value: Any) -> bool:
-    """Whether the config's entry `name` may take or has this value."""
+    """Return whether the config's entry `name` may take, or is fixed to, this value."""
     node = trees.get(document.get("config") or {}, name)
     return parse_domain(f"config.{name}", node).domain.contains(value) if is_domain(node) else bool(node == value)
 
 
 def _is_off(document: Mapping[str, Any], name: str, setting: Mapping[str, Any], changed: Sequence[str]) -> bool:
-    """Whether `name` is no longer searched in this setting, since its `when` was overridden, or what that names."""
+    """Return whether `name` is not searched in this setting, as an override changed its `when` or what that names."""
     config = document.get("config") or {}
     node = trees.get(config, name)
     when = node.get("when") if is_domain(node) else None
@@ -185,7 +185,7 @@ def _is_off(document: Mapping[str, Any], name: str, setting: Mapping[str, Any], 
 
 
 def _check_overrides(written: Sequence[str], overrides: Sequence[str]) -> None:
-    """Without a Config class nothing else would notice a misspelt key of the config tree."""
+    """Reject misspelt config keys, which nothing else would notice without a Config class."""
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key.startswith("config.") and not any(leaf == key or leaf.startswith(f"{key}.") for leaf in written):
@@ -194,7 +194,7 @@ def _check_overrides(written: Sequence[str], overrides: Sequence[str]) -> None:
 
 
 def _check_kinds(tree: Mapping[str, Any], prefix: str = "config") -> None:
-    """Without a Config class a misspelt domain would be a fixed value, and no trial could do anything with it."""
+    """Reject misspelt domains: without a Config class they would be fixed values, which no trial could use."""
     for key, node in tree.items():
         if kind := nearly_domain(node):
             raise UserError(f"{prefix}.{key}: {node} is no domain; did you mean `{kind}`?")
@@ -205,7 +205,7 @@ def _check_kinds(tree: Mapping[str, Any], prefix: str = "config") -> None:
 
 
 def _check_inside(node: Any, where: str) -> None:
-    """A domain is searched where it is the value of a key, and not in a list or in a choice's value."""
+    """Reject a domain inside a list or a choice's value: it is searched only as the value of a key."""
     for item in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         if is_domain(item):
             raise UserError(
@@ -287,7 +287,7 @@ def _parameters(tree: Mapping[str, Any], prefix: str = "") -> list[Parameter]:
 
 
 def _ordered(parameters: list[Parameter]) -> tuple[Parameter, ...]:
-    """Each after those that its `when` names, else as in the file."""
+    """Order parameters so that each follows those that its `when` names, otherwise as in the file."""
     names = {item.name for item in parameters}
     ordered: list[Parameter] = []
     left = list(parameters)
@@ -338,7 +338,7 @@ def _check_known(where: str, value: Any, parameter: Parameter | None, fixed: Any
 
 
 def _check_conditions(space: Space) -> None:
-    """Every `when` names an entry of the config, and a known setting says under which conditions it stands."""
+    """Check that every `when` names an entry of the config, and that known settings state and meet their conditions."""
     searched = {item.name: item for item in space.parameters}
     for parameter in space.parameters:
         for name in parameter.when:
@@ -355,7 +355,7 @@ def _check_conditions(space: Space) -> None:
 
 
 def _never_searched(space: Space) -> list[str]:
-    """A line on each parameter whose `when` cannot hold, after an override or in a profile; one where there is none."""
+    """Return a line on each parameter whose `when` cannot hold, and one if all trials would be the same."""
     searched = {item.name: item.domain for item in space.parameters}
     lines = []
     if not searched and space.search.trials > 1:
@@ -372,7 +372,7 @@ def _never_searched(space: Space) -> list[str]:
 
 
 def _check_other_profiles(document: Mapping[str, Any], file: Path, chosen: str | None) -> None:
-    """As far as it goes without a trainable, which may need what is only on the cluster, and without overrides."""
+    """Check the other profiles without overrides, and without trainables, which may need what only the cluster has."""
     for name in document.get("profiles") or {}:
         if name == chosen:
             continue
@@ -393,13 +393,13 @@ def _check_draws(space: Space, trainable: Trainable) -> None:
         if (refusal := _refusal(space, trainable, values)) is None:
             continue
         if values is first and all(_refusal(space, trainable, others) == refusal for others in drawn):
-            raise UserError(refusal)  # it fails everywhere, and not for its values
+            raise UserError(refusal)  # it fails for every setting, not because of these values
         told = ", ".join(f"{name}={value}" for name, value in values.items())
         raise UserError(f"{refusal} ({origin}: {told})")
 
 
 def _refusal(space: Space, trainable: Trainable, values: Mapping[str, Any]) -> str | None:
-    """Why the trainable does not take a setting; None where it does."""
+    """Return why the trainable rejects a setting; None if it accepts it."""
     try:
         trainable.config(space.config(values))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Find the trainable that a space names by import path."""
+"""Finds the trainable that a space names by import path."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from trainables.contract import UserError
 
 @dataclass(frozen=True)
 class Trainable:
-    """A trainable and what its module says about it.
+    """A trainable and what else its module defines.
 
     config_class: the module's `Config` dataclass, or None for plain dicts.
-    prepare: the module's `prepare(config)`, or None; what it returns says what the data are, unless it is None.
+    prepare: the module's `prepare(config)`, or None; it returns a description of the data, or None.
     memory_need: the module's `memory_need(trial)`, or None.
     """
 
@@ -36,15 +36,15 @@ class Trainable:
     memory_need: Callable[[Any], int] | None
 
     def config(self, tree: dict[str, Any]) -> Any:
-        """`tree` in the form in which `train` takes it; raises UserError for what does not fit."""
+        """Return `tree` in the form that `train` takes; raises UserError for what does not fit."""
         return tree if self.config_class is None else decode(self.config_class, tree)
 
 
 def load(name: str, paths: Sequence[str]) -> Trainable:
-    """Import `package.module:function`, looking in `paths` before the rest of sys.path.
+    """Import `package.module:function`, searching `paths` before the rest of sys.path.
 
-    Raises UserError when it cannot be imported, with the reason and the line where a module of its own fails, and for
-    a `Config` that could not be checked.
+    Raises UserError if it cannot be imported, with the reason and the line that failed, and for a `Config` class that
+    is not a dataclass.
     """
     module_name, separator, function = name.partition(":")
     if not separator or not module_name or not function:
@@ -58,7 +58,7 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
         raise UserError(f"trainable: {module_name} cannot be imported: {where(error)}") from None
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # SystemExit, say: a script that parses its command line when imported
+    except BaseException as error:  # such as SystemExit: a script that parses its command line when imported
         raise UserError(f"trainable: {module_name} cannot be imported: {where(error)}") from None
     train = _named(module, function)
     if not callable(train):
@@ -74,9 +74,10 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
 
 
 def _look_in(paths: Sequence[str], package: str) -> None:
-    """Let imports look in `paths` first, in the same order in every process, whatever Ray has put before them.
+    """Let imports search `paths` first, in the same order in every process, whatever Ray has put before them.
 
-    A folder of the name of a package that is imported already, as `trainables` is, adds its modules to that package.
+    A folder with the name of a package that is already imported, such as `trainables`, adds its modules to that
+    package.
     """
     sys.path[:] = [*paths, *(path for path in sys.path if path not in paths)]
     places = getattr(sys.modules.get(package), "__path__", None)
@@ -87,7 +88,7 @@ def _look_in(paths: Sequence[str], package: str) -> None:
 
 
 def _check_meant(module: types.ModuleType, paths: Sequence[str]) -> None:
-    """Raise UserError where one of the paths has another module of this name: Python knew this one already."""
+    """Raise UserError if one of the paths has another module of this name: Python already knew this one."""
     origin, name = getattr(module, "__file__", None), module.__name__
     spec = importlib.machinery.PathFinder.find_spec(name, list(paths)) if "." not in name else None
     if spec is None or spec.origin is None or origin is None or os.path.samefile(spec.origin, origin):
@@ -96,15 +97,18 @@ def _check_meant(module: types.ModuleType, paths: Sequence[str]) -> None:
 
 
 def _named(module: types.ModuleType, name: str) -> Any:
-    """What a module has under a name, or None."""
+    """Return a module's attribute, or None; raises UserError if the module fails to look it up."""
     try:
         return getattr(module, name, None)
-    except Exception as error:  # of the module's own `__getattr__`
+    except Exception as error:  # raised by the module's own `__getattr__`
         raise UserError(f"trainable: {module.__name__} cannot be asked for {name!r}: {where(error)}") from None
 
 
 def _config_class(module: types.ModuleType) -> type | None:
-    """The module's `Config` dataclass, or None; one that is imported from elsewhere may mean something else."""
+    """Return the module's `Config` dataclass, or None; raises UserError if the module's own `Config` is another class.
+
+    An imported class that is not a dataclass is ignored: it may mean something else.
+    """
     found = _named(module, "Config")
     if not isinstance(found, type):
         return None
@@ -119,7 +123,7 @@ def _config_class(module: types.ModuleType) -> type | None:
 
 
 def _of_one_argument(module: types.ModuleType, name: str) -> Callable[[Any], Any] | None:
-    """The module's function of that name; one that takes other arguments only happens to be called so."""
+    """Return the module's function of that name if it takes one argument, else None: others only share the name."""
     function = _named(module, name)
     if not callable(function):
         return None
@@ -131,7 +135,7 @@ def _of_one_argument(module: types.ModuleType, name: str) -> Callable[[Any], Any
 
 
 def check_not_hidden() -> None:
-    """Raise UserError for a module in the working directory that a worker would take for one of this platform."""
+    """Raise UserError if a module in the working directory would hide a package of this platform from workers."""
     for package in (search, trainables):
         found = importlib.machinery.PathFinder.find_spec(package.__name__, [str(Path.cwd())])
         if found is not None and found.origin is not None and not os.path.samefile(found.origin, str(package.__file__)):
@@ -139,11 +143,11 @@ def check_not_hidden() -> None:
 
 
 def search_paths(space_file: Path) -> tuple[str, ...]:
-    """Where a space's trainable may live: the working directory and the folder of the space file."""
+    """Return where a space's trainable may be: the working directory and the folder of the space file."""
     return tuple(dict.fromkeys([str(Path.cwd()), str(space_file.resolve().parent)]))
 
 
 def where(error: BaseException) -> str:
-    """What was raised, and by which line."""
+    """Describe an error and the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {one_line(said(error), 'it does not say what')} ({frame.filename}:{frame.lineno})"

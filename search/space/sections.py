@@ -1,4 +1,4 @@
-"""The sections of a space file beside its config tree, validated by pydantic."""
+"""The sections of a space file besides its config tree, validated by Pydantic."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class _Section(BaseModel):
 
 
 class Objective(_Section):
-    """What is searched for: a metric of the reports, and whether more or less of it is better."""
+    """What is optimised: a metric of the reports, and whether more or less of it is better."""
 
     metric: str = Field(min_length=1)
     mode: Literal["min", "max"]
 
 
-OWN_CONSTRAINTS = ("diverged", "out_of_memory")  # of every search, beside the space's
+OWN_CONSTRAINTS = ("diverged", "out_of_memory")  # constraints of every search, besides the space's
 
 
 class Limit(_Section):
-    """Bounds that a metric of the last report must keep for a trial to count as a solution."""
+    """Bounds that a metric of the last report must meet for a trial to count as a solution."""
 
     min: float | None = Field(default=None, allow_inf_nan=False)
     max: float | None = Field(default=None, allow_inf_nan=False)
@@ -40,7 +40,7 @@ class Limit(_Section):
         return self
 
     def excess(self, value: float) -> float:
-        """How far `value` lies outside; at most 0 where the limit is kept."""
+        """Return how far `value` lies outside the bounds; at most 0 if it meets them."""
         return max(
             *([self.min - value] if self.min is not None else []),
             *([value - self.max] if self.max is not None else []),
@@ -55,10 +55,10 @@ class Search(_Section):
     trials: int = Field(20, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
     time_budget: str | None = None  # such as 90s, 30m, 4h; trials still running then are stopped
-    # tpe, gp, nsga2, random: pass over proposals that will probably diverge or run out of memory
+    # tpe, gp, nsga2, random: reject proposals that will probably diverge or run out of memory
     survival: bool = True
-    retries: int = Field(1, ge=0)  # of a trial that failed by a bug or a fault of the machine
-    report_timeout: str | None = None  # such as 30m: after so long without a report, a trial is taken to hang
+    retries: int = Field(1, ge=0)  # of a trial that failed through a bug or a machine fault
+    report_timeout: str | None = None  # such as 30m: a trial without a report for that long counts as hung
 
     @field_validator("time_budget", "report_timeout", mode="before")
     @classmethod
@@ -77,23 +77,23 @@ class Search(_Section):
 
 
 class Scheduler(_Section):
-    """Which trials are stopped before their end."""
+    """Which trials are stopped early."""
 
     name: Literal["none", "asha", "hyperband", "median", "pbt"] = "none"
-    grace_epochs: int = Field(1, ge=1)  # no trial is stopped before; pbt: epochs between two exchanges
-    reduction: int = Field(3, ge=2)  # one trial of so many goes on at each rung
+    grace_epochs: int = Field(1, ge=1)  # no trial is stopped earlier; pbt: epochs between two exchanges
+    reduction: int = Field(3, ge=2)  # one trial in this many goes on at each rung
 
 
 class Resources(_Section):
-    """What the worker group of one slot takes."""
+    """What the worker group of one slot requires."""
 
     workers: int = Field(1, ge=1)
-    # None: 1 where there are GPUs, else 0. auto: several slots share a GPU, as many as memory has room for. A number
-    # below 1 shares too, at its word: memory is neither measured nor divided.
+    # None: 1 if there are GPUs, else 0. auto: as many slots share a GPU as its memory has room for. A number below 1
+    # shares a GPU unchecked: memory is neither measured nor divided.
     gpus_per_worker: float | Literal["auto"] | None = None
     cpus_per_worker: int = Field(1, ge=1)
-    # In MiB, of a rank's training step; None: what its GPU has. With `auto` it is the limit of a GPU, for all slots on
-    # it together; where there is no GPU, each machine is then given a simulated one of this memory.
+    # In MiB, of a rank's training step; None: all that its GPU has. With `auto`, the limit of a GPU, for all slots on
+    # it together; without GPUs, each machine is then given a simulated one of this size.
     memory_limit_mb: float | None = Field(None, gt=0)
 
     @field_validator("gpus_per_worker", mode="before")
@@ -106,18 +106,18 @@ class Resources(_Section):
 
 
 class Table(_Section):
-    """A table of searches; search/tables.py says how it is written."""
+    """A table of searches; search/tables.py describes the format."""
 
     title: str
     rows: dict[str, dict[str, Any]] = Field(min_length=1)
     columns: dict[str, dict[str, Any]] = Field({"": {}}, min_length=1)
     metrics: dict[str, str] = Field(min_length=1)
     reference: dict[str, dict[str, dict[str, float]]] = {}
-    source: str = ""  # of the reference values
+    source: str = ""  # where the reference values come from
 
 
 def tables_in(node: Any) -> dict[str, Table]:
-    """The tables of a space file, by name; raises UserError for what is wrong in any of them."""
+    """Return the tables of a space file, by name; raises UserError for a mistake in any of them."""
     if not isinstance(node or {}, dict):
         raise UserError(f"tables: expected a mapping of names, got {node!r}")
     tables = {name: section(Table, table, f"tables.{name}") for name, table in (node or {}).items()}
@@ -144,7 +144,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def seconds(text: str) -> float:
-    """Seconds in a duration such as 90s, 30m, 1.5h; raises ValueError."""
+    """Convert a duration such as 90s, 30m or 1.5h to seconds; raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text)
     if not match or float(match[1]) == 0:
         raise ValueError(f"{text!r} is no duration; write a number and s, m, h or d, such as 30m")
@@ -155,7 +155,7 @@ _Model = TypeVar("_Model", bound=_Section)
 
 
 def section(model: type[_Model], value: Any, path: str) -> _Model:
-    """`value` as a section; raises UserError with the dotted path of what is wrong."""
+    """Validate `value` as a section; raises UserError with the dotted path of what is wrong."""
     try:
         return model.model_validate({} if value is None else value)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Nested mappings addressed by dotted paths. A domain is a leaf; a space's `config` is none, whatever its keys."""
+"""Nested mappings addressed by dotted paths. A domain is a leaf; a space's `config` is no domain, whatever its keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MISSING: Any = object()
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`base` with the entries of `over`; mappings are merged, all else (a domain too) is replaced."""
+    """Return `base` with the entries of `over`; mappings are merged, all else (domains included) is replaced."""
     merged = dict(base)
     for key, value in over.items():
         old, path = merged.get(key), f"{prefix}{key}"
@@ -37,7 +37,7 @@ def put(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     node = tree
     for i, key in enumerate(parents):
-        if node.get(key) is None:  # a key with nothing behind it yet
+        if node.get(key) is None:  # a key without a value yet
             node[key] = {}
         child, above = node[key], ".".join(parents[: i + 1])
         if not _is_tree(child, above):
@@ -47,7 +47,7 @@ def put(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def drop(tree: dict[str, Any], path: str) -> None:
-    """Take an entry out, and with it the mappings around it that held nothing else."""
+    """Remove an entry, along with enclosing mappings that held nothing else."""
     key, _, rest = path.partition(".")
     if rest:
         drop(tree[key], rest)

@@ -1,1 +1,1 @@
-"""What runs in the processes of a worker group, and how a slot speaks with them."""
+"""What runs in the processes of a worker group, and how a slot communicates with them."""

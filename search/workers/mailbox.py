@@ -1,4 +1,4 @@
-"""The mailbox between a slot and the ranks of its worker group, a process of its own that imports no PyTorch."""
+"""The mailbox between a slot and the ranks of its worker group, a separate process that does not import PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Mailbox:
         self._complete = asyncio.Event()
 
     async def enlist(self, member: Any, node: str) -> int:
-        """Called by every rank, with its own actor and the Ray node it is on; says how many machines there are."""
+        """Register a rank, by its own actor and Ray node; returns the number of machines once all have registered."""
         self._members.append(member)
         self._nodes.append(node)
         if len(self._members) == len(self._commands):
@@ -29,11 +29,11 @@ class Mailbox:
         return len(set(self._nodes))
 
     async def members(self) -> list[Any]:
-        """Handles of the ranks' own actors, by which a stuck one can be ended."""
+        """Return the ranks' own actors, by which a stuck rank can be killed."""
         return self._members
 
     async def nodes(self) -> list[str]:
-        """The Ray nodes that the ranks are on."""
+        """Return the Ray nodes of the ranks that have registered."""
         return self._nodes
 
     async def post(self, command: Any) -> None:
@@ -47,7 +47,7 @@ class Mailbox:
         self._answers.put_nowait((rank, answer))
 
     async def wait(self, timeout_s: float) -> tuple[int, Any] | None:
-        """The next answer with its rank; None when there is none in time."""
+        """Return the next answer with its rank; None if none arrives within `timeout_s`."""
         try:
             return await asyncio.wait_for(self._answers.get(), timeout_s)
         except TimeoutError:

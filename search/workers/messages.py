@@ -1,6 +1,6 @@
-"""What a slot and the ranks of its group say to each other.
+"""The messages between a slot and the ranks of its group.
 
-A module of its own, and without PyTorch in it: the process that holds a mailbox starts in a fraction of the time.
+A separate module without PyTorch, so that the mailbox process starts in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Advance:
 
 @dataclass(frozen=True)
 class Leave:
-    """Let go of the last trial, wherever it stands; the answer says whether the process may take another."""
+    """Let go of the last trial, wherever it stands; the answer says whether the process can take another."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ Command = Begin | Advance | Leave | Quit
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rank says after a command.
+    """A rank's answer to a command.
 
-    clean: the process may take another trial. printed: what rank 0 has printed since its last answer.
+    clean: the process can take another trial. ends: the trial is over. printed: what rank 0 has printed since its last
+    answer.
     """
 
     clean: bool = True
@@ -51,7 +52,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reported(Answer):
-    """An epoch is over. metrics and state (None: the trainable gave none) are rank 0's."""
+    """An epoch is over. metrics and state are rank 0's; state is None if the trainable gave none."""
 
     metrics: Mapping[str, float] | None = None
     state: bytes | None = None
@@ -60,12 +61,12 @@ class Reported(Answer):
 
 @dataclass(frozen=True)
 class Ended(Answer):
-    """The generator is exhausted."""
+    """The generator is exhausted, or the trial was closed."""
 
 
 @dataclass(frozen=True)
 class Blew(Answer):
-    """The trial diverged. details: what a post-mortem found, as JSON has it."""
+    """The trial diverged. details: the JSON-compatible findings of a post-mortem."""
 
     reason: str = ""
     step: int | None = None
@@ -74,14 +75,14 @@ class Blew(Answer):
 
 @dataclass(frozen=True)
 class RanOut(Answer):
-    """The device's memory did not suffice."""
+    """The trial ran out of memory."""
 
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Broke(Answer):
-    """Anything else was raised. final: a mistake of a person, which a retry would only repeat."""
+    """Anything else was raised. final: a user's mistake, which a retry would only repeat."""
 
     reason: str = ""
     trace: str = ""

@@ -1,7 +1,7 @@
-"""What the process of a rank prints, kept for the trial that it runs.
+"""Captures what the process of a rank prints, for the trial that it runs.
 
-What goes through Python's sys.stdout and sys.stderr, and into Ray's logs as before. These alone have what a library
-writes past Python, and what a process of the trainable's own prints.
+What goes through Python's sys.stdout and sys.stderr is captured, and still reaches Ray's logs. Only these logs have
+what a library writes bypassing Python, and what a subprocess of the trainable prints.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, TextIO, cast
 
 from search.text import encodable
 
-LONGEST = 64 * 2**10  # characters that are kept until they are taken
-_MOVES = re.compile(r"(\r*\n|\r|\x1b\[A)")  # of a terminal's cursor: the last, upwards, is tqdm's with several bars
+LONGEST = 64 * 2**10  # characters kept until they are taken
+_MOVES = re.compile(r"(\r*\n|\r|\x1b\[A)")  # cursor moves; the last, upwards, is how tqdm draws several bars
 
 
 class Printed:
-    """What has been printed since the last `take`, as a terminal would show it: of a progress bar where it stands."""
+    """What has been printed since the last `take`, as a terminal shows it: only the latest state of a progress bar."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -28,14 +28,14 @@ class Printed:
         self._new_length = 0
         self._rows, self._row, self._column = [""], 0, 0  # the screen, and the cursor
         self._left_out = 0
-        self._continues = False  # the line that was taken last, which had no end
+        self._continues = False  # the line taken last was not terminated
 
     def listen(self) -> None:
-        """From here on."""
+        """Capture sys.stdout and sys.stderr from here on."""
         sys.stdout, sys.stderr = (cast(TextIO, Tee(stream, self.keep)) for stream in (sys.stdout, sys.stderr))
 
     def keep(self, text: str) -> None:
-        """Waits for nobody: a destructor may print in the middle of a `take`, a forked process has none who unlocks."""
+        """Append text without blocking: a destructor may print during a `take`, and a fork may inherit a held lock."""
         self._new.append(text)
         self._new_length += len(text)
         if self._new_length > LONGEST and self._lock.acquire(blocking=False):
@@ -45,15 +45,15 @@ class Printed:
                 self._lock.release()
 
     def take(self, ends: bool) -> str:
-        """What there is, and forget it. ends: so does the trial, and its last line with it."""
+        """Return what has been printed, and forget it. ends: the trial ends, so its last line is terminated."""
         with self._lock:
             self._show()
             rows, at_end = self._rows, (self._row, self._column) == (len(self._rows) - 1, len(self._rows[-1]))
             if not at_end:
-                rows[-1] = rows[-1].rstrip()  # a bar that has been wiped out with spaces
+                rows[-1] = rows[-1].rstrip()  # a bar that has been blanked with spaces
             text = "\n".join(rows)
             self._continues = bool(rows[-1]) or (self._continues and len(rows) == 1)
-            if self._continues and (ends or not at_end):  # what is in a file is not written over
+            if self._continues and (ends or not at_end):  # what is in a file cannot be overwritten
                 text, self._continues = text + "\n", False
             if self._left_out:
                 text = f"[{self._left_out} characters are left out here]\n{text}"
@@ -61,7 +61,7 @@ class Printed:
         return encodable(text)
 
     def _show(self) -> None:
-        """Bring what is new onto the screen, of which the end is kept."""
+        """Bring new text onto the screen, of which only the end is kept."""
         self._new_length = 0
         for part in _MOVES.split("".join(self._new.popleft() for _ in range(len(self._new)))):
             if part.endswith("\n") or (part == "\r" and self._continues and self._row == 0):
@@ -87,7 +87,7 @@ class Printed:
 
 
 class Tee:
-    """A stream that keeps what it passes on, and is the original in all else."""
+    """A stream that keeps what it passes on, and otherwise is the original."""
 
     def __init__(self, original: TextIO, keep: Callable[[str], None]) -> None:
         self._original, self._keep = original, keep

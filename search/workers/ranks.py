@@ -1,4 +1,4 @@
-"""What one rank of a group does with a command: begin a trial, advance it by a report, end it cleanly."""
+"""How one rank of a group handles a command: begin a trial, advance it by a report, end it cleanly."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from search.workers.states import Watch, load_state, save_state
 from search.workers.surroundings import Surroundings, settle
 from trainables.contract import Diverged, Report, Trial, UserError, default_device, memory_error
 
-# What PyTorch's allocator may keep of a GPU, as a ratio of `memory_limit_mb`: it rounds up, and holds on to blocks
-# that lie between others. Beyond that a process runs out of memory itself, and not its neighbour on the same GPU.
+# GPU memory that PyTorch's allocator may hold, as a ratio of `memory_limit_mb`: it rounds up, and keeps blocks that lie
+# between others. Beyond that, this process runs out of memory instead of its neighbour on the same GPU.
 ALLOCATOR_ROOM = 1.1
-LEAK_BYTES = 256 * 2**20  # GPU memory a finished trial may leave behind: allocator rounding, cuDNN's and cuBLASLt's own
+LEAK_BYTES = 256 * 2**20  # GPU memory that an ended trial may leave behind: allocator rounding, cuDNN, cuBLASLt
 
 
 class Runs(Protocol):
@@ -50,7 +50,7 @@ class RankLoop:
         self.rank = rank
         self._spec = spec
         self._world_size = world_size
-        # Ray hides no GPU from a worker that was given none.
+        # Ray does not hide GPUs from a worker that was given none.
         self._device = (device or default_device()) if spec.gpus_per_worker else torch.device("cpu")
         self._cache: dict[Any, Any] = {}
         self._trainable: Trainable | None = None
@@ -67,8 +67,8 @@ class RankLoop:
         if not answer.ends:
             return answer
         if self._world_size > 1 and self._is_suspended() and not isinstance(command, Leave):
-            return answer  # its `finally` may wait for the other ranks, which know nothing of this verdict: see Leave
-        # Only here is the exception gone, and with it the frames that held the model.
+            return answer  # closing may wait for the other ranks, which do not know of this verdict: see Leave
+        # Only here is the exception released, and with it the frames that held the model.
         closed = self._attempt(self._close)
         return replace(answer, clean=answer.clean and closed.clean and self._is_clean())
 
@@ -97,13 +97,13 @@ class RankLoop:
         return self._advance()
 
     def _is_suspended(self) -> bool:
-        """Whether the trainable waits at a yield, and did not end by itself."""
+        """Return whether the trainable waits at a yield, rather than having ended by itself."""
         return getattr(self._reports, "gi_frame", None) is not None
 
     def _begin(self, begin: Begin) -> None:
         if self._trainable is None:
             self._trainable = load(self._spec.trainable, self._spec.paths)
-            gc.freeze()  # what was imported stays; looking through it after every trial would take a fifth of a second
+            gc.freeze()  # imports stay; scanning them after every trial would take a fifth of a second
             self._surroundings = Surroundings()
         self._surroundings.restore()
         settle(begin.seed, self._spec.cpus_per_worker)
@@ -167,7 +167,7 @@ class RankLoop:
         return Ended()
 
     def _is_clean(self) -> bool:
-        """Whether the ranks are still joined, and no more GPU memory is held than the cache accounts for."""
+        """Return whether the process group is as before, and no more GPU memory is held than the cache accounts for."""
         if torch.distributed.is_initialized() != self._joined:
             return False
         if self._device.type != "cuda":
@@ -181,7 +181,7 @@ class RankLoop:
 
 
 def _blew(error: Diverged) -> Blew:
-    """What a trainable raised, in words that reach the driver. A class of its own may lack what `Diverged` has."""
+    """Convert an exception to text and plain values for the driver; a subclass may lack attributes of `Diverged`."""
     has = {name: getattr(error, name, None) for name in ("reason", "step", "details")}
     told = said(next(iter(error.args), "") if has["reason"] is None else has["reason"])
     reason = short_line(told, "it diverged, and did not say how", LONGEST_REASON)
@@ -194,13 +194,13 @@ def _blew(error: Diverged) -> Blew:
 
 
 def bound(device: torch.device, limit_mb: float) -> None:
-    """Let this process's allocator take no more of a GPU than the limit and its room."""
+    """Limit this process's allocator on a GPU to `ALLOCATOR_ROOM` times `limit_mb`."""
     total_bytes = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, ALLOCATOR_ROOM * limit_mb * 2**20 / total_bytes), device)
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics as floats; raises UserError for what is none."""
+    """Return metrics as floats; raises UserError for a value that is not a number."""
     if not isinstance(metrics, Mapping):
         raise UserError(f"a trainable yields a Report or a dict of metrics, not {type(metrics).__name__}")
     found = {}
@@ -214,11 +214,11 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-# From code one reaches every global there is, and none of it belongs to the cache.
+# Code refers to every global there is, and none of them belongs to the cache.
 _DEAD_ENDS = (str, bytes, int, float, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 
 
-# What holds a sparse tensor's memory, which has no storage of its own.
+# The parts that hold a sparse tensor's memory; the tensor has no storage of its own.
 _COMPRESSED = {"row": ("crow_indices", "col_indices", "values"), "column": ("ccol_indices", "row_indices", "values")}
 _PARTS = {
     torch.sparse_coo: ("_indices", "_values"),
@@ -230,13 +230,13 @@ _PARTS = {
 
 
 def storages_of(tensor: torch.Tensor) -> set[torch.UntypedStorage]:
-    """Where a tensor's numbers lie, which other tensors may share."""
+    """Return the storages that hold a tensor's numbers; other tensors may share them."""
     parts = [getattr(tensor, name)() for name in _PARTS.get(tensor.layout, ())] or [tensor]
     return {part.untyped_storage() for part in parts}
 
 
 def _cached_bytes(cache: Mapping[Any, Any]) -> int:
-    """GPU memory of the tensors that can be reached from a trainable's cache."""
+    """Return the GPU memory, in bytes, of the tensors reachable from a trainable's cache."""
     seen: set[int] = set()
     stack: list[Any] = [cache]
     held: set[torch.UntypedStorage] = set()

@@ -1,4 +1,4 @@
-"""A trial's state: as bytes, and whether training has blown it up."""
+"""A trial's state: to and from bytes, and whether training has blown it up."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from trainables.contract import State
 
 
 class BlownUp(NamedTuple):
-    """Of a state, the keys to a tensor or an array, joined by dots, and what is in it: nan, inf or -inf."""
+    """A blown-up tensor or array in a state: the keys to it, joined by dots, and the value in it: nan, inf or -inf."""
 
     where: str
     value: float
 
 
 class Watch:
-    """Looks through the states of one trial for what training has blown up.
+    """Checks the states of one trial for values that training has blown up.
 
-    That is a NaN, and an infinity where all was finite in an earlier state. Others may belong where they are: masks,
-    the edges of bins and distances hold some, and so does the least of what has not been seen yet.
+    These are a NaN, and an infinity where all values were finite in an earlier state. Other infinities may be
+    legitimate: masks, bin edges and distances contain some, and so does a running minimum before its first value.
     """
 
     def __init__(self) -> None:
-        self._finite: set[str] = set()  # where all was, in an earlier state
+        self._finite: set[str] = set()  # keys to what was all finite in an earlier state
 
     def look(self, state: Any) -> BlownUp | None:
-        """The first tensor or array, in nested mappings, sequences and modules, that has blown up; None: none has."""
+        """Return the first blown-up tensor or array in nested mappings, sequences and modules; None without one."""
         for where, numbers in numbers_in(state):
             if bool(numbers.isnan().any()):
                 return BlownUp(where, math.nan)
@@ -46,7 +46,7 @@ class Watch:
 
 
 def numbers_in(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor and array of real or complex numbers in a state, as a tensor, with the keys to it."""
+    """Yield the keys to each tensor or array of real or complex numbers in a state, and the numbers as a tensor."""
     if isinstance(state, torch.Tensor):
         if state.is_floating_point() or state.is_complex():
             yield path, state
@@ -74,6 +74,6 @@ def save_state(state: State) -> bytes:
 
 
 def load_state(saved: bytes) -> State:
-    """A state on the CPU. It was written by this search, so that any object may be in it."""
+    """Load a state onto the CPU. This search wrote it itself, so it may contain any object."""
     state: State = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=False)
     return state

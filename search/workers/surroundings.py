@@ -1,4 +1,4 @@
-"""What a trial finds in its process: as the trainable's import has left it, whatever ran there before."""
+"""The process state in which a trial begins: as the trainable's import left it, whatever ran there before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def settle(seed: int, threads: int) -> None:
-    """Seed the generators, and give torch so many threads."""
+    """Seed the random number generators and set torch's number of threads."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -21,7 +21,7 @@ def settle(seed: int, threads: int) -> None:
 
 
 class Surroundings:
-    """The working directory, the environment, the standard streams and the switches of torch, as they are now."""
+    """A snapshot of the working directory, the environment, the standard streams and the switches of torch."""
 
     def __init__(self) -> None:
         self._folder, self._environment = _folder(), dict(os.environ)
@@ -37,13 +37,13 @@ class Surroundings:
             del os.environ[name]
         os.environ.update({name: value for name, value in self._environment.items() if os.environ.get(name) != value})
         for name, (read, put) in _MODES.items():
-            if read() != self._modes[name]:  # asked first: to set some of them imports a compiler
+            if read() != self._modes[name]:  # compared first: setting some of them imports a compiler
                 put(self._modes[name])
         self._precision.restore()
 
 
 def _folder() -> str | None:
-    """The working directory; None where it has been removed."""
+    """Return the working directory; None if it has been removed."""
     try:
         return os.getcwd()
     except FileNotFoundError:
@@ -51,7 +51,7 @@ def _folder() -> str | None:
 
 
 _CPU = torch.device("cpu")
-_BACKENDS: Any = torch.backends  # whose types do not know all parts
+_BACKENDS: Any = torch.backends  # Any: its types do not know all parts
 _CUDNN, _CUDA, _MKLDNN = _BACKENDS.cudnn, _BACKENDS.cuda, _BACKENDS.mkldnn
 
 
@@ -67,7 +67,7 @@ def _anomaly() -> tuple[bool, bool]:
     return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
 
 
-# By name, how each is read and put back.
+# By name, how each is read and set.
 _MODES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "grad": (torch.is_grad_enabled, torch.set_grad_enabled),
     "dtype": (torch.get_default_dtype, torch.set_default_dtype),
@@ -92,9 +92,9 @@ _MODES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 
 
 class _Precision:
-    """With which precision torch multiplies float32: what may be set as a whole, by part, and in an older way."""
+    """The precision with which torch multiplies float32, which is set as a whole, by part, or in an older way."""
 
-    # What the others are part of comes before them: a part on which nothing is set does as the whole.
+    # A whole comes before its parts: a part on which nothing is set follows the whole.
     PARTS = (
         _BACKENDS,
         *(_CUDNN, _CUDNN.conv, _CUDNN.rnn, _CUDA.matmul),
@@ -119,7 +119,7 @@ class _Precision:
 
 
 def _readable(read: Callable[[], Any]) -> Any:
-    """None where the newer way has been used: torch refuses to say then what the older one would be."""
+    """Return what `read` gives; None if the newer API was used, after which torch refuses to report the older one."""
     try:
         return read()
     except RuntimeError:

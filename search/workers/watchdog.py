@@ -1,4 +1,4 @@
-"""A rank that does not answer in time: where it is instead."""
+"""Where a rank is stuck that does not answer in time."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _LIBRARIES = (*(_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "pl
 
 @contextmanager
 def answered_within(limit_s: float | None, answer: Callable[[Broke], None]) -> Iterator[None]:
-    """Where this thread is still in here after `limit_s`, answer for it; None: wait for ever.
+    """Answer for this thread if it is still in this context after `limit_s` seconds; None: wait forever.
 
-    What holds the interpreter, as a loop in C does, also holds up this.
+    Code that holds the GIL, such as a loop in C, also blocks this.
     """
     if limit_s is None:
         yield
@@ -46,7 +46,7 @@ def answered_within(limit_s: float | None, answer: Callable[[Broke], None]) -> I
 
 
 def stuck(frame: FrameType, limit_s: float) -> Broke:
-    """The answer of a rank that is at `frame`: the innermost line that is no library's, and the whole stack."""
+    """Return the answer of a rank stuck at `frame`: its innermost line outside libraries, and the whole stack."""
     stack = traceback.extract_stack(frame)
     own = [entry for entry in stack if not entry.filename.startswith((*_LIBRARIES, "<"))]
     at = (own or stack)[-1]
