@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from trainables.contract import UserError
 
 MIB = 2**20
 MANY_CPUS = 1e9  # more than all workers need
-MOST_ON_ONE_GPU = 64  # Ray rounds shares to 1/10000 of a GPU; exactly 64 shares of 1/64 fit
+MOST_ON_ONE_GPU = 64
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,11 @@ def _shared(space: Space, nodes: Sequence[Node], memory: Measured | Unmeasured) 
         plan, why = whole, f"a whole {kind} for each worker: {memory.reason}"
     else:
         room = room_on_one(memory)
-        most = _whole(space, nodes, 1 / room, kind)
+        most = _whole(space, nodes, share_of_gpu(room), kind)
         # No more slots on a GPU than the total requires: Ray would fill the first GPUs and leave the others idle.
-        sharing = next(k for k in range(1, room + 1) if min(_groups(space, nodes, 1 / k), most.slots) == most.slots)
+        sharing = next(k for k in range(1, room + 1) if _groups(space, nodes, share_of_gpu(k)) >= most.slots)
         limit_mb = share_mb(memory, sharing) if sharing > 1 else whole.memory_limit_mb
-        plan = replace(most, gpus_per_worker=1 / sharing, memory_limit_mb=limit_mb)
+        plan = replace(most, gpus_per_worker=share_of_gpu(sharing), memory_limit_mb=limit_mb)
         why = f"{sharing} slot{'s' if sharing > 1 else ''} on one {kind}"
         why += (f", where {room} have room" if room > sharing else "") + f": {told(memory)}"
     return replace(plan, gpus_per_worker=0.0 if simulated else plan.gpus_per_worker, limit=f"{why}; {plan.limit}")
@@ -158,6 +159,11 @@ def is_simulated(space: Space, nodes: Sequence[Node]) -> bool:
     wanted = space.resources
     is_limited = wanted.gpus_per_worker == "auto" and wanted.memory_limit_mb is not None
     return is_limited and not any(node.gpus for node in nodes)
+
+
+def share_of_gpu(slots: int) -> float:
+    """Return what each of so many slots gets of a GPU, rounded down: Ray counts in 1/10000 and would round 1/6 up."""
+    return math.floor(10_000 / slots) / 10_000
 
 
 def room_on_one(memory: Measured) -> int:

@@ -68,21 +68,26 @@ def write_results(results: Path, space: Space, found: Sequence[Record]) -> None:
 
 def trials_table(space: Space, found: Sequence[Record]) -> str:
     """Return CSV with one row per trial: trial, status, reason, name, parameters, last metrics, epochs, seconds."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(_table(space, found))
+    return text.getvalue()
+
+
+def _table(space: Space, found: Sequence[Record]) -> list[list[Any]]:
+    """Return the header and a row of values for each trial."""
     parameters = [item.name for item in space.parameters]
     metrics = sorted({name for record in found for name in record.metrics})
     # Two columns with the same name would be read as one.
     own = {"trial", "status", "reason", "name", "epochs", "seconds"}
     searched = [f"{name} (parameter)" if name in own else name for name in parameters]
     columns = [f"{name} (metric)" if name in own or name in parameters else name for name in metrics]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "status", "reason", "name", *searched, *columns, "epochs", "seconds"])
+    rows: list[list[Any]] = [["trial", "status", "reason", "name", *searched, *columns, "epochs", "seconds"]]
     for record in found:
         values = [NULL if (value := record.values.get(name, "")) is None else value for name in parameters]
         measured = ["" if (value := record.metrics.get(name)) is None else value for name in metrics]
         head = [record.number, record.status, record.reason, record.name or ""]
-        writer.writerow([*head, *values, *measured, record.epochs, round(record.seconds, 2)])
-    return text.getvalue()
+        rows.append([*head, *values, *measured, record.epochs, round(record.seconds, 2)])
+    return rows
 
 
 def best_document(results: Path, space: Space, best: Sequence[Record]) -> dict[str, Any]:
@@ -193,14 +198,13 @@ def post_mortem(results: Path, record: Record) -> list[str]:
 
 def report_page(results: Path, space: Space, found: Sequence[Record]) -> str:
     """Return the report, a self-contained HTML page."""
-    rows = csv.reader(io.StringIO(trials_table(space, found)))
-    header, *body = list(rows)
+    header, *body = _table(space, found)
     best = {record.number for record in best_of(found, space)}
     cells = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     lines = []
     for row in body:
-        marked = " class='best'" if int(row[0]) in best else ""
-        lines.append(f"<tr{marked}>" + "".join(f"<td>{html.escape(_shorten(cell))}</td>" for cell in row) + "</tr>")
+        marked = " class='best'" if row[0] in best else ""
+        lines.append(f"<tr{marked}>" + "".join(f"<td>{html.escape(_short(cell))}</td>" for cell in row) + "</tr>")
     blown = [
         "\n".join([f"trial {record.number}: {record.reason}", *post_mortem(results, record)])
         for record in found
@@ -251,10 +255,3 @@ def _listed(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_short(item)}" for name, item in value.items() if item is not None)
     return _short(value)
-
-
-def _shorten(cell: str) -> str:
-    try:
-        return _short(float(cell)) if "." in cell or "e" in cell else cell
-    except ValueError:
-        return cell

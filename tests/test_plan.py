@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 from spaces import space_of
 
-from search.plan import AT_THE_START, MIB, Measured, Node, Plan, Unmeasured, estimate, expected_epochs, make_plan
+from search.plan import (
+    AT_THE_START,
+    MIB,
+    MOST_ON_ONE_GPU,
+    Measured,
+    Node,
+    Plan,
+    Unmeasured,
+    estimate,
+    expected_epochs,
+    make_plan,
+    share_of_gpu,
+)
 from search.space import Space
 from search.workers.ranks import ALLOCATOR_ROOM
 from trainables.contract import UserError
@@ -130,7 +142,7 @@ class TestSlotsThatShareAGpu:
         tmp_path: Path,
     ) -> None:
         plan = make_plan(auto(tmp_path), nodes, memory)
-        assert (plan.slots, plan.gpus_per_worker) == (slots, 1 / on_one)
+        assert (plan.slots, plan.gpus_per_worker) == (slots, share_of_gpu(on_one))
         assert plan.memory_limit_mb == (None if limit_gib is None else pytest.approx(limit_gib * 1024))
 
     def test_never_take_more_than_there_is_and_leave_no_room_for_one_more(self, tmp_path: Path) -> None:
@@ -243,3 +255,9 @@ class TestEstimate:
     def test_where_the_length_is_not_known(self, tmp_path: Path) -> None:
         space = space_of(tmp_path, {"epochs": {"int": [1, 9]}})
         assert estimate(space, self.PLAN, 1.0).startswith("20 trials; their length is not known")
+
+
+@pytest.mark.parametrize("slots", range(1, MOST_ON_ONE_GPU + 1))
+def test_as_many_shares_of_a_gpu_fit_on_it_as_ray_counts_them(slots: int) -> None:
+    in_units = round(share_of_gpu(slots) * 10_000)
+    assert 10_000 // in_units == slots
