@@ -49,10 +49,11 @@ class _Earlier:
 class _Recalling(TrialScheduler):
     """Judges as if the search had never been interrupted, by recalling the reports of ended and unfinished trials."""
 
-    def recall(self, past: Sequence[Past]) -> None:
-        """Take over the earlier reports; call once, before the first trial."""
-        self._unfinished = {item.number: item for item in past if not item.over}
-        for item in past:
+    def __init__(self, past: Sequence[Past], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        reported = [item for item in past if item.reports]
+        self._unfinished = {item.number: item for item in reported if not item.over}
+        for item in reported:
             if item.over:
                 earlier = _Earlier(f"earlier-{item.number}")
                 super().on_trial_add(None, earlier)
@@ -150,13 +151,6 @@ def make_scheduler(space: Space, past: Sequence[Past] = ()) -> TrialScheduler:
 
     past: the trials of a resumed search, recalled by asha and median; the others compare anew.
     """
-    scheduler = _made(space)
-    if isinstance(scheduler, _Recalling):
-        scheduler.recall([item for item in past if item.reports])
-    return scheduler
-
-
-def _made(space: Space) -> TrialScheduler:
     wanted = space.scheduler
     if wanted.name == "none":
         return FIFOScheduler()
@@ -166,6 +160,7 @@ def _made(space: Space) -> TrialScheduler:
     longest = space.epochs or UNKNOWN_EPOCHS
     if wanted.name == "asha":
         return _Asha(
+            past,
             **common,
             max_t=max(longest, wanted.grace_epochs),
             grace_period=wanted.grace_epochs,
@@ -178,5 +173,5 @@ def _made(space: Space) -> TrialScheduler:
         return HyperBandScheduler(**common, max_t=longest, reduction_factor=wanted.reduction, stop_last_trials=False)
     if wanted.name == "median":
         # By default, Ray's rule pauses a trial while another waits to start, and not every trainable can resume.
-        return _Median(**common, grace_period=wanted.grace_epochs, min_time_slice=math.inf)
+        return _Median(past, **common, grace_period=wanted.grace_epochs, min_time_slice=math.inf)
     return _Pbt(space, space.search.seed, perturbation_interval=wanted.grace_epochs, **common)
