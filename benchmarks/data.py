@@ -1,13 +1,13 @@
-"""What prepared arrays are worth: windows a second beside decoding the files for every sample, and memory taken.
+"""What prepared arrays gain over decoding the files for every sample: windows per second, and memory.
 
     python -m benchmarks.data [--seconds 30] [--loaders 2] [--readers 4]
 
 Sixty simulated frames with files of the public data's shapes: JPEG 960 x 540, ASCII PLY of 17 000 points, radar cubes
-(4, 256, 250). Full size: 256 pixels, five instants, four modalities. As many processes gather batches either way, from
-files and arrays that are both in the page cache; decoding is the program's own, which is no slower than need be.
-Then several processes open the arrays and read all of them: if each had a copy, their proportional set sizes (from
-/proc/self/smaps_rollup, where a page that k processes share counts 1/k for each) would add up to as many copies.
-For Linux.
+(4, 256, 250). Full size: 256 pixels, five instants, four modalities. The same number of processes gathers batches from
+files and from arrays, both in the page cache; the decoders are the family's own, which are not needlessly slow.
+Then several processes open and read all arrays: if each had a copy, their proportional set sizes (from
+/proc/self/smaps_rollup, where a page shared by k processes counts 1/k in each) would add up to as many copies.
+Linux only.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Config:
 
 
 def write_files(root: Path) -> None:
-    """A simulated data set whose files have the public ones' shapes. What they show is of no matter here."""
+    """Write a simulated data set whose files have the public files' shapes; their content does not matter here."""
     simulate(root, Simulated(passes=2, frames=30))
     rng = np.random.default_rng(0)
     for path in sorted(root.rglob("*.jpg")):
@@ -73,7 +73,7 @@ def write_files(root: Path) -> None:
 
 
 def decoded(table: Table, data: Data, windows: Tensor) -> dict[str, Tensor]:
-    """The same sensors, positions and powers as of a prepared batch, from the files."""
+    """Decode the sensors, positions and powers of a batch from the files."""
     size = data.image_size
     readers: dict[str, Callable[[Path], NDArray[Any]]] = {
         "unit1_rgb_": lambda path: read_image(path, size),
@@ -93,7 +93,7 @@ def decoded(table: Table, data: Data, windows: Tensor) -> dict[str, Tensor]:
 def gathering(
     data: Data, how: str, seconds: float, seed: int, start: Barrier, told: Queue[tuple[float, float]]
 ) -> None:
-    """One loader process: tells how many windows it gathered a second, and a second of its own CPU time."""
+    """Run one loader process; put its windows per second, and per second of CPU time, into `told`."""
     torch.set_num_threads(1)
     side, table = samples(Config(data), "train"), find_table(data)
     rng = np.random.default_rng(seed)
@@ -113,15 +113,15 @@ def gathering(
 
 
 def memory_mib() -> tuple[float, float]:
-    """Resident and proportional set size of this process."""
+    """Return resident and proportional set size of this process, in MiB."""
     fields = {line.split()[0]: line.split()[1] for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]}
     return int(fields["Rss:"]) / 1024, int(fields["Pss:"]) / 1024
 
 
 def reading(data: Data, start: Barrier, told: Queue[tuple[float, float]]) -> None:
-    """One of several processes that read every array: tells by how much its two sizes rose."""
+    """Run one of several processes that read every array; put the growth of its two sizes, in MiB, into `told`."""
     torch.set_num_threads(1)
-    samples(Config(data), "train")[torch.arange(1)]  # whatever a first batch allocates, and the libraries it loads
+    samples(Config(data), "train")[torch.arange(1)]  # warm up: allocations and libraries of a first batch
     start.wait()
     before = memory_mib()
     start.wait()
@@ -131,12 +131,12 @@ def reading(data: Data, start: Barrier, told: Queue[tuple[float, float]]) -> Non
             side[torch.tensor([i])]
     start.wait()
     after = memory_mib()
-    start.wait()  # nobody leaves while another counts
+    start.wait()  # no process exits while another still measures
     told.put((after[0] - before[0], after[1] - before[1]))
 
 
 def rates(data: Data, how: str, loaders: int, seconds: float) -> tuple[float, float]:
-    """Windows a second of all loaders together, and a second of CPU time of one."""
+    """Return windows per second of all loaders together, and per second of CPU time of one."""
     context = mp.get_context("spawn")
     start, told = context.Barrier(loaders), context.Queue()
     processes = [
@@ -151,7 +151,7 @@ def rates(data: Data, how: str, loaders: int, seconds: float) -> tuple[float, fl
 
 
 def rises(data: Data, readers: int) -> tuple[float, float]:
-    """Of all readers together, MiB resident and MiB proportional."""
+    """Return the growth in MiB, resident and proportional, of all readers together."""
     context = mp.get_context("spawn")
     start, told = context.Barrier(readers), context.Queue()
     processes = [context.Process(target=reading, args=(data, start, told)) for _ in range(readers)]
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--readers", type=int, default=4)
     arguments = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = "1"  # of the loader processes: each is one thread, as loaders are
+        os.environ[name] = "1"  # inherited by the loader processes, which have one thread each, as loaders do
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder) / "root")
         data = Data(root=f"{folder}/root", prepared=f"{folder}/prepared", split="legacy", holdout=0.1)

@@ -1,15 +1,15 @@
-"""What divergence costs a search, and what it teaches: Ray Tune as documented, Optuna alone, and this platform.
+"""What divergence costs a search, and what searches learn from it: Ray Tune as documented, Optuna, and this platform.
 
     python benchmarks/divergence.py [--seeds 30] [--first 0] [--epochs 120 180 540]
 
-All search the same synthetic training run with a stability edge (divergence_edge.py), with TPE and successive halving,
-one trial at a time, until the same number of epochs is spent; a table for each number. No cluster is started: Ray's
-OptunaSearch and ASHAScheduler are driven by the events that Tune's controller would send them, and so are this
-platform's ledger and scheduler.
+All search the same synthetic training run with a stability edge (divergence_edge.py), one trial at a time, until the
+same number of epochs is spent; a table for each number. All use successive halving and TPE (this platform's `gp` only
+for every other setting). No cluster is started: Ray's OptunaSearch and ASHAScheduler are driven by the events that
+Tune's controller would send, and so are this platform's ledger and scheduler.
 
-Printed are means over the seeds, of the score with its standard error. `score` is the noise-free last loss of the
-setting that a search would hand over, 0.1028 at best; `worse` counts the seeds on which it is worse than (a)'s and than
-(b)'s, and says by how much at most.
+The tables show means over the seeds, for the score with its standard error. `score` is the noise-free last loss of the
+setting that a search would return, 0.1028 at best; `worse` counts the seeds on which it is worse than (a)'s and (b)'s,
+with the largest difference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The edge searched by Optuna alone: TPE, successive halving, and its own rule that a NaN is a failed trial."""
+"""The stability edge searched by Optuna alone: TPE, successive halving, and its rule that a NaN fails the trial."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from divergence_edge import RANGES, REDUCTION, Budget
 
 
 def search(budget: Budget) -> None:
-    """Spend the budget. The objective returns as soon as it sees a NaN, which an objective need not do."""
+    """Spend the budget. The objective returns at the first NaN, which Optuna does not require."""
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=budget.grace, reduction_factor=REDUCTION)
     sampler = optuna.samplers.TPESampler(seed=budget.seed)
     study = optuna.create_study(direction="minimize", sampler=sampler, pruner=pruner)

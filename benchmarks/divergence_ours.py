@@ -1,4 +1,4 @@
-"""The edge searched by this project's ledger, samplers and ASHA, without a cluster around them."""
+"""The stability edge searched by this project's ledger, samplers and ASHA, without a cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from search.trial import EPOCH, OBJECTIVE
 
 
 def space_of(search: Search, grace: int) -> Space:
-    """The space as a file would describe it."""
+    """Return the space of the edge, as a space file would describe it."""
     return Space(
         name="edge",
         trainable="divergence_edge:train",
@@ -40,7 +40,7 @@ def space_of(search: Search, grace: int) -> Space:
 
 
 def search(budget: Budget, sampler: str, survival: bool = True) -> None:
-    """Spend the budget: one trial at a time, events in the order of Tune's controller and this project's recorder."""
+    """Spend the budget, one trial at a time, with events in the order of Tune's controller and our recorder."""
     wanted = {"sampler": sampler, "trials": budget.left, "seed": budget.seed, "survival": survival}
     space = space_of(section(Search, wanted, "search"), budget.grace)
     ledger = Ledger(space, new_study(InMemoryStorage(), space), sampler_maker(space), Path("no results"))
@@ -56,7 +56,7 @@ def search(budget: Budget, sampler: str, survival: bool = True) -> None:
 
 
 def _run(budget: Budget, ledger: Ledger, scheduler: TrialScheduler, trial: Trial) -> str | None:
-    """Train one trial; returns how it ended, None where the budget did."""
+    """Train one trial; return its status, or None if the budget ended first."""
     result: dict[str, object] = {}
     for epoch, loss in budget.train(ledger.open["slot"].values):
         if math.isnan(loss):

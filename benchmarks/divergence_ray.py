@@ -1,4 +1,4 @@
-"""The edge searched by Ray Tune's OptunaSearch and ASHA as documented; for ray 2.60.
+"""The stability edge searched by Ray Tune's OptunaSearch and ASHA as documented; for ray 2.60.
 
 https://docs.ray.io/en/latest/tune/api/suggestion.html, https://docs.ray.io/en/latest/tune/api/schedulers.html
 """
@@ -15,8 +15,8 @@ from ray.tune.search.optuna import OptunaSearch, optuna_search
 
 
 def search(budget: Budget) -> None:
-    """Spend the budget: one trial at a time, events in the order of Tune's controller (`_process_trial_result`)."""
-    optuna_search.logger.setLevel(logging.ERROR)  # it warns of every NaN that it could not tell
+    """Spend the budget, one trial at a time, with events in the order of Tune's `_process_trial_result`."""
+    optuna_search.logger.setLevel(logging.ERROR)  # it warns of every NaN that it cannot pass to Optuna
     searcher = OptunaSearch(metric="loss", mode="min", seed=budget.seed)
     searcher.set_search_properties("loss", "min", {name: tune.loguniform(*RANGES[name]) for name in RANGES})
     scheduler = ASHAScheduler(

@@ -1,12 +1,12 @@
-"""What divergence costs where it really happens: the published uni-directional block, which overflows as it learns.
+"""What divergence costs in a real network: the published uni-directional block, which overflows as it learns.
 
     PYTHONPATH=. python benchmarks/divergence_real.py [--epochs 150] [--seed 0]
 
-The methods of divergence.py search the fusion network of the laptop profile on 400 simulated windows, with the block,
-the initialiser and the missing residual as published, two layers a stage. Searched are learning rate, clip norm and
-weight decay (`weight` hundredths) over the ranges of divergence_edge.py; the loss is 1 - DBA on held-out passes, and a
-whole trial takes 9 epochs, of which the first three are not judged: after one, a setting that stays at chance is ahead
-of most that learn. Where the shared loop ends a diverged trial, a method that goes on with it is charged the
+The methods of divergence.py search the fusion network of the laptop profile on simulated data (40 passes of 10 frames),
+with block, initialiser and missing residual as published and two layers per stage. They search learning rate, clip norm
+and weight decay (`weight` hundredths) over the ranges of divergence_edge.py. The loss is 1 - DBA on held-out passes. A
+complete trial takes 9 epochs and is first judged after the third: after one epoch, a setting that stays at chance is
+ahead of most that learn. When the shared loop ends a diverged trial, a method that would continue it is charged the
 epochs that it would have trained on NaN; they are not trained.
 """
 
@@ -61,9 +61,9 @@ def config_of(setting: Setting) -> fusion.Config:
 
 
 class RealBudget(Budget):
-    """The epochs of one search, spent on training."""
+    """The epochs of one search, spent on real training."""
 
-    metrics: Mapping[str, float]  # after the last epoch
+    metrics: Mapping[str, float]  # of the latest epoch
 
     def train(self, setting: Setting) -> Iterator[tuple[int, float]]:
         trial = Trial({name: setting[name] for name in RANGES})
@@ -84,7 +84,7 @@ class RealBudget(Budget):
 
 
 def reports_of(config: fusion.Config, seed: int) -> Iterator[Mapping[str, float]]:
-    """The metrics after each epoch; none from the epoch on in which training diverges."""
+    """Yield the metrics after each epoch; ends before the epoch in which training diverges."""
     with contextlib.suppress(contract.Diverged):
         for report in fusion.train(contract.Trial(config, seed=seed)):
             yield report.metrics

@@ -1,9 +1,9 @@
-"""What a rebuild's training step costs as it is, from kept first maps of its frozen encoders, and channels last.
+"""What a rebuild's training step costs from frames, from cached first maps of its frozen encoders, and channels last.
 
     PYTHONPATH=. .venv/bin/python benchmarks/features.py
 
-All in one process, on one thread, in turns; processor time, the batch gathered from disk included. Full size is 256
-pixels, five instants and the published widths. Windows are simulated.
+The three alternate in one process, on one thread. Times are CPU time, including gathering the batch from disk. Full
+size is 256 pixels, five instants and the published widths. Windows are simulated.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def full_size(folder: str) -> rebuild.Config:
 
 
 def step_s(loss: Loss, samples: Any, windows: int) -> float:
-    """Of one step, its batch included."""
+    """Return the CPU seconds of one step's forward and backward pass, gathering its batch included."""
     began_s = time.process_time()
     _, total = loss(samples[torch.arange(windows)])
     total.backward()
@@ -50,7 +50,7 @@ def step_s(loss: Loss, samples: Any, windows: int) -> float:
 
 
 def compare(config: rebuild.Config, windows: int, rounds: int) -> list[list[float]]:
-    """Seconds of steps, of each of WAYS."""
+    """Return, for each round, the CPU seconds of a step in each of WAYS."""
     torch.manual_seed(0)
     network = fusion.build(config.fusion).eval()
     maps = features.first_maps(config.data, network, config.optim, Trial(config))

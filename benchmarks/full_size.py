@@ -1,10 +1,10 @@
-"""Fusion training on a GPU at full size, by the shared loop: windows per second and peak memory.
+"""Windows per second and peak memory of full-size fusion training on a GPU, in the shared loop.
 
     PYTHONPATH=. .venv/bin/python benchmarks/full_size.py [--laptop]
 
 Full size is 256 pixels, five instants, four modalities and the published widths; windows are simulated, the effective
-batch is 24. A row for bf16 and fp32, each as it is and with `model.channels_last`; the second of two epochs counts. On
-a machine without a GPU the rows say so. --laptop: the small network, on whatever there is, to see that all of it runs.
+batch is 24. Rows are bf16 and fp32, each without and with `model.channels_last`; the second of two epochs is measured.
+Without a GPU the rows say so. --laptop: the small network, on GPU or CPU, to check that everything runs.
 """
 
 from __future__ import annotations

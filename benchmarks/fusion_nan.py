@@ -1,4 +1,4 @@
-"""`trainables.beam.fusion` with a loss that is NaN from one step on; the file of NAN_EVENTS says when what happened."""
+"""`trainables.beam.fusion` with a loss that is NaN from BAD_STEP on; events are logged to the file $NAN_EVENTS."""
 
 from __future__ import annotations
 

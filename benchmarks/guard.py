@@ -1,11 +1,11 @@
-"""What the guard costs: training steps of the laptop fusion model with it and without it, in pairs.
+"""What the guard costs: training steps of the laptop fusion model with and without it, in pairs.
 
     PYTHONPATH=. python benchmarks/guard.py [--pairs 40]
 
-Without it, nothing is judged, no verdict travels and no generator's state is kept; the rest of `fit` is the same. A
-pair is an epoch of each, in an order that alternates, in one process and on one thread; the figure is the median of the
-pairs' ratios, with the middle half of them. Also measured: how long a trial takes from its first non-finite loss to the
-exception, the replay of the step included.
+Without it, no step is judged, no verdict is copied to the host and no generator state is saved; the rest of `fit` is
+the same. A pair is an epoch of each, in alternating order, in one process on one thread; the result is the median of
+the pairs' ratios, with their middle half. Also measured: the time from a trial's first non-finite loss to the
+exception, including the replay of the step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SPACE = Path(__file__).parents[1] / "search_spaces" / "fusion.yaml"
 
 
 class NoGuard(Guard):
-    """Judges nothing."""
+    """A guard that judges nothing."""
 
     def judge(self, loss: Tensor, norm: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return self._diverged, self._diverged
@@ -49,7 +49,7 @@ class NoGuard(Guard):
 
 
 class TimedGuard(Guard):
-    """Adds up the time that it takes on the host."""
+    """A guard that adds up the time it takes on the host."""
 
     spent_s = 0.0
 
@@ -71,7 +71,7 @@ class TimedGuard(Guard):
 
 
 def laptop_config() -> fusion.Config:
-    """The second known setting of the laptop profile: many epochs, of which each pair takes one."""
+    """Return the second known setting of the laptop profile, with enough epochs for one per pair."""
     space, trainable = load_space(SPACE, ["config.epochs=1000"], "laptop")
     config = trainable.config(space.config(space.try_first[1].values))
     assert isinstance(config, fusion.Config)
@@ -83,7 +83,7 @@ def steps_of(config: fusion.Config) -> int:
 
 
 def epochs_s(config: fusion.Config, guard: type[Guard], keep: Callable[..., Any]) -> Iterator[float]:
-    """How long a training step takes, epoch by epoch."""
+    """Yield the mean duration of a training step in each epoch, in seconds."""
     reports = fit(replace(fusion.TASK, score=nothing), Trial(config))
     while True:
         use(guard, keep)
@@ -91,7 +91,7 @@ def epochs_s(config: fusion.Config, guard: type[Guard], keep: Callable[..., Any]
 
 
 def use(guard: type[Guard], keep: Callable[..., Any]) -> None:
-    """What `fit` looks up by these names, when it starts and in every step."""
+    """Replace `Guard` and `generators` in `trainables.loop`, which `fit` looks up at the start and in each step."""
     vars(loop).update(Guard=guard, generators=keep)
 
 
@@ -100,7 +100,7 @@ def nothing(model: nn.Module, batch: Batch, config: Any) -> Pairs:
 
 
 def seconds_to_the_exception(config: fusion.Config, bad_step: int = 20) -> tuple[float, int]:
-    """From the forward pass that gives NaN to `Diverged`, and how many optimizer steps were begun after it."""
+    """Return the seconds from the forward pass that gives NaN to `Diverged`, and the number of steps begun after it."""
     use(Guard, generators)
     calls, after, began = 0, 0, 0.0
 

@@ -1,4 +1,4 @@
-"""The toy tuned as Ray's guide documents it: a Tune trial is a function that launches a Ray Train run of its own.
+"""Tunes the toy as Ray's guide documents: each Tune trial is a function that launches its own Ray Train run.
 
 https://docs.ray.io/en/latest/train/user-guides/hyperparameter-optimization.html, for ray 2.60.
 """
@@ -21,7 +21,7 @@ from toy import linear_regression
 
 
 class Stopwatch(ray.tune.Callback):
-    """Notes on the driver when each report arrives and when each trial ends."""
+    """Records on the driver each report's latency and each trial's end time."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -44,7 +44,7 @@ def train_driver(config: dict[str, Any]) -> None:
 
 
 def run_train(worker: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> None:
-    """What a trial's driver function does in the guide: launch a Ray Train run of its own, and wait for it."""
+    """Launch a Ray Train run and wait for it, as a trial's driver function does in the guide."""
     trainer = ray.train.torch.TorchTrainer(
         worker,
         train_loop_config=config["train_loop_config"],
@@ -59,9 +59,9 @@ def run_train(worker: Callable[[dict[str, Any]], None], config: dict[str, Any]) 
 
 
 def search(trials: int) -> Measured:
-    """Run `trials` trials on a Ray of their own."""
-    # One CPU for each trial's driver function, one for each worker, and as many again: Tune holds some back for trials
-    # to come, and a worker that needed these would wait for ever.
+    """Run `trials` trials on a Ray instance of their own, and return the measurements."""
+    # One CPU for each trial's driver function, one for each worker, and as many again: Tune reserves some for pending
+    # trials, and a worker that needed those would wait forever.
     ray.init(num_cpus=4 * SLOTS, include_dashboard=False, log_to_driver=False)
     stopwatch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:

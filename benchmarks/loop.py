@@ -1,11 +1,11 @@
-"""What the shared training loop costs beside a bare PyTorch loop of the same model, data and optimizer, on a CPU.
+"""What the shared training loop costs over a bare PyTorch loop with the same model, data and optimizer, on a CPU.
 
     python -m benchmarks.loop [--steps 100] [--pairs 15]
 
 The bare loop does what every loop must: gather a batch, forward, backward, clip with `clip_grad_norm_`, a step of fused
-AdamW. `fit` does that and checks every loss and gradient before the update, keeps exact sums for its metrics, follows a
-schedule and scores the model. Runs alternate in one process, on one thread. Times are CPU seconds of the process, which
-on one thread are those of the clock but for what other processes take away. For Linux with glibc.
+AdamW. `fit` also checks every loss and gradient before the update, keeps exact sums for its metrics, follows a schedule
+and scores the model. Runs alternate in one process, on one thread. Times are the process's CPU seconds, which on one
+thread equal wall time except for what other processes take. Linux with glibc only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Config:
-    """A benchmark's trial: one epoch of `steps` batches."""
+    """The config of a benchmark trial: one epoch of `steps` batches."""
 
     steps: int
     conv: bool
@@ -44,9 +44,9 @@ class Config:
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-3, clip_norm=1.0, batch_size=32))
 
 
-@functools.lru_cache(maxsize=4)  # drawn once, outside the times compared
+@functools.lru_cache(maxsize=4)  # drawn only once, in the warm-up
 def pictures(config: Config, split: str, ranks: Ranks) -> Samples:
-    """Random pictures with random labels."""
+    """Return random pictures with random labels."""
     samples = config.steps * config.optim.batch_size if split == "train" else 1
     generator = torch.Generator().manual_seed(0)
     image_BCHW = torch.randn(samples, 3, 32, 32, generator=generator)
@@ -55,7 +55,7 @@ def pictures(config: Config, split: str, ranks: Ranks) -> Samples:
 
 
 def network(config: Config) -> nn.Module:
-    """A small conv net, or a perceptron whose steps are short."""
+    """Return a small conv net, or a multilayer perceptron, whose steps are shorter."""
     if not config.conv:
         return nn.Sequential(
             nn.Flatten(), nn.Linear(3072, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, CLASSES)
@@ -95,9 +95,9 @@ def bare_loop(config: Config) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from handing freed memory back: whether it does is luck, worth a fifth of a step either way."""
+    """Stop glibc from returning freed memory to the system; whether it does is chance, worth a fifth of a step."""
     libc = ctypes.CDLL(None)
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h's numbers for them
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     libc.mallopt(trim_threshold, 2**31 - 1)
     libc.mallopt(mmap_threshold, 2**30)
 
@@ -109,10 +109,10 @@ def seconds(loop: Callable[[Config], None], config: Config) -> float:
 
 
 def compare(config: Config, pairs: int) -> str:
-    """Return a row of the table; the first pair warms up and is not counted."""
+    """Time pairs of runs and return a row of the table; the first pair is a warm-up and not counted."""
     timed = []
     for pair in range(pairs + 1):
-        # Each goes first in every other pair, so that neither always finds the caches as the other leaves them.
+        # Alternate the order, so that neither loop always finds the caches as the other left them.
         order = (bare_loop, shared_loop) if pair % 2 else (shared_loop, bare_loop)
         took = {loop: seconds(loop, config) for loop in order}
         timed.append((took[bare_loop], took[shared_loop]))

@@ -1,4 +1,4 @@
-"""mamba-ssm's own reference implementation, which runs anywhere; of the package only Python files are needed."""
+"""Loads mamba-ssm's own reference implementation, which runs anywhere and needs only the package's Python files."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from types import ModuleType
 from torch import Tensor, nn
 
 HOW_TO_GET_IT = "mamba-ssm's Python files are not there: `make .venv/mamba-ssm` installs them, without its kernels"
-NOT_ON_A_CPU = ("causal_conv1d", "mamba_ssm.ops.triton.selective_state_update")  # theirs to do without
+NOT_ON_A_CPU = ("causal_conv1d", "mamba_ssm.ops.triton.selective_state_update")  # optional imports of mamba-ssm
 
 
 @dataclass(frozen=True)
 class Reference:
-    """selective_scan_ref(u, delta, A, B, C, D), and the layer mamba_simple.Mamba, which calls it for its scan."""
+    """selective_scan_ref(u, delta, A, B, C, D), and the layer mamba_simple.Mamba, which uses it as its scan."""
 
     scan: Callable[..., Tensor]
     layer: Callable[..., nn.Module]
 
 
 def load_reference() -> Reference | None:
-    """None where the package is not installed; HOW_TO_GET_IT then says what to do.
+    """Import the reference; return None if the package is not installed (HOW_TO_GET_IT says what to do then).
 
-    It is imported past its __init__, which wants every one of its models, and with nothing in the place of the compiled
-    parts: the reference calls none of them. Afterwards the imported modules are as they were, so that nobody takes
-    this for the kernels.
+    Its __init__, which imports every model, is bypassed, and the compiled parts, which the reference does not call, are
+    replaced by empty modules. Afterwards sys.modules is restored, so that nothing mistakes these for the kernels.
     """
     folder = _folder()
     if folder is None:
@@ -59,14 +58,14 @@ def _theirs(name: str) -> bool:
 
 
 def _replace_theirs(modules: Mapping[str, ModuleType | None]) -> None:
-    """Make these the imported modules of mamba-ssm; the import of one that is None fails."""
+    """Replace all imported modules of mamba-ssm by these; importing one that is None fails."""
     for name in [name for name in sys.modules if _theirs(name)]:
         del sys.modules[name]
     sys.modules.update(modules)  # type: ignore[arg-type]  # None is documented, and typed as if it were not
 
 
 def _folder() -> Path | None:
-    """Where mamba_ssm lies: among the packages (the extra `gpu`), or where the Makefile puts its files."""
+    """Return mamba_ssm's parent folder: site-packages (the extra `gpu`), or where the Makefile puts it; else None."""
     found = importlib.util.find_spec("mamba_ssm")
     if found is not None and found.origin is not None:
         return Path(found.origin).parents[1]

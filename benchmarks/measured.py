@@ -1,4 +1,4 @@
-"""What one search of the toy took, and the figures made of it."""
+"""Measurements of one search of the toy, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SLOTS = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """When a search began and each of its trials ended, and how long each report travelled; all in seconds."""
+    """When a search began and each trial ended (Unix time), and each report's latency; all in seconds."""
 
     began: float
     ends: Sequence[float]
@@ -30,9 +30,10 @@ class Measured:
 
 
 def cost_per_further_trial(ends: Sequence[float], slots: int) -> float:
-    """Slot-seconds per trial, over the later half of the trials in whole rounds of `slots`.
+    """Return slot-seconds per trial, over about the later half of the trials, in whole rounds of `slots` trials.
 
-    Trials end in bunches of `slots`; a window that cut through a bunch would count a round's time for half its trials.
+    Trials end in bunches of `slots`; a window that cut through a bunch would count a round's time for part of its
+    trials. Raises ValueError for fewer than two rounds.
     """
     ends = sorted(ends)
     first = len(ends) // 2 // slots * slots

@@ -1,10 +1,10 @@
-"""How long a divergence holds up its slot: from the first non-finite loss to the beginning of the slot's next trial.
+"""How long a divergence delays its slot: from the first non-finite loss to the start of the slot's next trial.
 
     python benchmarks/next_trial.py [--trials 12] [--workers 1]
 
-A search of `fusion` through the command, on the laptop profile, each trial of which has a NaN at step 20
-(`fusion_nan.py`). In between are the steps begun before the verdict is known, the replay that finds the module, the
-post-mortem's way to the driver, the sampler's next proposal and the group's tidying up.
+Runs a search of `fusion` through launch.py, on the laptop profile; each trial has a NaN at step 20 (`fusion_nan.py`).
+The delay includes the steps begun before the verdict is known, the replay that finds the module, sending the
+post-mortem to the driver, the sampler's next proposal and the group's clean-up.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def search(trials: int, workers: int, folder: Path) -> str:
-    """The events of all ranks, a line each."""
+    """Run the search, and return the logged events of all ranks, one per line."""
     events = folder / "events"
     command = [sys.executable, str(ROOT / "launch.py"), "--space", str(ROOT / "search_spaces/fusion.yaml")]
     command += ["--trials", str(trials), "--results", str(folder), "--name", "run"]
     overrides = ("trainable=fusion_nan:train", "scheduler.name=none", f"resources.workers={workers}")
     command += [word for override in overrides for word in ("--set", override)]
-    # The trainable is found in the working directory, by the driver and by every worker.
+    # Driver and workers find the trainable in the working directory.
     subprocess.run(
         command,
         cwd=Path(__file__).parent,
@@ -41,7 +41,7 @@ def search(trials: int, workers: int, folder: Path) -> str:
 
 
 def lost(events: str) -> list[tuple[float, int]]:
-    """Seconds until the next trial, and the steps begun meanwhile, for every trial of a rank but its last."""
+    """Return, for all but a rank's last trial, the seconds from NaN to the next trial, and steps begun meanwhile."""
     by_rank: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for line in events.splitlines():
         rank, at, event = line.split()
@@ -51,7 +51,7 @@ def lost(events: str) -> list[tuple[float, int]]:
         begins = [i for i, (_, event) in enumerate(told) if event == "begin"]
         for begin, following in pairwise(begins):
             nans = [at for at, event in told[begin:following] if event == "nan"]
-            # The first is the step's own, the last the replay's.
+            # The first NaN is the bad step's own, the last the replay's.
             found.append((told[following][0] - nans[0], len(nans) - 2))
     return found
 

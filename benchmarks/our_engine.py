@@ -1,4 +1,4 @@
-"""The toy tuned by this project's engine, through the command; the figures are read from the results folder."""
+"""Tunes the toy with this project's engine, through launch.py; measurements are read from the results folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPACE = Path(__file__).with_name("toy.yaml")
 
 
 def search(trials: int) -> Measured:
-    """Run `trials` trials on a Ray of their own."""
+    """Run `trials` trials on a Ray instance of their own, and return the measurements."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.time()
         status = launch.main(["--space", str(SPACE), "--trials", str(trials), "--results", folder, "--name", "toy"])

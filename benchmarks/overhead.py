@@ -1,14 +1,14 @@
-"""What a search costs beside the training itself: ours, and the pattern that Ray's own guide documents.
+"""What a search costs besides the training itself: this engine's, and the pattern that Ray's own guide documents.
 
     python benchmarks/overhead.py [--guide-trials 6] [--trials 200]
 
 Both tune benchmarks/toy.py: a linear regression of five epochs, one report each, two trials at a time, one worker per
 trial, Optuna's sampler. Two figures are compared:
 
-cost per further trial   slot-seconds that one more trial takes once the search runs: the wall time between two trial
-                         ends, times the slots, over the trials that ended in between. Start-up is not in it.
-report latency           from the moment metrics leave the training loop until the driver has them; a scheduler cannot
-                         stop a trial any sooner.
+cost per further trial   slot-seconds per additional trial once the search runs: the wall time between two trial ends,
+                         times the slots, over the trials that ended in between. Start-up is excluded.
+report latency           time from metrics leaving the training loop until the driver has them; a scheduler cannot stop
+                         a trial any sooner.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Several trials on one GPU against one at a time: `mabe` on its laptop profile, on a simulated GPU.
+"""Several trials on one GPU compared with one at a time: `mabe` on its laptop profile, on a simulated GPU.
 
     PYTHONPATH=. python benchmarks/packing.py [--slots 4] [--trials 16] [--epochs 2] [--limit-mb 400]
 
-The same settings are trained twice, for so many epochs and without a scheduler: by one slot that has the whole memory,
-and by as many slots as the plan finds room for. Ray is told of a CPU for each slot, whether they exist or not. Trials
-per minute are counted over the later half of the trials, so that the start is not in them. Every tensor of the running
-trials is counted (`packing_tagging.py`), which makes the trials of both searches slower alike.
+The same settings are trained twice, for --epochs epochs without a scheduler: by one slot with the whole memory, and by
+as many slots as the plan finds room for. Ray gets one CPU per slot, whether these exist or not. Trials per minute are
+counted over the later half of the trials, to exclude the start. Every tensor of the running trials is counted
+(`packing_tagging.py`), which slows both searches alike.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Arm:
-    """What a search took."""
+    """One search of the comparison: its trials, and the time they took."""
 
     records: tuple[Record, ...]
     wall_s: float
@@ -60,7 +60,7 @@ def search(space: Space, plan: Plan) -> Arm:
 
 
 def peaks(records: tuple[Record, ...]) -> list[float]:
-    """The most that a trial of each slot took, in MiB."""
+    """Return each slot's peak memory over its trials, in MiB, in ascending order."""
     by_slot: dict[float, float] = {}
     for record in records:
         slot, peak_mb = (record.metrics[name] or 0.0 for name in ("slot", "peak_mb"))
@@ -69,7 +69,7 @@ def peaks(records: tuple[Record, ...]) -> list[float]:
 
 
 def cut(records: tuple[Record, ...]) -> int:
-    """How many trials passed their batch through in parts, because the whole would have gone over the limit."""
+    """Return how many trials split their batch into micro-batches, because the whole would exceed the limit."""
     return sum((record.metrics["micro_batch"] or 0) < record.values["optim.batch_size"] for record in records)
 
 
@@ -86,7 +86,7 @@ def main() -> None:
         "scheduler={name: none}",
         f"resources={{gpus_per_worker: auto, memory_limit_mb: {arguments.limit_mb}}}",
     ]
-    # As the family's module would be found: from the driver's own folder, here and in every worker.
+    # The trainable is imported from this script's folder, here and in every worker.
     space, trainable = load_space(
         ROOT / "search_spaces/mabe.yaml", [*overrides, "trainable=packing_tagging:train"], has_gpu=False
     )

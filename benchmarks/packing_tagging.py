@@ -1,4 +1,4 @@
-"""`trainables.mabe.tagging`, whose reports also say what the running trial has taken of memory."""
+"""`trainables.mabe.tagging`, with the trial's peak memory in its reports."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["Config", "memory_need", "prepare", "train"]
 
 
 def train(trial: Trial) -> Iterator[Report]:
-    """As the family's own; `peak_mb` is the most that weights, optimizer, steps and scoring took at once, in MiB.
+    """As the family's `train`; `peak_mb` is the peak of weights, optimizer, steps and scoring together, in MiB.
 
-    Not in it are the data set, which a GPU does not hold, and the search for the micro-batch: on a GPU an allocation
-    beyond the limit is refused, and here it is made and counted.
+    It excludes the data set, which a GPU does not hold, and the search for the micro-batch: allocations beyond the
+    limit are refused on a GPU, but made and counted here.
     """
     ranks, config = ranks_of(trial), trial.config
     seed_everything(trial.seed, "model")
     network = TASK.model(config)
     splits = {name: TASK.data(config, name, ranks) for name in ("train", "val")}
-    micro_batch_that_fits(Loss(TASK.loss, network, config), splits["train"], trial, ranks)  # found, and kept
+    micro_batch_that_fits(Loss(TASK.loss, network, config), splits["train"], trial, ranks)  # result is cached for `fit`
     reports = fit(replace(TASK, model=lambda _: network, data=lambda _, name, __: splits[name]), trial)
     live = LiveBytes(network)
     while True:

@@ -1,17 +1,17 @@
-"""Step curves as an SVG picture, with nothing but text."""
+"""Draws step curves as an SVG picture, without a plotting library."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 60, 230, 20, 50  # pixels; the legend stands right of the plot
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 60, 230, 20, 50  # pixels; the legend is right of the plot
 COLOURS = ("#0b6e4f", "#d1495b", "#3066be", "#8d6a9f", "#edae49")
-Curve = Sequence[tuple[float, float]]  # (x, y) of each step upwards, in the order of x
+Curve = Sequence[tuple[float, float]]  # (x, y) at each step, in the order of x
 
 
 def steps(curves: Mapping[str, Sequence[Curve]], x_label: str, y_label: str, x_max: float) -> str:
-    """Every curve of a name in that name's colour, from its first step to `x_max`."""
+    """Return an SVG with all curves, each in the colour of its name, from its first step to `x_max`."""
     values = [y for several in curves.values() for curve in several for _, y in curve]
     low, high = min(values), max(values)
     margin = 0.05 * (high - low) or 1.0

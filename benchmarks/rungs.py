@@ -1,12 +1,12 @@
-"""After which epoch a scheduler may judge: how soon the trials of a search stand in the order of their last epoch.
+"""After which epoch a scheduler may judge: how soon a search's trials are ranked as after their last epoch.
 
     python launch.py --space rebuild --set search.sampler=random --set scheduler.name=none --set 'try_first=[]' \\
         --trials 24 --name whole
     PYTHONPATH=. python benchmarks/rungs.py results/whole
 
-For each epoch of the trials that ran to the end: the rank correlation (Spearman's) of their objective with that of the
-last epoch, and how many of the best third a cut in the middle would have kept. Below zero, or near it, halving after
-that epoch does harm: set `scheduler.grace_epochs` later.
+For each epoch of the trials that ran to the end: Spearman's rank correlation of their objective with that of the last
+epoch, and how many of the best third would have been kept by keeping the better half. If the correlation is near or
+below zero, halving after that epoch does harm: set a later `scheduler.grace_epochs`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from search.results import read_results
 
 
 def curves(results: Path) -> list[list[float]]:
-    """What schedulers compare, by trial and epoch, the larger the better; of the trials that ran to the end."""
+    """Return what schedulers compare, by trial and epoch, larger is better, of the trials that ran to the end."""
     space, records = read_results(results)
     objective = space.objectives[0]
     sign = 1.0 if objective.mode == "max" else -1.0

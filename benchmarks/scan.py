@@ -1,10 +1,10 @@
-"""What the selective scan costs on a CPU: ours, and mamba-ssm's reference, at the size of the published network.
+"""What the selective scan costs on a CPU: ours and mamba-ssm's reference, at the size of the published network.
 
     PYTHONPATH=. python benchmarks/scan.py [--repeats 20]
 
-A forward and a backward pass over the same inputs, each implementation in a process of its own, on one thread. The
-reference runs once, for a minute or several; ours runs before and after it, so that a machine which is busy with other
-things is so for both. Peak memory is what the process grew by above its inputs.
+A forward and a backward pass over the same inputs, each implementation in its own process, on one thread. The reference
+runs once, for one or more minutes; ours runs before and after it, so that other load on the machine affects both. Peak
+memory is the process's growth beyond its inputs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BATCH, TOKENS, WIDTH, STATES = 8, 962, 128, 16
 
 @dataclass(frozen=True)
 class Cost:
-    """Of every run, wall seconds; and of them all, the most memory."""
+    """Wall seconds of every run, and the peak memory of them all in MiB."""
 
     forward_s: list[float]
     backward_s: list[float]
@@ -67,7 +67,7 @@ def cost(reference: bool, repeats: int) -> Cost:
         scan = found.scan
     x, forward_s, backward_s = inputs(), [], []
     before_mb = memory_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM, the peak
     for _ in range(repeats):
         began = time.perf_counter()
         y = scan(*x)
@@ -79,7 +79,7 @@ def cost(reference: bool, repeats: int) -> Cost:
 
 
 def memory_mb(entry: str) -> float:
-    """VmRSS, what this process holds now, or VmHWM, the most that it held."""
+    """Return this process's VmRSS, its current memory, or VmHWM, its peak, in MiB."""
     found = re.search(rf"^{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found
     return int(found[1]) / 1024

@@ -1,4 +1,4 @@
-"""The loop that the benchmarks tune: so small that what is measured is everything around it."""
+"""The training loop that the benchmarks tune: so small that they measure everything around it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EPOCHS = 5
 
 
 def linear_regression(lr: float) -> Iterator[dict[str, float]]:
-    """Metrics of each epoch; `sent_at` is the moment they leave the loop, in seconds since the Unix epoch."""
+    """Train, and yield each epoch's metrics; `sent_at` is when they leave the loop, in seconds since the Unix epoch."""
     torch.manual_seed(0)
     inputs = torch.randn(64, 4)
     targets = inputs.sum(dim=1, keepdim=True)

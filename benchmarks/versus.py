@@ -1,15 +1,15 @@
-"""The best score over time of four ways to search one space, each given the same time on the clock.
+"""The best score over time of four ways to search one space, each with the same wall time.
 
     python benchmarks/versus.py [--space rebuild] [--seconds 240] [--seeds 3] [--against random guide chain]
                                 [--plot benchmarks/versus.svg]
 
-* this platform: the space as it is
-* random: settings at random, all trained to the end, on this platform's warm groups
-* the guide's pattern: OptunaSearch over a Ray Train run for each trial (versus_guide.py), ASHA set as in the space
-* the chain: the known settings of the lab notes, one after another, and nothing after them
+* this platform: the space unchanged
+* random: random settings, all trained to the end, on this platform's warm groups
+* the guide's pattern: OptunaSearch with a Ray Train run per trial (versus_guide.py), and ASHA as in the space
+* the chain: only the known settings of the lab notes, in order
 
-A score counts from the moment that a report of it is on the driver, if it keeps the space's constraints. What all of
-them need before the first trial (prepared data, a pre-trained network) is made beforehand and timed for none.
+A score counts from the moment its report reaches the driver, if it satisfies the space's constraints. What all of them
+need before the first trial (prepared data, a pre-trained network) is made beforehand and not timed.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from search.space.file import load_space
 ROOT = Path(__file__).parents[1]
 PLAIN = ("search.sampler=random", "search.survival=false", "scheduler.name=none", "try_first=[]")
 RIVALS = {"random": "random", "guide": "the guide's pattern", "chain": "the chain"}
-MANY = 10_000  # trials; the time ends the search
+MANY = 10_000  # trials; the time budget ends the search before
 Reports = list[tuple[float, Mapping[str, Any]]]  # seconds since the start, and metrics
 
 
 def ours(file: Path, seed: int, seconds: float, overrides: Sequence[str] = (), trials: int = MANY) -> Reports:
-    """A search through the command; the reports are read from its results folder."""
+    """Run a search through launch.py, and return the reports from its results folder, in order of time."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "launch.py"), "--space", str(file), "--seed", str(seed)]
         command += ["--trials", str(trials), "--time-budget", f"{seconds:g}s", "--results", folder, "--name", "run"]
@@ -63,7 +63,7 @@ def guide(file: Path, seed: int, seconds: float) -> Reports:
 
 
 def best_so_far(reports: Reports, space: Space, seconds: float) -> Curve:
-    """Each report within the time and the constraints that is better than all before it."""
+    """Return time and score of each report, within the time and the constraints, that is better than all before it."""
     objective = space.objectives[0]
     sign = 1 if objective.mode == "max" else -1
     curve: list[tuple[float, float]] = []
@@ -79,12 +79,12 @@ def best_so_far(reports: Reports, space: Space, seconds: float) -> Curve:
 
 
 def reached(curve: Curve, score: float, sign: int) -> float | None:
-    """When a curve first was at least as good as `score`, in seconds."""
+    """Return when a curve first was at least as good as `score`, in seconds; None if never."""
     return next((at for at, value in curve if sign * value >= sign * score), None)
 
 
 def table(curves: Mapping[str, Sequence[Curve]], sign: int) -> str:
-    """For each method and seed the final score, and when this platform had reached it."""
+    """Return a Markdown table of each method and seed's final score, and when this platform reached that score."""
     us, *others = curves
     lines = ["| method | seed | trials' best | had by this platform after | had by itself after | times sooner |"]
     lines.append("|---|---|---|---|---|---|")

@@ -1,9 +1,9 @@
-"""A space of ours searched as Ray's guide documents it: a Ray Train run of its own for every trial, OptunaSearch, ASHA.
+"""Searches one of our spaces as Ray's guide documents: a Ray Train run for every trial, OptunaSearch, ASHA.
 
     python benchmarks/versus_guide.py SPACE SEED SECONDS
 
-Prints a line of JSON for each report that reached the driver: its time and metrics. Conditions (`when`) are not kept,
-each trial draws every parameter. For ray 2.60.
+Prints `report` and JSON on a line for each report that reaches the driver: its time and metrics. Conditions (`when`)
+are ignored: each trial draws every parameter. For ray 2.60.
 https://docs.ray.io/en/latest/train/user-guides/hyperparameter-optimization.html
 """
 
@@ -42,7 +42,7 @@ class Listener(ray.tune.Callback):
 
 
 def tune_domain(domain: Domain) -> Any:
-    """The same domain in Tune's words; of those that our spaces use here."""
+    """Convert a domain to Tune's, for the kinds of domain that our spaces use."""
     if isinstance(domain, Choice):
         return ray.tune.choice(list(domain.values))
     assert isinstance(domain, (Real, Integer))
@@ -77,8 +77,8 @@ def search(space: Space, seconds: float) -> None:
         "seed": space.search.seed,
         "searched": {item.name.replace(".", ":"): tune_domain(item.domain) for item in space.parameters},
     }
-    # One CPU for each trial's driver function, one for each worker, and as many again: Tune holds some back for trials
-    # to come, and a worker that needed these would wait for ever.
+    # One CPU for each trial's driver function, one for each worker, and as many again: Tune reserves some for pending
+    # trials, and a worker that needed those would wait forever.
     ray.init(num_cpus=4 * SLOTS, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         ray.tune.Tuner(

@@ -1,1 +1,1 @@
-"""The models and their training loop. Nothing in here knows Ray or the search engine."""
+"""Models, their data and their training loop; independent of Ray and the search engine."""

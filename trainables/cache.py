@@ -1,4 +1,4 @@
-"""Things made once and kept in a folder that all processes of a machine share."""
+"""Files and folders made once and kept in a cache that all processes of a machine share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Stamp = tuple[Path, int, int] | None
 
 
 def cache_folder(chosen: str | None) -> Path:
-    """The folder chosen in the settings, or this project's place in the user's cache folder."""
+    """Return the folder chosen in the settings, or this project's folder in the user's cache."""
     if chosen is not None:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -28,14 +28,14 @@ def cache_folder(chosen: str | None) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; others wait. The kernel lets go when the process ends, however it ends."""
+    """Hold an exclusive lock on the file `path`, waiting for it. The kernel releases it however the process ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def stamp_of(path: Path) -> Stamp:
-    """Another value once the file has been written anew, or a folder's names have changed; None where nothing is."""
+    """Return a value that changes when a file is rewritten or a folder's entries change; None if nothing exists."""
     try:
         status = path.stat()
     except OSError:
@@ -44,16 +44,16 @@ def stamp_of(path: Path) -> Stamp:
 
 
 def unfinished_of(target: Path) -> Path:
-    """Where `target` is being made."""
+    """Return the path at which `target` is being made."""
     return target.with_name(f"{target.name}.unfinished")
 
 
 def make_once(target: Path, make: Callable[[Path], None], resumes: bool = False) -> bool:
-    """Make the file or folder `target` unless it is there; whether this call made it.
+    """Make the file or folder `target` unless it exists; return whether this call made it.
 
-    `make` writes to the path it is given, which becomes `target` when complete. One process makes it while others wait.
-    What a killed process left half-made is removed by the next, for the lock says that nobody is writing it; a `make`
-    that `resumes` finds it in its place.
+    `make` writes to the path it is given, which is renamed to `target` when complete. One process makes it while others
+    wait. What a killed process left unfinished is removed by the next, as the lock shows that nobody is writing it; if
+    `resumes`, an unfinished file is left for `make` to continue.
     """
     if target.exists():
         return False
@@ -72,9 +72,9 @@ def make_once(target: Path, make: Callable[[Path], None], resumes: bool = False)
 
 
 def reserved_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> np.memmap[Any, np.dtype[Any]]:
-    """A new array on disk with all its room taken at once: where it ran out later, the kernel would end the process.
+    """Create a .npy array with all its disk space allocated: if space ran out later, the kernel would kill the process.
 
-    Raises `UserError` where there is too little.
+    Raises `UserError` if there is too little space.
     """
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints of the shared loop: their weights, and the settings that they were trained with."""
+"""Checkpoints of the shared loop: their weights, and the settings they were trained with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainables.contract import State, UserError
 
-# The entry that says by name what the weights depend on for their meaning, as far as their shapes do not show it.
+# The entry with the settings, by name, that the meaning of the weights depends on but their shapes do not reveal.
 SETTINGS = "settings"
 
 Weights = dict[str, Tensor]
@@ -23,14 +23,14 @@ def with_settings(state: Callable[[], State], settings: Mapping[str, Any]) -> St
 
 
 def first_difference(state: State, settings: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """A setting with which a checkpoint was trained and that is another here, and its values there and here."""
+    """Return the first of `settings` that differs in a checkpoint: name, its value there, and here; None if none."""
     theirs = state.get(SETTINGS, {})
     pairs = ((name, theirs.get(name, ours), ours) for name, ours in settings.items())
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
 def read_checkpoint(file: Path, what: str) -> State:
-    """The state in a checkpoint of the shared loop; raises `UserError`, which begins with `what`, where it is none."""
+    """Load a checkpoint of the shared loop; raises a `UserError` that begins with `what` if the file is none."""
     try:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -43,5 +43,5 @@ def read_checkpoint(file: Path, what: str) -> State:
 
 
 def weights_of(state: Mapping[str, Any]) -> Weights:
-    """The network's weights in a state of training: the average over steps where there is one."""
+    """Return the network's weights in a training state, with the EMA's values where there are any."""
     return {**state["model"], **state.get("ema", {})}

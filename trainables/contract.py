@@ -7,18 +7,18 @@ A trainable is a generator. It receives a `Trial`, trains, and yields once per e
             ...
             yield Report({"loss": 0.03}, state=lambda: {"epoch": epoch, "model": model.state_dict()})
 
-It runs without the engine, `for report in train(Trial(config)): ...`, and under plain `torchrun`. A module that
-holds a trainable may also define
+It also runs without the engine, `for report in train(Trial(config)): ...`, and under plain `torchrun`. The module that
+defines a trainable may also define
 
-    Config     a frozen dataclass; `trial.config` is then an instance of it, and the plain dict otherwise
-    prepare    a function of the config, called once on the driver before any worker starts: look at the data, build
-               what all trials share, and raise `UserError` for what a person must mend. A line that it returns, on
-               what the data are and how they are split, stands in every result
+    Config     a frozen dataclass; `trial.config` is then an instance of it, and otherwise a plain dict
+    prepare    a function of the config, called once on the driver before any worker starts: check the data, build
+               what all trials share, and raise `UserError` for anything the user must fix. If it returns a line that
+               describes the data and their split, every result includes that line
     memory_need
-               a function of a trial: the bytes of its device's memory that training takes at its peak, with weights,
-               gradients and the optimizer's state, and with no batch cut up to save memory. Called for some settings
-               before a search whose slots share GPUs (`resources.gpus_per_worker: auto`), on a GPU of its own. `train`
-               then has to keep within `Trial.memory_limit_mb`, its slot's share
+               a function of a trial: the peak device memory of training in bytes, including weights, gradients and
+               optimizer state, with no batch split to save memory. Called for some settings, on a GPU of its own,
+               before a search whose slots share GPUs (`resources.gpus_per_worker: auto`). `train` must then stay
+               within `Trial.memory_limit_mb`, its slot's share
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ State = dict[str, Any]
 
 
 class UserError(ValueError):
-    """A mistake that a person can mend; the message names the place, the value, the rule and the remedy."""
+    """A mistake that the user can fix; the message names the place, the value, the rule and the remedy."""
 
 
 class Diverged(RuntimeError):
     """Training blew up: a loss, a gradient or the objective is no longer finite.
 
-    step: the optimizer step (counted from the start of the trial) that could not be taken; None where unknown.
-    details: whatever else tells how it came about, as JSON has it; kept in the trial's folder as divergence.json.
+    step: the optimizer step (counted from the start of the trial) that could not be taken; None if unknown.
+    details: JSON-serialisable diagnostics, saved in the trial's folder as divergence.json.
     """
 
     def __init__(self, reason: str, step: int | None = None, details: Mapping[str, Any] | None = None) -> None:
@@ -58,17 +58,17 @@ class Diverged(RuntimeError):
 class Report:
     """What a trainable yields after each epoch.
 
-    metrics: numbers by name. Every rank yields, equally often; only those of rank 0 are read.
-    state: returns what `Trial.resume` needs to go on after this epoch. Called on rank 0, if at all, before the
-        generator runs on; a search keeps the last state of every trial, and so calls it after each report. A report
-        without one costs nothing, and a trial goes on from the last that had one.
+    metrics: numbers by name. Every rank must yield the same number of reports; only rank 0's metrics are read.
+    state: returns what `Trial.resume` needs to continue after this epoch. Called on rank 0 only, if at all, before the
+        generator is advanced; a search keeps every trial's last state, and so calls it after each report. A report
+        without a state saves nothing, and a trial resumes from the last report that had one.
     """
 
     metrics: Mapping[str, float]
     state: Callable[[], State] | None = None
 
 
-# PyTorch has a class for CUDA's own allocator alone.
+# PyTorch has an exception class only for its CUDA allocator; these messages mark other out-of-memory RuntimeErrors.
 _NO_MEMORY = (
     "DefaultCPUAllocator",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -81,7 +81,7 @@ _NO_MEMORY = (
 
 
 def memory_error(text: str) -> str | None:
-    """The line of a RuntimeError's text that says that memory ran out; None where none does."""
+    """Return the line of a RuntimeError's message that reports memory exhaustion; None if no line does."""
     return next((line for line in text.splitlines() if any(sign in line for sign in _NO_MEMORY)), None)
 
 
@@ -90,7 +90,7 @@ def _from_torchrun(name: str, otherwise: int) -> Callable[[], int]:
 
 
 def default_device() -> torch.device:
-    """This rank's GPU, or the CPU on a machine without one."""
+    """Return this rank's GPU, or the CPU on a machine without GPUs."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return torch.device("cpu")
@@ -98,16 +98,16 @@ def default_device() -> torch.device:
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting, to be run to its end, as one rank sees it.
+    """One setting, run to its end, as seen by one rank.
 
-    config: the trainable module's `Config`, or a plain dict for a module without one.
+    config: an instance of the trainable module's `Config`, or a plain dict if the module defines none.
     seed: the search's seed, the same for all its trials and on every rank.
-    rank, world_size: this process among those that train together; torchrun's environment unless given.
-    device: where this rank computes. A GPU has its index, also where it was given without one: PyTorch's current GPU.
+    rank, world_size: this process among those that train together; by default from torchrun's environment.
+    device: where this rank computes. A CUDA device given without an index gets that of PyTorch's current GPU.
     resume: the state of the last checkpoint, or None for a fresh start.
-    cache: lives as long as the process, from one trial to the next: data sets, compiled kernels, pre-trained encoders.
-        What is kept must not depend on the searched parameters, or be keyed by them.
-    memory_limit_mb: what a training step may take on this rank, in MiB; None: what the device has.
+    cache: kept for the life of the process, across trials: data sets, compiled kernels, pre-trained encoders. Entries
+        must not depend on searched parameters unless they are keyed by them.
+    memory_limit_mb: the memory a training step may use on this rank, in MiB; None: all that the device has.
     """
 
     config: Any
@@ -120,5 +120,5 @@ class Trial:
     memory_limit_mb: float | None = None
 
     def __post_init__(self) -> None:
-        if self.device.type == "cuda" and self.device.index is None:  # which `torch.cuda.set_device` does not take
+        if self.device.type == "cuda" and self.device.index is None:  # `torch.cuda.set_device` needs an index
             object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))

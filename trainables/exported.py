@@ -1,4 +1,4 @@
-"""A model that `launch.py --export` wrote: its config, read strictly, and the command that predicts with it."""
+"""Models that `launch.py --export` wrote: reading their config strictly, and the command that predicts with them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Config = TypeVar("Config", bound=IsDataclass)
 
 
 def check_settings(folder: Path, state: State, settings: Mapping[str, Any]) -> None:
-    """Raise `UserError` where the model in an exported folder was not trained with these settings."""
+    """Raise `UserError` if the model in an exported folder was not trained with these settings."""
     if (other := first_difference(state, settings)) is not None:
         name, theirs, ours = other
         raise UserError(
@@ -35,7 +35,7 @@ def check_settings(folder: Path, state: State, settings: Mapping[str, Any]) -> N
 
 
 def load_weights(network: nn.Module, state: State, folder: Path) -> None:
-    """Put the weights of an exported folder's checkpoint into its network, or raise `UserError`."""
+    """Load the weights of an exported folder's checkpoint into its network; raises `UserError` if they do not fit."""
     try:
         network.load_state_dict(weights_of(state))
     except (RuntimeError, UserError) as error:
@@ -44,12 +44,12 @@ def load_weights(network: nn.Module, state: State, folder: Path) -> None:
 
 
 def trainable_of(folder: Path) -> Any:
-    """The import path of what trained the model in an exported folder."""
+    """Return the import path of the trainable that trained the model in an exported folder."""
     return _mapping(folder / "origin.yaml").get("trainable")
 
 
 def read_config(path: Path, cls: type[Config]) -> Config:
-    """The config in a file; raises `UserError` for what this version knows nothing of, or takes for something else."""
+    """Read the config in a file; raises `UserError` for values that this version does not know or reads differently."""
     tree = _mapping(path)
     try:
         config = TypeAdapter(cls).validate_python(tree)
@@ -73,7 +73,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _lost(written: Mapping[str, Any], read: Mapping[str, Any]) -> str | None:
-    """The dotted path of a written value that is not among what was read."""
+    """Return the dotted path of the first written value that was not read as written; None if all were."""
     for key, value in written.items():
         found = read.get(key, math.nan)
         if isinstance(value, dict) and isinstance(found, dict):
@@ -85,7 +85,7 @@ def _lost(written: Mapping[str, Any], read: Mapping[str, Any]) -> str | None:
 
 
 def make_room(files: Iterable[Path]) -> None:
-    """Before the long work begins: the folders of these files, none of which may be there."""
+    """Create the folders of these files, before long work begins; raises `UserError` if one of the files exists."""
     for path in files:
         if path.exists():
             raise UserError(f"{path} exists; name another folder")
@@ -102,9 +102,9 @@ def predict_command(
     doc: str | None,
     arguments: Sequence[str] | None,
 ) -> int:
-    """Run `predict` on the model, the data and the folder that the command line names; returns the exit status.
+    """Run `predict` on the model, data and output folder that the command line names; return the exit status.
 
-    predict: returns what was done, in words. data: what the family calls its data, and what they are. doc: its help.
+    predict: returns a message to print. data: the name and help of the data argument. doc: the command's help text.
     """
     parser = argparse.ArgumentParser(prog=f"python -m trainables.{family}.predict", description=doc)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -1,10 +1,10 @@
 """The guard of the training loop: ends a trial in the step in which its training blows up, and says why.
 
-Everything is decided on the device, from values that all ranks share after the gradients' all-reduce, before a weight
-is changed. The host learns of it one step late, so that it never waits for the step it has just queued; no harm is done
-meanwhile, because once `diverged` is true every further step is skipped on the device.
+The verdict is computed on the device before a weight changes, from values that all ranks share after the gradients'
+all-reduce. The host reads it one step late, so that it never waits for the step it has just queued; this is safe,
+because once `diverged` is true the device skips every further step.
 
-Shape suffixes: S the newest steps, at most KEPT of them.
+Shape suffixes: S the newest steps, at most KEPT.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from trainables.resume import Generators, set_generators
 from trainables.samples import Ranks, Samples, Share, on_device
 from trainables.step import Loss, Summed, autocast, backward, divisor_of
 
-KEPT = 50  # steps whose loss and gradient norm a post-mortem shows, and over which the running median is taken
-SETTLED = 10  # steps before the running median means anything
+KEPT = 50  # steps in the running median, and in a post-mortem's history of losses and gradient norms
+SETTLED = 10  # steps before the running median is meaningful
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Step:
-    """What identifies a step, so that it can be run again. `number` counts from the start of the trial.
+    """All that is needed to run a step again. `number` counts from the start of the trial.
 
-    scale: what fp16 multiplied the loss with, a scalar; 1 elsewhere.
+    scale: the fp16 loss scale, a scalar tensor; 1 in other precisions.
     """
 
     number: int
@@ -50,11 +50,11 @@ class Step:
 
 
 class Asked(NamedTuple):
-    """A step whose verdict is on its way to the host, with the losses and gradient norms up to it."""
+    """A step whose verdict is being copied to the host, with the losses and gradient norms up to it."""
 
     step: Step
     diverged: Tensor  # on the host, once `ready`
-    spiked: Tensor  # whether that was by the spike rule
+    spiked: Tensor  # whether the spike rule caused it
     ready: torch.cuda.Event | None
     losses: tuple[Tensor, ...]
     norms: tuple[Tensor, ...]
@@ -62,7 +62,7 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Replay:
-    """Runs a step again on the weights as they are, on every rank for itself."""
+    """Runs a step again with the current weights, on each rank independently."""
 
     loss: Loss
     samples: Samples
@@ -72,7 +72,7 @@ class Replay:
 
     @property
     def scales(self) -> bool:
-        """Whether losses are scaled."""
+        """Whether losses are scaled, as in fp16."""
         return self.optim.precision == "fp16"
 
     def findings(self, step: Step) -> Findings:
@@ -90,14 +90,14 @@ class Replay:
 
         try:
             return examine(self.loss.model, again, whole=self.ranks.size > 1)
-        except Exception as error:  # on one rank perhaps, and the others wait for what it found
+        except Exception as error:  # perhaps on one rank only, while the others wait for its findings
             return Findings(f"running the step again raised {type(error).__name__}: {error}", None, None, None, False)
 
 
 class Guard:
     """Watches every step. Its state is part of a checkpoint, so that a resumed trial is judged as if uninterrupted.
 
-    names: as in `trainables.loop.Task`, of the trial's config.
+    names: `trainables.loop.Task.names`, bound to the trial's config.
     """
 
     def __init__(self, replay: Replay, names: Callable[[Sequence[int]], list[str]]) -> None:
@@ -114,11 +114,11 @@ class Guard:
         self._latest: Asked | None = None
 
     def judge(self, loss: Tensor, norm: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether a step must be skipped, and whether it is an overflow of fp16, which a smaller scale may mend.
+        """Return whether to skip the step, and whether it is an fp16 overflow that a smaller loss scale may cure.
 
-        loss, norm: of the whole batch, the same on every rank. scale: the loss scale, 1 where there is none.
+        loss, norm: the whole batch's loss and gradient norm, the same on every rank. scale: the loss scale, or 1.
         """
-        # A loss that is not finite leaves the gradient finite where `clamp` or `where` have cut it off.
+        # A loss that is not finite may still have a finite gradient, where `clamp` or `where` cuts the gradient off.
         bad = ~(norm.isfinite() & loss.isfinite())
         overflow = bad & loss.isfinite() & (scale > 1)
         blown_up = bad & ~overflow
@@ -130,12 +130,12 @@ class Guard:
             self._spiked = (self._streak >= self._spike.patience) & ~blown_up
             self._diverged = self._diverged | self._spiked
         self._losses.append(loss)
-        # A mended overflow shows as one, also where it left a NaN.
+        # Record an overflow as inf, even if it produced NaN.
         self._norms.append(torch.where(overflow, math.inf, norm))
         return self._diverged | bad, overflow
 
     def follow(self, step: Step) -> None:
-        """Let the verdict on `step` travel to the host; `check` looks at it."""
+        """Start copying the verdict on `step` to the host, where `check` reads it."""
         on_host = self._diverged.to("cpu", non_blocking=True)
         ready = torch.cuda.Event() if self._diverged.is_cuda else None
         if ready is not None:
@@ -143,7 +143,7 @@ class Guard:
         self._asked = self._latest = Asked(step, on_host, self._spiked, ready, tuple(self._losses), tuple(self._norms))
 
     def check(self) -> None:
-        """Raise `Diverged`, with the same reason and post-mortem on every rank, if that was the verdict."""
+        """Raise `Diverged`, with the same reason and post-mortem on every rank, if the followed step diverged."""
         asked, self._asked = self._asked, None
         if asked is None:
             return
@@ -153,7 +153,7 @@ class Guard:
             raise self._post_mortem(asked)
 
     def weights_blown_up(self) -> Diverged:
-        """What to raise where the step that was followed last, healthy itself, has left weights that are not finite."""
+        """Return the error to raise if the last followed step, itself healthy, left weights that are not finite."""
         assert self._latest is not None, "a step comes first"
         step, details = self._latest.step, self._details(self._latest)
         details |= self._told(self._everyones_samples(step))
@@ -171,7 +171,7 @@ class Guard:
         return Diverged(f"{what} not finite at lr {step.lr:.3g}; {findings.sentence}", step.number, details)
 
     def _details(self, asked: Asked) -> dict[str, Any]:
-        """What is known of a step without running it again. Every rank must ask."""
+        """Return what is known of a step without running it again. A collective: every rank must call it."""
         step, sums_T = asked.step, asked.step.summed.sums_T.clone()
         if self._ranks.size > 1:
             dist.all_reduce(sums_T)
@@ -191,15 +191,15 @@ class Guard:
         return f"the loss was {rule}, {loss:.4g} at last,"
 
     def _culprit(self, step: Step) -> tuple[int, Findings, list[int]]:
-        """The first rank on which the step fails when it is run again, what was found there, and its samples."""
+        """Run the step again; return the first rank on which it fails, that rank's findings and its sample indices."""
         everyone = self._everyones((self._ranks.rank, self._replay.findings(step), sample_indices(step)))
         return next((item for item in everyone if item[1].reproduced), everyone[0])
 
     def _told(self, batch: list[int]) -> dict[str, Any]:
-        """Samples by their numbers in the training split and, where the family has names for them, by name."""
+        """Return the samples' indices in the training split and, where the family names them, their names."""
         try:
             names = self._names(batch)
-        except Exception as error:  # a family's, and the trial has diverged whatever its samples are called
+        except Exception as error:  # the family's code failed, but the divergence must still be reported
             names = [f"naming them raised {type(error).__name__}: {error}"]
         return {"batch": batch, "names": names} if names else {"batch": batch}
 
@@ -207,7 +207,7 @@ class Guard:
         return [index for samples in self._everyones(sample_indices(step)) for index in samples]
 
     def _everyones(self, own: T) -> list[T]:
-        """What every rank has, in their order."""
+        """Return every rank's value, in rank order."""
         if self._ranks.size == 1:
             return [own]
         everyone: list[Any] = [None] * self._ranks.size
@@ -215,12 +215,12 @@ class Guard:
         return everyone
 
     def state_dict(self) -> dict[str, Any]:
-        # Numbers and no tensors: that a norm was infinite once is no sign of a state that has blown up.
+        # Numbers, not tensors: a norm that was infinite once does not mean that the state has blown up.
         losses, norms = ([float(value) for value in kept] for kept in (self._losses, self._norms))
         return {"losses": losses, "norms": norms, "streak": self._streak, "settings": self._settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what came before, unless under other settings: another weight of a term is another scale."""
+        """Load the history, unless its settings differ: another weight of a loss term changes the loss's scale."""
         if state.get("settings") != self._settings:
             return
         device = self._replay.device
@@ -230,23 +230,23 @@ class Guard:
 
 
 def _nanmedian(values_S: Tensor) -> Tensor:
-    """As `Tensor.nanmedian`, for which the host would wait."""
+    """As `Tensor.nanmedian`, but without a host synchronisation."""
     sorted_S = values_S.sort().values  # NaN comes last
     middle = ((~sorted_S.isnan()).sum() - 1).clamp(min=0) // 2
     return sorted_S.gather(0, middle.view(1))[0]
 
 
 def _settings_of_loss(config: Any) -> str:
-    """What losses are measured under: all settings but how, and for how long, the weights are optimised."""
+    """Return the settings that determine the loss's scale: all but `optim` and `epochs`."""
     return repr({name: value for name, value in vars(config).items() if name not in ("optim", "epochs")})
 
 
 def sample_indices(step: Step) -> list[int]:
-    """The numbers of this rank's samples."""
+    """Return the indices of this rank's samples in the training split."""
     indices: list[int] = torch.cat(step.share.micros).tolist()
     return indices
 
 
 def readable(value: float) -> float | str:
-    """JSON knows no number that is not finite."""
+    """Return `value`, or its text if it is not finite: JSON has no such numbers."""
     return value if math.isfinite(value) else str(value)

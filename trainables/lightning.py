@@ -3,12 +3,12 @@
     def train(trial: Trial) -> Iterator[Report]:
         yield from fit(trial, MyModule(trial.config["lr"]), MyDataModule(), max_epochs=10)
 
-`Trainer.fit` returns only when training is over, and a trainable must stop after every epoch. So each epoch is a
-`Trainer.fit` of its own, which goes on from the state in which the one before it ended. A trial that is resumed does
-just that, and therefore is the uninterrupted one.
+`Trainer.fit` returns only when training is over, but a trainable must pause after every epoch. So each epoch is its
+own `Trainer.fit`, which continues from the state in which the previous one ended. Resuming a trial does the same, and
+so a resumed trial equals an uninterrupted one.
 
-Nothing is imported from Lightning here: `pytorch_lightning` and `lightning.pytorch` are two copies of one library, and
-the one is taken that the module was written for.
+Nothing is imported from Lightning at the top: `pytorch_lightning` and `lightning.pytorch` are two copies of one
+library, and the one used is that for which the module was written.
 """
 
 from __future__ import annotations
@@ -34,42 +34,42 @@ from trainables.contract import Diverged, Report, State, Trial, UserError
 from trainables.guard import KEPT, readable
 from trainables.resume import seed_everything, seed_from
 
-NEEDED = (2, 6)  # Lightning: what is read and set here of its trainer, partly private, is as that version has it
-SETTLED = ("accelerator", "devices", "num_nodes")  # by the trial, and so by the space's `resources`
-# These change the weights for good when a training ends, and each epoch is one here.
+NEEDED = (2, 6)  # Lightning: the trainer attributes used here, partly private, are that version's
+SETTLED = ("accelerator", "devices", "num_nodes")  # set by the trial, and so by the space's `resources`
+# These change the weights permanently when a training ends, and here each epoch is a training of its own.
 AT_THE_END = ("WeightAveraging", "StochasticWeightAveraging", "ModelPruning")
-# A search keeps checkpoints itself, and a sanity check would come before every epoch.
+# Progress bar, model summary and sanity check would be repeated in every epoch.
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
 
 
 def fit(trial: Trial, module: Any, *data: Any, **settings: Any) -> Iterator[Report]:
-    """Train `module` and yield what it has logged, after every epoch that ends with a validation.
+    """Train `module`; after every epoch that ends with a validation, yield a report of the metrics it logged.
 
-    module: a LightningModule, newly built. Its first weights come from the global generators, which a search has seeded
-        with `trial.seed`; where a trial runs without one, seed them before you build it.
-    data: as `Trainer.fit` takes it after the module: a LightningDataModule, or loaders of training and validation.
-    settings: as `Trainer` takes them. Which devices it uses is settled by the trial; `strategy` counts for several
-        ranks only, "ddp" unless given. Without a `logger` the module has one that keeps nothing.
+    module: a newly built LightningModule. A search seeds the global generators, which initialise it, with `trial.seed`;
+        without a search, seed them before building it.
+    data: the arguments of `Trainer.fit` after the module: a LightningDataModule, or training and validation loaders.
+    settings: arguments of `Trainer`. The trial sets the devices; `strategy` matters with several ranks only, and is
+        "ddp" unless given. Without a `logger` the module gets one that stores nothing.
 
-    A report's state is a Lightning checkpoint. Lightning's hooks run as ever, but those around a whole training
-    (`setup`, `on_fit_start`, `on_train_start`, their counterparts) in every epoch. Raises Diverged on all ranks for the
-    step whose loss or gradient is not finite on one of them, before it changes a weight, and UserError for settings
-    that cannot be.
+    A report's state is a Lightning checkpoint. Lightning's hooks run as usual, except that those around a whole
+    training (`setup`, `on_fit_start`, `on_train_start` and their counterparts) run in every epoch. Raises Diverged on
+    all ranks if a step's loss or gradient is not finite on one of them, before a weight changes, and UserError for
+    settings that cannot be used.
     """
     library = library_of(module)
     watch, epoch_end = _callback(library, Watch), _callback(library, EpochEnd)
     trainer = _trainer(trial, library, trainer_settings(trial, library, [watch, epoch_end], settings))
-    connector = trainer._checkpoint_connector  # what `save_checkpoint` and `ckpt_path` go through, without the file
-    state = copy.deepcopy(trial.resume)  # an optimizer would go on to write into its tensors
+    connector = trainer._checkpoint_connector  # does what `save_checkpoint` and `ckpt_path` do, without a file
+    state = copy.deepcopy(trial.resume)  # an optimizer would keep writing into its tensors
     while True:
         began = state["epoch"] if state else 0
-        seed_everything(trial.seed, began, trial.rank)  # a Lightning checkpoint holds no state of the generators
+        seed_everything(trial.seed, began, trial.rank)  # a Lightning checkpoint holds no generator states
         connector._loaded_checkpoint = epoch_end.given = state or {}
         with _no_global_seed():
             trainer.fit(module, *data)
         epoch_end.restore(trainer)
         if trainer.current_epoch == began or trainer.current_epoch % _epochs_per_report(trainer):
-            return  # there was nothing left to do, or the last epochs end without a validation
+            return  # nothing was left to train, or the last epochs ended without a validation
         state = connector.dump_checkpoint(weights_only=False)
         yield Report({name: float(value) for name, value in trainer.callback_metrics.items()}, lambda: state)
         if trainer.fit_loop.done:
@@ -77,9 +77,12 @@ def fit(trial: Trial, module: Any, *data: Any, **settings: Any) -> Iterator[Repo
 
 
 def library_of(module: Any) -> Any:
-    """The package, `pytorch_lightning` or `lightning.pytorch`, whose LightningModule a module is."""
+    """Return the package, `pytorch_lightning` or `lightning.pytorch`, that defines the module's LightningModule.
+
+    Raises UserError if `module` is no LightningModule, or one of a Lightning before `NEEDED`.
+    """
     for base in type(module).__mro__:
-        package, separator, _ = base.__module__.partition(".core.")  # then `module`; until 1.7 it was `lightning`
+        package, separator, _ = base.__module__.partition(".core.")  # followed by `module`; until 1.7 by `lightning`
         if separator and base.__name__ == "LightningModule":
             library = importlib.import_module(package)
             if tuple(int(part) for part in re.findall(r"\d+", library.__version__)[:2]) < NEEDED:
@@ -97,7 +100,7 @@ def _needed(library: Any) -> str:
 
 
 def trainer_settings(trial: Trial, library: Any, callbacks: list[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the Trainer: what was asked for, where the trial runs, and the callbacks that follow it."""
+    """Return the Trainer's arguments: `settings`, the trial's devices, `callbacks`. Raises UserError on conflicts."""
     for name in SETTLED:
         if name in settings:
             raise UserError(f"{name}={settings[name]!r}: leave it out, the space settles it (resources)")
@@ -117,7 +120,7 @@ def trainer_settings(trial: Trial, library: Any, callbacks: list[Any], settings:
         where["devices"] = [trial.device.index] if gpu else 1
         environment = environments.LightningEnvironment()
     else:
-        # The ranks are there already, in torchrun's environment: Lightning must start none, and join their group.
+        # The ranks already run, in torchrun's environment: Lightning must not start any, but join their group.
         where["devices"] = int(os.environ.get("LOCAL_WORLD_SIZE", trial.world_size))
         where["num_nodes"] = trial.world_size // where["devices"]
         where["strategy"] = settings.get("strategy", "ddp")
@@ -125,9 +128,9 @@ def trainer_settings(trial: Trial, library: Any, callbacks: list[Any], settings:
         if where["devices"] * where["num_nodes"] != trial.world_size:
             raise UserError(f"{trial.world_size} ranks, {where['devices']} of them here: Lightning wants as many each")
     more = {
-        "callbacks": [*_listed(settings.get("callbacks")), *callbacks],  # the last of all to run
+        "callbacks": [*_listed(settings.get("callbacks")), *callbacks],  # ours run last
         "plugins": [*_listed(settings.get("plugins")), environment],
-        "enable_checkpointing": True,  # means `callbacks`; of its own, Lightning adds no other then
+        "enable_checkpointing": True,  # needed for `callbacks`, which are Checkpoints: Lightning then adds none itself
     }
     if settings.get("logger") is None:
         more["logger"] = _no_logger(library, settings.get("default_root_dir") or os.getcwd())
@@ -139,23 +142,23 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _no_logger(library: Any, folder: Any) -> Any:
-    """A logger that keeps nothing, for `self.logger` and for callbacks that will not do without one.
+    """Return a logger that stores nothing, for `self.logger` and for callbacks that require one.
 
-    folder: what the module is told where it asks for the logger's folder, to put things there itself.
+    folder: returned as the logger's folder, in which a module may store things itself.
     """
     loggers: Any = importlib.import_module(f"{library.__name__}.loggers.logger")
 
     class NoLogger(loggers.DummyLogger):
         save_dir = log_dir = os.fspath(folder)
 
-    # An epoch shorter than the interval of logging, of which there is none.
+    # Warns of epochs shorter than the logging interval, which is irrelevant without logging.
     warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
     return NoLogger()
 
 
 def _trainer(trial: Trial, library: Any, settings: Mapping[str, Any]) -> Any:
     class Trainer(library.Trainer):
-        """Whose samplers for several ranks shuffle by the trial's seed, and not by `PL_GLOBAL_SEED`."""
+        """A Trainer whose distributed samplers shuffle by the trial's seed instead of `PL_GLOBAL_SEED`."""
 
         @property
         def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
@@ -167,7 +170,7 @@ def _trainer(trial: Trial, library: Any, settings: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _no_global_seed() -> Iterator[None]:
-    """Under which DDP would seed all ranks alike in every epoch: Lightning's `seed_everything` leaves one behind."""
+    """Hide `PL_GLOBAL_SEED`, set by Lightning's `seed_everything`: DDP would seed all ranks alike in every epoch."""
     seed = os.environ.pop("PL_GLOBAL_SEED", None)
     try:
         yield
@@ -181,16 +184,16 @@ def _epochs_per_report(trainer: Any) -> int:
 
 
 def _callback(library: Any, kind: type) -> Any:
-    """One of Lightning's callbacks, of the class that runs after all others, with the methods of `kind`."""
+    """Return a Lightning callback with the methods of `kind`, as a Checkpoint, because those run after all others."""
     return type(kind.__name__, (kind, library.callbacks.Checkpoint), {})(library)
 
 
 class EpochEnd:
-    """Ends `Trainer.fit` after an epoch with a validation, and sees to it that it began where the last one ended.
+    """Ends `Trainer.fit` after an epoch with a validation, and checks that it started from the state it was given.
 
-    `max_epochs` is what it was until every other callback has run: schedules are laid out by it.
+    `max_epochs` is lowered only after every other callback has run, because schedules are computed from it.
 
-    given: the state that Lightning was given to go on from; empty: none.
+    given: the state that Lightning was given to continue from; empty: none.
     """
 
     def __init__(self, library: Any) -> None:
@@ -219,26 +222,26 @@ class EpochEnd:
 
 
 class Watch:
-    """Ends a trial in the step whose loss or gradient is not finite, on all ranks, before a weight has changed.
+    """Ends a trial on all ranks in the step whose loss or gradient is not finite, before a weight changes.
 
-    It sees what goes through Lightning: each loss before its backward pass; each gradient before it is clipped, with
-    all ranks' parts in it and fp16's scale out of it. Ranks agree on every verdict all the same, since strategies other
-    than DDP leave each with a part. An overflow is left to fp16's scaler for as long as there is a scale to lower.
+    It checks each loss before its backward pass, and each gradient before clipping, reduced over the ranks and without
+    the fp16 loss scale. The ranks still agree on every verdict, because under strategies other than DDP each may hold a
+    part. An overflow is left to the fp16 scaler as long as its scale can be lowered.
     """
 
     def __init__(self, library: Any) -> None:
-        self._losses: deque[float] = deque(maxlen=KEPT)  # of this rank's batches
+        self._losses: deque[float] = deque(maxlen=KEPT)  # this rank's own, one per batch
         self._norms: deque[float] = deque(maxlen=KEPT)
 
     def on_before_backward(self, trainer: Any, module: Any, loss: Tensor) -> None:
         value = float(loss.detach().double().mean())
-        parts = trainer.accumulate_grad_batches if module.automatic_optimization else 1  # by which Lightning divides it
+        parts = trainer.accumulate_grad_batches if module.automatic_optimization else 1  # Lightning's divisor of a loss
         self._losses.append(value * parts / _scale(trainer))
         self._agree(trainer, trainer.optimizers, None if math.isfinite(value) else "the loss")
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Optimizer) -> None:
         scale = _scale(trainer)
-        is_scaled = getattr(optimizer, "_step_supports_amp_scaling", False)  # a fused one unscales in its step
+        is_scaled = getattr(optimizer, "_step_supports_amp_scaling", False)  # a fused optimizer unscales in its step
         norm = gradient_norm(optimizer) / (scale if is_scaled else 1)
         overflow = not math.isfinite(norm) and scale > 1
         self._norms.append(math.inf if overflow else norm)
@@ -250,7 +253,7 @@ class Watch:
             self._agree(trainer, [optimizer], wrong, parameter)
 
     def _agree(self, trainer: Any, optimizers: list[Any], wrong: str | None, parameter: str | None = None) -> None:
-        """Raise Diverged on every rank if something is wrong on one, with what the first such rank knows of it."""
+        """Raise Diverged on every rank if `wrong` is set on any, with the reason and details of the first such rank."""
         if trainer.strategy.reduce_boolean_decision(wrong is None):
             return
         rates = [group.get("lr") for optimizer in optimizers for group in optimizer.param_groups]
@@ -274,18 +277,18 @@ class Watch:
 
 @torch.no_grad()
 def gradient_norm(optimizer: Optimizer) -> float:
-    """The norm of all gradients that an optimizer is about to use."""
+    """Return the norm of all gradients that an optimizer is about to use."""
     found = [_values(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    # In half precision the norm of a sound gradient may overflow.
+    # In half precision the norm of a finite gradient may overflow.
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) if g.dtype == torch.float16 else g for g in found]
     return float(get_total_norm(norms))
 
 
 def culprit(module: Any, optimizer: Optimizer) -> tuple[str | None, bool]:
-    """The parameter, by name, whose gradient spoils the norm of all, and whether it is finite itself.
+    """Return the name of the parameter whose gradient makes the total norm not finite, and whether it is itself finite.
 
-    Of several the last in the module, which as a rule is the first that the backward pass comes to. Where all are
-    finite, and too large to be squared for their norm, the one with the largest.
+    Of several that are not finite, the last in the module, usually the first that the backward pass reaches. If all are
+    finite and only their norm overflows, the one with the largest gradient.
     """
     its = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     named = [(name, p) for name, p in module.named_parameters() if id(p) in its and p.grad is not None]
@@ -301,7 +304,7 @@ def _values(gradient: Tensor) -> Tensor:
 
 
 def _scaler(trainer: Any) -> Any:
-    """What scales the loss for fp16, if anything does."""
+    """Return the fp16 loss scaler, or None."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 

@@ -1,12 +1,12 @@
-"""The training loop that the families share: `fit(task, trial)`, a generator as `trainables.contract` asks for.
+"""The training loop that the families share: `fit(task, trial)`, a generator that satisfies `trainables.contract`.
 
-A family describes itself in a `Task` and its trainable is then
+A family describes itself in a `Task`; its trainable is then
 
     def train(trial: Trial) -> Iterator[Report]:
         yield from fit(TASK, trial)
 
-docs/bring-a-model.md shows one from end to end. A family that does not fit writes its own `train(trial)` and takes what
-it needs from here: there are no hooks.
+docs/bring-a-model.md has a complete example. There are no hooks: a family that this loop does not suit writes its own
+`train(trial)` and reuses functions from here.
 """
 
 from __future__ import annotations
@@ -35,31 +35,30 @@ from trainables.step import Loss, Pairs, autocast, backward, compiled, divisor_o
 
 @dataclass(frozen=True)
 class Task:
-    """A family as the loop sees it: a class of settings, four functions, and five more that it may do without.
+    """A family as the loop sees it: a config class, four required functions and five optional ones.
 
     config: the class of `Trial.config`, a frozen dataclass with the fields `optim: Optim` and `epochs: int`. A search
-        looks for it under the name `Config` in the module of the trainable.
-    model: builds the module, on the CPU, from the seeded global generator. A parameter with `requires_grad` False stays
-        as it is, every other one takes part in every batch; a submodule left in eval mode stays in eval mode.
-    data: opens the split "train" or "val", the whole of it on every rank: the loop shuffles it and divides it. Called
-        anew in every trial; what takes long to load it keeps itself, in a `functools.cache` or on disk. `TensorSamples`
-        will do for tensors in memory.
-    loss: the loss terms of a batch by name, already weighted; their sum is minimised. All terms share one count: the
-        same int, or the very same tensor. An int promises that every sample counts alike, so that each rank knows the
-        total; a tensor (valid tokens, say) is added over the ranks, one small collective per step. Where nothing counts
-        in a whole batch, the sum itself is minimised.
-    score: what is reported of the validation split, each with its own count. The names do not depend on the batch; a
-        score whose count is zero over the whole split is left out.
-    lr_scale: the learning rate of a parameter, by name, as a ratio of `optim.lr`.
+        looks for it under the name `Config` in the trainable's module.
+    model: builds the module on the CPU, drawing from the seeded global generator. A parameter with `requires_grad`
+        False is not trained, every other one must be used in every batch; a submodule left in eval mode stays in it.
+    data: opens the whole split "train" or "val" on every rank; the loop shuffles and divides it. Called in every trial:
+        cache slow loading yourself, with `functools.cache` or on disk. `TensorSamples` suits tensors in memory.
+    loss: returns the weighted loss terms of a batch by name; their sum is minimised. All terms share one count: the
+        same int, or the very same tensor. An int means that every sample counts equally, so that each rank knows the
+        total; a tensor (the number of valid tokens, say) is summed over the ranks, one small collective per step. If
+        the count of a whole batch is zero, the sum itself is minimised.
+    score: returns the validation scores of a batch by name, each with its own count. The names must not depend on the
+        batch; a score whose count is zero over the whole split is omitted.
+    lr_scale: the learning rate of the named parameter, as a ratio of `optim.lr`.
     derived: metrics computed from the whole split's scores, e.g. macro F1. Map a score's name to None to drop it from
         the report.
-    part: the part of the model that a parameter, by name, belongs to; None: none. The norm of each part's gradient in
-        the last step of an epoch is reported as grad_norm_<part>, unless fp16 has skipped that step.
-    names: where a person finds the training samples of these indices, for the post-mortem of a step.
-    saved: which parameters and buffers of the model, by name, a state holds. The others must never change, and `model`
-        must make them the same in every trial: a frozen backbone need not be in every checkpoint.
+    part: the part of the model that the named parameter belongs to, or None. The gradient norm of each part in the
+        last step of an epoch is reported as grad_norm_<part>, unless fp16 skipped that step.
+    names: describes where the training samples with these indices come from, for the post-mortem of a step.
+    saved: whether a checkpoint holds the named parameter or buffer. The others must never change, and `model` must
+        build them identically in every trial: a frozen backbone need not be in every checkpoint.
 
-    `loss` and `score` get the plain module, on several ranks too; they may call any part of it, any number of times.
+    `loss` and `score` get the plain module, even with several ranks; they may call any part of it any number of times.
     """
 
     config: type
@@ -75,10 +74,11 @@ class Task:
 
 
 def fit(task: Task, trial: Trial) -> Iterator[Report]:
-    """Train `task` as `trial` says; yield a report per epoch.
+    """Train `task` with the settings of `trial`; yield one report per epoch.
 
-    Raises `Diverged` for the step whose loss terms or gradient are not finite, on all ranks alike, before that step
-    changes a weight. On a CPU, a trial resumed from a state goes on bit for bit as if it had not stopped.
+    Raises `Diverged` on all ranks if a step's loss or gradient is not finite, before that step changes a weight; also
+    if weights are not finite at the end of an epoch, or by the rule `optim.spike`. Raises torch.OutOfMemoryError if not
+    even one sample fits. On a CPU, a trial resumed from a state continues bit for bit as if uninterrupted.
     """
     config, device, ranks = config_of(task, trial), trial.device, ranks_of(trial)
     optim = config.optim
@@ -118,7 +118,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             summed = backward(loss, batches, share, scaler, autocast(device, optim))
             count = global_count(summed, share, ranks)
 
-            # The gradients are those of the sum, over the ranks (by DDP) and over the batch's size (by `backward`).
+            # Gradients are of the summed loss, divided by the number of ranks (DDP) and the batch size (`backward`).
             divisor, scale = divisor_of(count) / (ranks.size * share.effective), scaler.scale(torch.ones_like(count))
             scaler.unscale_(optimizer)
             norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None]) / divisor
@@ -131,7 +131,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             ema.update()
 
             records.append(StepRecord(summed.sums_T, count, norm, overflow))
-            guard.check()  # the step before this one
+            guard.check()  # the previous step's verdict
             guard.follow(Step(epoch * len(shares) + index, epoch, lr, scale, share, drawn, summed, count))
         guard.check()
         if not get_total_norm(trained.values()).isfinite():
@@ -145,7 +145,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         with evaluating(model, ema):
             scores = evaluate(task, model, val, trial, ranks, micro_batch)
         metrics = joined(metrics, scores)
-        patience.look(metrics)  # which are the same on every rank, as the speed is not
+        patience.look(metrics)  # before `speed` joins them: the others are the same on every rank
         metrics = joined(metrics, speed)
         if patience.improved:
             best.keep(metrics, epoch)
@@ -155,10 +155,10 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
 
 
 def micro_batch_that_fits(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks) -> int:
-    """The most samples that a rank passes through the model at once: as many as memory allows, and as are wanted.
+    """Return the micro-batch: the most samples a rank passes through the model at once, limited by memory.
 
-    Asked once for each shape of model and batch in the life of a process. Raises torch.OutOfMemoryError where not even
-    one sample fits.
+    Probed once per process for each shape of model and batch. Raises torch.OutOfMemoryError if not even one sample
+    fits.
     """
     limit_bytes = None if trial.memory_limit_mb is None else int(trial.memory_limit_mb * MIB)
     if limit_bytes is None and trial.device.type != "cuda":
@@ -168,9 +168,9 @@ def micro_batch_that_fits(loss: Loss, samples: Samples, trial: Trial, ranks: Ran
 
 
 def step_memory(task: Task, trial: Trial) -> int:
-    """The bytes that training takes at its peak, a rank's whole share of a batch at once.
+    """Return the peak memory of training in bytes, with a rank's whole share of a batch passed at once.
 
-    On a GPU that runs out of memory, what it has. One rank is asked for all.
+    If the GPU runs out of memory, returns at least what it had available. Measured on one rank, which stands for all.
     """
     ranks = ranks_of(trial)
     plain = Loss(task.loss, task.model(trial.config), trial.config).to(trial.device)
@@ -183,19 +183,19 @@ def step_memory(task: Task, trial: Trial) -> int:
 
 
 class Probe(NamedTuple):
-    """A training step to be tried for its memory."""
+    """A training step whose memory use is to be probed."""
 
-    step: Callable[[int], object]  # on so many samples
-    share: int  # what a rank would pass through the model at once, were there room
+    step: Callable[[int], object]  # runs forward and backward on this many samples
+    share: int  # samples that a rank would pass through the model at once if memory allowed
     memory: Memory
-    tried: dict[int, Tried]  # by samples, what is known of models and batches of this shape
+    tried: dict[int, Tried]  # outcomes so far for this shape of model and batch, by number of samples
 
 
 def probe_of(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks, limit_bytes: int | None) -> Probe:
     optim = trial.config.optim
     trained_bytes = sum(parameter.nbytes for parameter in loss.parameters() if parameter.requires_grad)
-    # The optimizer's two, one to measure the update by; the shadow; and with several ranks the buckets of DDP, beside
-    # the gradients of the micro-batches before the last.
+    # AdamW's two moments and the copy for `update_ratio`; the EMA shadow; with several ranks DDP's buckets, beside the
+    # gradients of all micro-batches but the last.
     copies = 3 + (optim.ema is not None) + (ranks.size > 1)
     memory = Memory(trial.device, limit_bytes, copies * trained_bytes)
     shape = shape_key(loss, samples[torch.arange(1)], optim.precision, memory, ranks)
@@ -217,7 +217,7 @@ def wanted_share(samples: Samples, trial: Trial, ranks: Ranks) -> int:
 
 
 class StepRecord(NamedTuple):
-    """What an epoch's means need of a step."""
+    """What one step contributes to the means of its epoch."""
 
     sums_T: Tensor
     counted: Tensor
@@ -226,10 +226,10 @@ class StepRecord(NamedTuple):
 
 
 def train_means(terms: Sequence[str], records: Sequence[StepRecord], ranks: Ranks) -> dict[str, float]:
-    """Return the means over samples and over the steps that were taken.
+    """Return an epoch's mean losses (sums over counts) and its mean gradient norm, over the steps not skipped.
 
-    Where fp16 has skipped every step of a short epoch, the losses, which are finite, are those of all, and there is no
-    gradient norm.
+    If fp16 skipped every step of a short epoch, the losses, which are finite, are averaged over all of them and the
+    gradient norm is omitted.
     """
     sums_ST, count_S, norm_S, overflow_S = (torch.stack(column) for column in zip(*records, strict=True))
     none_taken = bool(overflow_S.all())
@@ -250,13 +250,13 @@ def joined(metrics: Mapping[str, float], scores: Mapping[str, float]) -> dict[st
 
 
 def update_ratio(before: Sequence[Tensor], trained: Mapping[str, Tensor]) -> float:
-    """How far a step has moved the weights, relative to their size: about 1e-3 where training is healthy."""
+    """Return the norm of a step's weight update relative to the weights' norm; about 1e-3 in healthy training."""
     moved = [now.detach() - then for now, then in zip(trained.values(), before, strict=True)]
     return float(get_total_norm(moved) / get_total_norm(before).clamp(min=1e-30))
 
 
 def part_norms(part: Callable[[str], str | None], trained: Mapping[str, Tensor], divisor: Tensor) -> dict[str, Tensor]:
-    """The norm of each part's gradient over `divisor`, by the name under which it is reported."""
+    """Return each part's gradient norm, divided by `divisor`, by the name under which it is reported."""
     gradients: dict[str, list[Tensor]] = {}
     for name, parameter in trained.items():
         if parameter.grad is not None and (of := part(name)) is not None:
@@ -265,7 +265,7 @@ def part_norms(part: Callable[[str], str | None], trained: Mapping[str, Tensor],
 
 
 def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """Give every rank the buffers of rank 0 (batch norm's statistics): all score, and resume, the same model."""
+    """Copy rank 0's buffers (batch-norm statistics) to every rank, so that all score and resume the same model."""
     if ranks.size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
@@ -273,7 +273,7 @@ def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module, ema: Ema) -> Iterator[None]:
-    """In eval mode, without gradients, with the shadow for parameters; afterwards each module in its own mode again."""
+    """Evaluate under eval mode, no_grad and the EMA weights; restore the weights and each module's mode on exit."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     ema.swap()
@@ -289,14 +289,15 @@ def evaluating(model: nn.Module, ema: Ema) -> Iterator[None]:
 def evaluate(
     task: Task, model: nn.Module, samples: Samples, trial: Trial, ranks: Ranks, micro_batch: int | None = None
 ) -> dict[str, float]:
-    """Return the scores over all samples of all ranks, without one that nothing counts towards, and what is derived.
+    """Return the scores over all samples of all ranks, and the derived metrics; scores with a zero count are omitted.
 
-    micro_batch: samples that a rank passes through the model at once; None: its share of an effective batch.
+    micro_batch: samples that a rank passes through the model at once; None: `optim.micro_batch`, or without one its
+        share of an effective batch.
     """
     optim, device = trial.config.optim, trial.device
     micro_batch = micro_batch or optim.micro_batch or -(-optim.batch_size // ranks.size)
     share = share_of(torch.arange(len(samples)), ranks, None)
-    (mine,) = share.micros  # cut up unevenly below: in eval mode a sample that is left over is as good as any
+    (mine,) = share.micros  # split unevenly below, which does no harm in eval mode
     totals: dict[str, Tensor] = {}
     for batch in on_device(samples, mine.split(micro_batch), device):
         with autocast(device, optim):
@@ -315,7 +316,7 @@ def evaluate(
 
 
 def as_float64(part: Tensor | float, device: torch.device) -> Tensor:
-    """On the device; a number is written there, as the host would wait for one that is copied."""
+    """Return `part` as a float64 tensor on the device; a number is filled in there, as copying it would sync."""
     if isinstance(part, Tensor):
         return part.to(device, torch.float64)
     return torch.full((), part, dtype=torch.float64, device=device)

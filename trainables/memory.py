@@ -1,7 +1,7 @@
-"""Which micro-batch fits into memory: tried before the first training step, and agreed by all ranks.
+"""Finds the micro-batch that fits into memory, by probe steps before the first training step; all ranks agree on it.
 
-On CUDA the peak is the allocator's. On a CPU an artificial limit is held against an exact count of the bytes in live
-tensors, so that a limit means something on any machine.
+On CUDA the peak is the allocator's. On a CPU the configured limit is compared with an exact count of the bytes in live
+tensors, so that a limit is meaningful on any machine.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from trainables.resume import generators, set_generators
 from trainables.samples import Batch, Ranks
 
 MIB = 2**20
-USABLE = 0.95  # of what a GPU has free: training allocates in another order than a try, and leaves gaps
-NO_ENGINE = "unable to find an engine to execute this computation"  # cuDNN, also where its workspace does not fit
+USABLE = 0.95  # share of a GPU's free memory: training allocates in another order than the probe, and leaves gaps
+NO_ENGINE = "unable to find an engine to execute this computation"  # cuDNN, also when its workspace does not fit
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a rank may use of its device's memory.
+    """How much of its device's memory a rank may use.
 
-    limit_bytes: most bytes in use at once; None: what the GPU has, and no limit at all on a CPU. Set on every rank or
-        on none.
-    reserve_bytes: what training will hold and is not there yet, such as the optimizer's state. The gradients are no
-        part of it: they are in place whenever a step is tried.
+    limit_bytes: most bytes in use at once; None: all of the GPU's free memory, and no limit on a CPU. Must be set on
+        every rank or on none.
+    reserve_bytes: memory that training will hold but that is not yet allocated, such as the optimizer's state.
+        Gradients are not included: they are allocated for every probe step.
     """
 
     device: torch.device
@@ -45,10 +45,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Tried:
-    """What came of a training step on some number of samples; on several ranks, on the worst of them."""
+    """The outcome of a probe step on some number of samples; with several ranks, the worst outcome."""
 
     fits: bool
-    need_bytes: int  # the peak; where memory ran out for real, as far as it came
+    need_bytes: int  # peak; if memory really ran out, the peak until then
     limit_bytes: int
 
 
@@ -57,20 +57,20 @@ def fitting_micro_batch(
 ) -> int:
     """Return how many samples each rank may pass through the model at once: `share`, or a smaller power of two.
 
-    step: runs forward and backward of that many samples through the plain `model`, and drops no gradient. It calls no
-        collective: a rank that runs out of memory would leave the others waiting in it.
+    step: runs forward and backward on that many samples through the plain `model`, and keeps the gradients. It must
+        call no collective: a rank that runs out of memory would leave the others waiting in it.
     share: the most samples a rank would ever pass at once, at least 1, the same on every rank.
-    tried: what earlier probes of the same `shape_key` found, by the number of samples; extended in place. The same on
-        every rank, because only steps whose outcome it does not imply are run, by all ranks together.
+    tried: outcomes of earlier probes with the same `shape_key`, by number of samples; extended in place. Must be equal
+        on all ranks: together they run exactly the steps whose outcome it does not imply.
 
-    On a CPU without a limit no step is run. Every step leaves no trace: see `leaving_no_trace`.
-    Raises torch.OutOfMemoryError, on all ranks alike, where a single sample does not fit. Whatever else `step` raises
-    passes through, on its rank alone.
+    On a CPU without a limit no step is run. Steps leave no trace: see `leaving_no_trace`.
+    Raises torch.OutOfMemoryError on all ranks if a single sample does not fit. Any other exception from `step`
+    propagates, on its rank only.
     """
     if memory.limit_bytes is None and memory.device.type != "cuda":
         return share
     if ranks.size > 1 and not tried:
-        # NCCL takes its buffers with the first collective: they must be there before the first try.
+        # NCCL allocates its buffers in the first collective: they must be in place before the first probe.
         dist.all_reduce(torch.zeros(1, device=memory.device))
     powers_below = [2**exponent for exponent in reversed(range((share - 1).bit_length()))]
     for samples in [share, *powers_below]:
@@ -86,14 +86,14 @@ def fitting_micro_batch(
 
 
 def implied(samples: int, tried: dict[int, Tried]) -> bool | None:
-    """Return whether so many samples fit, as more of them did or fewer did not; None where neither is known."""
+    """Return whether `samples` fit, if as many or more fitted or as many or fewer did not; None if unknown."""
     if any(outcome.fits and samples <= other for other, outcome in tried.items()):
         return True
     return False if any(not outcome.fits and samples >= other for other, outcome in tried.items()) else None
 
 
 def agreed(mine: Tried, ranks: Ranks, device: torch.device) -> Tried:
-    """Return the outcome for all ranks together: it fits where it fits on every one of them."""
+    """Return the outcome for all ranks together: the step fits only if it fits on every rank."""
     if ranks.size == 1:
         return mine
     worst_3 = torch.tensor([mine.fits, -mine.need_bytes, mine.limit_bytes], dtype=torch.int64, device=device)
@@ -103,7 +103,7 @@ def agreed(mine: Tried, ranks: Ranks, device: torch.device) -> Tried:
 
 
 def try_step(model: nn.Module, step: Callable[[int], object], samples: int, memory: Memory) -> Tried:
-    """Run a step on this rank, with gradients and the reserve in place, and leave no trace of it."""
+    """Run a step on this rank with gradients and the reserve allocated; leave no trace, and return the outcome."""
     device, on_cuda = memory.device, memory.device.type == "cuda"
     release(device)
     limit_bytes = memory.limit_bytes
@@ -134,21 +134,21 @@ def try_step(model: nn.Module, step: Callable[[int], object], samples: int, memo
 
 
 def release(device: torch.device) -> None:
-    """Give back the GPU memory no longer used, so that no try depends on what was before it."""
+    """Free unused GPU memory, so that no probe depends on what ran before it."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make, for as long as they live, on top of the model's own.
+    """Counts the bytes of live tensors: the model's own, and those that operators create while the mode is active.
 
-    peak: the most bytes at once, backward passes included; the same on every run, but for reference cycles that hold
-    tensors. Not seen are an operator's own workspace, and tensors that were there before and are not the model's.
+    peak: the most bytes at once, backward passes included; the same on every run, except for reference cycles that
+    hold tensors. Operators' workspaces are not counted, nor are earlier tensors that are not the model's.
     """
 
-    # torch.distributed._tools.mem_tracker, which counts the same, is private, takes a second to import and replaces
-    # methods of PyTorch while it counts.
+    # torch.distributed._tools.mem_tracker counts the same, but is private, takes a second to import and patches
+    # PyTorch's methods while it counts.
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        # A result in an operand's storage is a view of it or written in place: no new memory.
+        # A result that shares an operand's storage is a view or was written in place: no new memory.
         for storage in storages(results) - storages((args, kwargs)):
             self._add(storage.nbytes())
             weakref.finalize(storage, self._add, -storage.nbytes())
@@ -174,7 +174,7 @@ def storages(tree: Any) -> set[torch.UntypedStorage]:
 
 @contextlib.contextmanager
 def leaving_no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put the global random generators and the model's buffers back afterwards, and drop its gradients."""
+    """On exit, restore the global random generators and the model's buffers, and clear its gradients."""
     drawn = generators(device)
     buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.detach().to("cpu", copy=True)) for buffer in model.buffers()]
@@ -182,7 +182,7 @@ def leaving_no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_generators(drawn, device)
-        for current, kept in buffers:  # a module may also assign a new tensor
+        for current, kept in buffers:  # a module may also have assigned a new tensor
             current.update(kept)
         with torch.no_grad():
             for buffer, value in values:
@@ -192,10 +192,11 @@ def leaving_no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def shape_key(model: nn.Module, batch: Batch, precision: str, memory: Memory, ranks: Ranks) -> Hashable:
-    """Return what is equal for trials whose training steps take the same memory, as far as the model shows it.
+    """Return a key that is equal for trials whose training steps take the same memory, as far as the model shows it.
 
-    That is its modules with their plain attributes, its parameters and buffers, the batch but for its size, and what is
-    passed beside them. What a loss or a forward method reads from elsewhere is the caller's to add (`switches`).
+    It consists of the modules with their plain attributes, the parameters and buffers, the batch's shapes except its
+    size, and the other arguments. Settings that a loss or forward method reads elsewhere must be added by the caller
+    (`switches`).
     """
     modules = tuple((name, type(module).__qualname__, attributes(module)) for name, module in model.named_modules())
     tensors = tuple(
@@ -207,9 +208,9 @@ def shape_key(model: nn.Module, batch: Batch, precision: str, memory: Memory, ra
 
 
 def attributes(module: nn.Module) -> Hashable:
-    """Return a module's plain attributes, such as a stride; of a float, only whether it is zero.
+    """Return a module's plain attributes, such as a stride; a float is reduced to whether it is non-zero.
 
-    A rate of dropout decides whether there is a mask, and is searched: not every rate is worth a probe.
+    A dropout rate affects memory only by whether there is a mask, and is often searched: rates need no probe each.
     """
     plain = (int, float, str)
     kept = {
@@ -221,9 +222,9 @@ def attributes(module: nn.Module) -> Hashable:
 
 
 def switches(settings: Any) -> Hashable:
-    """Return what a dataclass of settings may change about a step's memory; of a float, only whether it is zero.
+    """Return the settings in a dataclass that may affect a step's memory; a float is reduced to whether it is non-zero.
 
-    A weight of zero may leave a part of the loss out, and is searched, as a rate of dropout is.
+    Floats such as loss weights and dropout rates are searched, and only zero may switch a part of the step off.
     """
     if is_dataclass(settings):
         return tuple((item.name, switches(getattr(settings, item.name))) for item in fields(settings))

@@ -1,4 +1,4 @@
-"""How a family's parameters are optimised: the settings, the schedules and the optimizer they describe."""
+"""How a family's parameters are optimised: settings, learning-rate schedules and optimizer."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def require(holds: bool, name: str, value: object, rule: str) -> None:
 
 @dataclass(frozen=True)
 class Restarts:
-    """What the schedule "notes" does after the warm-up. Rates are ratios of `Optim.lr` and so scale with it.
+    """The warm restarts of the schedule "notes". Rates are ratios of `Optim.lr`, and so scale with it.
 
-    The defaults are the lab notes' own numbers at lr 1.0e-4; they warm up over 10 epochs.
+    The defaults are the lab notes' own numbers at lr 1.0e-4; the notes warm up over 10 epochs.
     """
 
-    first_epochs: int = 15  # the first decay, from lr to the floor
-    every_epochs: int = 10  # each later decay, from restart_ratio * lr to the floor
+    first_epochs: int = 15  # length of the first decay, from lr to the floor
+    every_epochs: int = 10  # length of each later decay, from restart_ratio * lr to the floor
     restart_ratio: float = 1.25
     floor_ratio: float = 0.025  # where the warm-up starts and every decay ends
 
@@ -46,7 +46,7 @@ class Restarts:
 
 @dataclass(frozen=True)
 class Spike:
-    """When a finite loss ends its trial all the same: above `factor` times its running median for `patience` steps."""
+    """Ends a trial as diverged if its loss exceeds `factor` times its running median for `patience` steps in a row."""
 
     factor: float = 10.0
     patience: int = 5
@@ -58,11 +58,11 @@ class Spike:
 
 @dataclass(frozen=True)
 class Plateau:
-    """Lowers the learning rate when a reported metric stalls, whatever the schedule.
+    """Lowers the learning rate when a reported metric stalls, on top of any schedule.
 
-    As torch's ReduceLROnPlateau with `threshold` 0, where that has 1e-4: any improvement, however small, is a new best.
-    After more than `patience` epochs in a row without one the rate is multiplied by `factor`, down to `floor_ratio` of
-    what the schedule says, and the count of epochs begins anew.
+    As torch's ReduceLROnPlateau, but with `threshold` 0 instead of 1e-4: any improvement, however small, is a new best.
+    After more than `patience` epochs in a row without one, the rate is multiplied by `factor`, but never falls below
+    `floor_ratio` times the schedule's, and the count restarts.
     """
 
     metric: str
@@ -81,7 +81,7 @@ class Plateau:
 class EarlyStop:
     """Ends a trial, as finished, after `patience` epochs in a row without a new best of a reported metric.
 
-    Its last report and its last state are then those of the best epoch, also where its epochs come to their end first.
+    The last report and state are then those of the best epoch, even if the trial runs all its epochs.
     """
 
     metric: str
@@ -94,19 +94,20 @@ class EarlyStop:
 
 @dataclass(frozen=True)
 class Optim:
-    """How a trial is optimised: AdamW, with what the searches of every family have in common.
+    """The AdamW settings of a trial, which all families share.
 
-    lr: the highest rate of the schedules "constant" and "cosine"; a parameter's own is `Task.lr_scale` times this.
-    clip_norm: largest norm of the whole gradient, over all parameters and ranks; None: no limit.
-    batch_size: the EFFECTIVE batch, samples per optimizer step over all ranks and micro-batches.
+    lr: the peak rate of the schedules "constant" and "cosine"; a parameter's own rate is `Task.lr_scale` times this.
+    clip_norm: largest norm of the whole gradient, over all parameters and ranks; None: no clipping.
+    batch_size: the EFFECTIVE batch: samples per optimizer step over all ranks and micro-batches.
     micro_batch: most samples that one rank passes through the model at once; None: its whole share of the batch.
-    schedule: "constant"; "cosine" to zero at the last epoch; "notes", the lab notes' cosine with `restarts`, one rate
-        for a whole epoch. All of them start with a warm-up: linear, or half a cosine in "notes".
-    compile: the training step goes through torch.compile, anew for every trial: it pays where trials are long.
-    ema: decay per step of a shadow of the parameters. Scores are then those of the shadow; a checkpoint holds both.
-    spike: ends a trial as diverged while its loss is still finite; None: only what is not finite does.
-    plateau: lowers the rate when a metric stalls; None: the schedule alone decides.
-    early_stop: ends a trial when a metric stalls, with its best epoch; None: it runs all its epochs.
+    schedule: "constant"; "cosine", to zero at the last epoch; "notes", the lab notes' cosine with `restarts`, constant
+        within each epoch. All start with a warm-up: linear, or half a cosine in "notes".
+    compile: run the training step through torch.compile, anew for every trial; pays off in long trials.
+    ema: decay per step of an exponential moving average (EMA) of the parameters; None: no EMA. Scores are then the
+        EMA's; a checkpoint holds both.
+    spike: ends a trial as diverged while its loss is still finite; None: only values that are not finite do.
+    plateau: lowers the rate when a metric stalls; None: only the schedule sets the rate.
+    early_stop: ends a trial when a metric stalls, with its best epoch; None: run all epochs.
     """
 
     lr: float = 1.0e-4
@@ -144,7 +145,7 @@ class Optim:
 
 
 def lr_factor(optim: Optim, epoch: float, epochs: int) -> float:
-    """Return the learning rate as a ratio of `optim.lr`, `epoch` epochs after the start of a trial of `epochs`."""
+    """Return the learning rate as a ratio of `optim.lr`, after `epoch` (fractional) of a trial's `epochs` epochs."""
     warmup = optim.warmup_epochs
     if optim.schedule == "notes":
         return _notes_factor(optim.restarts, warmup, math.floor(epoch))
@@ -171,29 +172,29 @@ def _half_cosine(start: float, end: float, progress: float) -> float:
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW whose `load_state_dict` matches state by parameter name.
 
-    It keeps this optimizer's own groups and hyperparameters, because a trial may continue from another trial's
-    checkpoint (population-based training).
+    It keeps its own groups and hyperparameters, because a trial may continue from another trial's checkpoint
+    (population-based training).
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what is known of each parameter, by name; one that was not trained there begins anew."""
+        """Load each parameter's state by name; a parameter without saved state starts afresh."""
         known = {name: state_dict["state"].get(i) for i, name in enumerate(_names(state_dict))}
         own = self.state_dict()
         taken = {i: known[name] for i, name in enumerate(_names(own)) if known.get(name) is not None}
         super().load_state_dict({"state": taken, "param_groups": own["param_groups"]})
-        for parameter, held in self.state.items():  # which may have been laid out otherwise (channels last)
+        for parameter, held in self.state.items():  # saved with another memory layout, perhaps (channels last)
             for key, value in held.items():
                 if value.shape == parameter.shape and value.stride() != parameter.stride():
                     held[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _names(state_dict: Mapping[str, Any]) -> list[str]:
-    """The parameters in the order in which a state counts them."""
+    """Return the parameter names in the order in which the state dict numbers them."""
     return [name for group in state_dict["param_groups"] for name in group["param_names"]]
 
 
 def adamw(trained: Mapping[str, nn.Parameter], lr_scale: Callable[[str], float], optim: Optim) -> AdamW:
-    """Return fused AdamW over these parameters, one group for each ratio of the learning rate (its "lr_scale")."""
+    """Return fused AdamW over these parameters, with one group for each learning-rate ratio (its "lr_scale")."""
     groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in trained.items():
         ratio = float(lr_scale(name))
@@ -208,22 +209,22 @@ def adamw(trained: Mapping[str, nn.Parameter], lr_scale: Callable[[str], float],
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its own ratio of `lr`."""
+    """Set every group's learning rate to its "lr_scale" times `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def clip_divisor(norm: Tensor, clip_norm: float | None) -> Tensor:
-    """Return what a gradient of this norm is divided by, as `torch.nn.utils.clip_grad_norm_` has it."""
+    """Return the divisor that clips a gradient of this norm, as `torch.nn.utils.clip_grad_norm_` does."""
     if clip_norm is None:
         return torch.ones_like(norm)
     return ((norm + 1e-6) / clip_norm).clamp(min=1.0)
 
 
 def fused_step(optimizer: torch.optim.AdamW, divisor: Tensor, skip: Tensor) -> None:
-    """Step with the gradients over `divisor`, or change nothing at all where `skip` is true.
+    """Step with the gradients divided by `divisor`, or change nothing if `skip` is true.
 
-    Both stay on the device: the fused kernel reads them itself, through the attributes made for `GradScaler`.
+    Both stay on the device: the fused kernel reads them from the attributes that `GradScaler` uses.
     """
     optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
     optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
@@ -231,7 +232,7 @@ def fused_step(optimizer: torch.optim.AdamW, divisor: Tensor, skip: Tensor) -> N
 
 
 class Ema:
-    """A shadow of the parameters that follows them with a decay per step; nothing at all when the decay is None."""
+    """An exponential moving average (the shadow) of the parameters, with a decay per step; None: keeps no shadow."""
 
     def __init__(self, trained: Mapping[str, nn.Parameter], decay: float | None) -> None:
         self._trained = dict(trained) if decay is not None else {}
@@ -239,13 +240,13 @@ class Ema:
         self._follow = get_ema_multi_avg_fn(decay or 0.0)
 
     def update(self) -> None:
-        """Move the shadow towards the parameters as they are now."""
+        """Move the shadow towards the current parameters."""
         if self._shadow:
-            self._follow(list(self._shadow.values()), list(self._trained.values()), 0)  # 0: a count it does not use
+            self._follow(list(self._shadow.values()), list(self._trained.values()), 0)  # 0: a count that is not used
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the parameters and their shadow; a second call puts them back."""
+        """Exchange the parameters and their shadow; a second call restores both."""
         for name, parameter in self._trained.items():
             kept = parameter.clone()
             parameter.copy_(self._shadow[name])
@@ -255,7 +256,7 @@ class Ema:
         return dict(self._shadow)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load after the parameters: the shadow of one that had none begins where it stands."""
+        """Load the shadow; call after loading the parameters, whose values stand in for a missing shadow."""
         for name, shadow in self._shadow.items():
             shadow.copy_(state.get(name, self._trained[name].detach()))
 
@@ -263,27 +264,27 @@ class Ema:
 class Patience:
     """Counts the epochs without a new best for `Optim.plateau` and `Optim.early_stop`.
 
-    Its state is part of a checkpoint. Validation scores are the same on every rank, and so is what follows from them.
+    Its state is part of a checkpoint. All ranks decide alike, because validation scores are the same on every rank.
     """
 
     def __init__(self, optim: Optim) -> None:
         self._plateau, self._early_stop = optim.plateau, optim.early_stop
         self._best = {"plateau": -math.inf, "early_stop": -math.inf}
         self._waited = {"plateau": 0, "early_stop": 0}
-        self.lr_ratio = 1.0  # what the schedule's rate is multiplied by
+        self.lr_ratio = 1.0  # factor on the schedule's rate
 
     @property
     def over(self) -> bool:
-        """Whether the trial has waited long enough for a better score."""
+        """Whether early stopping ends the trial."""
         return self._early_stop is not None and self._waited["early_stop"] >= self._early_stop.patience
 
     @property
     def improved(self) -> bool:
-        """Whether the last report is the best that early stopping has seen."""
+        """Whether the last report is early stopping's best so far."""
         return self._early_stop is not None and self._waited["early_stop"] == 0
 
     def look(self, metrics: Mapping[str, float]) -> None:
-        """Take note of an epoch's report; raises `UserError` where it lacks the metric that is waited for."""
+        """Record an epoch's metrics; raises `UserError` if they lack the metric of a rule."""
         for name, rule in (("plateau", self._plateau), ("early_stop", self._early_stop)):
             if rule is None:
                 continue

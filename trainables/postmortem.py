@@ -1,6 +1,6 @@
-"""The post-mortem of a training step: which module's output or gradient was first not finite.
+"""The post-mortem of a training step: finds the module whose output or gradient was first not finite.
 
-A step that failed is run once more under hooks, so that the steps that do not fail pay nothing.
+A failed step is run again under hooks, so that healthy steps cost nothing extra.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch.utils.hooks import RemovableHandle
 
 @dataclass(frozen=True)
 class Findings:
-    """What was first not finite in a step. Modules are named as `nn.Module.named_modules` does: "" is the model itself.
+    """What was first not finite in a step. Modules are named as in `nn.Module.named_modules`: "" is the model itself.
 
-    sentence: the findings in words, for a person.
-    module: the innermost one in whose forward pass such a value first appeared, from nothing but finite ones. None if
-        there is none, or if it comes from outside the model: from the batch or from the loss function.
-    gradient_module: the same for the backward pass. None after a bad forward pass, which spoils gradients anywhere.
-    parameter: the first whose gradient was not finite, in the order in which gradients arrive; where all are finite and
-        too large to be squared for their norm, the one with the largest.
-    reproduced: whether anything was not finite.
+    sentence: the findings in words, for people to read.
+    module: the innermost module whose forward pass first produced a value that is not finite, from finite inputs. None
+        if there is none, or if the value came from outside the model: from the batch or the loss function.
+    gradient_module: the same for the backward pass. None after a bad forward pass, which spoils gradients everywhere.
+    parameter: the first whose gradient was not finite, in the order in which gradients arrive; if all are finite but
+        their norm overflows, the one with the largest gradient.
+    reproduced: whether running the step again gave anything that is not finite.
     """
 
     sentence: str
@@ -41,16 +41,16 @@ class Findings:
 
 
 def examine(module: nn.Module, replay: Callable[[Witness], object], whole: bool = False) -> Findings:
-    """Run a step again, as far as is needed, and return what in it was first not finite.
+    """Run a step again, as far as needed, and return what in it was first not finite.
 
-    replay: runs forward and backward through `module` or through any of its submodules, in any order, for one or for
-        several micro-batches. It sets the random generators itself, and shows the witness each batch before anything is
-        computed from it, and each loss before it goes backward from it. It is broken off, by an exception of ours, when
-        what is sought has been found.
-    whole: it is not broken off. Other ranks, where nothing may be found, run it too, and may wait for this one in it.
+    replay: runs forward and backward through `module` or any of its submodules, in any order, for one or more
+        micro-batches. It sets the random generators itself, and shows the witness each batch before computing with it
+        and each loss before its backward pass. An internal exception interrupts it once nothing more can be learnt.
+    whole: never interrupt `replay`. Needed with several ranks: others run it too, may find nothing in it, and may wait
+        for this one inside it.
 
-    Gradients are cleared before and after; buffers are put back. What `replay` raises is raised. A constant made of 0
-    and -inf is a mask and counts as finite; so does an -inf that a module takes in and turns into something finite.
+    Gradients are cleared before and after, and buffers restored. Exceptions raised by `replay` propagate. A constant of
+    only 0 and -inf is a mask and counts as finite; so does a -inf input that a module turns into finite output.
     """
     witness = Witness(module, whole)
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
@@ -72,39 +72,39 @@ def examine(module: nn.Module, replay: Callable[[Witness], object], whole: bool 
 
 
 class _Found(Exception):
-    """Both an event and a parameter have been seen: nothing that is still to come can change the findings."""
+    """An event and a parameter have both been found: nothing later in the step can change the findings."""
 
 
 class _Event(NamedTuple):
     module: str | None  # None: outside the model
     sentence: str
     backward: bool = False
-    masking: bool = False  # nothing but -inf, perhaps on purpose
+    masking: bool = False  # only -inf was seen, perhaps a mask
 
 
 class Witness:
-    """Sees a step as it runs.
+    """Watches a step as it runs, through hooks on modules, parameters and autograd nodes.
 
-    Gradients are watched at the nodes of the autograd graph. A hook on a tensor sees the sum of what all its consumers
-    send back, and so would accuse every module that shares an input with the one to blame.
+    Gradients are watched at autograd nodes because a tensor hook sees the sum of the gradients from all consumers, and
+    so would blame every module that shares an input with the culprit.
     """
 
     def __init__(self, model: nn.Module, whole: bool) -> None:
         self.model, self.whole = model, whole
         self.handles: list[RemovableHandle] = []
-        self.running: list[tuple[str, _Event | None]] = []  # each with what was known when its forward began
+        self.running: list[tuple[str, _Event | None]] = []  # modules in their forward, each with `first` as it began
         self.nodes: set[Node] = set()
-        self.outermost: set[Node] = set()  # those that gradients reach from outside the model
-        self.not_finite: list[str] = []  # of the batch at hand
+        self.outermost: set[Node] = set()  # nodes that gradients reach from outside the model
+        self.not_finite: list[str] = []  # names of the current batch's tensors that are not finite
         self.first: _Event | None = None
         self.parameter: str | None = None
 
     def watch(self) -> None:
         for name, part in self.model.named_modules():
-            # First of the hooks before and last of those after: what others do counts as done by the module.
+            # Run first of the pre-hooks and last of the forward hooks: what other hooks do counts as the module's.
             on_enter, on_exit = partial(self.on_enter, name), partial(self.on_exit, name)
             self.handles.append(part.register_forward_pre_hook(on_enter, prepend=True, with_kwargs=True))
-            # Always: a call that raises has ended too. Activation checkpointing ends its calls like that.
+            # always_call, because a call that raises has ended too. Activation checkpointing ends its calls like that.
             self.handles.append(part.register_forward_hook(on_exit, always_call=True))
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -119,7 +119,7 @@ class Witness:
             self.note(None, "the loss, outside the model,")
 
     def see_gradients(self) -> None:
-        """Of gradients that are all finite while their norm is not, name the largest."""
+        """If all gradients are finite but their norm is not, name the parameter with the largest gradient."""
         gradients = {name: x.grad for name, x in self.model.named_parameters() if x.grad is not None}
         if self.first is None and self.parameter is None and not get_total_norm(gradients.values()).isfinite():
             self.parameter = max(gradients, key=lambda name: float(gradients[name].abs().max()))
@@ -127,7 +127,7 @@ class Witness:
             self.first = _Event(None, sentence)
 
     def note(self, module: str | None, subject: str, backward: bool = False, masking: bool = False) -> None:
-        """Keep what was first not finite; of what is so outside the model, the batch itself may have been before it."""
+        """Keep the first event; one from outside the model is put down to the batch if that is not finite."""
         sentence = f"{subject} was first not finite"
         if module is None and self.not_finite:
             names = " and ".join(self.not_finite)
@@ -170,7 +170,7 @@ class Witness:
             self.first = before
 
     def own(self, module: str | None, tensors: Iterable[Tensor]) -> None:
-        """Watch the nodes behind these tensors; those not yet known were made by `module`."""
+        """Hook the autograd nodes behind these tensors; nodes not yet seen are attributed to `module`."""
         nodes = _nodes(tensors)
         while nodes:
             node = nodes.pop()
@@ -183,12 +183,12 @@ class Witness:
         if self.first:
             return
         came_finite = _all_finite(received)
-        # What is sent to an input that needs no gradient goes nowhere.
+        # A gradient sent to an input that needs none is discarded.
         used = [x for x, (behind, _) in zip(sent, node.next_functions, strict=False) if behind]
         if came_finite and _all_finite(used):
             return
         subject = f"the gradient in {self.spoken(module or '')}"
-        # A watched node that sent it would have been seen to: it is from outside, or a sum, or of a tensor's own hook.
+        # Had a watched node sent it, the event would be noted: it is from outside, a sum, or from a tensor's own hook.
         if module is None or (not came_finite and node in self.outermost):
             module, subject = None, "the gradient that the loss function passed to the model"
         self.note(module, subject, backward=True)
@@ -208,7 +208,7 @@ class Witness:
 
 
 def _tensors(value: object) -> list[Tensor]:
-    """The tensors that can be other than finite, in nested containers and dataclasses."""
+    """Return the floating-point and complex tensors in nested containers and dataclasses."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() or value.is_complex() else []
     if dataclasses.is_dataclass(value):
@@ -226,7 +226,7 @@ def _all_finite(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def _wrong(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Those that are not finite, but for constant masks."""
+    """Return the tensors that are not finite, except constant masks."""
     return [x for x in tensors if not _all_finite([x]) and (x.requires_grad or not _is_mask(x))]
 
 

@@ -1,6 +1,6 @@
-"""Seeds and states: why a resumed trial is the uninterrupted one, and a repeated trial the first.
+"""Seeds and states, by which a resumed trial equals an uninterrupted one, and a repeated trial the first.
 
-The global generators are seeded anew for every epoch from what identifies it, so a state holds no generator's.
+The global generators are reseeded for every epoch from what identifies it, so a state needs no generator states.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from trainables.optim import require
 
 
 def seed_from(*parts: int | str) -> int:
-    """Return a seed of 63 bits that depends on every part, the same on every machine."""
+    """Return a 63-bit seed derived from all parts, the same on every machine."""
     return random.Random("/".join(map(str, parts))).getrandbits(63)
 
 
 def seed_everything(*parts: int | str) -> None:
-    """Seed the global generators of Python, NumPy and PyTorch (CPU and GPU) from the parts."""
+    """Seed the global generators of Python, NumPy and PyTorch (CPU and GPU) with `seed_from(*parts)`."""
     seed = seed_from(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -31,7 +31,7 @@ def seed_everything(*parts: int | str) -> None:
 
 
 class Generators(NamedTuple):
-    """Where the generators that `seed_everything` seeds stand; of GPUs, that of one device."""
+    """States of the generators that `seed_everything` seeds; of the GPU generators, one device's."""
 
     python: tuple[Any, ...]
     numpy: dict[str, Any]
@@ -40,7 +40,7 @@ class Generators(NamedTuple):
 
 
 def generators(device: torch.device) -> Generators:
-    """Where they stand. Asked in every step: it takes 0.06 ms, most of it NumPy's."""
+    """Return the global generators' states. Called in every step: takes 0.06 ms, most of it NumPy's."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return Generators(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda)
 
@@ -54,27 +54,28 @@ def set_generators(states: Generators, device: torch.device) -> None:
 
 
 def state_of(parts: Mapping[str, Any], epoch: int) -> State:
-    """Return the states of the parts after an epoch, as copies that `torch.load(weights_only=True)` reads."""
+    """Return the parts' states after an epoch, as CPU copies that `torch.load(weights_only=True)` can read."""
     return {"epoch": epoch, **{name: on_cpu(part.state_dict()) for name, part in parts.items()}}
 
 
 def restore(parts: Mapping[str, Any], state: State | None) -> int:
-    """Load the parts from a state, if there is one, and return the epoch to go on with."""
+    """Load the parts from a state, if there is one, and return the epoch to continue with."""
     if state is None:
         return 0
     for name, part in parts.items():
         saved = state.get(name)
-        # Of a trial with other settings, whose state another takes over: one that scales no loss has nothing to say of
-        # a scale, one that never stops early no best epoch.
+        # The state may be from a trial with other settings: without fp16 its scaler state is empty, without early
+        # stopping it has no best epoch.
         if saved is not None and (saved or not isinstance(part, torch.amp.GradScaler)):
-            part.load_state_dict(on_cpu(saved))  # a copy: an optimizer would go on to write into the state's tensors
+            part.load_state_dict(on_cpu(saved))  # a copy: an optimizer would keep writing into the state's tensors
     return int(state["epoch"]) + 1
 
 
 class StoredModel:
-    """A model as a state holds it: those of its parameters and buffers whose names `saved` picks.
+    """The part of a model that a state holds: the parameters and buffers for whose names `saved` is true.
 
-    Each of them must be in a state that is loaded. The others stay as they are, unless it holds them as well.
+    A loaded state must contain all of these. The others are left unchanged, unless the state contains them too.
+    Raises UserError if `saved` is false for a trained parameter.
     """
 
     def __init__(self, model: nn.Module, saved: Callable[[str], bool]) -> None:
@@ -92,9 +93,9 @@ class StoredModel:
 
 
 class Best:
-    """The metrics and the weights of the best epoch, with which a trial ends that stops when no better one comes.
+    """Keeps the metrics and weights of the best epoch, with which a trial with early stopping ends.
 
-    weights: the parts of a state that score.
+    weights: the parts of a state that determine the scores.
     """
 
     def __init__(self, weights: Mapping[str, Any]) -> None:
@@ -102,14 +103,14 @@ class Best:
         self._kept: dict[str, Any] = {}
 
     def keep(self, metrics: Mapping[str, float], epoch: int) -> None:
-        """Take the epoch that has just been scored for the best so far."""
+        """Keep the epoch just scored as the best so far."""
         weights = {name: on_cpu(part.state_dict()) for name, part in self._weights.items()}
         self._kept = {"metrics": {**metrics, "best_epoch": epoch + 1}, "weights": weights}
 
     def in_place_of(self, last: Report) -> Report:
-        """The last report, as that of the best epoch; all else in its state stays, so that nothing follows it."""
+        """Return `last` with the best epoch's metrics and weights; the rest of its state stays: the trial is over."""
         state, kept = last.state, self._kept
-        if not kept or state is None:  # the metric that is waited for was never a number
+        if not kept or state is None:  # nothing was kept: the metric was never a number
             return last
         return Report(kept["metrics"], state=lambda: {**state(), **kept["weights"]})
 

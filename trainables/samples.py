@@ -1,4 +1,4 @@
-"""Samples, gathered by index, and how a batch of them is divided over ranks and micro-batches."""
+"""Samples, gathered by index, and the division of batches over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together."""
+    """This process's rank, and the number of processes that train together."""
 
     rank: int = 0
     size: int = 1
@@ -36,19 +36,22 @@ def ranks_of(trial: Trial) -> Ranks:
 class Samples(Protocol):
     """A split of a data set, gathered by index. It must not draw from the global random generators.
 
-    On a GPU the next batch is gathered by another thread while the present one computes.
+    When training on a GPU, another thread gathers the next batch during the current step.
     """
 
     def __len__(self) -> int:
-        """The number of samples, over all ranks."""
+        """Return the number of samples, over all ranks."""
 
     def __getitem__(self, indices: Tensor) -> Batch:
-        """The samples of these indices (int64), as CPU tensors with the samples along the first axis."""
+        """Return the samples with these indices (int64), as CPU tensors with the samples along the first axis."""
 
 
 @dataclass(frozen=True)
 class TensorSamples:
-    """Samples that lie in memory: tensors on the CPU, by name, with the samples along the first axis."""
+    """Samples held in memory: CPU tensors by name, with the samples along the first axis.
+
+    Raises UserError if there is no tensor or if they hold different numbers of samples.
+    """
 
     tensors: Mapping[str, Tensor]
 
@@ -68,9 +71,9 @@ class TensorSamples:
 class Share:
     """One rank's part of an effective batch."""
 
-    micros: tuple[Tensor, ...]  # the indices of its samples, micro-batch by micro-batch
-    effective: int  # samples of the batch over all ranks
-    weight: float  # 0 for a rank without a sample: it passes another's through, because the collectives need everyone
+    micros: tuple[Tensor, ...]  # indices of the rank's samples, one tensor per micro-batch
+    effective: int  # samples in the batch over all ranks
+    weight: float  # 0 for a rank without samples: it runs another rank's, because collectives need every rank; else 1
 
     @property
     def size(self) -> int:
@@ -78,10 +81,10 @@ class Share:
 
 
 def share_of(batch: Tensor, ranks: Ranks, micro_batch: int | None) -> Share:
-    """Return this rank's share of the samples `batch`: every size-th of them.
+    """Return this rank's share of the sample indices `batch`: every `ranks.size`-th one.
 
-    In as few micro-batches of at most `micro_batch` as it takes, of even sizes: batch norm, and a loss that compares
-    samples, would make as much of a lone one that is left over as of a whole micro-batch.
+    The share is split into the fewest micro-batches of at most `micro_batch` samples, of even sizes: batch norm, and a
+    loss that compares samples, would give a lone leftover sample as much weight as a whole micro-batch.
     """
     mine = batch[ranks.rank :: ranks.size]
     weight = 1.0 if len(mine) else 0.0
@@ -99,7 +102,7 @@ def epoch_shares(samples: int, batch_size: int, micro_batch: int | None, ranks: 
 
 
 def on_device(samples: Samples, micros: Sequence[Tensor], device: torch.device) -> Iterator[Batch]:
-    """Yield these batches on the device; for a GPU, another thread gathers one batch ahead."""
+    """Yield these micro-batches on the device; for a GPU, another thread gathers one batch ahead."""
     if device.type != "cuda":
         for micro in micros:
             yield {name: tensor.to(device) for name, tensor in samples[micro].items()}
@@ -108,7 +111,7 @@ def on_device(samples: Samples, micros: Sequence[Tensor], device: torch.device) 
     def gather(micro: Tensor) -> Batch:
         return {name: tensor.pin_memory() for name, tensor in samples[micro].items()}
 
-    # The thread pins memory for this device: without set_device it would open a context on the first GPU as well.
+    # The thread pins memory for this device: without set_device it would also create a context on the first GPU.
     with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
         ahead = thread.submit(gather, micros[0])
         for following in [*micros[1:], None]:

@@ -1,4 +1,4 @@
-"""One training step up to its gradient: a family's loss over the micro-batches of a share, on one or several ranks."""
+"""One training step up to its gradient: forward and backward over a share's micro-batches, on one or several ranks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 from trainables.optim import Optim
 from trainables.samples import Batch, Ranks, Share
 
-# By name: a sum over the samples of a batch, a scalar, and over how many it was taken.
+# By name: a scalar, summed over the samples of a batch, and the count that it was summed over.
 Pairs = Mapping[str, tuple[Tensor, Tensor | int]]
 Cast = contextlib.AbstractContextManager[None]
 
 
 class Loss(nn.Module):
-    """A family's loss as a module, so that DDP wraps the loss and the family gets its plain model.
+    """A family's loss as a module, so that DDP wraps the loss while the family gets its plain model.
 
-    carried: a parameter that is always 0 and never trained. Its gradient is the loss itself, so that the loss reaches
-        every rank with the gradients, and costs no collective of its own.
+    carried: a parameter that stays 0 and is never trained. Its gradient is the loss itself, so that the loss reaches
+        every rank with the gradients and needs no collective of its own.
     """
 
     def __init__(self, loss: Callable[[nn.Module, Batch, Any], Pairs], model: nn.Module, config: Any) -> None:
@@ -35,7 +35,7 @@ class Loss(nn.Module):
         self.carried = nn.Parameter(torch.zeros(()))
 
     def forward(self, batch: Batch) -> tuple[Pairs, Tensor]:
-        """The loss terms of a batch, and what is to be minimised: their sum."""
+        """Return the loss terms of a batch and their sum, a scalar, which is minimised."""
         pairs = {
             name: (term_sum.to(torch.promote_types(term_sum.dtype, torch.float32)), count)
             for name, (term_sum, count) in self.loss(self.model, batch, self.config).items()
@@ -44,27 +44,27 @@ class Loss(nn.Module):
         return pairs, total + self.carried * total.detach()
 
     def global_loss(self) -> Tensor:
-        """The loss of the step that was last taken back, summed and averaged over the ranks as its gradients are."""
+        """Return the loss of the last backward pass, accumulated and averaged over ranks as its gradients are."""
         assert self.carried.grad is not None, "backward comes first"
         return self.carried.grad
 
 
 def compiled(loss: Loss) -> nn.Module:
-    """`loss` as torch.compile makes it, of the same weights and with the same random numbers.
+    """Return `loss` under torch.compile, with the same weights and the same random numbers.
 
-    What must see into the model, or runs a step or two, keeps to the plain one: post-mortem, memory probe and scores.
+    Post-mortem, memory probe and scores use the plain loss: they must see into the model or run only a step or two.
     """
-    torch._dynamo.reset()  # what earlier trials compiled counts against a limit, beyond which nothing more is
+    torch._dynamo.reset()  # earlier trials' graphs count towards dynamo's limit, beyond which it compiles nothing more
     module = torch.compile(loss, options={"fallback_random": True})
     assert isinstance(module, nn.Module), "of a module it makes a module"
     return module
 
 
 def over_ranks(loss: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """`loss`, with its gradients averaged over the ranks."""
+    """Return `loss` wrapped in DDP, which averages its gradients over the ranks; with one rank, `loss` itself."""
     if ranks.size == 1:
         return loss
-    # Buffers are shared once an epoch, not in every step: see `trainables.loop.broadcast_buffers`.
+    # Buffers are synchronised once per epoch, not in every step: see `trainables.loop.broadcast_buffers`.
     return DistributedDataParallel(
         loss,
         device_ids=[device] if device.type == "cuda" else None,
@@ -88,10 +88,10 @@ class Summed:
 def backward(
     loss: nn.Module, batches: Iterator[Batch], share: Share, scaler: torch.amp.GradScaler, cast: Cast
 ) -> Summed:
-    """Leave in the parameters the gradient of the summed loss over the batch's size, and return the loss.
+    """Accumulate in `.grad` the gradient of the summed loss divided by the effective batch size; return the loss.
 
-    The size is a constant that keeps fp16 in range. Where a loss is not finite its gradient starts from NaN, so that
-    no rank's gradient stays finite, by way of the all-reduce.
+    Dividing by a constant keeps fp16 in range. If a loss is not finite, its backward pass starts from NaN, so that
+    after the all-reduce no rank's gradient is finite.
     """
     parts: list[Summed] = []
     for last in [False] * (len(share.micros) - 1) + [True]:
@@ -108,14 +108,17 @@ def backward(
 
 def shared_count(pairs: Pairs) -> Tensor | int:
     first, *others = (count for _, count in pairs.values())
-    # Tensors are compared by identity: to compare their values would make the host wait for the GPU.
+    # Tensors are compared by identity: comparing their values would make the host wait for the GPU.
     if any(not (other is first or (isinstance(other, int) and other == first)) for other in others):
         raise ValueError(f"the loss terms {', '.join(pairs)} must share one count: one int, or the very same tensor")
     return first
 
 
 def global_count(summed: Summed, share: Share, ranks: Ranks) -> Tensor:
-    """The count of the batch over all ranks. A count by the sample is known without asking."""
+    """Return the batch's count over all ranks; an int count is computed without a collective.
+
+    Raises ValueError if an int count is 0 or no multiple of the number of samples.
+    """
     if isinstance(summed.count, int):
         if not summed.count or summed.count % share.size:
             raise ValueError(f"a loss counts {summed.count} for {share.size} samples: return such a count as a tensor")
@@ -127,12 +130,12 @@ def global_count(summed: Summed, share: Share, ranks: Ranks) -> Tensor:
 
 
 def divisor_of(count: Tensor) -> Tensor:
-    """What a sum over so many is divided by: 1 where nothing counts. A NaN stays one, and ends the trial."""
+    """Return the divisor for a sum over `count`: 1 where the count is 0. NaN stays NaN, and ends the trial."""
     return torch.where(count <= 0, torch.ones_like(count), count)
 
 
 def autocast(device: torch.device, optim: Optim) -> Cast:
-    """The precision of a forward pass."""
+    """Return the context for a forward pass in `optim.precision`."""
     if optim.precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.float16 if optim.precision == "fp16" else torch.bfloat16)

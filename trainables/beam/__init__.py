@@ -1,1 +1,1 @@
-"""Multi-modal beam prediction on DeepSense 6G, and the rebuild of a missing sensor."""
+"""Multi-modal beam prediction on DeepSense 6G, and the rebuild of missing sensors."""

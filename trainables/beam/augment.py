@@ -1,9 +1,9 @@
-"""Changed copies of windows, as published: other light, fewer or shaken lidar points, radar noise; and mirrored ones.
+"""Changed copies of windows, as published (other light, fewer or shaken lidar points, radar noise), and mirror images.
 
-What a copy looks like follows from its window and its number alone, so that a sample is the same whenever it is drawn.
-Factors are drawn once for all instants of a window: a scene does not flicker.
+A copy depends only on its window, its number and the seed, so that a sample is the same whenever it is drawn. Picture
+factors are drawn once for all instants of a window: a scene does not flicker.
 
-Legend: H instants, C maps of a radar frame, P pixels of a side, N lidar points.
+Legend: H instants, C maps of a radar frame, P pixels per side, N lidar points.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from torch import Tensor
 
 from trainables.beam.config import Modality
 
-KINDS: dict[Modality, int] = {"image": 8, "lidar": 3, "radar": 2}  # of each sensor, the unchanged one included
+KINDS: dict[Modality, int] = {"image": 8, "lidar": 3, "radar": 2}  # kinds per sensor, the unchanged one included
 LIDAR_KEPT = 0.9
 LIDAR_SHAKEN_M = 0.4
 RADAR_NOISE = (0.025, 0.1)
 
-# Range of the factor of each kind of picture; kind 0 is as measured.
+# Range of the factor of each kind of picture change; kind 0 is as measured.
 BRIGHTNESS, CONTRAST, GAMMA, HUE, SATURATION, SHARPNESS, BLUR = range(1, 8)
 FACTORS = {
     BRIGHTNESS: (0.5, 3.0),
     CONTRAST: (0.5, 4.0),
     GAMMA: (0.5, 3.0),
-    HUE: (-0.5, 0.5),  # turns
+    HUE: (-0.5, 0.5),  # of a full rotation
     SATURATION: (0.0, 4.0),
     SHARPNESS: (0.0, 10.0),
-    BLUR: (3.0, 5.0),  # pixels of a picture of 960 x 540
+    BLUR: (3.0, 5.0),  # standard deviation, pixels of a 960 x 540 picture
 }
 PUBLISHED_PICTURE = (960, 540)
-BLUR_SIZE = (9, 7)  # width and height of the blur, pixels of such a picture
+BLUR_SIZE = (9, 7)  # width and height of the blur kernel, pixels of such a picture
 LUMA = torch.tensor([0.299, 0.587, 0.114])
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 
 class Change(NamedTuple):
-    """Which kind of picture, of lidar points and of radar maps a copy holds; 0 is as measured."""
+    """The kinds of picture, lidar points and radar maps in a copy; 0 is as measured."""
 
     image: int
     lidar: int
@@ -51,9 +51,9 @@ class Change(NamedTuple):
 
 
 def change_of(modalities: Sequence[Modality], window: int, copy: int) -> Change:
-    """The change of a window's copy, counted from 1; 47 copies are all there are of three sensors, as published.
+    """Return the change of a window's copy, counted from 1; three sensors have 47 different ones, as published.
 
-    Fewer copies are other ones in neighbouring windows; more begin anew, with other factors.
+    With fewer copies, neighbouring windows get different changes; with more, changes repeat with other factors.
     """
     kinds = [KINDS[sensor] if sensor in modalities else 1 for sensor in KINDS]
     others = int(np.prod(kinds)) - 1
@@ -63,7 +63,7 @@ def change_of(modalities: Sequence[Modality], window: int, copy: int) -> Change:
 
 
 def changed_pictures(image_H3PP: Tensor, kind: int, rng: Generator) -> Tensor:
-    """Pictures (H, 3, P, P) uint8 in another light, or blurred."""
+    """Return pictures (H, 3, P, P) uint8 with other light or colours, sharpened, or blurred, as `kind` says."""
     factor = float(rng.uniform(*FACTORS[kind]))
     if kind in (BRIGHTNESS, CONTRAST, GAMMA):
         levels = torch.arange(256) / 255
@@ -74,7 +74,7 @@ def changed_pictures(image_H3PP: Tensor, kind: int, rng: Generator) -> Tensor:
             levels = levels * factor if kind == BRIGHTNESS else levels**factor
         return (255 * levels).round().clamp(0, 255).to(torch.uint8)[image_H3PP.int()]
     x = image_H3PP.float()
-    if kind == HUE:  # turned in the plane of YIQ, which leaves the brightness
+    if kind == HUE:  # rotate the IQ plane of YIQ, which keeps the brightness
         angle = torch.tensor(2 * torch.pi * factor)
         cos, sin = angle.cos(), angle.sin()
         turn = torch.eye(3)
@@ -85,7 +85,7 @@ def changed_pictures(image_H3PP: Tensor, kind: int, rng: Generator) -> Tensor:
         x = grey_H1PP + factor * (x - grey_H1PP)
     elif kind == SHARPNESS:
         mean = _weighted(_weighted(x, 3 * [1 / 3], -1), 3 * [1 / 3], -2)
-        smooth = (9 * mean + 4 * x) / 13  # weights 1 around 5, as published
+        smooth = (9 * mean + 4 * x) / 13  # 3 x 3 kernel of ones with 5 in the middle, as published
         x = smooth + factor * (x - smooth)
     else:
         x = _blurred(x, factor)
@@ -93,7 +93,7 @@ def changed_pictures(image_H3PP: Tensor, kind: int, rng: Generator) -> Tensor:
 
 
 def _blurred(image_H3PP: Tensor, sigma: float) -> Tensor:
-    """The published blur, of a picture that has been resized since: a bell cut off, along columns and then rows."""
+    """Apply the published blur, a truncated Gaussian, scaled to the resized picture, along both axes."""
     size = image_H3PP.shape[-1]
     for dim, width, full in zip((-1, -2), BLUR_SIZE, PUBLISHED_PICTURE, strict=True):
         reach = max(1, round(width * size / full / 2))
@@ -103,7 +103,7 @@ def _blurred(image_H3PP: Tensor, sigma: float) -> Tensor:
 
 
 def _weighted(image_H3PP: Tensor, weights: Sequence[float], dim: int) -> Tensor:
-    """Every pixel's neighbours along one axis, weighted; those beyond the edge are as the edge. Faster than conv2d."""
+    """Convolve along one axis, with the edge pixel repeated beyond the edge. Faster than conv2d."""
     reach, size = len(weights) // 2, image_H3PP.shape[dim]
     margin = (reach, reach, 0, 0) if dim == -1 else (0, 0, reach, reach)
     padded = F.pad(image_H3PP, margin, mode="replicate")
@@ -114,14 +114,14 @@ def _weighted(image_H3PP: Tensor, weights: Sequence[float], dim: int) -> Tensor:
 
 
 def changed_points(points_N3: NDArray[np.float64], kind: int, rng: Generator) -> NDArray[np.float64]:
-    """Lidar points of kind 1, nine of ten of them, or of kind 2, each shaken along every axis."""
+    """Return lidar points (N, 3) with a random tenth removed (kind 1), or each moved along every axis (kind 2)."""
     if kind == 1:
         return points_N3[rng.random(len(points_N3)) < LIDAR_KEPT]
     return points_N3 + rng.uniform(-LIDAR_SHAKEN_M, LIDAR_SHAKEN_M, points_N3.shape)
 
 
 def changed_radar(radar_HCPP: Tensor, rng: Generator) -> Tensor:
-    """Maps (H, C, P, P) float16 with every cell a little stronger, each map scaled to 0..1 again."""
+    """Return maps (H, C, P, P) float16 with every cell amplified by a random 2.5 to 10 %, each rescaled to 0..1."""
     low, high = RADAR_NOISE
     noise = torch.from_numpy(rng.random(radar_HCPP.shape, dtype=np.float32))
     x = radar_HCPP.float() * (1 + low + (high - low) * noise)
@@ -130,15 +130,15 @@ def changed_radar(radar_HCPP: Tensor, rng: Generator) -> Tensor:
 
 
 def mirrored(name: Modality, x: Tensor) -> Tensor:
-    """What the sensor would see of the mirrored street; `x` is (..., channels, P, P).
+    """Return what the sensor would see of the mirrored street; `x` is (..., channels, P, P).
 
-    Columns are the picture's left to right, and the lidar's y. Those of a radar's angles are waves across the antennas:
-    column k becomes -k, and 0, straight ahead, stays; its speeds, towards the station, stay too.
+    Columns are a picture's left to right, and the lidar's y. Columns of the radar's angle map are FFT bins over the
+    antennas: column k becomes -k, and 0, straight ahead, stays. Its velocity map is unchanged.
 
-    The lidar's field of view is mirrored with its points. Where each scenario has its own (`data.scenario_fov`), whose
-    middle is metres beside the station, a column then is another place than in the window as it was measured: the
-    mirrored street is that of another station. In the same field of view most of it would lie outside: scenario 32's
-    reaches from y -40 to 5.5 m.
+    The lidar's field of view is mirrored with its points. If each scenario has its own (`data.scenario_fov`), whose
+    middle is metres beside the station, a column of the mirrored map is another place than in the measured one: the
+    mirrored street is that of another station. In an unmirrored field of view most of it would lie outside: scenario
+    32's reaches from y -40 to 5.5 m.
     """
     if name != "radar":
         return x.flip(-1)

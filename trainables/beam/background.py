@@ -1,6 +1,6 @@
-"""What stands still in every lidar frame of a scenario, and what is left of a frame without it.
+"""The static background of a scenario's lidar frames, and its removal from a frame.
 
-Legend: N points of a frame, M of the background. Points are metres from the lidar; height plays no part.
+Legend: N points of a frame, M of the background. Points are in metres from the lidar; height is ignored.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from scipy.spatial import cKDTree
 
 from trainables.contract import UserError
 
-FRAMES = 100  # a scenario's background is made of as many, evenly spread: what drives has left some of them
+FRAMES = 100  # evenly spread frames that make a scenario's background: moving objects are absent from some
 
 Floats = NDArray[np.float64]
 
 
 def reach_m(points_N2: Floats) -> Floats:
-    """How near to the background a point must be to belong to it, as published: far away, points lie far apart."""
+    """Return how near to the background a point must be to belong to it, (N,), as published; grows with range."""
     range_N = np.hypot(points_N2[:, 0], points_N2[:, 1])
     return np.asarray(0.3 + 4.7 * (range_N / 30) ** 4)
 
 
 def background(frames: Iterable[Floats]) -> Floats:
-    """The running intersection of frames (N, 3): points (M, 2) of the first that have a neighbour in all others."""
+    """Return the intersection of frames (N, 3): points (M, 2) of the first frame with a neighbour in all others."""
     standing_M2: Floats | None = None
     for points_N3 in frames:
         seen_N2 = points_N3[:, :2]
@@ -36,7 +36,7 @@ def background(frames: Iterable[Floats]) -> Floats:
 
 
 def without(points_N3: Floats, background_M2: Floats) -> Floats:
-    """The points of a frame that do not belong to the background."""
+    """Return the points of a frame that do not belong to the background."""
     return points_N3[~_near(points_N3[:, :2], background_M2)]
 
 

@@ -1,4 +1,4 @@
-"""One fusion stage: tokens of all sensors in, mixed tokens out.
+"""Fusion stages, which mix the tokens of all sensors, and their kinds of blocks.
 
 Shape suffixes: B batch, T tokens, C width, N heads, W = C / N.
 """
@@ -16,12 +16,12 @@ POSITION_SPREAD = 0.3
 
 
 class Fusion(nn.Module):
-    """(B, T, C) -> (B, T, C): position table, dropout, blocks, LayerNorm."""
+    """One fusion stage, (B, T, C) -> (B, T, C): position table, dropout, blocks, LayerNorm."""
 
     def __init__(self, tokens: int, width: int, model: Model) -> None:
         super().__init__()
         self.residual = model.residual or model.block == "transformer"
-        # The published table starts from zeros. Tokens that differ in their place from the start learn much faster.
+        # The published table starts from zeros. Tokens with distinct positions from the start learn much faster.
         spread = 0.0 if model.mamba_init == "legacy" else POSITION_SPREAD
         self.position_TC = nn.Parameter(spread * torch.randn(tokens, width))
         self.dropout = nn.Dropout(model.dropout)
@@ -37,10 +37,10 @@ class Fusion(nn.Module):
 
 
 class UniBlock(nn.Module):
-    """A bare Mamba layer, which sees the tokens in one direction and has no norm.
+    """A bare Mamba layer, which scans the tokens in one direction and has no norm.
 
-    Without the residual it is the published block that diverges: roughly a quintic in the size of its input, so that
-    large tokens grow doubly exponentially over the blocks and overflow in the forward pass.
+    Without the residual it is the published block that diverges: its output grows roughly with the fifth power of its
+    input, so that large tokens grow doubly exponentially over the blocks and overflow in the forward pass.
     """
 
     def __init__(self, tokens: int, width: int, model: Model) -> None:
@@ -54,10 +54,10 @@ class UniBlock(nn.Module):
 
 
 class BiBlock(nn.Module):
-    """Two Mamba layers, one over the tokens and one over the tokens reversed, that gate each other.
+    """Two Mamba layers that gate each other, one over the tokens and one over the reversed tokens.
 
-    `align_backward` puts the backward branch into the order of the tokens again. The published block does not: it
-    multiplies token i of one branch with token T-1-i of the other.
+    `align_backward` flips the backward branch back into token order. The published block does not: it multiplies token
+    i of one branch with token T-1-i of the other.
     """
 
     def __init__(self, tokens: int, width: int, model: Model) -> None:
@@ -81,9 +81,9 @@ class BiBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Every token looks at every other: attention and a small network, each after its norm and with its residual.
+    """A pre-norm transformer block: self-attention over all tokens and an MLP, each with a residual.
 
-    The published baseline (TransFuser, Chitta et al., 2022): four heads, a hidden layer four times as wide, ReLU.
+    The published baseline (TransFuser, Chitta et al., 2022): four heads, a hidden layer of four times the width, ReLU.
     """
 
     def __init__(self, tokens: int, width: int, model: Model) -> None:
@@ -112,13 +112,13 @@ class TransformerBlock(nn.Module):
 BLOCKS: dict[str, type[UniBlock] | type[BiBlock] | type[TransformerBlock]] = {
     "uni": UniBlock,
     "bi": BiBlock,
-    "cs_bi": BiBlock,  # whose sensors exchange channels beforehand
+    "cs_bi": BiBlock,  # sensors exchange channels beforehand, see `swap_channels`
     "transformer": TransformerBlock,
 }
 
 
 def legacy_init(module: nn.Module) -> None:
-    """The published initialiser. It also resets the Linears inside Mamba: its steps become 0.69, not 0.001-0.1."""
+    """Apply the published initialiser. It also resets Linears inside Mamba: step sizes become 0.69, not 0.001-0.1."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -126,10 +126,10 @@ def legacy_init(module: nn.Module) -> None:
 
 
 def swap_channels(tokens: list[Tensor]) -> list[Tensor]:
-    """Exchange channels between k sensors: part j of sensor i comes from sensor i + j, counted in a circle.
+    """Exchange channels between k sensors: part j of sensor i comes from sensor (i + j) mod k.
 
-    With three sensors these are the published thirds; with two, halves; one sensor stays as it is. A part ends at
-    j * (C // k), the last at C. All sensors have the same (B, T, C); the exchange is not undone after the fusion.
+    Three sensors exchange thirds, as published, and two halves; a single one is unchanged. Parts have C // k channels,
+    the last one the remainder too. All sensors have the same (B, T, C); the exchange is not undone after the fusion.
     """
     sensors = len(tokens)
     if sensors < 2:

@@ -1,4 +1,4 @@
-"""Checkpoints of the beam family: what they say of their training, and the weights in them."""
+"""Checkpoints of the beam family: the training settings in them, and their weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainables.contract import UserError
 
 
 class HasNetwork(Protocol):
-    """A config of fusion training, as far as it says what its weights mean."""
+    """Any config with the `data` and `model` settings of fusion training."""
 
     @property
     def data(self) -> Data: ...
@@ -24,9 +24,9 @@ class HasNetwork(Protocol):
 
 
 def unseen_settings(config: HasNetwork) -> dict[str, Any]:
-    """By name what the weights depend on for their meaning, and what was held out of their training.
+    """Return by name the settings on which the weights' meaning and the held-out windows depend.
 
-    As far as the weights' shapes do not show it: a checkpoint has it beside them.
+    Only those that the weights' shapes do not reveal; a checkpoint stores them beside the weights.
     """
     model, data = config.model, config.data
     wanted = ["block", "time_fusion"]
@@ -37,18 +37,18 @@ def unseen_settings(config: HasNetwork) -> dict[str, Any]:
     wanted += ["gps_repr"] if "gps" in data.modalities else []
     wanted += ["camera"] if "image" in data.modalities else []
     wanted += ["lidar", "scenario_fov"] if "lidar" in data.modalities else []
-    wanted += ["augment", "flip"] if data.split == "legacy" else []  # copies are made before it is drawn
+    wanted += ["augment", "flip"] if data.split == "legacy" else []  # copies are made before this split is drawn
     settings |= {f"data.{name}": getattr(data, name) for name in wanted}
-    settings["data.longest_history"] = data.reach  # or data.history: with the steps, which windows there are
+    settings["data.longest_history"] = data.reach  # or data.history: with the steps, this determines the windows
     settings["data.steps"] = data.steps
     settings["data.simulated"] = asdict(data.simulated) if data.root is None else None
     return settings
 
 
 def given_weights(name: str, path: str, config: HasNetwork) -> Weights:
-    """The weights in a checkpoint of fusion training that the setting `name` gives for networks of `config`.
+    """Load the weights of the fusion checkpoint `path`, given in the setting `name`, for networks of `config`.
 
-    Raises `UserError` where it is none, or was trained with other settings that the weights' shapes do not show.
+    Raises `UserError` if it is no such checkpoint, or was trained with other `unseen_settings`.
     """
     what = f"{name} = {path}"
     file = Path(path).expanduser()
@@ -64,13 +64,13 @@ def given_weights(name: str, path: str, config: HasNetwork) -> Weights:
     weights = weights_of(state)
     if any(name.startswith("fusion.") for name in weights):
         raise UserError(f"{what}: a checkpoint of a rebuild, and not of fusion training")
-    if config.model.missing != "token":  # an encoder's view of nothing stands in, and no token that may have trained
+    if config.model.missing != "token":  # encoded stand-in inputs are used, not tokens that may have been trained
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("absent.")}
     return weights
 
 
 def load_given(network: nn.Module, name: str, path: str, config: HasNetwork) -> None:
-    """Put the weights of `given_weights` into a fusion network; `UserError` where they are of another one, too."""
+    """Load `given_weights` into a fusion network; raises `UserError` also if the weights do not fit."""
     weights = given_weights(name, path, config)
     try:
         network.load_state_dict(weights)

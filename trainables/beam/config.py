@@ -11,22 +11,22 @@ from trainables.optim import Optim
 Modality = Literal["image", "lidar", "radar", "gps"]
 MODALITIES: tuple[Modality, ...] = ("image", "lidar", "radar", "gps")
 SENSORS: tuple[Modality, ...] = ("image", "lidar", "radar")  # those with an encoder; gps is a pair of tokens
-HEADS = 4  # of a transformer block
-# Channels of a map that may lie channels last: oneDNN (in torch 2.13, on processors without AVX-512) writes beyond its
-# memory in the gradient of a 1x1 convolution of stride 2 over fewer, and the process dies.
+HEADS = 4  # attention heads of a transformer block
+# Fewest channels of a channels-last map. With fewer, oneDNN (in torch 2.13, on CPUs without AVX-512) writes out of
+# bounds in the gradient of a 1x1 convolution of stride 2, and the process crashes.
 NARROWEST = 8
 
-# Windows built from the raw files, as published. In numbers of raw files:
-STRIDE = 2  # between two instants: the development set is sampled at half the rate of its files
-POSITIONS_BACK = (12, 6)  # from the newest instant to the known positions
+# Windows built from the raw files, as published. In raw files:
+STRIDE = 2  # from one instant to the next: the development set is sampled at half its files' rate
+POSITIONS_BACK = (12, 6)  # from the newest instant back to the two known positions
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """Size of the simulated data set that stands in when `root` is None."""
+    """Size of the simulated data set, which is used when `root` is None."""
 
     passes: int = 40  # cars driving past a station, over all scenarios
-    frames: int = 30  # measured instants of a pass
+    frames: int = 30  # measured instants per pass
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -40,32 +40,32 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Data:
-    """Which windows are read, and in what form they reach the network."""
+    """Which windows are read, and in what form the network gets them."""
 
     root: str | None = None  # folder that holds Multi_Modal/; None: simulated data
     csv: str = "ml_challenge_dev_multi_modal.csv"  # the window file in Multi_Modal/
-    prepared: str | None = None  # where decoded arrays are kept; None: the user's cache folder
+    prepared: str | None = None  # folder for decoded arrays; None: the user's cache folder
     modalities: tuple[Modality, ...] = MODALITIES
-    # Where the window file has fewer instants or labels than these, windows are built from the raw files.
-    history: int = 5  # instants in a window; fewer than the files have: the newest ones
-    # The longest of a search over `history`: all its trials then see windows with the same newest instants.
+    # If the window file has fewer instants or labels than asked for here, windows are built from the raw files.
+    history: int = 5  # instants in a window; the newest ones if the window file has more
+    # The largest `history` in a search over it, so that all trials see windows with the same newest instants.
     longest_history: int | None = None
     steps: int = 1  # consecutive instants whose beams are predicted; the first is the window's newest
     image_size: int = 256  # side of the camera picture, the lidar histogram and the radar maps, pixels
     gps_repr: Literal["local", "sincos", "minmax", "angle2"] = "local"
-    camera: str | None = None  # folder beside camera_data/ to take pictures from, in each scenario that has one
-    scenario_fov: bool = True  # lidar field of view cut per scenario
-    lidar: Literal["full", "filtered"] = "full"  # filtered: without what stands still in the scenario's frames
-    radar: Literal["angle_velocity", "angle"] = "angle_velocity"  # maps of range against these; angle: that one alone
-    # Changed copies of each training window; the legacy split's are of the adaptation set alone, 47 as published.
+    camera: str | None = None  # folder beside camera_data/ to take pictures from, in scenarios that have it
+    scenario_fov: bool = True  # crop the lidar to each scenario's own field of view
+    lidar: Literal["full", "filtered"] = "full"  # filtered: without the scenario's static background
+    radar: Literal["angle_velocity", "angle"] = "angle_velocity"  # maps: range-angle and range-velocity, or range-angle
+    # Augmented copies per training window; in the legacy split of adaptation windows only, 47 each as published.
     augment: int = 0
-    # Mirrored windows beside what trains; in the legacy split beside all, before it is drawn. With scenario_fov the
-    # columns of their lidar are other places: see `trainables.beam.augment.mirrored`.
+    # Add a mirror image of every training sample; in the legacy split of every sample, before the split. With
+    # scenario_fov, a column of a mirrored lidar map is another place: see `trainables.beam.augment.mirrored`.
     flip: bool = False
-    split: Literal["honest", "legacy"] = "honest"  # whole passes or blocks held out; legacy: random windows
+    split: Literal["honest", "legacy"] = "honest"  # honest: whole passes or blocks held out; legacy: random windows
     holdout: float = 0.2  # share of the passes (or blocks) held out
-    # Of 400 seeds that whose held-out fifth suits a 20-nearest-neighbour model as the reference figures have it: DBA
-    # .833, .643, .920, .882 on the public positions of scenarios 1, 3, 5, 6 (with 100: .811, .714, .887, .711).
+    # Of 400 seeds, the one whose held-out fifth agrees best with the reference figures of a 20-nearest-neighbour model:
+    # DBA .833, .643, .920, .882 on the public positions of scenarios 1, 3, 5, 6 (seed 100: .811, .714, .887, .711).
     split_seed: int = 290
     simulated: Simulated = field(default_factory=Simulated)
 
@@ -103,16 +103,16 @@ class Data:
 
     @property
     def reach(self) -> int:
-        """How many instants a window needs to have, though it may be read with fewer."""
+        """How many instants a window must have; only the newest `history` are read."""
         return self.longest_history or self.history
 
     def channels(self, sensor: Modality) -> int:
-        """Of a frame of a sensor, as the network takes it."""
+        """Return the number of channels of a sensor's frames, as the network gets them."""
         return {"image": 3, "lidar": 1, "radar": 2 if self.radar == "angle_velocity" else 1}[sensor]
 
 
 def built_span(history: int, steps: int) -> int:
-    """How many consecutive raw files a window takes that is built from them."""
+    """Return how many consecutive raw files a window built from them spans."""
     return max(STRIDE * (history - 1), *POSITIONS_BACK) + 1 + steps
 
 
@@ -120,43 +120,43 @@ def built_span(history: int, steps: int) -> int:
 class Model:
     """Fusion network: one encoder per sensor, fused after each of four stages.
 
-    `time_fusion`, `gps_embedding` and the fields from `mamba_init` on: each has a published value and a corrected one;
-    the default is the corrected one. Published, with `block: bi` or `uni`: time_fusion v1, mamba_init legacy, ln_shape
-    plane, align_backward and residual false, missing zerolike or randlike, gps_embedding linear, tokens all. With
-    `block: transformer` the same, and time_fusion sum. Published encoders start from ImageNet's weights:
-    pretrained_encoders imagenet, which is not the default. The published schedule's floor and restarts have rates of
-    their own, whatever the lr; those of `trainables.optim.Restarts` are ratios of it, and the same at 1.0e-4 only.
+    `tokens`, `time_fusion` and the fields from `mamba_init` on default to corrections of the published values. Those
+    are, with `block: bi` or `uni`: time_fusion v1, mamba_init legacy, ln_shape plane, align_backward and residual
+    false, missing zerolike or randlike, gps_embedding linear, tokens all; with `block: transformer` the same, but
+    time_fusion sum. Published encoders start from ImageNet weights (pretrained_encoders imagenet, not the default). The
+    published schedule has absolute floor and restart rates; those of `trainables.optim.Restarts` are ratios of lr, and
+    agree with them only at lr 1.0e-4.
     """
 
     channels: tuple[int, int, int, int] = (64, 128, 256, 512)  # of the four stages
-    image_depths: tuple[int, int, int, int] = (3, 4, 6, 3)  # ResNet-34
-    sensor_depths: tuple[int, int, int, int] = (2, 2, 2, 2)  # ResNet-18, lidar and radar
+    image_depths: tuple[int, int, int, int] = (3, 4, 6, 3)  # camera: ResNet-34
+    sensor_depths: tuple[int, int, int, int] = (2, 2, 2, 2)  # lidar and radar: ResNet-18
     norm: Literal["batch", "group"] = "batch"  # group: exact under accumulation and over ranks
-    # What the encoders start from: imagenet (microsoft/resnet-34 and -18 of the Hugging Face hub), or a folder that
-    # holds resnet-34/ and resnet-18/ as `save_pretrained` writes them. None, or the word none: random weights.
+    # Initial encoder weights: imagenet (microsoft/resnet-34 and -18 of the Hugging Face hub), or a folder that holds
+    # resnet-34/ and resnet-18/ as `save_pretrained` writes them. None, or the word none: random weights.
     pretrained_encoders: str | None = None
-    channels_last: bool = False  # how the encoders' maps lie in memory; the numbers are the same but for rounding
+    channels_last: bool = False  # memory layout of the encoders' maps; results are the same except for rounding
     block: Literal["uni", "bi", "cs_bi", "transformer"] = "cs_bi"
     n_layer: int = 8
-    d_state: int = 16  # this, d_conv and expand are of Mamba layers
+    d_state: int = 16  # d_state, d_conv and expand apply to Mamba layers
     d_conv: int = 4
     expand: int = 2
     anchors: int = 8  # each map is pooled to anchors x anchors tokens
-    # Which sensors have tokens in the fusion. all: beside any that is there, those that data.modalities leaves out, as
-    # maps of zeros. So did the published networks of fewer sensors, which lacked their encoders alone.
+    # Sensors with tokens in the fusion. all: if any sensor is present, also those that data.modalities omits, as maps
+    # of zeros. So it is in the published networks with fewer sensors, which merely lack the encoders.
     tokens: Literal["present", "all"] = "present"
     dropout: float = 0.1
     time_fusion: Literal["sum", "v1", "v2"] = "v2"
-    # legacy: N(0, 0.02) for every Linear that fuses, Mamba's own ones and those of positions included; tables of zeros.
-    # A transformer's Linears always start like that, so of a transformer stage only the table depends on this.
+    # legacy: N(0, 0.02) for every Linear of the fusion, those inside Mamba and of the positions included, and zeros for
+    # position tables. A transformer's Linears always start so; in its stages this affects only the table.
     mamba_init: Literal["mamba", "legacy"] = "mamba"
-    # A transformer has one form, with residuals and LayerNorms over channels: these three say nothing to it. A space
-    # may search its block beside the others all the same.
+    # The next three are ignored by block transformer, which always has residuals and LayerNorms over channels. A space
+    # may still search it beside the other blocks.
     ln_shape: Literal["channel", "plane"] = "channel"  # plane: over (tokens, channels), bi and cs_bi only
-    align_backward: bool = True  # of bi and cs_bi; False: the backward branch is never flipped back
+    align_backward: bool = True  # for bi and cs_bi; False: the backward branch is never flipped back
     residual: bool = True
-    # What stands in for a missing sensor: a token, or the published inputs (zeros, uniform noise). Fusion training
-    # with a missing_prob learns the token; in a rebuild, whose own pre-training hides no sensor, it is a map of zeros.
+    # Stand-in for a missing sensor: a token, or the published inputs (zeros, uniform noise). Fusion training with a
+    # missing_prob learns the token; in a rebuild, whose own pre-training hides no sensor, it is a map of zeros.
     missing: Literal["token", "zerolike", "randlike"] = "token"
     gps_embedding: Literal["mlp", "linear"] = "mlp"  # linear: as published
 
@@ -177,7 +177,7 @@ class Model:
             raise UserError(
                 f"model.channels = {list(self.channels)} must be at least {NARROWEST} each with model.channels_last"
             )
-        if self.pretrained_encoders == "none":  # as a command line or a choice has it, where null is another word
+        if self.pretrained_encoders == "none":  # how a command line or a choice writes it
             object.__setattr__(self, "pretrained_encoders", None)
         if self.pretrained_encoders is not None and self.norm != "batch":
             raise UserError(
@@ -188,13 +188,13 @@ class Model:
 
 @dataclass(frozen=True)
 class BeamLoss:
-    """What the beam logits are trained with, against a soft target around the best beam."""
+    """The loss of the beam logits, against a soft target around the best beam."""
 
     kind: Literal["focal", "ce"] = "focal"
-    alpha: float = 0.25  # focal: weight of the wanted beams against all others
-    gamma: float = 2.0  # focal: how much less an easy beam counts
-    sigma: float = 0.5  # width of the target, beams
-    scale: float = 1.25  # focal: 0.8 times this is the target's height at the best beam, whatever its width
+    alpha: float = 0.25  # focal: weight of the target beams; all others weigh 1 - alpha
+    gamma: float = 2.0  # focal: focusing exponent, which down-weights easy beams
+    sigma: float = 0.5  # standard deviation of the target, beams
+    scale: float = 1.25  # focal: the target's height at the best beam is 0.8 times this, whatever its width
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
@@ -207,39 +207,39 @@ class BeamLoss:
             raise UserError(f"loss.scale = {self.scale} must be above 0 and at most 1.25, a target of almost 1")
 
 
-# eval_mode: after the first validation heads, translators and fusion network stay in eval mode, so that nothing drops
-#     out, batch norm's statistics stay and every window has its targets rebuilt.
-# training_mode: the heads' encoders are always in training mode: in validation, too, batch norm goes by each batch, and
-#     scores depend on which windows stand in one.
-# picture_scale: in training the fusion network gets pictures that are normalised twice, in validation the heads'
-#     encoders get pictures that are not normalised at all. As a target the camera is not seen where mix is stand_in.
-# Another needs no switch: the rate was never stepped, which is optim.lr 2.5e-6, optim.schedule constant and
-# rebuild.fusion_lr_ratio 1.
+# eval_mode: after the first validation, heads, translators and fusion network stay in eval mode: no dropout, fixed
+#     batch-norm statistics, and every window has its targets rebuilt.
+# training_mode: the heads' encoders are always in training mode: even in validation batch norm uses each batch's own
+#     statistics, and scores depend on which windows share a batch.
+# picture_scale: in training the fusion network gets pictures that are normalised twice; in validation the heads'
+#     encoders get pictures that are not normalised. With mix stand_in, the network does not see a target camera.
+# A further mistake needs no switch: the learning rate was never stepped, which is optim.lr 2.5e-6, optim.schedule
+# constant and rebuild.fusion_lr_ratio 1.
 Mistake = Literal["eval_mode", "training_mode", "picture_scale"]
 
 
 @dataclass(frozen=True)
 class Rebuild:
-    """Which sensors are rebuilt from which, by features of their first stage.
+    """Which sensors are rebuilt from which, at the feature maps of the encoders' first stage.
 
-    Published: encoders copied, mix stand_in, all the mistakes, and share 0.25 for the camera, 1 for lidar and radar.
+    Published: encoders copied, mix stand_in, all mistakes, and share 0.25 for the camera, 1 for lidar and radar.
     """
 
     source: tuple[Modality, ...] = ("lidar", "radar")
     target: tuple[Modality, ...] = ("image",)
-    share: float = 0.5  # of the training windows whose target is the rebuilt one; published: 0.25 of the batches
-    mix: Literal["complete", "stand_in"] = "complete"  # the other windows' target: the real one, or as if missing
+    share: float = 0.5  # share of training windows whose targets are rebuilt; published: 0.25 of the batches
+    mix: Literal["complete", "stand_in"] = "complete"  # the other windows' targets: real maps, or stand-ins
     dropout: float = 0.5
-    shared_ratio: float = 0.5  # of a projection's channels, those that the sensors share; the rest is a sensor's own
-    # First stages of sources and targets, through which the heads see. frozen: the fusion network's own, which stay as
-    # they are. trained: its own, at optim.lr. copied: frozen copies, and its own train as the rest of it does; those of
-    # a target that it never sees, for it is always rebuilt, by the weight decay alone.
+    shared_ratio: float = 0.5  # share of a projection's channels common to all sensors; the rest are a sensor's own
+    # First encoder stages of sources and targets, whose maps the heads get. frozen: the fusion network's, not trained.
+    # trained: the fusion network's, trained at optim.lr. copied: frozen copies; the network's own train with the rest
+    # of it, except that those of an always rebuilt target, which it never sees, change by weight decay only.
     encoders: Literal["frozen", "trained", "copied"] = "frozen"
-    mistakes: tuple[Mistake, ...] = ()  # of the published program, to have its figures again
-    fusion_lr_ratio: float = 0.01  # the fusion network's learning rate over optim.lr; 0: it stays as it is
+    mistakes: tuple[Mistake, ...] = ()  # those of the published program, to reproduce its figures
+    fusion_lr_ratio: float = 0.01  # the fusion network's learning rate over optim.lr; 0: it is not trained
     pretrained: str | None = None  # checkpoint of a fusion network; None: one is trained once and kept
-    pretrained_part: Literal["network", "first_stages"] = "network"  # what starts from it; the rest, from noise
-    cache_features: bool = False  # what the frozen first stages make of each frame is kept on disk, for all trials
+    pretrained_part: Literal["network", "first_stages"] = "network"  # the part initialised from it; the rest is random
+    cache_features: bool = False  # keep the frozen first stages' maps of all frames on disk, for all trials
 
     def __post_init__(self) -> None:
         if self.cache_features and self.encoders != "frozen":
@@ -277,10 +277,10 @@ class Rebuild:
 
 @dataclass(frozen=True)
 class RebuildLoss:
-    """Weights of the four losses of the rebuild, and what they are made of.
+    """Weights and forms of the four losses of the rebuild.
 
     `trainables.beam.reconstruct` has the equations. The later published file has contrast plain, trans mse and distance
-    norm, the earlier one plain, l2_normalised and mse; centred and mean are ours.
+    norm; the earlier one plain, l2_normalised and mse. The forms centred and mean are ours.
     """
 
     alpha_trans: float = 1.0
@@ -290,8 +290,8 @@ class RebuildLoss:
     contrast_form: Literal["centred", "plain"] = "centred"
     trans_form: Literal["mse", "l2_normalised"] = "mse"
     distance_form: Literal["mean", "norm", "mse"] = "mean"
-    temperature: float = 0.1  # of the contrast
-    beam: BeamLoss = field(default_factory=BeamLoss)  # of the fusion, and of its pre-training
+    temperature: float = 0.1  # of the contrastive loss
+    beam: BeamLoss = field(default_factory=BeamLoss)  # the fusion's loss, also in pre-training
 
     def __post_init__(self) -> None:
         for name in ("alpha_trans", "alpha_contrast", "alpha_distance", "alpha_fusion"):
@@ -303,9 +303,9 @@ class RebuildLoss:
 
 @dataclass(frozen=True)
 class Pretrain:
-    """How the fusion network is trained, with nothing missing, before anything is rebuilt."""
+    """Pre-training of the fusion network, with no sensor missing, before the rebuild."""
 
-    epochs: int = 50  # 0: none, the rebuild starts from scratch
+    epochs: int = 50  # 0: no pre-training, the rebuild starts from random weights
     optim: Optim = field(default_factory=Optim)
     seed: int = 0
 

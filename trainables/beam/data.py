@@ -1,7 +1,7 @@
-"""Windows of the beam data as the training loop takes them: which train, which validate, and batches of them.
+"""The windows of the beam data in batches for the training loop, split into training and validation.
 
-Legend: B windows of a batch, N of the data set, H instants of history, K instants whose beam is predicted, P pixels of
-a side, G numbers of a position.
+Legend: B windows of a batch, N of the data set, H instants of history, K instants whose beam is predicted, P pixels per
+side, G numbers per position.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Bools = NDArray[np.bool_]
 
 
 class HasData(Protocol):
-    """Any config with the beam family's data settings."""
+    """Any config with a `data` field of the beam family's settings."""
 
     @property
     def data(self) -> Data: ...
@@ -59,32 +59,32 @@ class HasData(Protocol):
 class Samples:
     """The windows of one side of the split, in batches.
 
-    A batch holds, of data.modalities only: image (B,H,3,P,P) uint8 0..255, lidar (B,H,1,P,P) uint8 counts 0..5, radar
-    (B,H,2,P,P) float16 0..1, with a 1 for the 2 where `data.radar` is angle, gps (B,2,G) float32. And always: beam (B,)
-    int64 0..63, scenario (B,) int64, an index into `scenarios`, apart (B,) bool, whether only that scenario's score
-    counts the window, and index (B,) int64, the window's number in the data set. Where several steps are predicted,
-    beam is (B,K), and so is `beam_N` (N,K).
-    Bytes become floats on the device, which moves a quarter of the bytes there.
+    Of the sensors in data.modalities a batch holds: image (B,H,3,P,P) uint8 0..255; lidar (B,H,1,P,P) uint8 counts
+    0..5; radar (B,H,2,P,P) float16 0..1, or (B,H,1,P,P) if `data.radar` is angle; gps (B,2,G) float32. It always
+    holds: beam (B,) int64 0..63; scenario (B,) int64, an index into `scenarios`; apart (B,) bool, whether only that
+    scenario's score counts the window; index (B,) int64, the window's number in the data set. If several steps are
+    predicted, beam is (B,K) and `beam_N` is (N,K).
+    Conversion to float is left to the device, which quarters the transfer of uint8 data.
     """
 
     scenarios: tuple[str, ...]
     side: Side
     arrays: dict[Modality, NDArray[np.generic]]  # decoded files, memory-mapped
-    at_NH: dict[Modality, Ints]  # which of them each window holds
-    changed_lidar: NDArray[np.generic] | None  # of each file of the lidar, both kinds of changed copies
+    at_NH: dict[Modality, Ints]  # each window's rows in `arrays`
+    changed_lidar: NDArray[np.generic] | None  # both kinds of changed copies of each lidar file
     gps_2N2G: Floats | None  # as measured, and mirrored
     beam_N: Ints
     scenario_N: Ints
     apart_N: Bools
-    seed: int  # of what is drawn for changed copies
+    seed: int  # of the random changes in copies
 
     @property
     def windows(self) -> Ints:
-        """Their numbers in the data set."""
+        """The samples' window numbers in the data set."""
         return self.side.window_S
 
     def beams(self, side: Side) -> Ints:
-        """The best beams of a side's samples, in their order: a mirrored one's count from the other end."""
+        """Return the best beams of a side's samples, in order; those of mirrored samples count from the other end."""
         beam_S = self.beam_N[side.window_S]
         beam_S[side.mirrored_S] = BEAMS - 1 - beam_S[side.mirrored_S]
         return beam_S
@@ -110,7 +110,7 @@ class Samples:
         return batch
 
     def _change(self, batch: dict[str, Tensor], b: int, window: int, copy: int) -> None:
-        """Make the batch's b-th sample a copy of its window."""
+        """Turn the batch's b-th sample into the changed copy number `copy` of its window."""
         change = change_of(tuple(self.arrays), window, copy)
         rng = np.random.default_rng([self.seed, window, copy])
         if change.image:
@@ -124,9 +124,9 @@ class Samples:
 
 
 def samples(config: HasData, side: str, ranks: object = None) -> Samples:
-    """Open the side "train" or "val" of the split; cheap once the data are prepared, and next to nothing once opened.
+    """Open the side "train" or "val" of the split; cheap once the data are prepared, and cached once opened.
 
-    Every rank may call it: `ranks` is not needed, because the first process on a machine prepares while others wait.
+    Any rank may call it. `ranks` is ignored: the first process on a machine prepares the data while the others wait.
     """
     data = config.data
     table = prepare_data(data)
@@ -135,7 +135,7 @@ def samples(config: HasData, side: str, ranks: object = None) -> Samples:
 
 
 def names(config: HasData, indices: Sequence[int]) -> list[str]:
-    """The training samples of these indices by the rows of the CSV that they come from."""
+    """Describe the training samples with these indices by the CSV rows they come from."""
     lines, side = prepare_data(config.data).lines, samples(config, "train").side
     found = []
     for i in indices:
@@ -144,9 +144,9 @@ def names(config: HasData, indices: Sequence[int]) -> list[str]:
     return found
 
 
-@functools.lru_cache(maxsize=4)  # a few MB each, beside their tables; a search may draw the form of the positions
+@functools.lru_cache(maxsize=4)  # a few MB each, besides their tables; several, as a search may vary `gps_repr`
 def _sides(data: Data, table: Table, stamps: tuple[Stamp, ...]) -> dict[str, Samples]:
-    """Both sides of the split. `stamps`, of the prepared arrays, make them be opened anew if they are made anew."""
+    """Open both sides of the split. `stamps` of the prepared arrays invalidate the cache when arrays are remade."""
     beam_NK = labels(table, np.load(array_path(data, table, POWER)))[:, : data.steps]
     arrays: dict[Modality, NDArray[np.generic]] = {}
     at_NH: dict[Modality, Ints] = {}
@@ -178,13 +178,13 @@ def _sides(data: Data, table: Table, stamps: tuple[Stamp, ...]) -> dict[str, Sam
 
 
 def frames_of(data: Data, table: Table, sensor: Modality) -> NDArray[np.generic]:
-    """All prepared frames of a sensor, (N, channels, P, P), memory-mapped."""
+    """Return all prepared frames of a sensor, (files, channels, P, P), memory-mapped."""
     decoded: NDArray[np.generic] = np.load(array_path(data, table, GROUPS[sensor][0]), mmap_mode="r")
     return decoded[:, : data.channels(sensor)]
 
 
 def _scored_as(table: Table, apart_N: Bools) -> tuple[tuple[str, ...], Ints]:
-    """Names under which windows are scored, and each window's."""
+    """Return the scenario names used in scores, and each window's index into them, (N,)."""
     if not apart_N.any():
         return table.scenarios, table.scenario_N
     apart = tuple(f"adaptation_{name.removeprefix('scenario')}" for name in table.scenarios)
@@ -192,14 +192,14 @@ def _scored_as(table: Table, apart_N: Bools) -> tuple[tuple[str, ...], Ints]:
 
 
 def gps_width(config: HasData) -> int:
-    """How many numbers a position becomes."""
+    """Return G, the number of inputs per position."""
     return WIDTH[config.data.gps_repr]
 
 
 def _gps(data: Data, table: Table, beam_N: Ints, train_N: Bools) -> Floats:
-    """Positions of all windows, and mirrored, (2, N, 2, G), scaled by train windows only.
+    """Return the positions of all windows, as measured and mirrored, (2, N, 2, G), scaled by training windows only.
 
-    beam_N: at the newest instant. A mirrored street is a street of its own.
+    beam_N: best beam at the newest instant. Mirrored positions are scaled separately, as those of another street.
     """
     out = np.empty((2, len(beam_N), 2, WIDTH[data.gps_repr]), dtype=np.float32)
     timing = timing_of(table)
@@ -213,9 +213,9 @@ def _gps(data: Data, table: Table, beam_N: Ints, train_N: Bools) -> Floats:
 
 
 def gps_of_others(data: Data, others: Table) -> Floats:
-    """Positions of windows without labels, (N, 2, G), in the form in which training on `others.like` saw its own.
+    """Return the positions of unlabelled windows, (N, 2, G), in the form used in training on `others.like`.
 
-    `gps_repr: local` scales them by those; a scenario that training did not see by its windows here.
+    `gps_repr: local` scales them as in training; a scenario that training did not see, by its windows in `others`.
     """
     out = np.empty((len(others.lines), 2, WIDTH[data.gps_repr]), dtype=np.float32)
     scales, timing = _learnt(data, others.like) if others.like is not None else {}, timing_of(others)
@@ -229,7 +229,7 @@ def gps_of_others(data: Data, others: Table) -> Floats:
 
 
 def _learnt(data: Data, table: Table) -> dict[str, Scale]:
-    """By scenario, what training learns of where cars drive; nothing where positions take another form than local."""
+    """Return the scale of positions that training learns in each scenario; empty unless `gps_repr` is local."""
     if data.gps_repr != "local":
         return {}
     prepare_arrays(data, table, [POWER, *GROUPS["gps"]])
@@ -243,16 +243,17 @@ def _learnt(data: Data, table: Table) -> dict[str, Scale]:
 
 
 def _metres(data: Data, table: Table, here: Bools) -> NDArray[np.float64]:
-    """Metres from the station of the chosen windows' two positions, (N, 2, 2)."""
+    """Return the chosen windows' two positions in metres from the station, (N, 2, 2)."""
     station_N2 = np.load(array_path(data, table, "unit1_loc"))[table.groups["unit1_loc"].at_NK[here, 0]]
     car_N22 = np.load(array_path(data, table, "unit2_loc_"))[table.groups["unit2_loc_"].at_NK[here, :2]]
     return np.stack([offsets_m(station_N2, car_N22[:, k]) for k in range(2)], axis=1)
 
 
 def timing_of(table: Table) -> Timing:
-    """By the files' numbers: the adaptation set, for one, was recorded at twice the rate of the development set.
+    """Return the windows' timing from their file numbers: the adaptation set, for one, has twice the usual rate.
 
-    In the interval that is usual in the table or, of windows for a model, in those it was trained on.
+    The unit is the usual interval between positions in the table or, for windows given to a model, in its training
+    table.
     """
     frames, usual = _frames_between(table), _usual_interval(table.like or table)
     if frames is not None and usual is not None:
@@ -265,14 +266,17 @@ def timing_of(table: Table) -> Timing:
 
 
 def _usual_interval(table: Table) -> float | None:
-    """Between two positions, in file numbers; None where these do not tell."""
+    """Return the median interval between a window's positions, in file numbers; None if these do not show it."""
     frames = _frames_between(table)
     told_N = None if frames is None else frames[0][frames[0] > 0]
     return float(np.median(told_N)) if told_N is not None and len(told_N) else None
 
 
 def _frames_between(table: Table) -> tuple[Ints, Ints] | None:
-    """How many files lie between each window's positions, and from the second one to the label's."""
+    """Return for each window the steps in file numbers between its positions, and from the second to the label's.
+
+    None if the files have no numbers.
+    """
     places_N2 = frame_numbers(table.groups["unit2_loc_"])
     if places_N2 is None or table.label_frame_N is None:
         return None
@@ -280,7 +284,7 @@ def _frames_between(table: Table) -> tuple[Ints, Ints] | None:
 
 
 def describe(config: HasData) -> str:
-    """One line on the data: real or simulated, how many windows of which scenarios, their split, what is special."""
+    """Return one line on the data: real or simulated, windows per side, kind of split, scenarios, peculiarities."""
     data = config.data
     table = prepare_data(data)
     train, val = split(table, data)

@@ -1,4 +1,4 @@
-"""Files decoded one by one into the rows of an array on disk, by several threads, resumed where it was interrupted."""
+"""Decodes files into the rows of an array on disk, with several threads, and resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from tqdm import tqdm
 from trainables.cache import reserved_array
 from trainables.contract import UserError
 
-CHUNK = 256  # files; what an interruption loses at most
-QUIET_S = 30.0  # between two lines of progress where there is no terminal
+CHUNK = 256  # files; an interruption loses at most this many
+QUIET_S = 30.0  # from one progress line to the next without a terminal
 Array = np.memmap[Any, np.dtype[Any]]
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """How the files of one column group become one array: `read` gives one row of `shape`."""
+    """How the files of one column group become one array: `read` returns a file's row, of `shape`."""
 
     read: Callable[[Path], NDArray[np.generic]]
     shape: tuple[int, ...]
     dtype: DTypeLike
-    settings: str  # what else determines the result
+    settings: str  # all else that determines the result
 
     def array_shape(self, files: int) -> tuple[int, ...]:
         return (files, *self.shape)
 
 
 def decode(unfinished: Path, decoder: Decoder, paths: tuple[Path, ...], name: str, where: Callable[[int], str]) -> None:
-    """Write the rows of all `paths` to the .npy file `unfinished`, as `fill` does.
+    """Decode all `paths` into the rows of the .npy file `unfinished`, as `fill` does.
 
-    where: says of the i-th file who names it. Raises `UserError` for a file that cannot be read whole as well.
+    where: returns which CSV row names the i-th file. Raises `UserError`, as `fill`, and for a file that cannot be read
+    completely.
     """
 
     def one(array: Array, i: int) -> int:
@@ -50,14 +51,14 @@ def decode(unfinished: Path, decoder: Decoder, paths: tuple[Path, ...], name: st
             array[i] = decoder.read(paths[i])
         return 1
 
-    # Threads: pictures, numbers in text and FFTs, which take the time, are decoded outside Python's lock. (While one
-    # thread decoded, another waited for the lock 6 % of the time, and 20 % beside point clouds.)
+    # Threads suffice: the slow parts (pictures, numbers in text, FFTs) run without the GIL. (Beside a decoding thread,
+    # another waited for the GIL 6 % of the time, and 20 % with point clouds.)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def some(array: Array, chunk: range) -> Iterator[int]:
             try:
                 yield from pool.map(functools.partial(one, array), chunk)
-            except BaseException:  # a mistake in a file, or Ctrl-C: do not go on to the last file
+            except BaseException:  # a bad file, or Ctrl-C: do not decode the remaining files
                 pool.shutdown(cancel_futures=True)
                 raise
 
@@ -66,7 +67,7 @@ def decode(unfinished: Path, decoder: Decoder, paths: tuple[Path, ...], name: st
 
 @contextmanager
 def naming(path: Path, row: str) -> Iterator[None]:
-    """While the file is read: whatever it does to its reader is a mistake that names it and the row that names it."""
+    """Turn any exception while a file is read into a `UserError` that names the file and the CSV row that names it."""
     remedy = f"{row} names it: restore the file or remove the row"
     try:
         yield
@@ -83,11 +84,11 @@ def fill(
     name: str,
     write: Callable[[Array, range], Iterable[int]],
 ) -> None:
-    """Write the rows of an array to the .npy file `unfinished`, or those that an earlier call did not come to.
+    """Write the rows of an array to the .npy file `unfinished`, or the rest if an earlier call was interrupted.
 
-    name: what the progress is called. write: writes a range of the array's rows, and says how many more are done as it
-    goes. Rows count as written once they are on the disk, so that even a power cut leaves no zeros behind that would
-    pass for data. Raises `UserError` for a full disk.
+    name: title of the progress. write: writes a range of the array's rows, and yields counts of rows as they are done.
+    Rows count as written once they are on disk, so that even a power cut leaves no zeros that would pass for data.
+    Raises `UserError` for a full disk.
     """
     written = unfinished.with_name(f"{unfinished.name}.rows")
     if unfinished.exists() and written.exists():
@@ -95,7 +96,7 @@ def fill(
         array = np.load(unfinished, mmap_mode="r+")
     else:
         done = 0
-        written.unlink(missing_ok=True)  # of another array, which somebody removed
+        written.unlink(missing_ok=True)  # belongs to an array that somebody removed
         array = reserved_array(unfinished, shape, np.dtype(dtype))
     with Progress(name, shape[0], done) as progress:
         for first in range(done, shape[0], CHUNK):
@@ -114,7 +115,7 @@ def _replace_text(path: Path, text: str) -> None:
 
 
 class Progress:
-    """Of so many files: a bar on a terminal; elsewhere a line every so often, and none where all is done before."""
+    """Progress over `total` files: a bar on a terminal, else a line every 30 s, and none if it is done before that."""
 
     def __init__(self, name: str, total: int, done: int = 0) -> None:
         self.name, self.total, self.done = name, total, done
@@ -130,7 +131,7 @@ class Progress:
         self.bar.close()
 
     def over(self, files: Iterable[Item]) -> Iterator[Item]:
-        """The same, each of which counts as done once the next is asked for."""
+        """Yield the files, counting each as done when the next is requested."""
         for file in files:
             yield file
             self.step()

@@ -20,7 +20,7 @@ from trainables.beam.config import Modality, Model
 from trainables.beam.files import MAX_COUNT
 from trainables.contract import UserError
 
-# What is subtracted from each channel's raw values, and what they are then divided by. The camera's are ImageNet's.
+# Per channel, the offset subtracted from raw values and the scale that then divides them. The camera's are ImageNet's.
 CAMERA_MEAN, CAMERA_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OFFSET_AND_SCALE: dict[Modality, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "image": (tuple(255 * m for m in CAMERA_MEAN), tuple(255 * s for s in CAMERA_STD)),
@@ -28,12 +28,12 @@ OFFSET_AND_SCALE: dict[Modality, tuple[tuple[float, ...], tuple[float, ...]]] = 
     "radar": ((0.0, 0.0), (1.0, 1.0)),
 }
 STEM = "embedder.embedder.convolution.weight"
-# What of a ResNet's settings its weights depend on, but for the channels of its input.
+# The ResNet settings that its weights depend on, except the number of input channels.
 FORM = ("layer_type", "hidden_act", "embedding_size", "hidden_sizes", "depths", "downsample_in_first_stage")
 
 
 class Encoder(nn.Module):
-    """Raw frames of one sensor -> the maps of four stages, at 1/4, 1/8, 1/16 and 1/32 of the input's side."""
+    """Turns raw frames of one sensor into the maps of four stages, at 1/4, 1/8, 1/16 and 1/32 of the input's side."""
 
     def __init__(self, sensor: Modality, channels: int, model: Model) -> None:
         super().__init__()
@@ -45,12 +45,12 @@ class Encoder(nn.Module):
             _group_norms(self.resnet)
 
     def normalise(self, raw_FISS: Tensor) -> Tensor:
-        """Raw values of any type -> float32 of about unit size."""
+        """Convert raw values of any dtype to float32 of about unit size."""
         offset, scale = self.get_buffer("offset_I11"), self.get_buffer("scale_I11")
         return (raw_FISS.float() - offset) / scale
 
     def first(self, normalised_FISS: Tensor) -> Tensor:
-        """Stem and first stage."""
+        """Return the map after stem and first stage, (F, C, Y, X)."""
         return self.stage(0, self.resnet.embedder(normalised_FISS))
 
     def stage(self, number: int, map_FCYX: Tensor) -> Tensor:
@@ -69,10 +69,10 @@ def _resnet_config(sensor: Modality, channels: int, model: Model) -> ResNetConfi
 
 
 def pretrained_weights(sensor: Modality, channels: int, model: Model) -> dict[str, Tensor]:
-    """What `model.pretrained_encoders` names, as weights of the sensor's ResNet; `UserError` where they do not fit.
+    """Return the weights that `model.pretrained_encoders` names for the sensor's ResNet.
 
-    A stem made for red, green and blue becomes one for the sensor's channels: each gets the colours' mean, scaled so
-    that an input that is the same on all channels gives the same map as before.
+    An RGB stem is adapted to the sensor's channels: each gets the mean over colours, scaled so that an input that is
+    equal in all channels gives the same map as before. Raises `UserError` if the weights cannot be read or do not fit.
     """
     source, name = str(model.pretrained_encoders), "resnet-34" if sensor == "image" else "resnet-18"
     theirs, weights = _pretrained_resnet(source, name)
@@ -90,13 +90,13 @@ def pretrained_weights(sensor: Modality, channels: int, model: Model) -> dict[st
     return {**weights, STEM: stem.expand(-1, ours.num_channels, -1, -1)}
 
 
-@functools.lru_cache(maxsize=2)  # a network has two kinds; at full size they take 130 MB of every process
+@functools.lru_cache(maxsize=2)  # a network uses two; at full size they take 130 MB in every process
 def _pretrained_resnet(source: str, name: str) -> tuple[ResNetConfig, dict[str, Tensor]]:
     where = f"model.pretrained_encoders = {source}"
     if source == "imagenet":
         place = f"microsoft/{name}"
         with contextlib.suppress(OSError):
-            return _read_resnet(place, local_files_only=True)  # the hub need not be asked for what is in the cache
+            return _read_resnet(place, local_files_only=True)  # avoid a request to the hub if it is in the cache
         try:
             return _read_resnet(place, local_files_only=False)
         except OSError:
@@ -118,27 +118,27 @@ def _read_resnet(place: str, local_files_only: bool) -> tuple[ResNetConfig, dict
     resnet, found = ResNetModel.from_pretrained(
         place, dtype=torch.float32, local_files_only=local_files_only, output_loading_info=True
     )
-    # Old files lack batch norm's counts of batches, which nothing reads.
+    # Old files lack batch norm's num_batches_tracked, which nothing reads.
     if lacking := [key for key in found["missing_keys"] if not key.endswith("num_batches_tracked")]:
         raise OSError(f"it lacks {min(lacking)}")
     return resnet.config, resnet.state_dict()
 
 
 def map_sides(image_size: int) -> list[int]:
-    """Sides of the four stages' maps: every halving rounds up."""
+    """Return the sides of the four stages' maps, in pixels; every halving rounds up."""
     return [math.ceil(image_size / 2**halvings) for halvings in (2, 3, 4, 5)]
 
 
 def stand_in_input(
     kind: Literal["zerolike", "randlike"], frames: int, channels: int, size: int, device: torch.device
 ) -> Tensor:
-    """What the published evaluation feeds to the encoder of a missing sensor, in place of its normalised input."""
+    """Return the published stand-in for a missing sensor's normalised frames: zeros, or uniform noise in [0, 1)."""
     shape = (frames, channels, size, size)
     return torch.zeros(shape, device=device) if kind == "zerolike" else torch.rand(shape, device=device)
 
 
 def _group_norms(module: nn.Module) -> None:
-    """Put a GroupNorm in the place of every BatchNorm2d: no sample then depends on the others of its batch."""
+    """Replace every BatchNorm2d by a GroupNorm, so that no sample depends on the others in its batch."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             groups = math.gcd(8, child.num_features)

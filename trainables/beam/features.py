@@ -1,7 +1,7 @@
-"""First maps of a rebuild's frozen encoders, made once per data set and shared as the decoded files are.
+"""First maps of a rebuild's frozen encoders, computed once per data set and shared like the decoded files.
 
-A frozen first stage is in eval mode, so what it makes of a frame depends on the frame and on its weights alone. What
-comes after it is changed by training: the fusion of the first maps goes back into the second stages.
+A frozen first stage is in eval mode, so its map of a frame depends only on the frame and the weights. Later maps change
+during training, because the fused first maps are fed to the second stages.
 
 Legend: B windows of a batch, H instants of history, C channels, Y X rows and columns of a map; N frames of a data set.
 """
@@ -32,15 +32,15 @@ from trainables.contract import Trial
 from trainables.optim import Optim
 from trainables.step import autocast
 
-VERSION = 1  # raise it whenever the same weights would make other maps of the same frames
-AT_ONCE = 32  # frames that pass through an encoder together
+VERSION = 1  # increment it whenever the same weights would make other maps of the same frames
+AT_ONCE = 32  # frames per pass through an encoder
 
 Maps = Mapping[Modality, NDArray[np.generic]]  # (N, C, Y, X) of every sensor, memory-mapped; bfloat16 as int16
 
 
 @dataclass(frozen=True)
 class MappedSamples:
-    """The windows of one side of the split. A batch holds `map_key(sensor)`, (B, H, C, Y, X), in the frames' place."""
+    """The windows of one side of the split; a batch holds maps, (B, H, C, Y, X) at `map_key(sensor)`, not frames."""
 
     samples: frames.Samples  # without frames
     maps: Maps
@@ -57,15 +57,16 @@ class MappedSamples:
 
 
 def samples(config: frames.HasData, side: str, ranks: object = None, maps: Maps | None = None) -> Any:
-    """As `data.samples`; where `maps` are given, with these in the place of the frames."""
+    """As `data.samples`, but with `maps`, if given, instead of the frames."""
     found = frames.samples(config, side, ranks)
     return MappedSamples(replace(found, arrays={}), maps) if maps else found
 
 
 def first_maps(data: Data, network: FusionNetwork, optim: Optim, trial: Trial) -> Maps:
-    """The first maps of all frames, made at the first call; `network` is in eval mode, on the trial's device.
+    """Return the first maps of all frames, computed on the first call and kept on disk.
 
-    Several processes may call it at once: one makes them while the others wait.
+    `network` must be in eval mode and on the trial's device. Several processes may call this at once: one computes the
+    maps while the others wait.
     """
     table = prepare_data(data)
     return {sensor: _maps_of(data, table, sensor, network, optim, trial) for sensor in network.sensors}
@@ -107,7 +108,7 @@ def _maps_of(
 
 
 def _as_kept(maps_FCYX: Tensor) -> NDArray[np.generic]:
-    """NumPy knows no bfloat16: its bits are kept."""
+    """Return maps as a NumPy array; bfloat16, which NumPy lacks, is stored bit for bit as int16."""
     same = maps_FCYX.view(torch.int16) if maps_FCYX.dtype is torch.bfloat16 else maps_FCYX
     kept: NDArray[np.generic] = same.numpy()
     return kept
@@ -118,7 +119,7 @@ def _as_made(maps: Tensor) -> Tensor:
 
 
 def announce(data: Data, model: Model, optim: Optim) -> None:
-    """Say how much the maps take, and check the room for them, before anything is made."""
+    """Print the size of the maps on disk and check the free space; raises `UserError` if there is too little."""
     table, folder = prepare_data(data), cache_folder(data.prepared) / "features"
     files = sum(len(table.groups[GROUPS[sensor][0]].paths) for sensor in SENSORS if sensor in data.modalities)
     size = files * model.channels[0] * map_sides(data.image_size)[0] ** 2 * (4 if optim.precision == "fp32" else 2)

@@ -1,8 +1,8 @@
-"""One raw file of the DeepSense 6G layout in, one array out.
+"""Readers of the raw files in the DeepSense 6G layout: one file in, one array out.
 
-A file that cannot be read whole raises `UserError` with its path: a silent zero would train as if nothing were there.
+A file that cannot be read completely raises `UserError` with its path; zeros in its place would go unnoticed.
 
-Legend: N points, A antennas, S samples of a chirp, C chirps, P pixels of a side (`image_size`).
+Legend: N points, A antennas, S samples per chirp, C chirps, P pixels per side (`image_size`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from scipy.fft import fft
 from trainables.contract import UserError
 
 BEAMS = 64
-MAX_COUNT = 5  # lidar points of one cell beyond this number say nothing new
+MAX_COUNT = 5  # cap on the lidar points of a cell; more carry no further information
 
 Range = tuple[float, float]
-# (x, y) in metres, by the scenario's number: what of the lidar's view lies on the street.
+# Ranges of x and y in metres, by scenario number: the part of the lidar's view that lies on the street.
 LIDAR_FOV: dict[int, tuple[Range, Range]] = {
     31: ((-70.0, 0.0), (-25.0, 14.0)),
     32: ((-60.0, 0.0), (-40.0, 5.5)),
@@ -32,7 +32,7 @@ DEFAULT_FOV: tuple[Range, Range] = ((-50.0, 0.0), (-50.0, 50.0))
 
 
 def read_image(path: Path, size: int) -> NDArray[np.uint8]:
-    """The camera picture, (3, P, P) RGB in 0..255; its aspect is not kept."""
+    """Read a camera picture as (3, P, P) RGB in 0..255; the aspect ratio is not preserved."""
     try:
         with Image.open(path) as image:
             resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
@@ -46,14 +46,14 @@ def _numbers(path: Path, text: bytes) -> NDArray[np.float64]:
         return np.empty(0)
     try:
         return np.fromstring(text, dtype=np.float64, sep=" ")
-    except (ValueError, DeprecationWarning):  # older numpy warns and returns what it could read, caught by its count
+    except (ValueError, DeprecationWarning):  # older NumPy warns and returns a part, which the caller's count catches
         raise UserError(f"{path}: something that is not a number") from None
 
 
 def read_points(path: Path) -> NDArray[np.float64]:
-    """The points of an ASCII PLY, (N, 3): x, y, z in metres. Its first element must be `vertex`, as lidars write it.
+    """Read the points of an ASCII PLY, (N, 3): x, y, z in metres. Its first element must be `vertex`.
 
-    A beam that met nothing may be there as a point that is not finite, which is left out.
+    Points that are not finite, which may stand for lidar beams without a return, are dropped.
     """
     try:
         content = path.read_bytes()
@@ -83,19 +83,19 @@ def read_points(path: Path) -> NDArray[np.float64]:
 
 
 def lidar_counts(points_N3: NDArray[np.float64], size: int, fov: tuple[Range, Range]) -> NDArray[np.uint8]:
-    """Points seen from above, (1, P, P): how many lie in each cell, at most `MAX_COUNT`. Rows are x, columns y."""
+    """Count points per cell seen from above, (1, P, P), capped at `MAX_COUNT`. Rows are x, columns y."""
     counts, _, _ = np.histogram2d(points_N3[:, 0], points_N3[:, 1], bins=size, range=fov)
     return np.minimum(counts, MAX_COUNT).astype(np.uint8)[None]
 
 
 def fov_of(scenario: str, per_scenario: bool) -> tuple[Range, Range]:
-    """The field of view for `scenario31` and its like."""
+    """Return the lidar's field of view, ranges of x and y in metres, for a scenario such as `scenario31`."""
     number = int(scenario.removeprefix("scenario"))
     return LIDAR_FOV.get(number, DEFAULT_FOV) if per_scenario else DEFAULT_FOV
 
 
 def read_cube(path: Path) -> NDArray[np.complex64]:
-    """Raw radar samples, (A, S, C)."""
+    """Read raw radar samples, complex (A, S, C)."""
     try:
         with path.open("rb") as file:
             cube_ASC = np.load(file, allow_pickle=False)
@@ -113,26 +113,26 @@ def read_cube(path: Path) -> NDArray[np.complex64]:
 
 
 def radar_maps(cube_ASC: NDArray[np.complex64], size: int) -> NDArray[np.float16]:
-    """Range-angle and range-velocity magnitudes, (2, P, P), each map scaled to 0..1 on its own. Rows are range.
+    """Return range-angle and range-velocity magnitudes, (2, P, P), each map scaled to 0..1 on its own. Rows are range.
 
-    Every axis is zero-padded to the next multiple of P before its FFT, and the cells that then fall into one pixel are
-    pooled by their maximum, so that a point stays a peak; at (4, 256, 250) and P = 256 nothing is pooled. Neither axis
-    is shifted: bin 0 is straight ahead, or standing still. Half floats keep 11 bits, so that a weak reflection beside
-    a strong one survives, as 8 bits would not let it.
+    Every axis is zero-padded to a multiple of P before its FFT, and the cells of a pixel are max-pooled, so that a
+    point stays a peak; at (4, 256, 250) and P = 256 nothing is pooled. No axis is shifted: bin 0 is straight ahead, or
+    zero velocity. Half floats have 11 significant bits, which keep a weak reflection beside a strong one; 8 bits would
+    not.
     """
     antennas, samples, chirps = cube_ASC.shape
     range_ARC = fft(cube_ASC, n=_padded(samples, size), axis=1)
-    moving_ARC = range_ARC - range_ARC.mean(axis=2, keepdims=True)  # what stands still is clutter
+    moving_ARC = range_ARC - range_ARC.mean(axis=2, keepdims=True)  # remove static clutter
     angle_RG = _angles(moving_ARC, _padded(antennas, size))
     velocity_RV = np.abs(fft(range_ARC, n=_padded(chirps, size), axis=2)).sum(axis=0)
     return np.stack([_unit(_pool(angle_RG, size)), _unit(_pool(velocity_RV, size))]).astype(np.float16)
 
 
 def _angles(moving_ARC: NDArray[np.complex64], bins: int) -> NDArray[np.float32]:
-    """Magnitude of the FFT over antennas, zero-padded to `bins`, summed over chirps: (R, bins).
+    """Return the magnitude of the FFT over antennas, zero-padded to `bins`, summed over chirps: (R, bins).
 
-    A few chirps at a time, because the whole takes 130 MB at the published shape. A product with the waves of so few
-    antennas is twice as fast on one thread, but BLAS starts threads of its own, and beside those that decode it took
+    A few chirps at a time, because all take 130 MB at the published shape. A DFT by matrix product, with so few
+    antennas, is twice as fast on one thread, but BLAS starts its own threads, and beside the decoding threads it took
     five to twenty times as long.
     """
     _, ranges, chirps = moving_ARC.shape
@@ -163,7 +163,7 @@ def _text_numbers(path: Path, count: int, what: str) -> NDArray[np.float64]:
         values = np.array([float(word) for word in words])
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # also bytes that are no text
+    except ValueError as error:  # or undecodable bytes
         raise UserError(f"{path}: not {count} numbers ({error})") from None
     if len(values) != count:
         raise UserError(f"{path}: {len(values)} numbers instead of {count} ({what})")
@@ -171,12 +171,12 @@ def _text_numbers(path: Path, count: int, what: str) -> NDArray[np.float64]:
 
 
 def read_sweep(path: Path) -> NDArray[np.float64]:
-    """Received power of each of the 64 beams, linear. Some measurements are NaN, as in the public release, or all."""
+    """Read the received power of the 64 beams, linear, (64,). Some or all may be NaN, as in the public release."""
     return _text_numbers(path, BEAMS, "one power per beam")
 
 
 def read_power(path: Path) -> NDArray[np.float64]:
-    """The powers of a sweep that names a best beam."""
+    """Read a sweep as `read_sweep`; raises `UserError` if every power is NaN, so that there is no best beam."""
     power = read_sweep(path)
     if np.isnan(power).all():
         raise UserError(f"{path}: every power is NaN, so there is no best beam")
@@ -184,7 +184,7 @@ def read_power(path: Path) -> NDArray[np.float64]:
 
 
 def read_position(path: Path) -> NDArray[np.float64]:
-    """Latitude and longitude in degrees, (2,)."""
+    """Read latitude and longitude in degrees, (2,)."""
     position = _text_numbers(path, 2, "latitude, longitude")
     if not (-80 <= position[0] <= 84 and -180 <= position[1] < 180):  # where UTM is defined; NaN fails as well
         raise UserError(f"{path}: latitude {position[0]}, longitude {position[1]} is no place in degrees")

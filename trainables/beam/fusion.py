@@ -1,4 +1,4 @@
-"""Trains the fusion network to predict the best beam from camera, lidar, radar and position, or some of them."""
+"""Trains the fusion network to predict the best beam from camera, lidar, radar and position, or a subset of these."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     loss: BeamLoss = field(default_factory=BeamLoss)
     epochs: int = 30
-    missing_prob: float = 0.0  # share of training windows that lack one sensor, any as often
-    score_without: tuple[Modality, ...] = ()  # sensors; when any, dba_missing is the DBA without them
-    # A checkpoint of fusion training to go on from, its encoders included, with a schedule and an optimizer that begin
-    # anew. All machines see it, for as long as the search may be resumed.
+    missing_prob: float = 0.0  # share of training windows that lack one sensor, each equally often
+    score_without: tuple[Modality, ...] = ()  # sensors; if any, dba_missing is the DBA without all of them
+    # A fusion checkpoint to start from, encoders included, with a fresh schedule and optimizer. All machines must be
+    # able to read it for as long as the search may be resumed.
     pretrained: str | None = None
-    score_each: bool = False  # the DBA without each sensor alone, too: dba_without_image and so on
+    score_each: bool = False  # also report the DBA without each single sensor: dba_without_image and so on
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -68,7 +68,7 @@ def build(config: Config) -> FusionNetwork:
 def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     assert isinstance(model, FusionNetwork)
     windows = len(batch["beam"])
-    # Tokens take part in every step, for all ranks must agree on which parameters do.
+    # Tokens take part in every step, because all ranks must use the same parameters.
     draws = config.missing_prob > 0 or model.missing == "token"
     gone = draw_missing(model.sensors, windows, config.missing_prob, batch["beam"].device) if draws else {}
     logits = model.fuse(model.first_maps(batch, gone), batch.get("gps"))
@@ -76,7 +76,7 @@ def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
 
 
 def beam_loss(logits_K: Tensor, beam: Tensor, settings: BeamLoss) -> Tensor:
-    """The loss of each window, (B,), the mean over its steps where it has several.
+    """Return the loss of each window, (B,), averaged over its steps if it has several.
 
     `logits_K` is (B, 64) or (B, P, 64), `beam` (B,) or (B, P).
     """
@@ -91,9 +91,9 @@ def beam_loss(logits_K: Tensor, beam: Tensor, settings: BeamLoss) -> Tensor:
 def draw_missing(
     sensors: Sequence[Modality], windows: int, share: float, device: torch.device
 ) -> dict[Modality, Tensor]:
-    """Which windows lack which sensor, (B,) each: about `share` of them lack one.
+    """Draw a mask (B,) per sensor of the windows that lack it; about `share` of the windows lack one sensor.
 
-    No sensor is left out of the result, be it missing nowhere.
+    The result has every sensor, even one that no window lacks.
     """
     lacking_B = torch.rand(windows, device=device) < share
     which_B = torch.randint(max(len(sensors), 1), (windows,), device=device)
@@ -101,10 +101,10 @@ def draw_missing(
 
 
 def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[str] = ()) -> Pairs:
-    """DBA and top-k accuracy, the DBA of each scenario and of what `lacking` names, and the fusion stages' health.
+    """Return DBA, top-k accuracy, DBA by scenario and without the sensors in `lacking`, and `fusion_signs`.
 
-    Windows of several steps count once for each step; `dba_step1` and so on are the DBA of one step. Windows that are
-    kept apart count towards their scenario alone.
+    Windows with several steps count once per step; `dba_step1` and so on are the DBA of one step. Windows marked
+    `apart` count only in the score of their scenario.
     """
     assert isinstance(model, FusionNetwork)
     maps, gps, beam = model.first_maps(batch), batch.get("gps"), batch["beam"]
@@ -122,25 +122,25 @@ def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[st
 
 
 def lacking(config: Config, sensors: Sequence[Modality]) -> dict[str, tuple[Modality, ...]]:
-    """By the name of a score, which of the network's sensors are missing in it."""
+    """Return, by the name of each score with missing sensors, which sensors those are."""
     together = {"dba_missing": config.score_without} if config.score_without else {}
     alone = {f"dba_without_{sensor}": (sensor,) for sensor in sensors} if config.score_each else {}
     return {**together, **alone}
 
 
 def everywhere(sensors: Sequence[Modality], like: Tensor) -> dict[Modality, Tensor]:
-    """These sensors are missing from every window: (B,) each, where `like` is (B,) or (B, P)."""
+    """Return masks (B,) that mark these sensors as missing in every window; `like` is (B,) or (B, P)."""
     return {sensor: torch.ones(len(like), dtype=torch.bool, device=like.device) for sensor in sensors}
 
 
 def total(values: Tensor, windows_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and count of the values, (B,) or (B, P), of the windows where `windows_B` is true."""
+    """Return sum and count of `values`, (B,) or (B, P), over the windows where `windows_B` is true."""
     value_B = values.reshape(len(values), -1).sum(1)
     return torch.where(windows_B, value_B, 0).sum(), values.numel() // len(values) * windows_B.sum()
 
 
 def by_step(dba: Tensor, windows_B: Tensor, name: str = "dba") -> dict[str, tuple[Tensor, Tensor]]:
-    """`dba_step1` and so on from (B, P), over the windows where `windows_B` is true; nothing from (B,)."""
+    """Return sum and count of each step's DBA, `dba_step1` and so on, where `windows_B` is true; empty for (B,)."""
     steps = dba.unbind(1) if dba.ndim > 1 else ()
     return {f"{name}_step{p}": total(dba_B, windows_B) for p, dba_B in enumerate(steps, start=1)}
 
@@ -148,9 +148,9 @@ def by_step(dba: Tensor, windows_B: Tensor, name: str = "dba") -> dict[str, tupl
 def by_scenario(
     dba: Tensor, scenario_B: Tensor, scenarios: Sequence[str], name: str = "dba"
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """`dba_31` and so on, from each window's index into `scenarios`; nothing where there is only one scenario.
+    """Return sum and count of each scenario's DBA, `dba_31` and so on; empty if there is only one scenario.
 
-    `dba` is (B,) or (B, P).
+    `dba` is (B,) or (B, P), `scenario_B` each window's index into `scenarios`.
     """
     if len(scenarios) < 2:
         return {}
@@ -173,13 +173,13 @@ TASK = Task(
 
 
 def task_for(config: Config) -> Task:
-    """`TASK`, which also knows the names of the scenarios at hand."""
+    """Return `TASK` with scores for each scenario in the data."""
     scenarios = samples(config, "val").scenarios
     return replace(TASK, score=functools.partial(score, scenarios=scenarios))
 
 
 def prepare(config: Config) -> str:
-    """Check and decode the data, and what training starts from, before any worker starts; a line on the data."""
+    """Check and decode the data, and check pre-trained weights, before any worker starts; return a line on the data."""
     if config.pretrained is not None:
         build(config)
     elif config.model.pretrained_encoders is not None:

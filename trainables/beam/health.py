@@ -1,6 +1,6 @@
-"""Signs that a network which trains, and whose loss falls, will still come to nothing.
+"""Diagnostics of fusion stages that stay useless although the loss falls, and the DBA of guessing.
 
-Shape suffixes: B batch, T tokens, C width, N windows, or steps of windows.
+Shape suffixes: B batch, T tokens, C width, N windows, or steps of windows, R ranks of a guess.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from trainables.beam.files import BEAMS
 from trainables.beam.metrics import DELTA_BEAMS, RANKS
 from trainables.beam.network import FusionNetwork
 
-STAGES = range(1, 5)  # of a fusion network
+STAGES = range(1, 5)  # numbers of a network's fusion stages
 
 
 @contextlib.contextmanager
 def fusion_signs(network: FusionNetwork) -> Iterator[dict[str, tuple[Tensor, Tensor | int]]]:
-    """Fills the dict, by each forward pass through the fusion stages 1 to 4 in this context, with sums and counts.
+    """Yield a dict that each forward pass in this context fills with sums and counts, for fusion stages 1 to 4.
 
-    zeros_<stage>: the share of exact zeros in what the stage's blocks add to the tokens or, without a residual, put in
-        their place. The published initialiser leaves nothing else: such a stage gets no gradient either.
-    size_<stage>: the mean absolute value that leaves the blocks, before the LayerNorm hides it.
-    mean_<stage>, square_<stage>: the mean value that leaves the stage, and the mean square; `stage_spreads` makes
-        std_<stage> of them.
+    zeros_<stage>: share of exact zeros in what the stage's blocks add to the tokens or, without a residual, replace
+        them with. With the published initialiser it can be all zeros; such a stage gets no gradient either.
+    size_<stage>: mean absolute output of the blocks, before the LayerNorm hides it.
+    mean_<stage>, square_<stage>: mean and mean square of the stage's output, from which `stage_spreads` computes
+        std_<stage>.
     """
     signs: dict[str, tuple[Tensor, Tensor | int]] = {}
 
@@ -42,7 +42,7 @@ def fusion_signs(network: FusionNetwork) -> Iterator[dict[str, tuple[Tensor, Ten
         signs[f"size_{stage}"] = out_BTC.abs().sum(dtype=torch.float32), count
 
     def look_after(stage: int, module: nn.Module, given: tuple[Tensor, ...], out_BTC: Tensor) -> None:
-        # In double precision, which the difference of two large numbers needs.
+        # In double precision, for the difference of two large numbers in the variance.
         signs[f"mean_{stage}"] = out_BTC.sum(dtype=torch.float64), out_BTC.numel()
         squares = torch.linalg.vector_norm(out_BTC, dtype=torch.float64).square()
         signs[f"square_{stage}"] = squares, out_BTC.numel()
@@ -60,9 +60,9 @@ def fusion_signs(network: FusionNetwork) -> Iterator[dict[str, tuple[Tensor, Ten
 
 
 def stage_spreads(scores: Mapping[str, float]) -> dict[str, float | None]:
-    """std_<stage>, the standard deviation of all values that leave a fusion stage, in the place of what it is made of.
+    """Return std_<stage>, the standard deviation of each fusion stage's output, and None for mean_ and square_<stage>.
 
-    None where one of them is not finite.
+    std_<stage> is None if its variance is not finite.
     """
     spreads: dict[str, float | None] = {}
     for stage in STAGES:
@@ -73,28 +73,31 @@ def stage_spreads(scores: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def fusion_part(name: str) -> str | None:
-    """fusion_1 to fusion_4, by the name of a parameter of a stage, in a fusion network or in one that holds it."""
+    """Return the fusion stage, fusion_1 to fusion_4, of the named parameter; None if it belongs to none.
+
+    The name may be of a fusion network or of one that contains it.
+    """
     found = re.search(r"(?:^|\.)fusions\.(\d+)\.", name)
     return f"fusion_{int(found.group(1)) + 1}" if found else None
 
 
 def dba_of_guessing(config: HasData) -> float:
-    """The DBA on the pooled held-out samples of always the same three beams, those that suit training samples best.
+    """Return the DBA on held-out samples, except those scored apart, of always guessing the same three beams.
 
-    Of windows with several steps, the same three for all steps.
+    The beams are chosen greedily to maximise DBA on the training samples, one set for all steps.
     """
     train, val = (samples(config, split) for split in ("train", "val"))
     pooled = val.side.take(~val.apart_N[val.windows])
     seen_N, held_out_N = (torch.from_numpy(val.beams(side)).flatten() for side in (train.side, pooled))
     guesses: list[int] = []
-    for _ in range(RANKS):  # one after the other: a set of three would be 40 000 to try
+    for _ in range(RANKS):  # greedily: there are 40 000 sets of three
         dbas = [_dba([*guesses, beam], seen_N) if beam not in guesses else -1.0 for beam in range(BEAMS)]
         guesses.append(max(range(BEAMS), key=dbas.__getitem__))
     return _dba(guesses, held_out_N)
 
 
 def _dba(guesses: list[int], beam_N: Tensor) -> float:
-    """DBA of these guesses in this order; of the ranks not filled yet, as if the last guess were made again."""
+    """Return the DBA of these guesses in this order; ranks not filled yet repeat the last score."""
     off_N = torch.stack([(beam_N - guess).abs() for guess in guesses]).cummin(0).values
     y_RN = (1 - off_N / DELTA_BEAMS).clamp(min=0)
     return float(torch.cat([y_RN, y_RN[-1:].expand(RANKS - len(guesses), -1)]).mean())

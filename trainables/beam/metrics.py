@@ -1,4 +1,4 @@
-"""What beam prediction is trained on and judged by. Everything is per sample, so that sums add up exactly over ranks.
+"""Losses and scores of beam prediction. Everything is per sample, so that sums over ranks are exact.
 
 Shape suffixes: K the 64 beams, R ranks of a guess. `...` is B samples, or B samples of P steps each.
 """
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from trainables.beam.files import BEAMS
 
-DELTA_BEAMS = 5  # a guess this far off scores nothing
+DELTA_BEAMS = 5  # a guess this far off scores 0
 RANKS = 3  # guesses that count
-TARGET_REACH_BEAMS = 5  # a target further off is nothing
-ALMOST_SURE = 2**-24  # how close to 1 a number of single precision gets below it
+TARGET_REACH_BEAMS = 5  # targets further from the best beam are 0
+ALMOST_SURE = 2**-24  # distance from 1 to the next smaller float32
 
 
 def beam_scores(logits_K: Tensor, beam: Tensor) -> dict[str, Tensor]:
-    """Scores by name, each of the shape of `beam`, (...); `logits_K` is (..., K).
+    """Return scores by name, each with the shape of `beam`, (...); `logits_K` is (..., K).
 
-    They are dba, y1 to y3, and top1 to top3: 100 where the beam is among as many guesses, else 0, so that their means
-    are in percent. Y_k scores the best of the first k guesses, 1 - min(|guess - beam| / 5, 1); DBA is the mean of Y_1,
-    Y_2 and Y_3. Beams are no circle: 0 and 63 are not neighbours. Logits that are not finite score 0: their order would
-    be that of the beams' numbers, which is no guess.
+    Names are dba, y1 to y3, and top1 to top3. top<k> is 100 if the beam is among the first k guesses, else 0: its mean
+    is in percent. Y_k scores the best of the first k guesses, 1 - min(|guess - beam| / 5, 1); DBA is the mean of Y_1,
+    Y_2 and Y_3. Beams are not circular: 0 and 63 are not neighbours. Logits that are not finite score 0, because their
+    order would be that of beam numbers, which is no guess.
     """
     off_R = (logits_K.topk(RANKS, dim=-1).indices - beam[..., None]).abs()
     best_R = off_R.cummin(dim=-1).values
@@ -38,18 +38,18 @@ def beam_scores(logits_K: Tensor, beam: Tensor) -> dict[str, Tensor]:
 
 
 def soft_targets(sigma: float, scale: float = 1.25, device: torch.device | None = None) -> Tensor:
-    """Target over all beams for each best beam, (64, 64): a normal density, cut at 5 beams, not renormalised.
+    """Return the target over all beams for each best beam, (64, 64): a normal density cut at 5 beams, not renormalised.
 
-    It is scaled to the height of the published one, of sigma 0.5 and times `scale`, whatever its width.
+    For any `sigma` its height is that of the published target, sigma 0.5, times `scale`.
     """
-    beams = torch.arange(BEAMS, dtype=torch.float32, device=device)  # made there: a copy to a GPU would be waited for
+    beams = torch.arange(BEAMS, dtype=torch.float32, device=device)  # created on the device: a copy would sync
     distance = (beams[:, None] - beams[None, :]).abs()
     density = torch.exp(-0.5 * (distance / sigma) ** 2) / (sigma * (2 * torch.pi) ** 0.5)
     return 2 * scale * sigma * density * (distance <= TARGET_REACH_BEAMS)
 
 
 def focal_loss(logits_K: Tensor, target_K: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Sigmoid focal loss, (...) from (..., K): the mean over beams; targets may lie anywhere in 0..1.
+    """Return the sigmoid focal loss, (...) from (..., K), averaged over beams; targets may be any values in 0..1.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", 2017, as in torchvision, with soft targets.
     """
@@ -57,15 +57,15 @@ def focal_loss(logits_K: Tensor, target_K: Tensor, alpha: float = 0.25, gamma: f
     p_t = p * target_K + (1 - p) * (1 - target_K)
     alpha_t = alpha * target_K + (1 - alpha) * (1 - target_K)
     entropy_K = F.binary_cross_entropy_with_logits(logits_K, target_K, reduction="none")
-    # Rounding makes p_t 1 and larger: a negative number has no broken power, and zero's has no slope where gamma < 1.
+    # Rounding can make p_t 1 or more: a negative base has no fractional power, and 0 no finite slope if gamma < 1.
     return (alpha_t * (1 - p_t).clamp(min=ALMOST_SURE) ** gamma * entropy_K).mean(-1)
 
 
 def cross_entropy(logits_K: Tensor, target_K: Tensor) -> Tensor:
-    """Cross-entropy, (...) from (..., K), against the target as a distribution over beams.
+    """Return the cross-entropy, (...) from (..., K), against the target normalised to a distribution over beams.
 
-    The targets' sum is divided out, which the published code does not: it would weigh beams at the edge, whose targets
-    are cut off, less, and a wide target more.
+    The published code does not normalise: that weights edge beams, whose targets are cut off, less, and wide targets
+    more.
     """
     share_K = target_K / target_K.sum(-1, keepdim=True)
     return -(share_K * logits_K.log_softmax(-1)).sum(-1)

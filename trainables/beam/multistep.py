@@ -1,8 +1,8 @@
-"""Builds windows of any history, and any number of predicted beams, from the raw files of a data set.
+"""Builds windows with any history and any number of predicted beams from the raw files of a data set.
 
-As published: the instants of a window are every other file, t-2(H-1), ..., t-2, t; the positions those of t-12 and
-t-6; the labels the beams of P consecutive files, of which the first is t. The published program took the strongest
-beam by comparing powers as text; here they are numbers.
+As published: a window's instants are every other file, t-2(H-1), ..., t-2, t; its positions those of t-12 and t-6; its
+labels the beams of P consecutive files, of which the first is t. The published program compared powers as text to find
+the strongest beam; here they are compared as numbers.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from trainables.beam.table import BEAM, DEVELOPMENT, PASS, POWER, SENSOR_COLUMNS
 from trainables.cache import Stamp, stamp_of
 from trainables.contract import UserError
 
-VERSION = 1  # part of the built file's name: raise it whenever other windows are built
+VERSION = 1  # part of the built file's name: increment it whenever other windows are built
 
-Names = dict[int, str]  # of the files of one folder, by their numbers, relative to the set's folder
+Names = dict[int, str]  # file paths relative to the development set's folder, by file number, of one folder
 Row = dict[str, str | int]
 
 
 def write_windows(path: Path, table: Table, history: int, steps: int) -> None:
-    """Write the CSV of all windows of the development set, given the table of its own window file.
+    """Write a CSV of all windows of the development set, given the table of its own window file.
 
-    The folders are those that the table's files lie in, and so are the passes, which no window may straddle. Says how
-    many windows cannot be built because a sensor lacks a file of an instant that another has one of, or because a sweep
-    of powers is NaN throughout.
+    Folders and passes are taken from the table; no window straddles passes. Prints how many windows are left out
+    because a sensor lacks a file for an instant that another sensor has, or because all powers of a sweep are NaN.
+    Raises `UserError` if no window can be built.
     """
     rows: list[Row] = []
     lacking = 0
@@ -56,27 +56,27 @@ def write_windows(path: Path, table: Table, history: int, steps: int) -> None:
 
 
 def listing(table: Table) -> str:
-    """Digest of the names in the folders that windows are built from: another one once a download goes on."""
+    """Return a digest of the file names in the folders that windows are built from; changes when files are added."""
     known = [_known(table, group, here) for here, _ in _scenarios(table) for group in _listed_groups(table)]
     return hashlib.sha256(repr([_names(x.parent, x.suffix, stamp_of(x.parent)) for x in known]).encode()).hexdigest()
 
 
-@functools.lru_cache(maxsize=64)  # tens of thousands of names each, asked for several times in every trial
+@functools.lru_cache(maxsize=64)  # tens of thousands of names each, needed several times in every trial
 def _names(folder: Path, suffix: str, stamp: Stamp) -> str:
-    """Digest of the names in one folder; `stamp`, the folder's, makes a changed one be listed anew."""
+    """Return a digest of the names in one folder; its `stamp` invalidates the cache when the folder changes."""
     return hashlib.sha256("/".join(sorted(path.name for path in folder.glob(f"*{suffix}"))).encode()).hexdigest()
 
 
 def _scenarios(table: Table) -> list[tuple[NDArray[np.bool_], str]]:
-    """The windows and the name of each scenario in the development set."""
+    """Return a mask of the windows, and the name, of each scenario in the development set."""
     every = [((table.scenario_N == number) & ~table.adaptation_N, name) for number, name in enumerate(table.scenarios)]
     return [(here, name) for here, name in every if here.any()]
 
 
 def newest_ids(ids: Sequence[int], history: int, steps: int) -> list[int]:
-    """Positions among the sorted file numbers at which a window's newest instant may lie, as published.
+    """Return the indices into the sorted file numbers at which a window's newest instant may be, as published.
 
-    Not at the first 2 H of a scenario nor the last P, nor where about every second file is missing.
+    Excluded are the first 2 H and the last P of a scenario, and places where about every second file is missing.
     """
     last = len(ids) - steps
     return [k for k in range(2 * history, last) if ids[k + steps] - ids[k] < 2 * steps]
@@ -85,11 +85,11 @@ def newest_ids(ids: Sequence[int], history: int, steps: int) -> list[int]:
 def _scenario_rows(
     table: Table, here: NDArray[np.bool_], scenario: str, history: int, steps: int
 ) -> tuple[list[Row], int]:
-    """The windows of one scenario, and how many more there would be if nothing that was recorded were lacking."""
+    """Return the windows of one scenario, and how many are left out for lack of files or of powers."""
     names = {group: _listed(table, group, here, scenario) for group in _listed_groups(table)}
     recorded, pass_of = {i for listed in names.values() for i in listed}, _passes(table, here)
     ids = sorted(names[POWER])
-    beam_of = functools.cache(lambda i: _best_beam(table.root / DEVELOPMENT / names[POWER][i]))  # of a file's number
+    beam_of = functools.cache(lambda i: _best_beam(table.root / DEVELOPMENT / names[POWER][i]))  # by file number
     rows: list[Row] = []
     lacking = 0
     for k in newest_ids(ids, history, steps):
@@ -119,13 +119,13 @@ def _scenario_rows(
 
 
 def _best_beam(path: Path) -> int | None:
-    """The strongest beam of a sweep, counted from 1; None where every power is NaN."""
+    """Return the strongest beam of a sweep, counted from 1; None if every power is NaN."""
     power = read_sweep(path)
     return None if np.isnan(power).all() else int(np.nanargmax(power)) + 1
 
 
 def _in_one_pass(pass_of: Mapping[int, str], frames: Sequence[int]) -> bool:
-    """Whether the window file has these frames in the same pass; true of any where it does not tell passes."""
+    """Return whether the window file has these frames in one pass; True if it does not name passes."""
     passes = {pass_of.get(i) for i in frames}
     return not pass_of or (len(passes) == 1 and None not in passes)
 
@@ -135,12 +135,15 @@ def _listed_groups(table: Table) -> list[str]:
 
 
 def _known(table: Table, group: str, here: NDArray[np.bool_]) -> Path:
-    """The first file that the table names for these windows."""
+    """Return the first file that the table names for these windows."""
     return table.groups[group].paths[int(table.groups[group].at_NK[here][0, 0])]
 
 
 def _listed(table: Table, group: str, here: NDArray[np.bool_], scenario: str) -> Names:
-    """The files beside those that the table names for this scenario, of the same kind."""
+    """List all files of the same kind in the folder of those that the table names for this scenario.
+
+    Raises `UserError` if two files have the same number, or no file has one.
+    """
     known = _known(table, group, here)
     names: Names = {}
     for path in sorted(known.parent.glob(f"*{known.suffix}")):
@@ -160,7 +163,7 @@ def _listed(table: Table, group: str, here: NDArray[np.bool_], scenario: str) ->
 
 
 def _passes(table: Table, here: NDArray[np.bool_]) -> dict[int, str]:
-    """The pass of every file number; empty where the window file does not say."""
+    """Return the pass of every file number; empty if the window file does not name passes."""
     if table.passes_N is None:
         return {}
     return {int(i): table.passes_N[n] for n in np.flatnonzero(here) for i in table.frame_NK[n]}

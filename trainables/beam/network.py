@@ -1,7 +1,7 @@
 """The fusion network: one encoder per sensor, fused after each of four stages, then over time, into 64 beam logits.
 
-Shape suffixes: B batch, H history, F = B H frames, T tokens, C channels, Y X rows and columns of a map, G numbers of a
-position, K tokens of one sensor, P steps ahead, Z the 64 beams.
+Shape suffixes: B batch, H history, F = B H frames, T tokens, C channels, Y X rows and columns of a map, G numbers per
+position, K tokens of one sensor, P predicted steps, Z the 64 beams.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from trainables.beam.mamba import Mamba
 from trainables.beam.positions import POSITIONS, PositionTokens
 from trainables.contract import UserError
 
-Maps = dict[Modality, Tensor]  # (F, C, Y, X) of each sensor at the same stage
+Maps = dict[Modality, Tensor]  # each sensor's map, (F, C, Y, X), at the same stage
 
 
 def map_key(sensor: Modality) -> str:
-    """Under what a batch holds a sensor's first maps, (B, H, C, Y, X), where they were made beforehand."""
+    """Return the batch key of a sensor's precomputed first maps, (B, H, C, Y, X)."""
     return f"{sensor}_map"
 
 
 class FusionNetwork(nn.Module):
-    """The beam logits of a batch of windows, from any subset of the modalities.
+    """Predicts the beam logits of a batch of windows, from any subset of the modalities.
 
-    `first_maps` and `fuse` are the two halves of `forward`; what is done about a missing sensor happens in the first
-    (as training must) or between them.
+    `first_maps` and `fuse` are the two halves of `forward`. Missing sensors are replaced in the first (required in
+    training) or between the two.
     """
 
     def __init__(self, model: Model, data: Data, gps_width: int) -> None:
@@ -53,7 +53,7 @@ class FusionNetwork(nn.Module):
         )
         gps = "gps" in data.modalities
         self.positions = PositionTokens(gps_width, model) if gps else None
-        # A map smaller than the grid of anchors is not blown up for it.
+        # A map smaller than the anchor grid is not upsampled to it.
         self.anchors = [min(model.anchors, side) for side in map_sides(data.image_size)]
         self.fusions = nn.ModuleList(
             Fusion(len(self.fused) * data.history * anchors**2 + POSITIONS * gps, width, model)
@@ -63,15 +63,15 @@ class FusionNetwork(nn.Module):
         self.head = _head(model.channels[-1])
         self.ahead = Ahead(data.steps) if data.steps > 1 else None
         if model.channels_last:
-            # Convolutions take the layout of their weights; DDP wants that of 1x1 kernels, too, to be their gradients'.
+            # Convolutions use their weights' layout; DDP needs gradients in that layout too, even for 1x1 kernels.
             self.encoders.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits, (B, 64), or (B, P, 64) of P > 1 steps."""
+        """Return the beam logits, (B, 64), or (B, P, 64) for P > 1 steps."""
         return self.fuse(self.first_maps(batch), batch.get("gps"))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Raises `UserError` for the weights of another network, where torch would list every one of them."""
+        """Load weights; raises one short `UserError` for those of another network, where torch would list them all."""
         if strict:
             self._expect_own(state_dict)
         return super().load_state_dict(state_dict, strict, assign)
@@ -88,11 +88,11 @@ class FusionNetwork(nn.Module):
                 )
 
     def first_maps(self, batch: Mapping[str, Tensor], gone: Mapping[Modality, Tensor] = {}) -> Maps:
-        """The sensors' maps after their first stages; those that the batch holds already are taken as they are.
+        """Return the sensors' maps, (F, C, Y, X), after their first stages; maps already in the batch are used as is.
 
-        gone: as of `withhold`, which in eval mode makes the same of the whole maps. In training each encoder sees one
-        batch, with an input that stands in for the missing frames among the others: a batch of stand-ins alone would
-        have its say in batch norm's statistics.
+        gone: as for `withhold`, which in eval mode has the same effect on complete maps. In training, stand-ins replace
+        the missing frames within each encoder's one batch: a separate batch of stand-ins would distort batch norm's
+        statistics.
         """
         tokens = self.missing == "token"
         maps = {
@@ -104,7 +104,7 @@ class FusionNetwork(nn.Module):
         return self.withhold(maps, gone) if tokens else maps
 
     def first_map(self, sensor: Modality, batch: Mapping[str, Tensor], unseen_B: Tensor | None = None) -> Tensor:
-        """One sensor's map after its first stage, of its frames in the batch, or of nothing where they are unseen."""
+        """Return one sensor's map after its first stage, with stand-in frames in windows where `unseen_B` is true."""
         encoder = self.encoder(sensor)
         frames_FISS = encoder.normalise(batch[sensor].flatten(0, 1))
         if unseen_B is not None:
@@ -118,10 +118,10 @@ class FusionNetwork(nn.Module):
         return encoder
 
     def stand_in(self, sensor: Modality, like_FCYX: Tensor) -> Tensor:
-        """What is put in the place of a missing sensor's first map: its token, or its encoder's view of nothing.
+        """Return what replaces a missing sensor's first map: its token, or its encoder's map of a stand-in input.
 
-        The encoder looks in eval mode, as when the network is scored: a batch of nothing must have no say in batch
-        norm's statistics. Gradients reach the encoder all the same.
+        The encoder runs in eval mode, as in scoring, so that a batch of stand-ins does not affect batch norm's
+        statistics. Gradients still reach the encoder.
         """
         if self.missing == "token":
             return self.absent[sensor].view(1, -1, 1, 1).expand(like_FCYX.shape)
@@ -135,29 +135,29 @@ class FusionNetwork(nn.Module):
                 module.training = True
 
     def _nothing(self, sensor: Modality, like_F: Tensor) -> Tensor:
-        """What an encoder is given, normalised, in the place of missing frames."""
+        """Return the stand-in for missing frames, as normalised encoder input."""
         assert self.missing != "token", "a token takes the place of a map"
         return stand_in_input(self.missing, len(like_F), self.channels[sensor], self.image_size, like_F.device)
 
     def _frames(self, windows_B: Tensor) -> Tensor:
-        """What is true of the windows, (B,), for each of their frames, (F, 1, 1, 1)."""
+        """Repeat a mask of windows, (B,), for each of their frames: (F, 1, 1, 1)."""
         return windows_B.repeat_interleave(self.history).view(-1, 1, 1, 1)
 
     def withhold(self, maps: Maps, gone: Mapping[Modality, Tensor]) -> Maps:
-        """`maps` with a stand-in wherever a window lacks a sensor: `gone[sensor]` is (B,), True where it is missing."""
+        """Return `maps` with stand-ins for missing sensors; `gone[sensor]` is (B,), True in windows that lack it."""
         out = dict(maps)
         for sensor, gone_B in gone.items():
             out[sensor] = torch.where(self._frames(gone_B), self.stand_in(sensor, maps[sensor]), maps[sensor])
         return out
 
     def fuse(self, maps: Maps, gps_B2G: Tensor | None) -> Tensor:
-        """Logits, (B, 64) or (B, P, 64), from the first maps (all sensors' of the configuration) and the positions."""
+        """Return logits, (B, 64) or (B, P, 64), from the first maps of all configured sensors and the positions."""
         description_B2W = self.positions.description(gps_B2G) if self.positions and gps_B2G is not None else None
         positions_B2C: Tensor | None = None
         for stage, fusion in enumerate(self.fusions):
             if stage:
                 maps = {sensor: self.encoder(sensor).stage(stage, maps[sensor]) for sensor in self.sensors}
-            # What one that is left out gets from the others ends with the stage: it has no encoder to take it further.
+            # An omitted sensor has no encoder: what its tokens get from the others in a stage does not reach the next.
             maps = {sensor: maps[sensor] if sensor in maps else _nothing_like(maps) for sensor in self.fused}
             if self.positions and description_B2W is not None:
                 positions_B2C = self.positions(stage, description_B2W, positions_B2C)
@@ -178,7 +178,7 @@ class FusionNetwork(nn.Module):
             counts.append(POSITIONS)
         mixed = fusion(torch.cat(tokens, 1)).split(counts, dim=1)
         fused: Maps = {}
-        for (sensor, x_FCYX), mixed_BKC in zip(maps.items(), mixed, strict=False):  # the positions come after them
+        for (sensor, x_FCYX), mixed_BKC in zip(maps.items(), mixed, strict=False):  # the positions' tokens come last
             grid = mixed_BKC.reshape(x_FCYX.shape[0], anchors, anchors, -1).permute(0, 3, 1, 2)
             fused[sensor] = x_FCYX + F.interpolate(grid, size=x_FCYX.shape[2:], mode="bilinear")
         return fused, mixed[-1] if positions_B2C is not None else None
@@ -189,15 +189,15 @@ def _nothing_like(maps: Maps) -> Tensor:
 
 
 def _tokens(pooled_FCYX: Tensor, history: int) -> Tensor:
-    """Frames in order, each row by row: (B, H Y X, C)."""
+    """Flatten maps into tokens, frame by frame and row by row: (B, H Y X, C)."""
     return pooled_FCYX.flatten(2).mT.unflatten(0, (-1, history)).flatten(1, 2)
 
 
 class OverTime(nn.Module):
-    """One vector from the frames of every sensor and the two positions.
+    """Sums the frames of every sensor and the two positions into one vector.
 
-    sum: of all. v1: one Mamba layer, shared by the sensors, runs over each sensor's frames first. v2: after it, each
-    sensor's frames are weighed by their channels' largest and mean value, and so are the positions.
+    sum: plain sum. v1: a Mamba layer, shared by the sensors, first runs over each sensor's frames. v2: as v1, then each
+    sensor's frames, and the positions, are weighted by a softmax computed from their maximum and mean over channels.
     """
 
     def __init__(self, history: int, sensors: bool, gps: bool, model: Model) -> None:
@@ -210,7 +210,7 @@ class OverTime(nn.Module):
         self.position_weights = nn.Linear(POSITIONS, POSITIONS) if weigh and gps else None
 
     def forward(self, sensors: list[Tensor], positions_B2C: Tensor | None) -> Tensor:
-        """`sensors` are (B, H, C); returns (B, C)."""
+        """Return (B, C) from each sensor's frames, (B, H, C), and the positions' tokens."""
         vectors = []
         for frames_BHC in sensors:
             if self.mamba is not None:
@@ -223,9 +223,10 @@ class OverTime(nn.Module):
 
 
 class Ahead(nn.Module):
-    """The beams of several instants, one after the other, from what the head says of them all.
+    """Predicts the beams of several steps, one after another, from the head's output.
 
-    Each step's logits are those of the step before and a change, which the memory, a GRU's, tells from them.
+    That output is the initial state of a GRU cell. Each step feeds it the previous logits (zeros at first) and adds to
+    them a linear function of its new state.
     """
 
     def __init__(self, steps: int) -> None:
@@ -235,7 +236,7 @@ class Ahead(nn.Module):
         self.change = nn.Linear(BEAMS, BEAMS)
 
     def forward(self, memory_BZ: Tensor) -> Tensor:
-        """(B, 64) -> (B, P, 64)."""
+        """Return the logits of all steps, (B, P, 64), from the head's output, (B, 64)."""
         logits_BZ, logits = torch.zeros_like(memory_BZ), []
         for _ in range(self.steps):
             memory_BZ = self.memory(logits_BZ, memory_BZ)
@@ -252,7 +253,7 @@ def _weighted_sum(x_BTC: Tensor, weights: nn.Linear | None) -> Tensor:
 
 
 def _head(width: int) -> nn.Sequential:
-    """No layer is narrower than the beams: a quarter of a small network's width would be a bottleneck."""
+    """Return the MLP head. Its layers have at least 64 units: a quarter of a small network's width is a bottleneck."""
     half, quarter = max(BEAMS, width // 2), max(BEAMS, width // 4)
     return nn.Sequential(
         nn.Linear(width, half), nn.ReLU(), nn.Linear(half, quarter), nn.ReLU(), nn.Linear(quarter, BEAMS)

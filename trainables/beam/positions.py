@@ -1,6 +1,6 @@
 """The car's two known positions as tokens of every fusion stage.
 
-Shape suffixes: B batch, G numbers of a position, W width of a description, C width of a stage.
+Shape suffixes: B batch, G numbers per position, W width of a description, C width of a stage.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from trainables.beam.blocks import legacy_init
 from trainables.beam.config import Model
 
 POSITIONS = 2  # instants of a window with a known position
-DESCRIPTION = 128
+DESCRIPTION = 128  # width of a description
 
 
 class PositionTokens(nn.Module):
-    """Positions -> tokens of each stage, each stage also seeing the tokens of the one before.
+    """Turns positions into tokens for each stage, which also depend on the previous stage's output tokens.
 
-    linear: the published way, one Linear before each stage. mlp: a small network describes the position first, and
-    every stage sees that description too.
+    linear: as published, one Linear before each stage. mlp: an MLP first computes a description of each position, which
+    every later stage gets as well.
     """
 
     def __init__(self, gps_width: int, model: Model) -> None:
@@ -32,11 +32,11 @@ class PositionTokens(nn.Module):
             self.apply(legacy_init)
 
     def description(self, gps_B2G: Tensor) -> Tensor:
-        """What `forward` wants: (B, 2, W), or the positions themselves."""
+        """Return `forward`'s input: the MLP's descriptions, (B, 2, W), or with `linear` the positions themselves."""
         return gps_B2G if self.describe is None else self.describe(gps_B2G)
 
     def forward(self, stage: int, description_B2W: Tensor, before_B2C: Tensor | None) -> Tensor:
-        """Tokens of a stage, (B, 2, C); `before` are those that left the previous stage, None for the first."""
+        """Return a stage's tokens, (B, 2, C); `before_B2C` are the previous stage's outputs, None for the first."""
         tokens_B2C: Tensor = self.tokens[stage](description_B2W if before_B2C is None else before_B2C)
         if self.reminders is not None and stage > 0:
             tokens_B2C = tokens_B2C + self.reminders[stage - 1](description_B2W)

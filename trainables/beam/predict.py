@@ -1,14 +1,14 @@
-"""The beams of windows that nobody has labelled, by a model that `launch.py --export best MODEL` wrote.
+"""Predicts the beams of unlabelled windows, with a model that `launch.py --export best MODEL` wrote.
 
     python -m trainables.beam.predict MODEL WINDOWS.csv OUT
 
 WINDOWS.csv lists windows as the challenge's test set does, with files relative to its folder. OUT/beam_pred.csv has a
 row for each, `index, top-1 beam, top-2 beam, top-3 beam`, with beams from 1 to 64, those of several steps joined by
-`_`; OUT/beam_confidence.csv the largest softmax of each. A model of the rebuild rebuilds its targets, whose columns
-and files need not be there. Where the data that a model was trained on scale what it sees (`gps_repr: local`, `lidar:
-filtered`, `camera`), they must still lie where MODEL/config.yaml says.
+`_`; OUT/beam_confidence.csv has the largest softmax probability of each. A rebuild model rebuilds its targets, whose
+columns and files may be missing. If a model's inputs depend on its training data (`gps_repr: local`, `lidar: filtered`,
+`camera`), these must still be where MODEL/config.yaml says.
 
-Legend: B windows of a batch, N of the CSV, P steps (no such axis where there is one), H instants, R guesses.
+Legend: B windows of a batch, N of the CSV, P steps (no axis if there is one step), H instants, R guesses.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FAMILIES: dict[str, type[fusion.Config | rebuild.Config]] = {
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network. data: what it sees of a window. logits: (B, 64) or (B, P, 64) of a batch."""
+    """A trained network. data: the inputs it needs. logits: computes (B, 64) or (B, P, 64) from a batch."""
 
     config: fusion.Config | rebuild.Config
     data: Data
@@ -54,14 +54,14 @@ class Model:
 
 
 def read_model(folder: Path) -> Model:
-    """The model in an exported folder; raises `UserError` where it holds none of this family."""
+    """Load the model in an exported folder; raises `UserError` if it holds none of this family that can predict."""
     trainable = trainable_of(folder)
     if trainable not in FAMILIES:
         raise UserError(f"{folder}: a model of {trainable}; beams are predicted by one of {' or '.join(FAMILIES)}")
     config = read_config(folder / "config.yaml", FAMILIES[trainable])
     state = read_checkpoint(folder / "checkpoint.pt", str(folder / "checkpoint.pt"))
     check_settings(folder, state, unseen_settings(config.fusion if isinstance(config, rebuild.Config) else config))
-    config = replace(config, model=replace(config.model, pretrained_encoders=None))  # its weights come from here
+    config = replace(config, model=replace(config.model, pretrained_encoders=None))  # the exported weights are used
     if isinstance(config, rebuild.Config):
         if "training_mode" in config.rebuild.mistakes:
             raise UserError(
@@ -81,11 +81,11 @@ def read_model(folder: Path) -> Model:
 
 
 def batches(model: Model, windows: Path) -> tuple[tuple[str, ...], Iterator[Batch]]:
-    """What the CSV's windows are called, and what the model sees of them, in order.
+    """Return the names of the CSV's windows, and an iterator over the model's inputs in batches, in order.
 
-    What a window is to the model never depends on the other windows, but for a scenario that its data do not know.
+    A window's input does not depend on the other windows, except in a scenario that the training data lack.
     """
-    data = replace(model.data, augment=0)  # nothing is copied here
+    data = replace(model.data, augment=0)  # no augmented copies in prediction
     try:
         like = find_table(model.config.data) if is_scaled(data) or _has_folder(data) else None
     except UserError as error:
@@ -115,19 +115,19 @@ def batches(model: Model, windows: Path) -> tuple[tuple[str, ...], Iterator[Batc
 
 
 def is_scaled(data: Data) -> bool:
-    """Whether the windows that a model was trained on scale what it sees of another."""
+    """Whether a model's inputs depend on its training windows: scaled positions or filtered lidar."""
     by_positions = data.gps_repr == "local" and "gps" in data.modalities
     return by_positions or (data.lidar == "filtered" and "lidar" in data.modalities)
 
 
 def _has_folder(data: Data) -> bool:
-    """Whether those windows tell which pictures a model sees."""
+    """Whether the training windows determine which pictures a model gets."""
     return data.camera is not None and "image" in data.modalities
 
 
 @torch.no_grad()
 def predict(model: Model, windows: Path, device: torch.device) -> tuple[tuple[str, ...], Tensor, Tensor]:
-    """What the windows are called, their likeliest beams (N, ..., R), from 0, and the largest softmax (N, ...)."""
+    """Return the windows' names, their likeliest beams (N, ..., R) from 0, and the largest softmax (N, ...)."""
     names, seen = batches(model, windows)
     model.network.to(device).eval()
     beams, confidence = [], []
@@ -140,7 +140,7 @@ def predict(model: Model, windows: Path, device: torch.device) -> tuple[tuple[st
 
 
 def write(folder: Path, names: Sequence[str], beams: Tensor, confidence: Tensor) -> None:
-    """Both files."""
+    """Write beam_pred.csv and beam_confidence.csv; beams are counted from 1."""
 
     def joined(steps: Tensor, form: str) -> str:
         return "_".join(format(value, form) for value in steps.reshape(-1).tolist())
@@ -157,7 +157,7 @@ def _write_csv(path: Path, header: Sequence[str], names: Sequence[str], rows: Se
 
 
 def write_beams(model: Path, windows: Path, out: Path) -> str:
-    """Predict, and write both files; returns what was done, in words."""
+    """Predict and write both files; return a message that says what was done."""
     make_room([out / BEAMS_FILE, out / SURE_FILE])
     names, beams, confidence = predict(read_model(model), windows, default_device())
     write(out, names, beams, confidence)

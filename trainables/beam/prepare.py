@@ -1,7 +1,7 @@
 """Decodes the raw files once into arrays on disk, which all processes of a machine then share through the page cache.
 
-One array per modality. Its name holds what determines it, so that a changed setting makes a new array and never reads
-an old one; a raw file that is replaced while the CSV stays the same goes unnoticed, and the cache must be removed.
+One array per column group. Its name contains a digest of what determines it, so that a changed setting makes a new
+array. A raw file that is replaced while the CSV stays the same goes unnoticed: remove the cache then.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from trainables.beam.table import BEAM, GROUPS, POWER, Table, read_table, scenar
 from trainables.cache import cache_folder, make_once, unfinished_of
 from trainables.contract import UserError
 
-VERSION = 2  # raise it whenever decoding changes
+VERSION = 2  # increment it whenever decoding changes
 
 
-CHANGED_LIDAR = "unit1_lidar_changed"  # array of both kinds of changed copies of every lidar file
+CHANGED_LIDAR = "unit1_lidar_changed"  # name of the array of both kinds of changed copies of every lidar file
 
 
 def data_root(data: Data) -> Path:
-    """The data set's folder; simulated data are written at the first call."""
+    """Return the data set's folder; simulated data are generated on the first call."""
     if data.root is not None:
         return Path(data.root).expanduser()
     settings = data.simulated
@@ -57,9 +57,9 @@ def data_root(data: Data) -> Path:
 
 
 def find_table(data: Data) -> Table:
-    """All windows. Where the data set's own file is too short, they are built from the raw files at the first call.
+    """Return the table of all windows; if the window file's are too short, they are built from the raw files.
 
-    And built again once other files lie in its folders, as when a download was not complete.
+    Built windows are kept, and built anew once the folders hold other files, as after an incomplete download.
     """
     root = data_root(data)
     table = read_table(root, data)
@@ -77,9 +77,9 @@ def _digest(key: object) -> str:
 
 
 def prepare_data(data: Data) -> Table:
-    """Check and decode what `data` asks for, unless it has been done.
+    """Check and decode all that `data` needs, unless already done; return the table of windows.
 
-    Raises `UserError` with file, row and remedy for what cannot be read. Several processes may call it at once.
+    Raises `UserError` with file, row and remedy for data that cannot be read. Several processes may call it at once.
     """
     table = find_table(data)
     prepare_arrays(data, table, wanted_arrays(data, table))
@@ -87,7 +87,7 @@ def prepare_data(data: Data) -> Table:
 
 
 def prepare_arrays(data: Data, table: Table, names: Sequence[str]) -> None:
-    """The same of some arrays of a table."""
+    """Check and decode the named arrays of a table, unless already done; raises `UserError` as `prepare_data`."""
     wanted = {name: array_path(data, table, name) for name in names}
     missing = {name: path for name, path in wanted.items() if not path.exists()}
     if not missing:
@@ -111,17 +111,17 @@ def prepare_arrays(data: Data, table: Table, names: Sequence[str]) -> None:
 
 
 def wanted_arrays(data: Data, table: Table) -> list[str]:
-    """Names of the arrays that `data` needs: one for each column group, and one of changed copies."""
+    """Return the names of the arrays that `data` needs: one for each column group, and one of changed lidar copies."""
     return [*table.groups, *([CHANGED_LIDAR] if data.augment and "lidar" in data.modalities else [])]
 
 
 def _group(array: str) -> str:
-    """The column group whose files an array holds."""
+    """Return the column group whose files an array holds."""
     return GROUPS["lidar"][0] if array == CHANGED_LIDAR else array
 
 
 def check_room(folder: Path, size: int, unfinished: list[Path]) -> None:
-    """Whether the disk has room for `size` bytes, less what unfinished arrays have already taken."""
+    """Raise `UserError` unless the disk has room for `size` bytes, less what unfinished arrays already occupy."""
     folder.mkdir(parents=True, exist_ok=True)
     needed = size - sum(path.stat().st_blocks * 512 for path in unfinished if path.exists())
     free = shutil.disk_usage(folder).free
@@ -133,10 +133,10 @@ def check_room(folder: Path, size: int, unfinished: list[Path]) -> None:
 
 
 def labels(table: Table, power: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The best beam of every window and step, (N, P), given the decoded power files.
+    """Return the best beam of every window and step, (N, P), from 0, given the decoded power files.
 
-    Where a power is NaN the official label points at it; the strongest of the others is taken instead. Raises
-    `UserError` where the labels count from 0, which none of them may say: 0 is the rarest.
+    If a power is NaN, the official label points at it; the strongest other beam is used instead. Raises `UserError` if
+    the labels seem to count from 0, by comparison with the powers: the label 0 is too rare to show it.
     """
     power_NPB = power[table.groups[POWER].at_NK]
     broken_NP = np.asarray(np.isnan(power_NPB).any(axis=2))
@@ -192,17 +192,17 @@ def _decoder(data: Data, table: Table, array: str) -> Decoder:
 
 
 def _sources(data: Data, table: Table, group: str) -> tuple[Path, ...]:
-    """The files to decode: those that the table names or, of pictures, their namesakes in `data.camera`."""
+    """Return the files to decode: those that the table names or, for pictures, their namesakes in `data.camera`."""
     paths = table.groups[group].paths
     folders = picture_folders(data, table) if group in GROUPS["image"] else {}
     return tuple(folders.get(path.parent, path.parent) / path.name for path in paths) if folders else paths
 
 
 def picture_folders(data: Data, table: Table) -> dict[Path, Path]:
-    """By folder of pictures, the one beside it that they are taken from, where `data.camera` names such a folder.
+    """Return, for each folder of pictures, the `data.camera` folder beside it that replaces it, if there is one.
 
-    Raises `UserError` where it names none at all and, of windows for a model, where it lacks for a scenario whose
-    pictures the model saw from there.
+    Raises `UserError` if there is none at all or, for windows given to a model, if it is missing for a scenario whose
+    training pictures came from such a folder.
     """
     if data.camera is None or "image" not in data.modalities:
         return {}
@@ -222,7 +222,7 @@ def picture_folders(data: Data, table: Table) -> dict[Path, Path]:
 
 
 def _knows(table: Table, scenario: str) -> Table:
-    """The windows that say what stands still in a scenario: those that a model was trained on, where it has any."""
+    """Return the table whose frames make a scenario's background: the model's training table if it has the scenario."""
     return table.like if table.like is not None and scenario in table.like.scenarios else table
 
 
@@ -233,7 +233,7 @@ def _background_path(data: Data, table: Table, scenario: str) -> Path:
 
 
 def _make_backgrounds(data: Data, table: Table) -> None:
-    """What stands still in the frames of each scenario; those that validate take part, for nothing in it is a label."""
+    """Make each scenario's static background. Validation frames are used too: a background contains no labels."""
     for scenario in table.scenarios:
         told = _knows(table, scenario)
         make = functools.partial(_make_background, table=told, scenario=scenario)
@@ -254,14 +254,14 @@ def _make_background(unfinished: Path, table: Table, scenario: str) -> None:
 
 
 def _size(data: Data, table: Table, array: str) -> int:
-    """Of a prepared array, bytes."""
+    """Return the size of a prepared array in bytes."""
     decoder = _decoder(data, table, array)
     shape = decoder.array_shape(len(table.groups[_group(array)].paths))
     return math.prod(shape) * np.dtype(decoder.dtype).itemsize
 
 
 def _check_files(data: Data, table: Table, group: str) -> None:
-    """Every file must be there before the long work begins."""
+    """Raise `UserError` if a file of the column group is missing, before long work begins."""
     paths, rows = _sources(data, table, group), table.groups[group].row
     lacking = [i for i, path in enumerate(paths) if not path.is_file()]
     if not lacking:
@@ -269,7 +269,7 @@ def _check_files(data: Data, table: Table, group: str) -> None:
     first, row = paths[lacking[0]], rows[lacking[0]]
     scenario_of_row = table.scenario_N[list(rows)]
     alike = [i for i in range(len(paths)) if scenario_of_row[i] == scenario_of_row[lacking[0]]]
-    if len(lacking) > 1 and set(alike) <= set(lacking):  # as in copies of the data set that lack a part of a scenario
+    if len(lacking) > 1 and set(alike) <= set(lacking):  # some copies of the data set lack a scenario's whole folder
         scenario, modality = table.scenarios[scenario_of_row[lacking[0]]], _modality(group)
         out = f", take {modality} out of data.modalities," if modality and POWER in table.groups else ""
         raise UserError(

@@ -1,4 +1,4 @@
-"""The fusion network that a rebuild starts from where none is given: trained once and kept for all trials."""
+"""The fusion network that a rebuild starts from if none is given: trained once and kept for all trials."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainables.checkpoint import Weights, weights_of
 from trainables.contract import Diverged, State, Trial, UserError
 from trainables.loop import fit
 
-VERSION = 4  # part of the key: raise it whenever the same settings would train another network
+VERSION = 4  # part of the key: increment it whenever the same settings would train another network
 POLL_S = 1.0
 MISSING = "dba_missing"  # the only score that depends on `score_without`
 
@@ -32,11 +32,11 @@ T = TypeVar("T")
 
 
 def trained_once(config: fusion.Config, seed: int, trial: Trial) -> Weights:
-    """The weights of a network trained as `config` says, by whichever process gets there first.
+    """Return the weights of a network trained with `config`, by whichever process comes first.
 
-    All processes that share the cache folder share the result, and each of them keeps it in `trial.cache`. Ranks on
-    several machines have a folder each, and that of rank 0 counts. Where that training diverged, all of them raise
-    `UserError`: no setting that a trial draws can mend it.
+    Processes that share the cache folder share the result, and each keeps it in `trial.cache`. With ranks on several
+    machines, rank 0's folder counts. If the training diverged, all ranks raise `UserError`, because no setting that a
+    trial draws could help.
     """
     kept = cache_folder(config.data.prepared) / f"fusion-{key(config, seed, arrays_of(config.data))}.pt"
     if kept not in trial.cache:
@@ -58,55 +58,58 @@ def trained_once(config: fusion.Config, seed: int, trial: Trial) -> Weights:
 
 
 def arrays_of(data: Data) -> list[str]:
-    """Names of the prepared arrays: they say what the window files hold, where they lie and how files are decoded."""
+    """Return the prepared arrays' file names, which identify the window files, their paths and the decoding."""
     table = prepare_data(data)
     return [array_path(data, table, array).name for array in wanted_arrays(data, table)]
 
 
 def marker_of(kept: Path) -> Path:
-    """Where the reason is written down if the training of `kept` diverges."""
+    """Return the file that records the reason if the training of `kept` diverges."""
     return kept.with_suffix(".diverged")
 
 
 def key(config: fusion.Config, seed: int, arrays: Sequence[str]) -> str:
-    """Equal for settings that train the same network from the same data, whose prepared arrays have these names."""
+    """Return a key that is equal for settings that train the same network from the same data.
+
+    arrays: names of the prepared arrays, which identify the data.
+    """
     settings = dataclasses.asdict(config)
-    del settings["data"]["prepared"]  # a place, which says nothing about the data
+    del settings["data"]["prepared"]  # a location, which says nothing about the data
     watched = {rule.metric for rule in (config.optim.plateau, config.optim.early_stop) if rule is not None}
-    if MISSING not in watched:  # or it steers the training
-        del settings["score_without"]  # asked of the network, not taught to it
-    del settings["score_each"], settings["pretrained"]  # of no pre-training
-    del settings["model"]["channels_last"]  # a layout, which changes no weight's meaning
+    if MISSING not in watched:  # otherwise it steers the training
+        del settings["score_without"]  # affects scores only, not training
+    del settings["score_each"], settings["pretrained"]  # have no effect on pre-training
+    del settings["model"]["channels_last"]  # a memory layout, which changes no weight's meaning
     if config.missing_prob == 0 and config.model.missing == "randlike" and MISSING not in watched:
         settings["model"]["missing"] = (
-            "zerolike"  # both have no tokens to learn, and differ only where a sensor is missing
+            "zerolike"  # neither has tokens to learn, and they differ only where a sensor is missing
         )
     text = json.dumps([VERSION, torch.__version__, seed, settings, *arrays], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _turn(kept: Path, held: contextlib.ExitStack) -> Turn:
-    """What to do now; the lock is in `held` when it is to train."""
+    """Return what to do now; for "train", `held` holds the lock."""
     if _over(kept):
         return "ready"
     kept.parent.mkdir(parents=True, exist_ok=True)
     lock = held.enter_context(kept.with_suffix(".lock").open("w"))
     try:
-        # Polled and never waited for: the other ranks would sit in a collective for as long as another process trains.
+        # Polled, never waited for: the other ranks would be stuck in a collective while another process trains.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
         return "wait"
-    return "ready" if _over(kept) else "train"  # it may have been finished in between
+    return "ready" if _over(kept) else "train"  # another process may have finished in between
 
 
 def _over(kept: Path) -> bool:
-    """Whether the training has come to an end, good or bad."""
+    """Whether the training has ended, successfully or not."""
     return kept.exists() or marker_of(kept).exists()
 
 
 def _agreed(mine: T, trial: Trial) -> T:
-    """What rank 0 says, on every rank."""
+    """Return rank 0's value on every rank."""
     if trial.world_size == 1:
         return mine
     told = [mine]
@@ -115,7 +118,7 @@ def _agreed(mine: T, trial: Trial) -> T:
 
 
 def _by_rank_0(load: Callable[[], T], trial: Trial) -> T:
-    """What `load` returns, or raises, on rank 0, on every rank: the others would wait for a rank that failed alone."""
+    """Call `load` on rank 0; return its result or raise its error on every rank, so that none waits in vain."""
     mine: T | Exception | None = None
     if trial.rank == 0:
         try:
@@ -129,7 +132,7 @@ def _by_rank_0(load: Callable[[], T], trial: Trial) -> T:
 
 
 def _train(config: fusion.Config, seed: int, trial: Trial, kept: Path) -> None:
-    """Leave the network in `kept`, or why there is none in its marker; an interrupted training is gone on with."""
+    """Train, resuming an interrupted training, and write the network to `kept`, or a divergence to its marker."""
     partial, outcome = kept.with_suffix(".partial"), ""
 
     state = _by_rank_0(lambda: _load(partial) if partial.exists() else None, trial)

@@ -1,4 +1,4 @@
-"""Trains the rebuilding of a missing sensor, inside a fusion network that was trained with every sensor."""
+"""Trains the rebuild of missing sensors, inside a fusion network that was trained with every sensor."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from trainables.resume import seed_everything
 from trainables.samples import Batch, Ranks, ranks_of, share_of
 from trainables.step import Pairs
 
-NO_LOSS = 0.01  # a missing sensor that costs less DBA than this leaves nothing to recover
+NO_LOSS = 0.01  # DBA; missing sensors that cost no more than this leave nothing to recover
 
 
 @dataclass(frozen=True)
 class Config:
-    """One setting of the rebuild."""
+    """One setting of rebuild training."""
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
@@ -88,29 +88,29 @@ class Config:
 
     @property
     def shared(self) -> int:
-        """How many of the channels of a projection, which are twice those of a first map, the sensors share."""
+        """How many channels of a projection the sensors share; a projection has twice a first map's channels."""
         return round(2 * self.model.channels[0] * self.rebuild.shared_ratio)
 
     @property
     def fusion_frozen(self) -> bool:
-        """Whether the fusion network stays as it is. Without its loss only the weight decay would move it."""
+        """Whether the fusion network is frozen. Without its loss, weight decay alone would change it."""
         return self.rebuild.fusion_lr_ratio == 0 or self.loss.alpha_fusion == 0
 
     @property
     def fusion(self) -> fusion.Config:
-        """How the fusion network is trained beforehand: by nothing that a search of the rebuild varies."""
+        """The config of pre-training, made only of settings that a search of the rebuild does not vary."""
         return fusion.Config(
             data=self.data,
             model=self.model if self.rebuild.pretrained is None else replace(self.model, pretrained_encoders=None),
             optim=self.pretrain.optim,
             loss=self.loss.beam,
-            epochs=max(self.pretrain.epochs, 1),  # of none, nothing is trained by this
+            epochs=max(self.pretrain.epochs, 1),  # a valid value; with 0 epochs of pre-training it is not used
             score_without=self.rebuild.target,
         )
 
 
 def build(config: Config, weights: Weights) -> RebuildNetwork:
-    """What is trained, around the fusion network of these weights, or of some of them."""
+    """Build the network to train, around a fusion network that starts from `weights` or only their first stages."""
     network = fusion.build(config.fusion)
     if config.rebuild.pretrained_part == "first_stages":
         taken = {name: tensor for name, tensor in weights.items() if of_first_stage(name)}
@@ -120,7 +120,7 @@ def build(config: Config, weights: Weights) -> RebuildNetwork:
 
 
 def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
-    """The four losses, weighted."""
+    """Return the four weighted losses of a batch."""
     assert isinstance(model, RebuildNetwork)
     weights, history, windows = config.loss, model.fusion.history, len(batch["beam"])
     model.set_modes()
@@ -128,7 +128,7 @@ def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     seen = model.seen_maps(batch, maps)
     parts = model.parts(seen)
     rebuilt = model.translate(parts)
-    # The target's features are detached: where the encoders are trained too, they must not make themselves easy to hit.
+    # The target's features are detached: trained encoders must not make them easier to predict.
     trans_B = mean(
         trans_loss(rebuilt[s], seen[s].flatten(2).detach(), history, weights.trans_form) for s in model.target
     )
@@ -149,7 +149,7 @@ def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
 def mixed_logits(
     model: RebuildNetwork, batch: Batch, maps: Maps, rebuilt: Mapping[Modality, Tensor], config: Config
 ) -> Tensor:
-    """What the fusion network makes of a batch in which a share of the windows has its targets rebuilt."""
+    """Return the fusion network's logits for a batch in which a random share of windows has rebuilt targets."""
     beam_B, rebuild = batch["beam"], config.rebuild
     replaced_B = torch.rand(len(beam_B), device=beam_B.device) < (1.0 if model.stuck_in_eval else rebuild.share)
     if rebuild.mix == "stand_in":
@@ -162,7 +162,7 @@ def mean(values: Iterator[Tensor]) -> Tensor:
 
 
 def logits_without_targets(model: RebuildNetwork, batch: Batch) -> Tensor:
-    """What the fusion network makes of a batch that lacks the targets, with their rebuilt maps in it."""
+    """Return the fusion network's logits for a batch without the target sensors, using their rebuilt maps."""
     sensors = model.fusion.sensors
     maps = {sensor: model.fusion.first_map(sensor, batch) for sensor in sensors if sensor not in model.target}
     rebuilt, like = model.translate(model.parts(model.seen_maps(batch, maps))), maps[model.source[0]]
@@ -171,10 +171,10 @@ def logits_without_targets(model: RebuildNetwork, batch: Batch) -> Tensor:
 
 
 def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[str] = ()) -> Pairs:
-    """DBA with nothing missing, with the targets rebuilt, and with their stand-ins; the error of the rebuilt features.
+    """Return DBA with all sensors, with rebuilt targets and with stand-ins, and the error of the rebuilt features.
 
-    With its stand-ins, the network as it is now tells how much of a gain is only that it got used to a missing sensor.
-    With the targets rebuilt there are a DBA of each scenario and step, and the fusion stages' health, as well.
+    DBA with stand-ins shows how much of a gain is only the network's adaptation to a missing sensor. For rebuilt
+    targets there are also the DBA of each scenario and step, and `fusion_signs`.
     """
     assert isinstance(model, RebuildNetwork)
     model.note_scored()
@@ -186,7 +186,7 @@ def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[st
     def dba(x: Maps) -> Tensor:
         return beam_scores(network.fuse(x, gps), beam_B)["dba"]
 
-    with fusion_signs(network) as signs:  # of what the objective scores
+    with fusion_signs(network) as signs:  # of the forward pass that the objective scores
         rebuilt_dba = dba(insert(maps, rebuilt, torch.ones(len(beam_B), dtype=torch.bool, device=beam_B.device)))
     scores = {
         "dba_full": dba(maps),
@@ -204,9 +204,9 @@ def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[st
 
 
 def scores_before(config: Config, network: FusionNetwork, maps: features.Maps, trial: Trial) -> dict[str, float]:
-    """DBA with everything present (`dba_upper`) and without the targets (`dba_missing`), of the network as it came."""
+    """Score the initial network: DBA with all sensors (`dba_upper`) and without the targets (`dba_missing`)."""
     ranks = ranks_of(trial)
-    seed_everything(trial.seed, "before", ranks.rank)  # noise may stand in, and be another after the pre-training
+    seed_everything(trial.seed, "before", ranks.rank)  # a noise stand-in must not depend on whether pre-training ran
     with torch.no_grad():
         before = replace(trial, config=config.fusion)
         scores = evaluate(fusion.TASK, network, features.samples(config, "val", maps=maps), before, ranks)
@@ -214,24 +214,27 @@ def scores_before(config: Config, network: FusionNetwork, maps: features.Maps, t
 
 
 def recovered(upper: float, missing: float, rebuilt: float) -> dict[str, float]:
-    """What share of the cost of the missing sensors the rebuild wins back; nothing where they cost nothing.
+    """Return the share of the DBA lost with the targets that the rebuild recovers; empty if next to none was lost.
 
-    upper, missing: of the network as it came. A tuned one may be better, or ruined, with everything present.
+    upper, missing: DBA of the initial network with and without the targets; with all sensors, the fine-tuned network
+    may be better, or ruined.
     """
     return {"recovered": (rebuilt - missing) / (upper - missing)} if upper - missing > NO_LOSS else {}
 
 
 def micro_sizes(batch: int, micro_batch: int, ranks: int) -> list[int]:
-    """How many windows the micro-batches of an effective batch hold, over all ranks."""
+    """Return the sizes, in windows, of an effective batch's micro-batches over all ranks."""
     shares = [share_of(torch.arange(batch), Ranks(rank, ranks), micro_batch) for rank in range(ranks)]
     return [len(micro) for share in shares if share.weight for micro in share.micros]
 
 
 def contrast_signs(sizes: Sequence[int], loss: RebuildLoss) -> dict[str, float]:
-    """What `loss_contrast` has to be read by: each micro-batch, of these sizes, is compared within itself.
+    """Return metrics for interpreting `loss_contrast`, which compares windows only within a micro-batch.
 
-    loss_contrast_chance: its value at chance. contrasted: the share of windows with another beside them. One on its own
-    has no contrast, and so none has where memory leaves a single window to a micro-batch: the loss is 0, and untrained.
+    loss_contrast_chance: its value at chance level. contrasted: the share of windows with another in their micro-batch.
+    A lone window has no contrast: if memory allows one window per micro-batch, the loss is 0 and trains nothing.
+
+    sizes: windows in each micro-batch.
     """
     batch = sum(sizes)
     chance = sum(size * contrast_chance(size, loss.temperature, loss.contrast_form) for size in sizes) / batch
@@ -240,7 +243,7 @@ def contrast_signs(sizes: Sequence[int], loss: RebuildLoss) -> dict[str, float]:
 
 
 def check_contrast(config: Config, ranks: int) -> None:
-    """Raise `UserError` where the settings leave every window on its own, which has nothing to be told from."""
+    """Raise `UserError` if every micro-batch would hold a single window, which has nothing to be contrasted with."""
     optim = config.optim
     sizes = micro_sizes(optim.batch_size, optim.micro_batch or optim.batch_size, ranks)
     if config.loss.alpha_contrast > 0 and max(sizes) == 1:
@@ -268,13 +271,13 @@ def task_for(config: Config, weights: Weights, maps: features.Maps) -> Task:
 
 
 def lr_scale(name: str, rebuild: Rebuild) -> float:
-    """The fusion network learns at its own rate, and its first stages as fast as the rebuild where that trains them."""
+    """Return the ratio of `optim.lr`: `fusion_lr_ratio` in the fusion network, else 1, also in `trained` encoders."""
     with_rebuild = of_first_stage(name) and rebuild.encoders != "copied"
     return rebuild.fusion_lr_ratio if name.startswith("fusion.") and not with_rebuild else 1.0
 
 
 def prepare(config: Config) -> str:
-    """Check and decode the data, and that a pre-trained network is where it should be; returns a line on the data."""
+    """Check and decode the data, and check a given pre-trained network; return a line on the data."""
     told = fusion.prepare(config.fusion)
     if config.rebuild.cache_features:
         features.announce(config.data, config.model, config.optim)
@@ -285,7 +288,7 @@ def prepare(config: Config) -> str:
 
 
 def initial_weights(config: Config, trial: Trial) -> Weights:
-    """The fusion network that the rebuild starts from."""
+    """Return the weights of the fusion network that the rebuild starts from, pre-training it if none is given."""
     given, pretrain = config.rebuild.pretrained, config.pretrain
     if given is not None:
         return given_weights("rebuild.pretrained", given, config.fusion)
@@ -301,7 +304,7 @@ def untrained_weights(config: Config) -> Weights:
 
 
 def memory_need(trial: Trial) -> int:
-    """Of the rebuild from frames: cached first maps take less. Its pre-training has to make do with the same amount."""
+    """Return the peak bytes of a rebuild from frames; cached first maps take less. Pre-training must fit in as much."""
     return step_memory(task_for(trial.config, untrained_weights(trial.config), maps={}), trial)
 
 

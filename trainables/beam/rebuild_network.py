@@ -1,4 +1,4 @@
-"""The network that rebuilds a missing sensor's first map, around the fusion network in which the map takes its place.
+"""The network that rebuilds the first maps of missing sensors, around the fusion network that uses them.
 
 Shape suffixes: B windows, F frames (batch x history), I channels of a sensor, C channels of a map, Y X rows and columns
 of either, P = Y X, S channels of the shared part of a projection.
@@ -20,9 +20,9 @@ from trainables.samples import Batch
 
 
 class RebuildNetwork(nn.Module):
-    """A fusion network, a head for each sensor concerned, and a translator for each target.
+    """A fusion network, a projection head for each source and target, and a translator for each target.
 
-    shared: how many channels of a projection the sensors share. fusion_frozen: the fusion network stays as it is.
+    shared: channels of a projection that the sensors share. fusion_frozen: the fusion network is not trained.
     """
 
     def __init__(self, rebuild: Rebuild, model: Model, shared: int, fusion: FusionNetwork, fusion_frozen: bool) -> None:
@@ -39,7 +39,7 @@ class RebuildNetwork(nn.Module):
         )
         copied = concerned if rebuild.encoders == "copied" else ()
         self.copies = nn.ModuleDict({sensor: first_stage_alone(fusion.encoder(sensor)) for sensor in copied})
-        # The stand-ins for missing sensors stay, and first stages do but for those that the setting trains.
+        # Stand-in tokens are frozen, and so are the first stages that rebuild.encoders does not train.
         trained = {"frozen": (), "trained": concerned, "copied": fusion.sensors}[rebuild.encoders]
         first = [stage for sensor in fusion.sensors if sensor not in trained for stage in first_stages(fusion, sensor)]
         freeze([self.copies, fusion if fusion_frozen else fusion.absent, *first])
@@ -47,13 +47,13 @@ class RebuildNetwork(nn.Module):
         self.scored = Scored() if "eval_mode" in self.mistakes else None
 
     def fused_maps(self, batch: Batch) -> Maps:
-        """The first maps that the fusion network gets, (F, C, Y, X), of every sensor it has."""
+        """Return the first maps that the fusion network gets, (F, C, Y, X), for each of its sensors."""
         if "picture_scale" in self.mistakes and self.training and "image" in self.fusion.sensors:
             batch = {**batch, "image": self.fusion.encoder("image").normalise(batch["image"])}
         return self.fusion.first_maps(batch)
 
     def seen_maps(self, batch: Batch, fused: Maps) -> Maps:
-        """The first maps that the heads see, of the sensors in `fused`: these, or those of the copied encoders."""
+        """Return the first maps that the heads get, of sensors in `fused`: those maps, or the copied encoders' own."""
         if not self.copies:
             return fused
         return {sensor: self._seen_map(sensor, batch) for sensor in fused if sensor in self.copies}
@@ -67,17 +67,17 @@ class RebuildNetwork(nn.Module):
         return encoder.first(frames_FIYX.float() if as_they_are else encoder.normalise(frames_FIYX))
 
     def parts(self, maps: Maps) -> dict[Modality, tuple[Tensor, Tensor]]:
-        """Shared and own part, (F, S, P) and (F, 2 C - S, P), of every sensor that has a head and a map."""
+        """Return shared and own part, (F, S, P) and (F, 2 C - S, P), of every sensor with a head and a map."""
         return {sensor: self.heads[sensor](maps[sensor].flatten(2)) for sensor in maps if sensor in self.heads}
 
     def translate(self, parts: Mapping[Modality, tuple[Tensor, Tensor]]) -> dict[Modality, Tensor]:
-        """The rebuilt first map of each target, (F, C, P)."""
+        """Return the rebuilt first map of each target, (F, C, P)."""
         shared = [parts[sensor][0] for sensor in self.source]
         return {sensor: self.translators[sensor](shared) for sensor in self.target}
 
     @property
     def stuck_in_eval(self) -> bool:
-        """Whether it has made the mistake `eval_mode`: it was scored, and nobody put it back into training mode."""
+        """Whether the mistake `eval_mode` is in effect: once scored, the network never returns to training mode."""
         return self.scored is not None and self.scored.yet
 
     def note_scored(self) -> None:
@@ -85,14 +85,14 @@ class RebuildNetwork(nn.Module):
             self.scored.yet = True
 
     def set_modes(self) -> None:
-        """Before a training step: the loop has put all that was in training mode back into it after the scores."""
+        """Call before a training step: repeats the mistake `eval_mode`, which the loop undoes after scoring."""
         if self.stuck_in_eval and self.heads.training:
             for part in (self.heads, self.translators, self.fusion):
                 part.eval()
 
 
 class Scored(nn.Module):
-    """Whether the network was ever scored. A checkpoint remembers it."""
+    """Remembers, in checkpoints too, whether the network was ever scored."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,31 +106,31 @@ class Scored(nn.Module):
 
 
 def freeze(modules: Iterable[nn.Module]) -> None:
-    """The loop trains what asks for a gradient, and leaves a module that is in eval mode there."""
+    """Put modules in eval mode and disable their gradients; the loop then leaves them so."""
     for module in modules:
         module.eval().requires_grad_(False)
 
 
 def first_stages(network: FusionNetwork, sensor: Modality) -> list[nn.Module]:
-    """What makes a sensor's first map."""
+    """Return the modules that compute a sensor's first map: stem and first stage."""
     resnet = network.encoder(sensor).resnet
     return [resnet.embedder, resnet.encoder.stages[0]]
 
 
 def of_first_stage(name: str) -> bool:
-    """Whether a parameter or buffer, by its name, is one of `first_stages`."""
+    """Return whether the named parameter or buffer belongs to `first_stages`."""
     return ".resnet.embedder." in name or ".resnet.encoder.stages.0." in name
 
 
 def first_stage_alone(encoder: Encoder) -> Encoder:
-    """A copy that has no other stages."""
+    """Return a copy of the encoder with only its stem and first stage."""
     copied = copy.deepcopy(encoder)
     copied.resnet.encoder.stages = copied.resnet.encoder.stages[:1]
     return copied
 
 
 def insert(maps: Maps, rebuilt: Mapping[Modality, Tensor], replaced_B: Tensor) -> Maps:
-    """`maps` with the rebuilt ones in the windows where `replaced_B` is true."""
+    """Return `maps`, replaced by the rebuilt ones in windows where `replaced_B` is true."""
     out = dict(maps)
     for sensor, rebuilt_FCP in rebuilt.items():
         real_FCYX = maps[sensor]

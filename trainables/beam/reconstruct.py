@@ -1,8 +1,8 @@
 """Rebuilds a missing sensor's first map from those of other sensors: the modules and their three losses.
 
-Every sensor's features are projected into a part that it shares with the others and a part of its own. The shared
-parts of one window are pulled together (contrast), the sensors' own parts pushed apart (distance), and the shared
-parts of the sources are translated into the target's features (trans). After SimMMDG (Dong et al., 2023).
+Every sensor's features are projected into a part shared with the others and a part of its own. The shared parts of one
+window are pulled together (contrast), the sensors' own parts pushed apart (distance), and the shared parts of the
+sources translated into the target's features (trans). After SimMMDG (Dong et al., 2023).
 
 Shape suffixes: B windows, H history, F = B H frames, C channels of a first map or of a part of its projection, S those
 of the shared part, P positions of the map, V = H C.
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NO_DIFFERENCE = 1e-4  # features of unit length that differ by less from their mean are noise, and not blown up to unity
+NO_DIFFERENCE = 1e-4  # centred features shorter than this are noise, and are not scaled up to unit length
 
 
 def _norm(norm: str, width: int) -> nn.Module:
@@ -26,7 +26,7 @@ def _norm(norm: str, width: int) -> nn.Module:
 
 
 class ProjectHead(nn.Module):
-    """(F, C, P) -> the shared part, (F, S, P), and the own one, (F, 2 C - S, P); together of unit length everywhere."""
+    """(F, C, P) -> shared part (F, S, P) and own part (F, 2 C - S, P), jointly of unit length at each position."""
 
     def __init__(self, width: int, shared: int, norm: str) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class ProjectHead(nn.Module):
 
 
 class FeatureTrans(nn.Module):
-    """The shared parts of the sources, (F, S, P) each -> the target's features, (F, C, P)."""
+    """Translates the sources' shared parts, (F, S, P) each, into the target's features, (F, C, P)."""
 
     def __init__(self, sources: int, shared: int, width: int, norm: str, dropout: float) -> None:
         super().__init__()
@@ -70,15 +70,15 @@ class FeatureTrans(nn.Module):
 def contrast_loss(
     a_FCP: Tensor, b_FCP: Tensor, history: int, temperature: float, form: Literal["centred", "plain"] = "centred"
 ) -> Tensor:
-    """NT-Xent of each window, (B,): its two shared parts against those of all windows in the batch.
+    """Return the NT-Xent loss of each window, (B,): its two shared parts against those of all windows in the batch.
 
-    The parts are averaged over positions. The others are those of the micro-batch: they do not come from other ranks. A
-    window on its own has nothing to be told from: 0.
+    Parts are averaged over positions. Negatives come only from the same micro-batch, not from other ranks. The loss of
+    a single window is 0.
 
-    centred: each sensor's mean over the batch is taken off. Without it (plain, as published) the mean of thousands of
-    unit vectors is nearly the same vector in every window, all similarities are close to 1 and the loss is at chance.
+    centred: subtract each sensor's mean over the batch. Without this (plain, as published), the mean of thousands of
+    unit vectors is nearly the same in every window, all similarities are close to 1 and the loss stays at chance.
     """
-    with torch.autocast(a_FCP.device.type, enabled=False):  # a similarity counts 1 / temperature times its error
+    with torch.autocast(a_FCP.device.type, enabled=False):  # 1 / temperature amplifies a similarity's rounding error
         a_BV, b_BV = (_per_window_vectors(x, history, form) for x in (a_FCP, b_FCP))
         both_2BV = torch.cat([a_BV, b_BV])
         windows = len(a_BV)
@@ -89,7 +89,7 @@ def contrast_loss(
 
 
 def _per_window_vectors(x_FCP: Tensor, history: int, form: Literal["centred", "plain"]) -> Tensor:
-    """(B, V), of unit length."""
+    """Return one unit vector per window, (B, V), of the features averaged over positions."""
     x_BV = x_FCP.float().mean(2).reshape(len(x_FCP) // history, -1)
     if form == "centred":
         x_BV = x_BV - x_BV.mean(0)
@@ -97,11 +97,11 @@ def _per_window_vectors(x_FCP: Tensor, history: int, form: Literal["centred", "p
 
 
 def contrast_chance(windows: int, temperature: float, form: Literal["centred", "plain"] = "centred") -> float:
-    """The contrastive loss of features that tell nothing about which two belong together.
+    """Return the contrastive loss of features that carry no information on which two belong together.
 
-    plain: all alike, so one partner among 2 B - 1 equals: ln(2 B - 1). centred: a sensor's own B vectors then sum up to
-    nothing, so that two of them have a similarity of -1 / (B - 1) on average, and those of two sensors 0. Features
-    of few channels begin far above this at a low temperature, because some of them are alike by accident.
+    plain: all features are alike, one partner among 2 B - 1 equal candidates: ln(2 B - 1). centred: a sensor's B
+    vectors sum to zero, so that two of them have a mean similarity of -1 / (B - 1), and vectors of two sensors one of
+    0. At low temperature features of few channels start far above this, because some are alike by chance.
     """
     if windows == 1:
         return 0.0
@@ -110,13 +110,13 @@ def contrast_chance(windows: int, temperature: float, form: Literal["centred", "
 
 
 def distance_loss(a_FCP: Tensor, b_FCP: Tensor, history: int, form: Literal["mean", "norm", "mse"] = "mean") -> Tensor:
-    """Minus the distance of the sensors' own parts, (B,).
+    """Return minus the distance between two sensors' own parts, (B,).
 
-    mean: squared, the mean over frames and positions: within -4..0. mse: that over the channels too, as in the earlier
-    file. norm: as published later, the norm of the difference over the whole micro-batch, which is every window's; it
-    grows with the batch and with the map, and so does the meaning of its weight.
+    mean: squared distance, averaged over frames and positions, within -4..0. mse: averaged over channels too, as in the
+    earlier published file. norm: as in the later one, the norm of the difference over the whole micro-batch, the same
+    for every window; it grows with batch and map size, so that its weight depends on both.
     """
-    with torch.autocast(a_FCP.device.type, enabled=False):  # the norm, times the batch's size, is beyond half precision
+    with torch.autocast(a_FCP.device.type, enabled=False):  # the norm times the batch size overflows half precision
         apart_FCP = a_FCP.float() - b_FCP.float()
         if form == "norm":
             return -torch.linalg.vector_norm(apart_FCP).expand(len(apart_FCP) // history)
@@ -127,12 +127,12 @@ def distance_loss(a_FCP: Tensor, b_FCP: Tensor, history: int, form: Literal["mea
 def trans_loss(
     rebuilt_FCP: Tensor, target_FCP: Tensor, history: int, form: Literal["mse", "l2_normalised"] = "mse"
 ) -> Tensor:
-    """Error of the rebuilt features of each window, (B,).
+    """Return the error of each window's rebuilt features, (B,).
 
-    mse: squared, the mean over everything. l2_normalised: as in the earlier file, the distance at each position from
-    the target's features, which are scaled to unit length there.
+    mse: mean squared error over channels, positions and frames. l2_normalised: as in the earlier published file, the
+    mean over positions and frames of the distance to the target's features, scaled to unit length at each position.
     """
-    with torch.autocast(target_FCP.device.type, enabled=False):  # half precision cannot tell a map of zeros from 0 / 0
+    with torch.autocast(target_FCP.device.type, enabled=False):  # in half precision a map of zeros normalises to 0 / 0
         rebuilt_FCP, target_FCP = rebuilt_FCP.float(), target_FCP.float()
         if form == "mse":
             return _per_window((rebuilt_FCP - target_FCP).square().mean(1), history)

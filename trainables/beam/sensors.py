@@ -1,8 +1,8 @@
-"""How a simulated street looks to each sensor of the station: physics simple enough to check by hand.
+"""Simulates what each sensor of the station measures of a street, with physics simple enough to check by hand.
 
-Coordinates are metres from the station: `right` along the street, `ahead` across it, `up`. Array, camera and radar
-look along the boresight, which is turned by `turn` radians from `ahead` towards the right; the lidar is not turned.
-A bearing is the angle from the boresight, positive to the right.
+Coordinates are metres from the station: `right` along the street, `ahead` across it, and `up`. Array, camera and radar
+face the boresight, which is `ahead` rotated by `turn` radians to the right; the lidar is not rotated. A bearing is the
+angle from the boresight, positive to the right.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ Floats = NDArray[np.float64]
 
 ANTENNAS = 16  # of the 60 GHz array, half a wavelength apart
 BEAM_BEARINGS = np.deg2rad(np.linspace(-45.0, 45.0, 64))
-BEAM_NOISE_DB = 0.1  # the best two beams differ by about as little in the public data
+BEAM_NOISE_DB = 0.1  # standard deviation; the best two beams differ by about as little in the public data
 
-PICTURE = (240, 60)  # pixels: the strip in which the street lies, small because the loader resizes anyway
+PICTURE = (240, 60)  # pixels: the strip with the street, small because the loader resizes anyway
 HORIZON_PX = 15
-FOCAL_PX = 94.0  # 104 degrees across the picture
-GLINTS = 6  # lights in a picture taken at night that no car carries
+FOCAL_PX = 94.0  # a horizontal field of view of 104 degrees
+GLINTS = 6  # lights in a night picture that belong to no car
 CAMERA_UP_M = 3.0
 LIDAR_UP_M = 3.0
-LIDAR_DUST = 100  # points that come from nothing that lasts: dust, spray, insects
+LIDAR_DUST = 100  # random points in each frame: dust, spray, insects
 
-RADAR_SHAPE = (4, 64, 16)  # antennas half a wavelength apart, samples of a chirp, chirps
-RADAR_NOISE = 1.0  # of each sample; a car 10 m away reflects 2.6 with its middle
-RADAR_DRIFT = 0.2  # radians between the antennas' phases, anew in every frame: four antennas cannot tell angles well
-RADAR_RANGE_M = 51.2  # one turn of phase per sample
-RADAR_SPEED_MPS = 32.0  # one turn of phase per chirp; half of it away from the station, half towards
+RADAR_SHAPE = (4, 64, 16)  # antennas half a wavelength apart, samples per chirp, chirps
+RADAR_NOISE = 1.0  # standard deviation per sample component; the middle of a car 10 m away has amplitude 2.6
+RADAR_DRIFT = 0.2  # radians, random phase error per antenna and frame: four antennas cannot resolve angles well
+RADAR_RANGE_M = 51.2  # range of one phase cycle per sample
+RADAR_SPEED_MPS = 32.0  # radial speed of one phase cycle per chirp: unambiguous within half of it, away or towards
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class Car:
 
 @dataclass(frozen=True)
 class Street:
-    """One scenario. `left_m` and `right_m` bound the part of the street on which cars are measured."""
+    """The street of one scenario; the receiver's car is measured between `left_m` and `right_m`."""
 
     number: int
-    lanes_m: tuple[float, ...]  # ahead of the station
+    lanes_m: tuple[float, ...]  # distances of the lanes ahead of the station
     left_m: float
     right_m: float
-    turn: float
-    wall_m: float  # house fronts across the street
-    heading: float  # of `ahead`, clockwise from north
+    turn: float  # radians
+    wall_m: float  # distance of the house fronts across the street
+    heading: float  # of `ahead`, radians clockwise from north
     latitude: float
     longitude: float
     night: bool
@@ -67,7 +67,7 @@ class Street:
 
 @dataclass(frozen=True)
 class Scene:
-    """One instant: the first car carries the receiver, the others only pass by."""
+    """One instant of a street: the first car carries the receiver, the others only pass by."""
 
     street: Street
     cars: tuple[Car, ...]
@@ -78,7 +78,7 @@ def bearing(street: Street, right_m: float, ahead_m: float) -> float:
 
 
 def beam_powers(bearing_rad: float, distance_m: float, rng: Generator) -> Floats:
-    """|w_k^H a|^2 of a uniform linear array for each of the 64 beams of the codebook, with path loss, linear."""
+    """Return |w_k^H a|^2 of a uniform linear array for the codebook's 64 beams, with path loss and noise, linear."""
     elements = np.arange(ANTENNAS)
     arriving = np.exp(1j * np.pi * elements * np.sin(bearing_rad))
     codebook = np.exp(1j * np.pi * np.outer(np.sin(BEAM_BEARINGS), elements)) / np.sqrt(ANTENNAS)
@@ -88,9 +88,9 @@ def beam_powers(bearing_rad: float, distance_m: float, rng: Generator) -> Floats
 
 
 def radar_cube(scene: Scene, rng: Generator) -> NDArray[np.complex64]:
-    """Raw samples, (antennas, samples, chirps): a complex tone per reflector, and noise.
+    """Return raw radar samples, (antennas, samples, chirps): a complex tone per reflector, and noise.
 
-    A car reflects at its middle and, weaker, near its ends; house fronts reflect without moving.
+    A car reflects at its middle and, more weakly, near its ends; house fronts are static reflectors.
     """
     reflectors = []  # right, ahead, speed towards the right, amplitude
     for car in scene.cars:
@@ -105,7 +105,7 @@ def radar_cube(scene: Scene, rng: Generator) -> NDArray[np.complex64]:
     receding = speed * right / distance
     angle = np.sin(np.arctan2(right, ahead) - street.turn) / 2
     antenna, sample, chirp = (np.arange(n) for n in RADAR_SHAPE)
-    # Amplitude falls with the square of the distance (power with its fourth); 10 m is the reference.
+    # Amplitude falls with the distance squared (power with its fourth power); 10 m is the reference.
     tone = size * (10.0 / distance) ** 2 * np.exp(2j * np.pi * rng.random(len(distance)))
     cube = np.einsum(
         "r,ra,rs,rc->asc",
@@ -121,7 +121,7 @@ def radar_cube(scene: Scene, rng: Generator) -> NDArray[np.complex64]:
 
 
 def _on_box(car: Car, count: int, rng: Generator) -> Floats:
-    """Points on the sides of a car that the station can see, (count, 3): the near side and one end."""
+    """Return random points on the car's sides that face the station, (count, 3): the near side and one end."""
     along = (rng.random(count) - 0.5) * car.length_m
     across = np.full(count, -car.width_m / 2)
     on_end = rng.random(count) < car.width_m / (car.width_m + car.length_m)
@@ -132,9 +132,9 @@ def _on_box(car: Car, count: int, rng: Generator) -> Floats:
 
 
 def lidar_points(scene: Scene, rng: Generator) -> tuple[Floats, NDArray[np.uint16]]:
-    """Points in the lidar's own frame, (N, 3), and their intensities: x points away from the street, y to the right."""
+    """Return points in the lidar's frame, (N, 3), and intensities, (N,); x points away from the street, y right."""
     street = scene.street
-    still = np.random.default_rng(street.number)  # the same background in every frame, but for noise
+    still = np.random.default_rng(street.number)  # the same background in every frame, except for noise
     near, width = 2.0, street.right_m - street.left_m + 12
     ground = still.random((300, 3)) * (width, street.wall_m - near, 0) + (street.left_m - 6, near, 0)
     fronts = still.random((300, 3)) * (width, 0.5, 6) + (street.left_m - 6, street.wall_m, 0)
@@ -150,10 +150,10 @@ def lidar_points(scene: Scene, rng: Generator) -> tuple[Floats, NDArray[np.uint1
 
 
 def pixel(street: Street, point: Floats) -> tuple[float, float]:
-    """Column and row in the picture of (right, ahead, up)."""
+    """Project a point (right, ahead, up) into the picture; return column and row."""
     right, ahead, up = point
     cos, sin = np.cos(street.turn), np.sin(street.turn)
-    depth = max(right * sin + ahead * cos, 0.5)  # a car beside the camera must not wrap around
+    depth = max(right * sin + ahead * cos, 0.5)  # a point beside or behind the camera must not wrap around
     aside = right * cos - ahead * sin
     column = PICTURE[0] / 2 + FOCAL_PX * aside / depth
     row = HORIZON_PX + FOCAL_PX * (CAMERA_UP_M - up) / depth
@@ -161,7 +161,7 @@ def pixel(street: Street, point: Floats) -> tuple[float, float]:
 
 
 def _face(street: Street, car: Car, side: Literal["near", "end"], low: float, high: float) -> list[tuple[float, float]]:
-    """Corners in the picture of one visible side of a car between two heights (shares of its own height)."""
+    """Return the corners, in the picture, of one visible side of a car between two heights (shares of the car's)."""
     half_length, near = car.length_m / 2, car.ahead_m - car.width_m / 2
     if side == "near":
         ends = [(car.right_m - half_length, near), (car.right_m + half_length, near)]
@@ -195,7 +195,7 @@ def _draw_street(draw: ImageDraw.ImageDraw, street: Street, light: float) -> Non
 
 
 def picture(scene: Scene, rng: Generator) -> Image.Image:
-    """What the camera sees. At night hardly more than the lamps of all cars is left."""
+    """Render what the camera sees. At night little more than the cars' lamps is visible."""
     street = scene.street
     light = 0.1 if street.night else 1.0
     image = Image.new("RGB", PICTURE)

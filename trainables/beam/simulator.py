@@ -1,6 +1,6 @@
-"""Writes a data set in the DeepSense 6G layout, simulated: what stands in where the real one cannot be had.
+"""Writes a simulated data set in the DeepSense 6G layout, for use when the real one is not available.
 
-The loader cannot tell the difference. One more column, `seq_index`, names the pass of the car, because it is known.
+The loader treats both alike. An extra column, `seq_index`, names the pass of the car, which is known here.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from trainables.beam.config import Simulated
 from trainables.beam.sensors import Car, Colour, Scene, Street, beam_powers, bearing, lidar_points, picture, radar_cube
 
-VERSION = 2  # part of the cache's key: raise it whenever what is written changes
-INSTANTS = 5  # of a window
-INTERVAL_S = 0.1
+VERSION = 2  # part of the cache's key: increment it whenever the output changes
+INSTANTS = 5  # per window
+INTERVAL_S = 0.1  # from one instant to the next
 
 TARGET_COLOUR: Colour = (225, 30, 25)
-GPS_NOISE_M = 1.0  # far more than RTK's, so that the position alone does not name the beam
-GPS_MEMORY_S = 0.5  # the error wanders: after this time e^-1 of it is left
+GPS_NOISE_M = 1.0  # standard deviation, far above RTK's, so that the position alone does not determine the beam
+GPS_MEMORY_S = 0.5  # correlation time of the error, after which e^-1 of it is left
 
 
 def _street(number: int, lanes_m: tuple[float, ...], extent_m: tuple[float, float], turn_deg: float) -> Street:
@@ -44,7 +44,7 @@ def _street(number: int, lanes_m: tuple[float, ...], extent_m: tuple[float, floa
     )
 
 
-# The part of the street that cars use lies inside the lidar's published field of view of that scenario.
+# The part of the street that cars use lies inside the scenario's published lidar field of view.
 STREETS = (
     _street(31, (10.0, 13.0), (-14.0, 9.0), -7.0),
     _street(32, (14.0, 17.0, 20.0), (-34.0, 4.0), -27.0),
@@ -52,7 +52,7 @@ STREETS = (
     _street(34, (9.0, 12.0), (-14.0, 7.5), -10.0),
 )
 
-KINDS = (  # length, width, height of those that pass by, metres
+KINDS = (  # length, width and height of passing vehicles, metres
     (4.3, 1.8, 1.5),
     (4.6, 1.9, 1.9),
     (6.5, 2.2, 2.8),
@@ -61,10 +61,10 @@ KINDS = (  # length, width, height of those that pass by, metres
 
 
 def _others(street: Street, rng: Generator) -> list[Car]:
-    """Those that pass by without a receiver: any colour but the target's, any lane, either way.
+    """Return random passing cars without a receiver: any colour but the target's, any lane, either direction.
 
-    By day the street is busier, and the camera tells the target by its colour. At night the camera sees little, but the
-    street is nearly empty, and lidar and radar do.
+    By day the street is busier, and the camera can tell the target by its colour. At night the camera sees little, but
+    the street is nearly empty, so that lidar and radar suffice.
     """
     cars = []
     for _ in range(int(rng.random() < 0.3) if street.night else int(rng.integers(0, 3))):
@@ -85,14 +85,14 @@ def _others(street: Street, rng: Generator) -> list[Car]:
 
 
 def drive(street: Street, frames: int, rng: Generator) -> list[Scene]:
-    """One pass: the target crosses (part of) the street at a steady speed while others drive about."""
+    """Return the scenes of one pass: the target drives along (part of) the street at constant speed among others."""
     lane = int(rng.integers(len(street.lanes_m)))
     extent = street.right_m - street.left_m
     duration_s = (frames - 1) * INTERVAL_S
     speed = min(rng.uniform(4, 11), extent / duration_s)
     slack = extent - speed * duration_s
     start = street.left_m + rng.uniform(0, slack) if slack > 0 else street.left_m
-    if lane % 2:  # neighbouring lanes run opposite ways
+    if lane % 2:  # neighbouring lanes have opposite directions
         speed, start = -speed, street.left_m + street.right_m - start
     target = Car(start, street.lanes_m[lane], speed, 4.5, 1.8, 1.5, TARGET_COLOUR)
     cars = [target, *_others(street, rng)]
@@ -103,7 +103,7 @@ def drive(street: Street, frames: int, rng: Generator) -> list[Scene]:
 
 
 def position(street: Street, right_m: float, ahead_m: float) -> tuple[float, float]:
-    """Latitude and longitude in degrees of a point of the street."""
+    """Return latitude and longitude, in degrees, of a point of the street."""
     east0, north0, zone, letter = utm.from_latlon(street.latitude, street.longitude)
     sin, cos = np.sin(street.heading), np.cos(street.heading)
     east, north = east0 + ahead_m * sin + right_m * cos, north0 + ahead_m * cos - right_m * sin
@@ -112,7 +112,7 @@ def position(street: Street, right_m: float, ahead_m: float) -> tuple[float, flo
 
 
 def wandering(count: int, rng: Generator) -> NDArray[np.float64]:
-    """Errors of consecutive positions, (count, 2) metres: a first-order autoregression."""
+    """Return errors of consecutive positions, (count, 2), metres, from a first-order autoregressive process."""
     kept = float(np.exp(-INTERVAL_S / GPS_MEMORY_S))
     errors = GPS_NOISE_M * rng.standard_normal((count, 2))
     for i in range(1, count):
@@ -128,7 +128,7 @@ def write_ply(path: Path, points: NDArray[np.float64], intensity: NDArray[np.uin
 
 
 def _write_frame(folder: Path, i: int, scene: Scene, gps_error_m: NDArray[np.float64], rng: Generator) -> int:
-    """Everything measured at one instant; the best beam, 1-based."""
+    """Write everything measured at one instant; return the best beam, counted from 1."""
     target, street = scene.cars[0], scene.street
     picture(scene, rng).save(folder / f"unit1/camera_data/image_BS1_{i}.jpg", quality=90)
     write_ply(folder / f"unit1/lidar_data/lidar_data_{i}.ply", *lidar_points(scene, rng))
@@ -142,7 +142,7 @@ def _write_frame(folder: Path, i: int, scene: Scene, gps_error_m: NDArray[np.flo
 
 
 def _write_pass(root: Path, number: int, street: Street, settings: Simulated) -> list[dict[str, str | int]]:
-    """One pass of a car, and the CSV rows of its windows (without `index`)."""
+    """Write one pass of a car; return the CSV rows of its windows (without `index`)."""
     rng = np.random.default_rng([settings.seed, number])
     name = f"scenario{street.number}"
     first = number * settings.frames
@@ -169,7 +169,7 @@ def _write_pass(root: Path, number: int, street: Street, settings: Simulated) ->
 def simulate(root: Path, settings: Simulated) -> None:
     """Write `root`/Multi_Modal with its CSV and every file that it names."""
     folder = root / "Multi_Modal"
-    streets = STREETS[: min(len(STREETS), settings.passes // 2)]  # two passes each, or none could be held out
+    streets = STREETS[: min(len(STREETS), settings.passes // 2)]  # at least two passes each, so that one is held out
     for street in streets:
         for part in ("camera_data", "lidar_data", "radar_data", "mmWave_data", "GPS_data"):
             (folder / f"scenario{street.number}/unit1/{part}").mkdir(parents=True)

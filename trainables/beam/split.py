@@ -1,4 +1,4 @@
-"""Which windows train and which validate, and in how many copies."""
+"""Splits the windows into training and validation, and adds changed and mirrored copies."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from trainables.contract import UserError
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-BLOCK = 50  # frames that stay together where passes are not known
+BLOCK = 50  # frames that stay together if passes are not known
 
 
 @dataclass(frozen=True)
 class Side:
     """The samples of one side of the split, S of them."""
 
-    window_S: Ints  # numbers in the data set
-    copy_S: Ints  # 0: as measured; 1 and on: changed copies
+    window_S: Ints  # window numbers in the data set
+    copy_S: Ints  # 0: as measured; from 1: number of the changed copy
     mirrored_S: Bools
 
     def __len__(self) -> int:
         return len(self.window_S)
 
     def holds(self, windows: int) -> Bools:
-        """Which of the data set's windows are among them, (windows,)."""
+        """Return which of the data set's windows are on this side, (windows,)."""
         return np.bincount(self.window_S, minlength=windows) > 0
 
     def take(self, chosen: Bools) -> Side:
@@ -37,13 +37,15 @@ class Side:
 
 
 def split(table: Table, data: Data) -> tuple[Side, Side]:
-    """The samples that train, and those that validate; the same ones for the same settings.
+    """Return the training and the validation side, the same for the same settings.
 
-    honest: whole passes are held out or, where the CSV does not name them, whole blocks of frames; a window that
-    straddles a border is on neither side, so that no frame is on both. The adaptation set only validates. Copies are
-    made of what trains.
-    legacy: random samples of everything, though neighbours are near copies, and copies are made of the adaptation set
-    beforehand, so that a window may be on both sides. Comparable with published numbers only.
+    honest: holds out whole passes or, if the CSV does not name them, whole blocks of frames; a window that straddles a
+    border is on neither side, so that no frame is on both. The adaptation set is only validated on. Copies are made
+    only of training windows.
+    legacy: holds out random samples, although neighbours are near duplicates; copies are made of the adaptation set
+    before, so that a window may be on both sides. Only for comparison with published numbers.
+
+    Raises `UserError` if a side would be empty.
     """
     rng = np.random.default_rng(data.split_seed)
     if data.split == "legacy":
@@ -70,14 +72,14 @@ def split(table: Table, data: Data) -> tuple[Side, Side]:
 
 
 def on_neither_side(train: Side, val: Side, windows: int) -> int:
-    """How many of the data set's windows straddle a border of the split."""
+    """Return how many of the data set's windows are on neither side, because they straddle a border of the split."""
     return windows - int((train.holds(windows) | val.holds(windows)).sum())
 
 
 def scored_apart(table: Table, data: Data) -> Bools:
-    """Which windows have scores of their own, and no part in the others: the adaptation set, where it only validates.
+    """Return which windows only count in scores of their own: the adaptation set, in the honest split.
 
-    Its scores tell how training generalises.
+    Its scores show how training generalises.
     """
     return table.adaptation_N & (data.split == "honest")
 
@@ -87,7 +89,7 @@ def _as_measured(windows: Ints) -> Side:
 
 
 def _with_copies(windows: Ints, copied_N: Bools, data: Data) -> Side:
-    """These windows, `data.augment` changed copies of those that are to be copied, and all of it mirrored as well."""
+    """Return these windows, `data.augment` changed copies of those in `copied_N`, and with `data.flip` all mirrored."""
     copied = windows[copied_N[windows]]
     window_S = np.concatenate([windows, np.repeat(copied, data.augment)])
     copy_S = np.concatenate([np.zeros_like(windows), np.tile(np.arange(1, data.augment + 1), len(copied))])
@@ -96,7 +98,10 @@ def _with_copies(windows: Ints, copied_N: Bools, data: Data) -> Side:
 
 
 def _held_out(table: Table, holdout: float, rng: np.random.Generator) -> Bools:
-    """Whether each frame (or the pass) of every window is held out: a share of each scenario, at least one."""
+    """Return for every window whether each frame's block (or its pass) is held out, (N, K or 1).
+
+    A share of each scenario's passes or blocks is held out, at least one if there are two.
+    """
     if table.passes_N is not None:
         unit_NK = np.unique(np.array(table.passes_N), return_inverse=True)[1][:, None]
     else:

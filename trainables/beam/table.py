@@ -1,4 +1,4 @@
-"""The CSV of a data set in the DeepSense 6G layout: which files make up each window.
+"""Reads the CSV of a data set in the DeepSense 6G layout, which lists the files of each window.
 
 Legend: N windows, K instants of a column group (5 for a sensor, 2 for positions, 1 for the station), P instants whose
 beams are predicted (1 as published).
@@ -27,12 +27,12 @@ Ints = NDArray[np.int64]
 Array = TypeVar("Array", bound=NDArray[np.generic])
 Row = dict[str, str]
 
-# Folder of the development set, and folder and CSV of the adaptation set, which was recorded at another rate and is
-# absent from most copies.
+# Folder of the development set; folder and CSV of the adaptation set, which was recorded at another rate and is missing
+# from most copies.
 DEVELOPMENT = "Multi_Modal"
 ADAPTATION = ("Adaptation_dataset_multi_modal", "ml_challenge_data_adaptation_multi_modal.csv")
 
-# Column groups by what they hold; a trailing underscore stands for one column per instant.
+# Column groups by modality; a trailing underscore stands for one column per instant.
 GROUPS: dict[Modality, tuple[str, ...]] = {
     "image": ("unit1_rgb_",),
     "lidar": ("unit1_lidar_",),
@@ -45,16 +45,16 @@ POWER, BEAM, PASS = "unit1_pwr_60ghz", "unit1_beam", "seq_index"
 
 @dataclass(frozen=True)
 class Files:
-    """The distinct files of one column group, and where each window's are among them (oldest first)."""
+    """The distinct files of one column group, and each window's files among them."""
 
     paths: tuple[Path, ...]
     row: tuple[int, ...]  # the first window that names each file
-    at_NK: Ints
+    at_NK: Ints  # indices into `paths`, oldest instant first
 
 
-@dataclass(frozen=True, eq=False)  # equal to itself alone: what is computed from a table is kept by it
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: tables are keys of caches
 class Table:
-    """All windows of a data set, in the order of its CSV files. Nobody can write into its arrays."""
+    """All windows of a data set, in the order of its CSV files. Its arrays are read-only."""
 
     root: Path
     csvs: tuple[Path, ...]
@@ -62,30 +62,30 @@ class Table:
     lines: tuple[str, ...]  # "row 3 of a.csv" for every window, for messages
     scenarios: tuple[str, ...]  # "scenario31", ... in the order of their numbers
     scenario_N: Ints
-    beam_NP: Ints  # 0-based, as the CSV says; of windows without labels P is 0, and there is no group of powers
+    beam_NP: Ints  # the CSV's labels, counted from 0; without labels P is 0, and there is no group of powers
     groups: dict[str, Files]
-    frame_NK: Ints  # numbers of the frames that a window sees, its label's included
-    passes_N: tuple[str, ...] | None  # which pass of the car; None where the development set's CSV does not say
-    adaptation_N: NDArray[np.bool_]
-    left_out: str  # which of the CSV files are not read, and why
-    label_frame_N: Ints | None = None  # numbers of the frames whose beams are predicted first; None: no name tells
-    like: Table | None = None  # of windows without labels: those that a model of them was trained on, where they matter
+    frame_NK: Ints  # file numbers of a window's frames, its labels' included
+    passes_N: tuple[str, ...] | None  # the car's pass; None if the development set's CSV does not name passes
+    adaptation_N: NDArray[np.bool_]  # whether a window is of the adaptation set
+    left_out: str  # which CSV is not read, and why; empty if none
+    label_frame_N: Ints | None = None  # file number of the first predicted instant; None: file names have no numbers
+    like: Table | None = None  # for unlabelled windows: the model's training table, if its inputs depend on that
 
     def reaches(self, data: Data) -> bool:
-        """Whether the windows hold as many instants, and as many beams, as are asked for."""
+        """Return whether the windows have as many instants, and as many beams, as `data` needs."""
         return self.beam_NP.shape[1] >= data.steps and self.spans(data.reach)
 
     def spans(self, instants: int) -> bool:
-        """Whether the windows hold as many instants of every sensor."""
+        """Return whether the windows have at least this many instants of every sensor."""
         found = [self.groups[name].at_NK.shape[1] for name in SENSOR_COLUMNS if name in self.groups]
         return all(count >= instants for count in found)
 
 
 def read_table(root: Path, data: Data, built: Path | None = None) -> Table:
-    """Read the CSV files below `root`; for the development set's the file `built`, if any, which names files of it.
+    """Read the CSV files below `root`; `built`, if given, replaces the development set's CSV.
 
-    The adaptation set is left out where its windows are too short for `data`. Raises `UserError` for what is missing.
-    A process that asks again gets the same table, unless a file has been written since.
+    The adaptation set is left out if its windows are too short for `data`. Raises `UserError` for anything missing.
+    Repeated calls in a process return the same table, unless a file has been written since.
     """
     if not root.is_dir():
         raise UserError(f"data.root = {root}: no such folder; give the one that holds {DEVELOPMENT}/, or null")
@@ -94,9 +94,9 @@ def read_table(root: Path, data: Data, built: Path | None = None) -> Table:
     return _read(root, asked, development, (stamp_of(development), stamp_of(adaptation)))
 
 
-@functools.lru_cache(maxsize=4)  # two of a trial whose windows are built, 35 MB each at the published size
+@functools.lru_cache(maxsize=4)  # a trial with built windows uses two, 35 MB each at the published size
 def _read(root: Path, data: Data, development: Path, stamps: tuple[Stamp, Stamp]) -> Table:
-    """`stamps`, of the two files, make a changed one be read anew."""
+    """Read both sets; the two files' `stamps` invalidate the cache when one changes."""
     sets, left_out = [(DEVELOPMENT, development)], ""
     if stamps[1] is not None:
         short = _short(root.joinpath(*ADAPTATION), data)
@@ -107,12 +107,12 @@ def _read(root: Path, data: Data, development: Path, stamps: tuple[Stamp, Stamp]
 
 
 def read_unlabelled(path: Path, data: Data, like: Table | None) -> tuple[Table, tuple[str, ...]]:
-    """The windows of a CSV without labels, as those of the challenge's test set, and what its column `index` says.
+    """Return the windows of an unlabelled CSV, like the challenge's test set, and their names from its column `index`.
 
-    Files are named relative to the CSV's folder. Labels that are there all the same are not read. Raises `UserError`
-    for what is missing.
+    Without that column, windows are numbered from 1. Files are named relative to the CSV's folder. Labels, if any, are
+    ignored. Raises `UserError` for anything missing.
     """
-    path = path.absolute()  # a link stays where it is, beside the files that it names
+    path = path.absolute()  # not resolved: a linked CSV names files beside the link
     rows = _read_csv(path, data.modalities, labelled=False)
     table = _table(path.parent.parent, [(path.parent.name, path, rows)], data.modalities, labelled=False)
     if not table.spans(data.history):
@@ -122,7 +122,7 @@ def read_unlabelled(path: Path, data: Data, like: Table | None) -> tuple[Table, 
 
 
 def _newest_frames(rows: Sequence[Row]) -> Ints | None:
-    """Numbers of the windows' newest frames, by whichever sensor has a column; None where no file name tells."""
+    """Return the file numbers of the windows' newest frames, from the first sensor whose files all have one."""
     columns = [names[-1] for group in SENSOR_COLUMNS if (names := _columns(rows[0], group))]
     for column in columns:
         found = [number_of(Path(row[column])) for row in rows]
@@ -138,7 +138,10 @@ def _table(
     left_out: str = "",
     labelled: bool = True,
 ) -> Table:
-    """Of CSV files below `root`, each between the name of the folder that its paths are relative to and its rows."""
+    """Make the table of some CSV files below `root`.
+
+    sets: for each CSV, the name of the folder that its paths are relative to, its own path, and its rows.
+    """
     found: list[list[Row]] = []
     lines: list[str] = []
     digest = hashlib.sha256()
@@ -152,7 +155,7 @@ def _table(
         groups[name] = _files(root, found, name, lines)
     steps = groups[POWER].at_NK.shape[1] if labelled else 0
     labels = [_labels(row, line)[:steps] if labelled else [] for row, line in zip(every, lines, strict=True)]
-    told = next(iter(groups.values()))  # a file that names the scenario: where there are labels, that of the powers
+    told = next(iter(groups.values()))  # files whose paths name the scenario; with labels, those of the powers
     places = [told.paths[at].relative_to(root) for at in told.at_NK[:, 0]]
     scenario_each = [_scenario(path, line) for path, line in zip(places, lines, strict=True)]
     scenarios = sorted(set(scenario_each), key=lambda name: int(name.removeprefix("scenario")))
@@ -175,13 +178,13 @@ def _table(
 
 
 def fixed(array: Array) -> Array:
-    """The array itself, which nobody can write from now on."""
+    """Make the array read-only, and return it."""
     array.flags.writeable = False
     return array
 
 
 def _short(path: Path, data: Data) -> str:
-    """Why the windows of this CSV are too short for `data`; empty where they are not."""
+    """Return why the windows of this CSV are too short for `data`; empty if they are not."""
     row = _read_csv(path, data.modalities)[0]
     steps = len(_columns(row, POWER))
     if steps < data.steps:
@@ -197,7 +200,7 @@ def _is_file(column: str) -> bool:
 
 
 def _groups(modalities: Sequence[Modality], labelled: bool) -> tuple[str, ...]:
-    """The column groups that are read."""
+    """Return the column groups to read."""
     return ((POWER,) if labelled else ()) + tuple(name for modality in modalities for name in GROUPS[modality])
 
 
@@ -222,7 +225,7 @@ def _read_csv(path: Path, modalities: Sequence[Modality], labelled: bool = True)
 
 
 def _check_header(path: Path, header: list[str], modalities: Sequence[Modality], labelled: bool) -> None:
-    """Every instant of what is asked for has its column: where one lacks, sensors would be read at other instants."""
+    """Raise `UserError` if a needed column is missing; sensors would otherwise be read at different instants."""
     columns = dict.fromkeys(header, "")
     if labelled and BEAM not in columns:
         raise UserError(f"{path} has no column {BEAM}; every window needs its label")
@@ -240,19 +243,19 @@ def _check_header(path: Path, header: list[str], modalities: Sequence[Modality],
 
 
 def _expected(columns: Row, group: str, least: int) -> list[str]:
-    """The columns that a group has where none lacks; as many instants as are there, and at least so many."""
+    """Return the columns that a complete group has, for the instants present and at least `least`."""
     instants = max(_newest(columns, group), least)
     return [group] if group in columns or not instants else [f"{group.rstrip('_')}_{k}" for k in range(1, instants + 1)]
 
 
 def _newest(columns: Row, group: str) -> int:
-    """The number of a group's newest instant; 0 where none is numbered."""
+    """Return the number of a group's newest instant; 0 if none is numbered."""
     names = [name for name in _columns(columns, group) if name != group]
     return int(names[-1].rsplit("_", 1)[1]) if names else 0
 
 
 def _columns(row: Row, group: str) -> list[str]:
-    """The columns of a group, oldest instant first."""
+    """Return the columns of a group, oldest instant first."""
     if group in row:
         return [group]
     prefix = group.rstrip("_") + "_"
@@ -261,7 +264,7 @@ def _columns(row: Row, group: str) -> list[str]:
 
 
 def _labels(row: Row, line: str) -> list[int]:
-    """Beams of a row, counted from 0; several are joined by `_`."""
+    """Return a row's beams, counted from 0; in the CSV they count from 1, and several are joined by `_`."""
     steps = len(_columns(row, POWER))
     words = row[BEAM].split("_")
     beams = [int(word) if word.isdecimal() else 0 for word in words]
@@ -272,7 +275,7 @@ def _labels(row: Row, line: str) -> list[int]:
 
 
 def scenario_of(path: Path) -> str:
-    """`scenario31`, or whatever the innermost folder of that kind is called; empty where a file lies in none."""
+    """Return the scenario of a file, such as `scenario31`, from its innermost folder of such a name; empty if none."""
     found = [match.group() for folder in path.parts[:-1] if (match := re.search(r"scenario\d+", folder))]
     return found[-1] if found else ""
 
@@ -285,7 +288,7 @@ def _scenario(path: Path, line: str) -> str:
 
 
 def _files(root: Path, sets: list[list[Row]], group: str, lines: list[str]) -> Files:
-    """The group's files in all sets. Sets with more instants than another lose their oldest, or their last labels."""
+    """Return the group's files in all sets. A set with more instants than another loses its oldest, or last labels."""
     columns = [_columns(rows[0], group) for rows in sets]
     count = min(map(len, columns))
     kept = [names[-count:] if group in SENSOR_COLUMNS else names[:count] for names in columns]
@@ -295,7 +298,7 @@ def _files(root: Path, sets: list[list[Row]], group: str, lines: list[str]) -> F
     at = np.empty((len(named), count), dtype=np.int64)
     for i, files in enumerate(named):
         for k, (file, column) in enumerate(files):
-            if file.endswith("/"):  # the set's folder and no name
+            if file.endswith("/"):  # the set's folder without a file name
                 raise UserError(f"{lines[i]}: {column} is empty; name a file, remove the row or its modality")
             if file not in place:
                 place[file] = len(place)
@@ -312,13 +315,13 @@ def _frames(groups: dict[str, Files]) -> Ints:
 
 
 def frame_numbers(files: Files) -> Ints | None:
-    """(N, K) numbers after the last underscore of the names; None where one has none, as the station's only file."""
+    """Return each file's number, (N, K), see `number_of`; None if a file has none, such as the station's only file."""
     found = [number_of(path) for path in files.paths]
     told = [number for number in found if number is not None]
     return np.array(told)[files.at_NK] if len(told) == len(found) else None
 
 
 def number_of(path: Path) -> int | None:
-    """The number after the last underscore of a file's name."""
+    """Return the number after the last underscore of a file's name, before its suffix; None if there is none."""
     found = re.search(r"_(\d+)$", path.stem)
     return int(found.group(1)) if found else None

@@ -1,4 +1,4 @@
-"""Reads CalMS21, task 1: calms21_task1_*.json or .npy as published, and .npz extracts of it.
+"""Reads CalMS21 task 1: calms21_task1_*.json or .npy as published, and .npz extracts.
 
 A .npz extract holds keypoints_<i>, and annotations_<i> or labels_<i>, for i from 0 on. Sources: Sun et al., "The
 Multi-Agent Behavior Dataset: Mouse Dyadic Social Interactions", 2021, and its data descriptions.
@@ -26,14 +26,14 @@ FPS, WIDTH_PX = 30.0, 1024.0
 
 
 def found(root: Path) -> list[Path]:
-    """The files to read below a folder: of the published ones those to train with, in one form, and every extract."""
+    """Return the files to read in a folder: all .npz extracts, or else the published training files, JSON first."""
     extracts = sorted(root.glob("*.npz"))
     texts, pickles = (sorted(root.glob(f"calms21_task1_train*.{suffix}")) for suffix in ("json", "npy"))
     return extracts or texts or pickles
 
 
 def read(paths: list[Path], trust_pickle: bool, unlabelled: bool = False) -> list[Video]:
-    """The videos in these files; one without annotations is a mistake unless `unlabelled`."""
+    """Return the videos in these files; raises UserError for one without annotations unless `unlabelled`."""
     videos: list[Video] = []
     for path in paths:
         videos += _extract(path, unlabelled) if path.suffix == ".npz" else _published(path, trust_pickle, unlabelled)
@@ -87,13 +87,13 @@ def _extract(path: Path, unlabelled: bool) -> Iterator[Video]:
             raise UserError(f"{path} holds neither annotations_{i} nor labels_{i}, but {_listed(names)}")
         try:
             given = arrays[f"keypoints_{i}"], None if labels is None else arrays[labels]
-        except ValueError as error:  # an array of objects is a pickle
+        except ValueError as error:  # an object array is a pickle
             raise UserError(f"{path}: sequence {i} cannot be read: {error}; it must hold plain arrays") from None
         yield _video(f"{path}: sequence {i}", (f"keypoints_{i}", f"{path.name}/{i}"), given, VOCABULARY)
 
 
 def _video(where: str, names: tuple[str, str], given: tuple[Any, Any], vocabulary: Mapping[str, Any]) -> Video:
-    """Checked and scaled.
+    """Check and scale one video; raises UserError for wrong shapes or labels.
 
     names: the video's key and its unit. given: keypoints (frames, mice, 2, points) in pixels, and annotations (frames,)
     or None.
@@ -118,7 +118,7 @@ def _video(where: str, names: tuple[str, str], given: tuple[Any, Any], vocabular
 
 
 def _labels(where: str, numbers_T: NDArray[Any], vocabulary: Mapping[str, Any]) -> Labels:
-    """Their numbers in our order of the classes."""
+    """Map a file's label numbers, (frames,), to indices into CLASSES."""
     if missing := [name for name in CLASSES if name not in vocabulary]:
         raise UserError(f"{where}: metadata.vocab names {_listed(vocabulary)} and not {missing[0]}; take task 1")
     ours = {int(vocabulary[name]): number for number, name in enumerate(CLASSES)}

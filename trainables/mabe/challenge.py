@@ -1,10 +1,11 @@
-"""Reads the layout of the MABe challenge of 2025 (social action recognition in mice).
+"""Reads data in the layout of the MABe challenge of 2025 (social action recognition in mice).
 
     train.csv                                   a row per video
-    train_tracking/<lab_id>/<video_id>.parquet  video_frame, mouse_id, bodypart, x, y in pixels, a row per point seen
+    train_tracking/<lab_id>/<video_id>.parquet  video_frame, mouse_id, bodypart, x, y in pixels, a row per visible point
     train_annotation/<lab_id>/<video_id>.parquet  agent_id, target_id, action, start_frame, stop_frame (exclusive)
 
-A frame has one label, whichever mice it is about. A CSV of another name has folders of that name: test_tracking/.
+A frame gets one label, regardless of which mice it concerns. A CSV of another name has folders named after it, such as
+test_tracking/.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ COLUMNS = ("lab_id", "video_id", "frames_per_second", "video_width_pix", "body_p
 TRACKING = ("video_frame", "mouse_id", "bodypart", "x", "y")
 ANNOTATION = ("agent_id", "target_id", "action", "start_frame", "stop_frame")
 
-# The published mapping; every other action counts as class 0, and of two classes at once the higher one holds.
+# The published mapping; every other action is class 0, and of simultaneous classes the highest number wins.
 ACTIONS = {
     "investigation": ("sniff", "sniffgenital", "sniffface", "sniffbody", "reciprocalsniff", "approach", "follow"),
     "mount": ("mount", "intromit", "attemptmount", "ejaculate"),
@@ -41,14 +42,14 @@ CLASS_OF = {action: CLASSES.index(name) for name, actions in ACTIONS.items() for
 
 
 def files(root: Path) -> list[Path]:
-    """Everything that is read."""
+    """Return all files that `read` reads for training."""
     return [root / "train.csv", *sorted(root.glob("train_*/*/*.parquet"))]
 
 
 def read(root: Path, name: str = "train", unlabelled: bool = False) -> list[Video]:
-    """The annotated videos of `name`.csv, and, if `unlabelled`, the others.
+    """Return the annotated videos of `name`.csv and, if `unlabelled`, also the others.
 
-    Raises `UserError` with file, row and column for what cannot be read.
+    Raises `UserError` with file, row and column for data that cannot be read.
     """
     path = root / f"{name}.csv"
     try:
@@ -109,7 +110,7 @@ def _read(
 
 
 def points(path: Path, parts: Sequence[str], shape: tuple[int, ...]) -> Points:
-    """The points in pixels, (frames, mice, points, 2) as `shape` says; NaN where the file has no row or no number."""
+    """Return the points in pixels, of `shape` (frames, mice, points, 2); NaN where the file has no row or value."""
     table = _table(path, TRACKING, TRACKING)
     names, which = categories(table.column("bodypart"))
     if strange := [name for name in names if name not in parts]:
@@ -124,7 +125,7 @@ def points(path: Path, parts: Sequence[str], shape: tuple[int, ...]) -> Points:
 
 
 def labels(path: Path, frames: int) -> Labels:
-    """The class of every frame, from events that hold from start_frame up to, and without, stop_frame."""
+    """Return the class of every frame, (frames,), from events; their stop_frame is exclusive."""
     table = _table(path, ANNOTATION, ANNOTATION[2:])
     start, stop = (_numbers(table, name, path) for name in ("start_frame", "stop_frame"))
     if len(wrong := np.flatnonzero((start < 0) | (stop < start))):
@@ -141,7 +142,7 @@ def labels(path: Path, frames: int) -> Labels:
 
 
 def mouse_numbers(column: Any, path: Path) -> NDArray[np.int64]:
-    """Which mouse, from 1, where the file says 1 or mouse1."""
+    """Return each row's mouse number, from 1, written as 1 or mouse1; raises `UserError` for any other form."""
     texts, which = categories(column)
     found = [re.fullmatch(r"(?:mouse)?([1-9]\d?)", text) for text in texts]
     if None in found:
@@ -150,13 +151,13 @@ def mouse_numbers(column: Any, path: Path) -> NDArray[np.int64]:
 
 
 def categories(column: Any) -> tuple[list[str], NDArray[np.int64]]:
-    """The different values of a column, as text, and which of them each row has."""
+    """Return a column's distinct values, as text, and each row's index into them."""
     encoded = pc.dictionary_encode(pc.fill_null(column.cast(pa.string()), "")).unify_dictionaries().combine_chunks()
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
 
 
 def head_first(parts: Sequence[str]) -> tuple[str, ...]:
-    """In one order for all labs: the nose or head first, the tail last, its base before its tip."""
+    """Sort body parts in one order for all labs: nose or head first, tail last, its base before its tip."""
 
     def rank(name: str) -> tuple[int, str]:
         fixed = {"nose": -3, "head": -2, "neck": -1, "tail_base": 1, "tail_midpoint": 2, "tail_tip": 3}
@@ -186,7 +187,7 @@ def _positive(row: dict[str, str], column: str, line: str) -> float:
 
 
 def _table(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> Any:
-    """The `wanted` columns of a parquet file that must have all `columns`."""
+    """Read the `wanted` columns of a parquet file; raises `UserError` if it lacks any of `columns`."""
     try:
         names = pq.read_schema(path).names
         for column in columns:

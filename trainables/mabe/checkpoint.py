@@ -1,4 +1,4 @@
-"""What a tagger's checkpoint says beside its weights: which settings they need, and which videos it knows."""
+"""What a tagger's checkpoint holds besides its weights: the settings they depend on and the kinds of video it knows."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from trainables.mabe.config import CLASSES, Data, Model
 from trainables.mabe.prepare import Prepared
 from trainables.mabe.video import Video
 
-VIDEOS = "videos"  # the name among the settings in a checkpoint that stands for `Seen`
+VIDEOS = "videos"  # the key of `Seen` among a checkpoint's settings
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the videos of a model's data set have in common.
+    """The kinds of video in a model's data set.
 
-    parts: the places of a mouse's points. tracked: which of them a video has, each such set once. mice: how many mice
-    a video has, each number once; there are places for the most. fps: frames per second, each rate once.
+    parts: a mouse's points in the order of the model's inputs. tracked: each distinct set of points that a video has.
+    mice: each distinct number of mice in a video; the inputs have room for the largest. fps: each distinct frame rate.
     """
 
     classes: tuple[str, ...]
@@ -31,7 +31,7 @@ class Seen:
     fps: tuple[float, ...]
 
     def check(self, video: Video) -> None:
-        """Raise `UserError` unless some video of the data set was tracked like this one."""
+        """Raise `UserError` unless the data set has this video's points, number of mice, and frame rate within 1 %."""
         like = "; tag videos that are tracked as those were, or train on some like this one"
         nearest = min(self.tracked, key=lambda parts: len({*parts} ^ {*video.parts}))
         if {*nearest} != {*video.parts}:
@@ -48,7 +48,7 @@ class Seen:
 
 
 def settings_of(data: Data, model: Model, prepared: Prepared) -> dict[str, Any]:
-    """What a checkpoint says, as plain values: the settings that its weights do not show, and what was seen."""
+    """Return, as plain values for a checkpoint, the settings that its weights do not reveal and the kinds of video."""
     seen = Seen(
         classes=CLASSES,
         parts=tuple(prepared.parts),
@@ -60,12 +60,12 @@ def settings_of(data: Data, model: Model, prepared: Prepared) -> dict[str, Any]:
 
 
 def unseen_settings(data: Data, model: Model) -> dict[str, Any]:
-    """By name what the weights depend on for their meaning, as far as their shapes do not show it."""
+    """Return by name the settings that the meaning of the weights depends on but their shapes do not reveal."""
     return {"data.features": data.features, "data.window": data.window, "model.pool": model.pool}
 
 
 def seen_of(state: State, folder: Path) -> Seen:
-    """What the model in an exported folder was trained on; raises `UserError` where this version cannot use it."""
+    """Return the kinds of video an exported model was trained on; raises `UserError` if this version cannot use it."""
     if VIDEOS not in (settings := state.get(SETTINGS, {})):
         raise UserError(
             f"{folder / 'checkpoint.pt'}: it does not say which points and behaviours it was trained on, as those of "

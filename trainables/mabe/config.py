@@ -7,7 +7,7 @@ from typing import Literal
 
 from trainables.optim import require
 
-# Groups of features, see `trainables.mabe.features`; pca is made in the model, from coords.
+# Feature groups, see `trainables.mabe.features`; pca is computed in the model, from coords.
 Feature = Literal["coords", "presence", "geometry", "rolling", "motion", "pca"]
 FEATURES: tuple[Feature, ...] = ("coords", "presence", "geometry", "rolling", "motion", "pca")
 CLASSES = ("other", "investigation", "mount", "attack")
@@ -15,11 +15,11 @@ CLASSES = ("other", "investigation", "mount", "attack")
 
 @dataclass(frozen=True)
 class Simulated:
-    """Size of the simulated data set that stands in when `root` is None."""
+    """Size of the simulated data set, which is used when `root` is None."""
 
     videos: int = 32
-    seconds: int = 60  # of a video; every eighth is shorter than a window
-    labels: Literal["behaviour", "random"] = "behaviour"  # random: drawn frame by frame, so that nothing can be learnt
+    seconds: int = 60  # length of a video; every eighth is shorter than a window
+    labels: Literal["behaviour", "random"] = "behaviour"  # random: independent in each frame, so nothing can be learnt
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -30,15 +30,15 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Data:
-    """Which videos are read, and in what form they reach the network."""
+    """Which videos are read, and in what form the network gets them."""
 
-    root: str | None = None  # folder of a MABe challenge or a CalMS21 data set; None: simulated data
-    prepared: str | None = None  # where prepared arrays are kept; None: the user's cache folder
-    trust_pickle: bool = False  # read CalMS21's .npy files, which can run any code; JSON cannot
+    root: str | None = None  # folder of a MABe challenge or CalMS21 data set; None: simulated data
+    prepared: str | None = None  # folder for prepared arrays; None: the user's cache folder
+    trust_pickle: bool = False  # allow CalMS21's .npy files, pickles that can run any code; JSON cannot
     features: tuple[Feature, ...] = ("geometry", "rolling", "pca")  # the 131 inputs of version V4, for 2 x 7 points
-    pca: int = 16  # components of the coordinates
+    pca: int = 16  # principal components of the coordinates
     window: int = 100  # frames
-    stride: int = 25  # frames between the starts of training windows; validation windows do not overlap
+    stride: int = 25  # frames from one training window's start to the next; validation windows do not overlap
     holdout: float = 0.2  # share of each lab's videos held out (CalMS21: of the animals; an .npz: of its sequences)
     split_seed: int = 42
     simulated: Simulated = field(default_factory=Simulated)
@@ -55,14 +55,14 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    """Convolutions over time, a bidirectional LSTM and a head for every frame."""
+    """Convolutions over time, a bidirectional LSTM and a classifier for every frame."""
 
     channels: tuple[int, ...] = (64, 128, 256)  # of the convolutions
     kernel: int = 3  # frames
-    pool: int = 0  # how many convolutions, from the first, halve the frames; the scores are stretched to all of them
-    hidden: int = 256  # of the LSTM, each way
-    layers: int = 2
-    # mlp: one more linear layer before the LSTM and one more after it, as the public code has it (which pools 3 times).
+    pool: int = 0  # the first `pool` convolutions halve the frames; LSTM outputs are interpolated back to all frames
+    hidden: int = 256  # LSTM units in each direction
+    layers: int = 2  # of the LSTM
+    # mlp: an extra linear layer before the LSTM and one after it, as in the public code (which pools 3 times).
     head: Literal["linear", "mlp"] = "linear"
     norm: Literal["batch", "group"] = "batch"  # group: exact under accumulation and over ranks
     dropout: float = 0.3
@@ -82,10 +82,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Augment:
-    """How training windows are varied."""
+    """How training windows are augmented."""
 
-    noise: float = 0.01  # standard deviation added to the scaled features, whose own is 1
-    jitter: int = 2  # a window starts up to so many frames earlier or later, together with its labels
+    noise: float = 0.01  # standard deviation of noise added to the scaled features, whose own is 1
+    jitter: int = 2  # a window and its labels start up to this many frames earlier or later
 
     def __post_init__(self) -> None:
         require(self.noise >= 0, "augment.noise", self.noise, "be 0 or a positive number")
@@ -94,11 +94,11 @@ class Augment:
 
 @dataclass(frozen=True)
 class FrameLoss:
-    """Cross-entropy over all frames, a weighted mean."""
+    """Cross-entropy, as a class-weighted mean over frames."""
 
     class_weights: tuple[float, float, float, float] | None = (0.5, 10.0, 15.0, 15.0)  # None: by `balance`
     balance: float = 0.5  # a class's weight is (1 / its share of the training frames) to this power
-    smoothing: float = 0.0  # of the labels
+    smoothing: float = 0.0  # label smoothing
 
     def __post_init__(self) -> None:
         if self.class_weights is not None:

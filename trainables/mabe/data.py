@@ -1,6 +1,6 @@
-"""Windows of the videos as the training loop takes them: which train, which validate, and batches of them.
+"""The windows of the videos in batches for the training loop, split into training and validation.
 
-Shape suffixes: B windows of a batch, N of a split, S frames of a window and of the margins that jitter needs.
+Shape suffixes: B windows of a batch, N of a split, S frames of a window with the margins that jitter needs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from trainables.mabe.prepare import Prepared, groups_of, prepare_data
 from trainables.mabe.video import UNLABELLED
 from trainables.samples import Batch
 
-SAMPLED = 200_000  # training frames, evenly spaced, that scale and principal axes are computed from
+SAMPLED = 200_000  # most training frames, evenly spaced, from which scale and principal axes are computed
 
 
 class HasData(Protocol):
-    """Any config with this family's data settings."""
+    """Any config with this family's `data` and `augment` settings."""
 
     @property
     def data(self) -> Data: ...
@@ -37,15 +37,15 @@ class HasData(Protocol):
 class Samples:
     """The windows of one side of the split, in batches.
 
-    A batch holds each group of features by name, (B, S, columns) float32; label (B, S) int64, 0..3 or UNLABELLED; and
-    index (B,) int64, the window's first frame in the data set. Beyond a video's ends its first or last frame is
-    repeated, without a label.
+    A batch holds each feature group by name, (B, S, columns) float32; label (B, S) int64, 0..3 or UNLABELLED; and
+    index (B,) int64, the window's first frame in the data set. Beyond a video's ends, its first or last frame is
+    repeated, unlabelled.
     """
 
-    first_N: NDArray[np.int64]  # frames in the data set, margins not included
+    first_N: NDArray[np.int64]  # each window's first frame in the data set, without the margin
     bounds_N2: NDArray[np.int64]  # first and last frame of each window's video
-    length: int
-    margin: int
+    length: int  # frames of a window
+    margin: int  # frames before and after it
     groups: dict[str, NDArray[np.float32]]
     labels: NDArray[np.int8]
 
@@ -63,7 +63,7 @@ class Samples:
 
 
 def samples(config: HasData, split: str, ranks: object = None) -> Samples:
-    """Open the side "train" or "val" of the split; cheap once the data are prepared."""
+    """Open the side "train" or "val" of the split; cheap once the data are prepared. `ranks` is ignored."""
     data = config.data
     prepared = prepare_data(data)
     train = split == "train"
@@ -83,7 +83,7 @@ def samples(config: HasData, split: str, ranks: object = None) -> Samples:
 
 
 def names(config: HasData, indices: Sequence[int]) -> list[str]:
-    """The training windows of these indices, with their margins, by the video that they are cut from."""
+    """Describe the training windows with these indices by their frames, margins included, and video."""
     prepared, train = prepare_data(config.data), samples(config, "train")
     found = []
     for i in indices:
@@ -96,9 +96,10 @@ def names(config: HasData, indices: Sequence[int]) -> list[str]:
 
 
 def windows_of(start: int, stop: int, data: Data, train: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The first frames of the windows of a video from `start` up to `stop`, (n,), and its ends for each, (n, 2).
+    """Return the first frames of a video's windows, (n,), and its first and last frame for each of them, (n, 2).
 
-    Training windows overlap, as `data.stride` says; the others hold every frame once, in order.
+    The video has the frames from `start` up to but not including `stop`. Training windows start every `data.stride`
+    frames; validation windows cover every frame once, in order.
     """
     last = max(stop - data.window, start) if train else stop - 1
     first_n = np.arange(start, last + 1, data.stride if train else data.window)
@@ -106,7 +107,10 @@ def windows_of(start: int, stop: int, data: Data, train: bool) -> tuple[NDArray[
 
 
 def videos_of(prepared: Prepared, data: Data, split: str) -> list[int]:
-    """The videos of one side, whole ones: a share of each lab's units is held out, at least one where it has two."""
+    """Return the numbers of the videos of one side: a share of each lab's units is held out, at least one of two.
+
+    Raises `UserError` if no lab has two units.
+    """
     rng = np.random.default_rng(data.split_seed)
     held: set[str] = set()
     for lab in sorted(set(prepared.lab)):
@@ -122,7 +126,7 @@ def videos_of(prepared: Prepared, data: Data, split: str) -> list[int]:
 
 
 def training_frames(data: Data) -> tuple[Batch, Tensor]:
-    """Up to `SAMPLED` evenly spaced training frames: their features by group, (n, columns), and their labels (n,)."""
+    """Return features by group, (n, columns), and labels, (n,), of at most `SAMPLED` evenly spaced training frames."""
     prepared = prepare_data(data)
     train = [np.arange(prepared.start[v], prepared.start[v + 1]) for v in videos_of(prepared, data, "train")]
     frames = np.concatenate(train)
@@ -132,7 +136,7 @@ def training_frames(data: Data) -> tuple[Batch, Tensor]:
 
 
 def describe(config: HasData) -> str:
-    """One line on the data: real or simulated, how many windows of how many videos, and what they show."""
+    """Return one line on the data: real or simulated, numbers of windows and videos, points, and class shares."""
     data, prepared = config.data, prepare_data(config.data)
     kind = "simulated" if data.root is None else "real"
     videos = {split: len(videos_of(prepared, data, split)) for split in ("train", "val")}

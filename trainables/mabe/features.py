@@ -1,6 +1,6 @@
-"""What the network sees of a tracked video, group by group, computed once over the whole video.
+"""The features of a tracked video, in groups, computed once over the whole video.
 
-Shape suffixes: T frames, M mice, P points of a mouse, G columns of a group. Coordinates are in pictures' widths.
+Shape suffixes: T frames, M mice, P points per mouse, G columns of a group. Coordinates are in units of picture width.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from trainables.mabe.config import Feature
 
 Floats = NDArray[np.float64]
 
-ROLLING = 10  # frames: this one and those before it
+ROLLING = 10  # frames in a rolling window, the current one included
 
 
 def group(name: Feature, seen_TMP2: Floats, fps: float) -> Floats:
-    """The columns of one group, (T, G), from points that are NaN where they were not seen.
+    """Return the columns of one group, (T, G), from points that are NaN where not seen.
 
-    coords    2 M P   mouse by mouse, point by point, x and y; gaps are filled
+    coords    2 M P   x and y of each point of each mouse, gaps filled
     presence  M P     1 where the point was seen, 0 in a gap
     geometry  9 M + 5 for each pair of mice: see `geometry`
-    rolling   mean, standard deviation, least and greatest of each geometry column over the last 10 frames
-    motion    2 M P   speed of every point, then its acceleration, per second and per second squared
+    rolling   mean, standard deviation, minimum and maximum of each geometry column over the last 10 frames
+    motion    2 M P   speed of every point, then acceleration of every point, per second and per second squared
     """
     frames = len(seen_TMP2)
     if name == "presence":
@@ -41,7 +41,7 @@ def group(name: Feature, seen_TMP2: Floats, fps: float) -> Floats:
 
 
 def width(name: Feature, mice: int, points: int) -> int:
-    """How many columns a group has."""
+    """Return G, the number of columns of a group."""
     geometric = 9 * mice + 5 * mice * (mice - 1) // 2
     widths: Mapping[Feature, int] = {
         "coords": 2 * mice * points,
@@ -54,14 +54,14 @@ def width(name: Feature, mice: int, points: int) -> int:
 
 
 def ever_seen(seen_TMP2: Floats) -> NDArray[np.bool_]:
-    """Which points of which mice were seen in any frame, (M, P)."""
+    """Return which points of which mice were seen in any frame, (M, P)."""
     return np.asarray((~np.isnan(seen_TMP2).any(-1)).any(0))
 
 
 def filled(seen_TMP2: Floats) -> Floats:
-    """Points without gaps: linear in time between what was seen, constant before and after.
+    """Fill gaps in the points: linear interpolation in time, and constant before the first and after the last seen.
 
-    A point that was never seen lies at the mean of its mouse's other points, and a mouse never seen at 0.
+    A point that was never seen is put at the mean of its mouse's other points, and a mouse never seen at 0.
     """
     out = np.zeros_like(seen_TMP2)
     times = np.arange(len(seen_TMP2))
@@ -78,7 +78,7 @@ def filled(seen_TMP2: Floats) -> Floats:
 
 
 def motion(points_TN2: Floats, fps: float) -> Floats:
-    """Speed and acceleration of N points, (T, 2 N); the first frame, which has no past, copies the second."""
+    """Return the speeds, then accelerations, of N points, (T, 2 N); the first frame copies the second."""
     velocity_TN2 = differences(points_TN2) * fps
     return np.concatenate(
         [np.linalg.norm(velocity_TN2, axis=-1), np.linalg.norm(differences(velocity_TN2) * fps, axis=-1)], axis=1
@@ -86,18 +86,18 @@ def motion(points_TN2: Floats, fps: float) -> Floats:
 
 
 def differences(values: Floats) -> Floats:
-    """What changed since the frame before; the first frame copies the second, and is 0 where there is no second."""
+    """Return differences from the previous frame; the first frame copies the second, or is 0 if it is the only one."""
     steps = np.diff(values, axis=0)
     return np.concatenate([steps[:1], steps]) if len(steps) else np.zeros_like(values)
 
 
 def geometry(points_TMP2: Floats, known_MP: NDArray[np.bool_]) -> Floats:
-    """Distances, motion, angles and shape: for two mice the 23 columns of the lab notes.
+    """Return distances, motion, angles and shape, (T, 9 M + 5 per pair): for two mice the 23 columns of the lab notes.
 
-    Of each mouse: body length; velocity of its centroid (x, y, per frame), speed and change of speed; orientation
-    and its wrapped change; spread of the points in x times in y, and over. Of each pair: the distances of centroids,
-    of heads, of either's head from the other's tail, and the wrapped difference of orientations. Head and tail are the
-    first and the last point that were ever seen.
+    For each mouse: body length; velocity of its centroid (x, y, per frame), speed and change of speed; orientation and
+    its wrapped change; product and ratio of the points' spreads (standard deviations) in x and y. For each pair: the
+    distances between centroids, between heads, and from each head to the other's tail, and the wrapped difference of
+    orientations. Head and tail are the first and last point that were ever seen.
     """
     columns: list[Floats] = []
     centres, heads, tails, turns = [], [], [], []
@@ -125,14 +125,14 @@ def geometry(points_TMP2: Floats, known_MP: NDArray[np.bool_]) -> Floats:
 
 
 def wrapped(angle: Floats) -> Floats:
-    """An angle in radians, brought to [-pi, pi)."""
+    """Wrap an angle in radians to [-pi, pi)."""
     return (angle + np.pi) % (2 * np.pi) - np.pi
 
 
 def rolling(columns_TG: Floats, frames: int = ROLLING) -> Floats:
-    """Mean, standard deviation, least and greatest of every column over the last frames, (T, 4 G).
+    """Return mean, standard deviation, minimum and maximum of every column over the last `frames` frames, (T, 4 G).
 
-    At the start of the video over as many as there are.
+    At the start of the video, over as many frames as there are.
     """
     sums, squares = np.zeros_like(columns_TG), np.zeros_like(columns_TG)
     least, greatest = np.full_like(columns_TG, np.inf), np.full_like(columns_TG, -np.inf)

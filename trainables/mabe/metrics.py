@@ -1,4 +1,4 @@
-"""What tagging is judged by, as pairs of sums and counts: exact however a split is divided into batches and ranks.
+"""Scores of tagging, as pairs of sums and counts: exact however a split is divided into batches and ranks.
 
 Shape suffixes: B windows, T frames, K classes.
 """
@@ -13,14 +13,14 @@ from torch import Tensor
 from trainables.mabe.config import CLASSES
 from trainables.step import Pairs
 
-OVERLAP = 0.5  # of an event and its guess: more than this share of the frames that either has
+OVERLAP = 0.5  # an event and a predicted run match if their intersection over union is above this
 
 
 def frame_scores(guess_BT: Tensor, label_BT: Tensor) -> Pairs:
-    """Accuracy, and precision, recall, F1 and share of each class, over the frames with a label of 0 or more.
+    """Return accuracy, and precision, recall, F1 and share of each class, over the frames with a label of 0 or more.
 
-    F1 is 2 tp / (2 tp + fp + fn), a ratio of sums like the others. A score of a class that is neither guessed nor
-    there has a count of 0.
+    F1 is 2 tp / (2 tp + fp + fn), a ratio of sums like the others. The count of a class's precision is 0 if it is never
+    predicted, of its recall if it never occurs, and of its F1 if neither.
     """
     known = label_BT >= 0
     guess, label = guess_BT[known], label_BT[known]
@@ -37,10 +37,10 @@ def frame_scores(guess_BT: Tensor, label_BT: Tensor) -> Pairs:
 
 
 def event_scores(guess_BT: Tensor, label_BT: Tensor) -> Pairs:
-    """F1 over events: runs of one behaviour, cut at the window's borders so that windows stay apart.
+    """Return each class's F1 over events: runs of one behaviour, cut at window borders so that windows are independent.
 
-    An event is found by a run of guesses of its class when the frames of both are more than half of the frames of
-    either; at most one run can be that.
+    A predicted run of the same class matches an event if their intersection over union is above one half; at most one
+    run can.
     """
     known = label_BT >= 0
     guess, label = torch.where(known, guess_BT, -1), torch.where(known, label_BT, -1)
@@ -58,7 +58,7 @@ def event_scores(guess_BT: Tensor, label_BT: Tensor) -> Pairs:
 
 
 def runs(classes_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The number of every frame's run, (B T,), and of every run its class and how many frames it has."""
+    """Return the run number of every frame, (B T,), and the class and length in frames of every run."""
     starts_BT = torch.ones_like(classes_BT, dtype=torch.bool)
     starts_BT[:, 1:] = classes_BT[:, 1:] != classes_BT[:, :-1]
     run = starts_BT.flatten().cumsum(0) - 1
@@ -66,11 +66,11 @@ def runs(classes_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def summary(scores: Mapping[str, float]) -> dict[str, float]:
-    """What follows from the scores of the whole split and is no ratio of sums.
+    """Return the metrics derived from the whole split's scores, which are not ratios of sums.
 
-    macro_f1: the mean over the classes; 0 for one that is neither there nor guessed. macro_f1_behaviours: without
-    "other", as CalMS21 has it. weighted_f1: by the classes' shares. macro_event_f1: over the behaviours.
-    macro_f1_chance: the macro F1 of always guessing the most common class.
+    macro_f1: mean over all classes; a class that neither occurs nor is predicted counts as 0. macro_f1_behaviours: the
+    same without "other", as in CalMS21. weighted_f1: weighted by the classes' shares. macro_event_f1: mean over the
+    behaviours. macro_f1_chance: the macro F1 of always predicting the most common class.
     """
     f1 = [scores.get(f"f1_{name}", 0.0) for name in CLASSES]
     events = [scores.get(f"event_f1_{name}", 0.0) for name in CLASSES]

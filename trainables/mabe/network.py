@@ -1,4 +1,4 @@
-"""The network: scaled features, convolutions over time, a bidirectional LSTM, a score per class and frame.
+"""The tagging network: scaled features, convolutions over time, a bidirectional LSTM, and a logit per class and frame.
 
 Shape suffixes: B windows, T frames, D coordinates, Q principal components, F inputs, C channels, K classes.
 """
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from trainables.mabe.config import CLASSES, Feature, Model
 
-FAR = 10.0  # standard deviations; a track that jumps across the picture is cut off here
+FAR = 10.0  # standard deviations at which inputs are clipped, such as a track that jumps across the picture
 
 
 class Inputs(nn.Module):
-    """Groups of features as the network takes them: joined, with mean 0 and deviation 1 over the training frames.
+    """Joins feature groups and scales them to mean 0 and standard deviation 1 over the training frames.
 
-    The scale and the principal axes are buffers, so that a checkpoint holds all that it takes to tag another video.
+    Scale and principal axes are buffers, so that a checkpoint holds all that is needed to tag other videos.
     """
 
     def __init__(self, features: Sequence[Feature], centre_D: Tensor, axes_DQ: Tensor, inputs: int) -> None:
@@ -36,7 +36,7 @@ class Inputs(nn.Module):
         self.register_buffer("scale_F", torch.ones(inputs))
 
     def joined(self, groups: Mapping[str, Tensor]) -> Tensor:
-        """(..., F) from the groups by name, (..., G) each."""
+        """Concatenate the groups, (..., G) each, to (..., F), with coords projected to principal components for pca."""
         return torch.cat(
             [
                 (groups["coords"] - self.centre_D) @ self.axes_DQ if name == "pca" else groups[name]
@@ -46,20 +46,20 @@ class Inputs(nn.Module):
         )
 
     def set_scale(self, groups: Mapping[str, Tensor]) -> None:
-        """Take mean and deviation from these frames, (N, G) each; a column that never changes is only centred."""
+        """Set mean and standard deviation from these frames, (N, G) per group; a constant column is only centred."""
         x_NF = self.joined(groups).double()
         deviation_F = x_NF.std(0, correction=0)
         self.mean_F.copy_(x_NF.mean(0))
         self.scale_F.copy_(torch.where(deviation_F > 1e-6, deviation_F, 1.0))
 
     def forward(self, groups: Mapping[str, Tensor]) -> Tensor:
-        # Half precision would leave little of the last components, which are differences of large coordinates.
+        # In half precision little would remain of the last components, which are differences of large coordinates.
         with torch.autocast(self.mean_F.device.type, enabled=False):
             return ((self.joined(groups) - self.mean_F) / self.scale_F).clamp(-FAR, FAR)
 
 
 class Block(nn.Module):
-    """Convolution, norm, ReLU, dropout and, in a pooled block, the greater of every two frames."""
+    """Convolution, norm, ReLU, dropout and, in a pooled block, max pooling over pairs of frames."""
 
     def __init__(self, wide: tuple[int, int], model: Model, pooled: bool) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Block(nn.Module):
 
 
 class FrameTagger(nn.Module):
-    """(B, T, F) to class scores (B, T, K)."""
+    """Maps inputs (B, T, F) to logits (B, T, K)."""
 
     def __init__(self, inputs: int, model: Model) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class FrameTagger(nn.Module):
 
 
 class Tagger(nn.Module):
-    """Inputs and network, and the class weights of the loss that trains them, (K,)."""
+    """Input scaling, network, and the class weights (K,) of the loss that trains it."""
 
     def __init__(self, inputs: Inputs, network: FrameTagger, class_weights_K: Tensor) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Tagger(nn.Module):
         self.register_buffer("class_weights_K", class_weights_K)
 
     def forward(self, groups: Mapping[str, Tensor], noise: float = 0.0) -> Tensor:
-        """Class scores (B, T, K); `noise` is the deviation of what is added to the scaled features."""
+        """Return logits (B, T, K); `noise` is the standard deviation of noise added to the scaled features."""
         x_BTF = self.inputs(groups)
         if noise:
             x_BTF = x_BTF + noise * torch.randn_like(x_BTF)

@@ -1,19 +1,19 @@
-"""The behaviour in every frame of other videos, by a model that `launch.py --export best MODEL` wrote.
+"""Tags the behaviour in every frame of other videos, with a model that `launch.py --export best MODEL` wrote.
 
     python -m trainables.mabe.predict MODEL VIDEOS OUT
 
 VIDEOS is a file of videos in a layout that training reads, labelled or not:
 
-    calms21_task1_test.json   CalMS21, as published; as a .npy too, if MODEL/config.yaml has data.trust_pickle: true
+    calms21_task1_test.json   CalMS21 as published; also as .npy, if MODEL/config.yaml has data.trust_pickle: true
     any .npz                  an extract of CalMS21: keypoints_<i>, and annotations_<i> or labels_<i>
     test.csv, or any .csv     the MABe challenge: a row per video, with test_tracking/<lab_id>/<video_id>.parquet beside
-                              it, and, where there are labels, test_annotation/<lab_id>/<video_id>.parquet
+                              it and, if there are labels, test_annotation/<lab_id>/<video_id>.parquet
 
-OUT gets a CSV for each video, by its name in the data set: OUT/task1/test/mouse071_task1_annotator1.csv,
-OUT/keypoints_0.csv, OUT/<lab_id>/<video_id>.csv. It has a row per frame, as R, pandas and spreadsheets read them:
-`frame`, from 0; `behaviour`: other, investigation, mount or attack; `confidence`: the largest softmax. Where videos
-have labels, their scores are printed as a search has them of its validation videos: windows do not overlap, and the
-last one of a video is filled up with its last frame.
+A CSV for each video is written to OUT, by its name in the data set: OUT/task1/test/mouse071_task1_annotator1.csv,
+OUT/keypoints_0.csv, OUT/<lab_id>/<video_id>.csv. It has a header and a row per frame: `frame`, from 0; `behaviour`:
+other, investigation, mount or attack; `confidence`: the largest softmax probability. If videos have labels, their
+scores are printed, computed as a search does for validation videos: windows do not overlap, and a video's last window
+is padded with its last frame.
 
 Shape suffixes: B windows, T frames of a window.
 """
@@ -54,7 +54,7 @@ SUFFIXES = (".json", ".npy", ".npz", ".csv")
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network, and the videos it knows."""
+    """A trained network, its config, and the kinds of video it knows."""
 
     config: Config
     seen: Seen
@@ -63,9 +63,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Tags:
-    """What a video's windows show, each (B, T): the classes by the model, how sure it is, and the labels.
+    """The predicted classes, confidences and labels of a video's windows, (B, T) each.
 
-    Windows hold every frame in order; beyond the video's end, and where it has no labels, a label is UNLABELLED.
+    Windows hold every frame in order; labels are UNLABELLED beyond the video's end and where it has none.
     """
 
     guess_BT: Tensor
@@ -74,7 +74,7 @@ class Tags:
 
 
 def read_model(folder: Path) -> Model:
-    """The model in an exported folder; raises `UserError` where it holds none of this family."""
+    """Load the model in an exported folder; raises `UserError` if it holds none of this family."""
     if (trainable := trainable_of(folder)) != TRAINABLE:
         raise UserError(f"{folder}: a model of {trainable}; behaviour is tagged by one of {TRAINABLE}")
     config = read_config(folder / "config.yaml", Config)
@@ -87,7 +87,7 @@ def read_model(folder: Path) -> Model:
 
 
 def untrained(config: Config, seen: Seen) -> Tagger:
-    """The network that a checkpoint's weights go into, their scale and principal axes with them."""
+    """Build the network into which a checkpoint's weights, scale and principal axes are loaded."""
     mice, points = max(seen.mice), len(seen.parts)
     coords = width("coords", mice, points) if "pca" in config.data.features else 0
     axes_DQ = torch.zeros(coords, min(config.data.pca, coords))
@@ -97,7 +97,7 @@ def untrained(config: Config, seen: Seen) -> Tagger:
 
 
 def read_videos(path: Path, trust_pickle: bool) -> list[Video]:
-    """The videos that a file holds or names; raises `UserError` where it is none, or has none."""
+    """Return the videos that a file holds or lists; raises `UserError` if it is no such file or has no videos."""
     if path.is_dir():
         there = ", ".join(sorted(each.name for each in path.iterdir() if each.suffix in SUFFIXES))
         raise UserError(f"{path}: a folder; name the file of the videos in it: {there or 'there is none'}")
@@ -112,7 +112,7 @@ def read_videos(path: Path, trust_pickle: bool) -> list[Video]:
 
 
 def places(out: Path, videos: Sequence[Video]) -> list[Path]:
-    """The file for each video's tags; raises `UserError` where a name is taken twice, or leads out of the folder."""
+    """Return the file for each video's tags; raises `UserError` if two are the same, or one lies outside `out`."""
     files: dict[Path, Video] = {}
     for video in videos:
         file = out / f"{video.key}.csv"
@@ -125,7 +125,7 @@ def places(out: Path, videos: Sequence[Video]) -> list[Path]:
 
 
 def samples_of(model: Model, video: Video) -> Samples:
-    """A video's windows as those that validate."""
+    """Return a video's windows, cut as validation windows are."""
     data, seen = model.config.data, model.seen
     given, labels = video.read()
     points = placed(given, video.parts, max(seen.mice), seen.parts).astype(np.float64)
@@ -137,7 +137,7 @@ def samples_of(model: Model, video: Video) -> Samples:
 
 @torch.no_grad()
 def tag(model: Model, video: Video, device: torch.device) -> Tags:
-    """Tag one video; the network must be in eval mode, and on the device."""
+    """Tag one video; the network must be in eval mode and on `device`."""
     samples, optim = samples_of(model, video), model.config.optim
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in on_device(samples, torch.arange(len(samples)).split(optim.micro_batch or optim.batch_size), device):
@@ -149,14 +149,14 @@ def tag(model: Model, video: Video, device: torch.device) -> Tags:
 
 
 def tagged(model: Model, videos: Sequence[Video], device: torch.device) -> Iterator[Tags]:
-    """The tags of each video, in order."""
+    """Move the network to `device`, and yield the tags of each video, in order."""
     model.network.to(device).eval()
     for video in tqdm(videos, desc="tagging", unit=" videos", leave=False, disable=not sys.stderr.isatty()):
         yield tag(model, video, device)
 
 
 def scores_of(tags: Sequence[Tags]) -> dict[str, float]:
-    """What a search reports of validation videos, but for the loss, over the labelled frames."""
+    """Return the scores that a search reports for validation videos, except the loss, over the labelled frames."""
     guess_BT, label_BT = (torch.cat(column) for column in zip(*((t.guess_BT, t.label_BT) for t in tags), strict=True))
     pairs = {**frame_scores(guess_BT, label_BT), **event_scores(guess_BT, label_BT)}
     scores = {name: float(total) / float(count) for name, (total, count) in pairs.items() if count}
@@ -164,7 +164,7 @@ def scores_of(tags: Sequence[Tags]) -> dict[str, float]:
 
 
 def told(scores: dict[str, float]) -> str:
-    """A line for the whole, and one for each behaviour."""
+    """Format the scores: a line for overall scores, and one for each class."""
     by_class = {name: [key for key in scores if key.endswith(f"_{name}")] for name in CLASSES}
     whole = [key for key in scores if not any(key in keys for keys in by_class.values())]
     lines = [", ".join(f"{key} {scores[key]:.4f}" for key in keys) for keys in (whole, *by_class.values())]
@@ -172,7 +172,7 @@ def told(scores: dict[str, float]) -> str:
 
 
 def write(path: Path, tags: Tags, frames: int) -> None:
-    """A row per frame of the video."""
+    """Write a CSV with a row per frame of the video."""
     names = [CLASSES[number] for number in tags.guess_BT.flatten()[:frames].tolist()]
     sure = [f"{value:.6f}" for value in tags.confidence_BT.flatten()[:frames].tolist()]
     with path.open("w", newline="") as file:
@@ -182,7 +182,7 @@ def write(path: Path, tags: Tags, frames: int) -> None:
 
 
 def write_tags(folder: Path, path: Path, out: Path) -> str:
-    """Tag the videos of a file and write a CSV for each; returns what was done, and the scores, in words."""
+    """Tag the videos of a file and write a CSV for each; return a message with what was done, and the scores."""
     model = read_model(folder)
     videos = read_videos(path, model.config.data.trust_pickle)
     for video in videos:

@@ -1,9 +1,9 @@
 """Reads a data set once into arrays on disk, which all processes of a machine then share through the page cache.
 
-One folder per data set: points and labels of all videos one after another, and an array for each group of features
-that was ever asked for. Its name holds what the files are (path, size, time of change), so that new ones are read anew.
-A process looks at every file once, and again once a folder of the data set, or a file directly in it, has changed. A
-file that is written over deep in the challenge's folders is noticed by the next process, and so by the next search.
+One folder per data set: points and labels of all videos, concatenated, and an array for each feature group ever asked
+for. Its name is a digest of the files (path, size, modification time), so that changed files are read anew. A process
+checks every file once, and again when a folder of the data set, or a file directly in it, has changed. A file that is
+overwritten deep in the challenge's folders is noticed only by the next process, and so by the next search.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from trainables.mabe.config import Data, Feature
 from trainables.mabe.features import group, width
 from trainables.mabe.video import Points, Video
 
-VERSION = 2  # raise it whenever reading or a feature changes
+VERSION = 2  # increment it whenever reading or a feature changes
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All videos of a data set, one after another: video v has the frames start[v] to start[v + 1].
+    """All videos of a data set, concatenated: video v has the frames start[v]:start[v + 1].
 
-    tracked: of each video, how many mice it shows, and which parts of them.
+    tracked: for each video, its number of mice and the body parts tracked.
     """
 
     root: Path
@@ -46,20 +46,20 @@ class Prepared:
     tracked: Sequence[tuple[int, Sequence[str]]]
 
     def points(self) -> NDArray[np.float32]:
-        """(frames, mice, parts, 2) in pictures' widths, memory-mapped; NaN where not seen."""
+        """Return (frames, mice, parts, 2) in units of picture width, memory-mapped; NaN where not seen."""
         return np.load(self.folder / "points.npy", mmap_mode="r")
 
     def labels(self) -> NDArray[np.int8]:
-        """(frames,), an index into CLASSES."""
+        """Return (frames,), indices into CLASSES, or UNLABELLED."""
         return np.load(self.folder / "labels.npy")
 
     def group(self, name: Feature) -> NDArray[np.float32]:
-        """(frames, columns), memory-mapped; `prepare_data` has made it."""
+        """Return a feature group that `prepare_data` has made, (frames, columns), memory-mapped."""
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 
 
 def data_root(data: Data) -> Path:
-    """The data set's folder; simulated data are written at the first call."""
+    """Return the data set's folder; simulated data are generated on the first call."""
     if data.root is not None:
         return Path(data.root).expanduser()
     settings = data.simulated
@@ -71,15 +71,15 @@ def data_root(data: Data) -> Path:
 
 
 def groups_of(data: Data) -> tuple[Feature, ...]:
-    """The groups that are kept as arrays: those asked for, and the coordinates that the principal ones come from."""
+    """Return the groups kept as arrays: those in `data.features`, with coords in place of pca."""
     wanted: list[Feature] = ["coords" if name == "pca" else name for name in data.features]
     return tuple(dict.fromkeys(wanted))
 
 
 def prepare_data(data: Data) -> Prepared:
-    """Check and read what `data` asks for, unless it has been done.
+    """Check and read the data that `data` describes, unless already done.
 
-    Raises `UserError` with file, place and remedy for what cannot be read. Several processes may call it at once.
+    Raises `UserError` with file, place and remedy for data that cannot be read. Several processes may call it at once.
     """
     root = data_root(data)
     folder = _cache(data) / "prepared" / _digest(root, _stamps(root))
@@ -97,20 +97,20 @@ def _cache(data: Data) -> Path:
 
 
 def _stamps(root: Path) -> tuple[Stamp, ...]:
-    """Of what lies directly in a data set's folder, and of the challenge's folders of each lab: some fifty of them."""
+    """Return stamps of a data set's folder, its direct entries, and the challenge's folders per lab: some fifty."""
     return tuple(stamp_of(path) for path in sorted([root, *root.glob("*"), *root.glob("train_*/*")]))
 
 
 @functools.lru_cache(maxsize=4)
 def _digest(root: Path, stamps: tuple[Stamp, ...]) -> str:
-    """What all files of a data set are, in a few letters. `stamps`, of its folders, make them be looked at anew."""
+    """Return a digest of a data set's files (path, size, modification time); `stamps` invalidate the cached one."""
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(root)]
     return hashlib.sha256(repr((VERSION, stats)).encode()).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=4)
 def _opened(root: Path, folder: Path, stamp: Stamp) -> Prepared:
-    """`stamp`, of the index, makes it be read anew if the folder is made anew."""
+    """Open a prepared folder; `stamp`, of its index, invalidates the cache when the folder is remade."""
     return Prepared(root, folder, **json.loads((folder / "index.json").read_text()))
 
 
@@ -123,7 +123,7 @@ def _videos(root: Path, data: Data) -> list[Video]:
 
 
 def _files(root: Path) -> list[Path]:
-    """The files of a data set, by what lies in its folder."""
+    """Return the files of a data set, whose kind its folder's content shows; raises `UserError` if it has none."""
     if not root.is_dir():
         raise UserError(f"data.root = {root}: no such folder; give the one of a data set, or null")
     if _is_challenge(root):
@@ -137,7 +137,7 @@ def _files(root: Path) -> list[Path]:
 
 
 def _write_points(folder: Path, videos: list[Video]) -> None:
-    """Points and labels of all videos in arrays that have a place for every mouse and every part of any of them."""
+    """Write points and labels of all videos to arrays with room for every mouse and body part that any of them has."""
     parts = challenge.head_first(sorted({part for video in videos for part in video.parts}))
     if all(video.parts == videos[0].parts for video in videos):
         parts = videos[0].parts
@@ -166,7 +166,7 @@ def _write_points(folder: Path, videos: list[Video]) -> None:
 
 
 def placed(seen: Points, seen_parts: Sequence[str], mice: int, parts: Sequence[str]) -> Points:
-    """A video's points in an array with a place for so many mice and for all these parts."""
+    """Return a video's points in an array with room for `mice` mice and all `parts`; NaN where the video has none."""
     points: Points = np.full((len(seen), mice, len(parts), 2), np.nan, dtype=np.float32)
     points[:, : seen.shape[1], [parts.index(part) for part in seen_parts]] = seen
     return points

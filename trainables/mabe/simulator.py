@@ -1,7 +1,7 @@
-"""Writes a data set in the layout of the MABe challenge, simulated: what stands in where the real one cannot be had.
+"""Writes a simulated data set in the layout of the MABe challenge, for use when no real one is available.
 
-Two mice in an arena, at rest or roaming, and at times one of them sniffs, mounts or attacks the other. The behaviours
-are told apart by how the two move, and some points, some frames and once a whole end of a video are not seen.
+Two mice rest or roam in an arena, and at times one of them sniffs, mounts or attacks the other. Behaviours can be
+recognised by how the two move. Some points are not seen at times, and in some videos one mouse is not seen at the end.
 
 Shape suffixes: T frames, P points.
 """
@@ -22,22 +22,22 @@ from numpy.typing import NDArray
 
 from trainables.mabe.config import CLASSES, Simulated
 
-VERSION = 3  # part of the cache's key: raise it whenever what is written changes
+VERSION = 3  # part of the cache's key: increment it whenever the output changes
 
 Floats = NDArray[np.float64]
 OTHER, INVESTIGATION, MOUNT, ATTACK = range(len(CLASSES))
 ARENA_CM, PIXELS_PER_CM, MARGIN_PX = 40.0, 12.0, 16
 BODY_CM = 7.0  # nose to tail base
-MEAN_S = (3.0, 2.0, 2.0, 1.0)  # how long a behaviour lasts; of roaming, how long until the next one
-NEXT = (0.0, 0.55, 0.2, 0.25)  # what follows roaming
-GAIN_PER_S = 4.0  # how soon a mouse slows down on its way to a goal
-DASHES_PER_S = 0.08  # a roaming mouse dashes off, as fast as in a fight
-NOISE_CM = 0.25  # of a tracked point
-SHORT = 8  # every so many videos one is shorter than a window
-GAP_S, UNSEEN = 0.6, 0.06  # how long a point is out of sight on average, and its share of all frames
-RANDOM_SHARES = (0.70, 0.15, 0.10, 0.05)  # of labels that mean nothing
+MEAN_S = (3.0, 2.0, 2.0, 1.0)  # mean duration of each behaviour; OTHER is roaming, until the next behaviour
+NEXT = (0.0, 0.55, 0.2, 0.25)  # probabilities of the behaviours that follow roaming
+GAIN_PER_S = 4.0  # speed per distance left: how soon a mouse slows down on its way to a goal
+DASHES_PER_S = 0.08  # rate at which a roaming mouse dashes off, as fast as in a fight
+NOISE_CM = 0.25  # standard deviation of a tracked point's error
+SHORT = 8  # one video in this many is shorter than a window
+GAP_S, UNSEEN = 0.6, 0.06  # mean time for which a point is out of sight, and the share of frames in which it is
+RANDOM_SHARES = (0.70, 0.15, 0.10, 0.05)  # shares of the classes in random labels
 
-# Where a point is on the mouse: along the body from its centre towards the nose, and to the left, centimetres.
+# Each point's place on the mouse, in centimetres from its centre: towards the nose, and to the left.
 WHOLE = {
     "nose": (3.5, 0.0),
     "ear_left": (2.2, 0.8),
@@ -73,18 +73,18 @@ ACTIONS = {INVESTIGATION: ("sniff", "sniffgenital"), MOUNT: ("mount", "attemptmo
 
 @dataclass
 class Mouse:
-    """Where a mouse is: its centre in centimetres, its heading in radians, its speed in centimetres per second."""
+    """The state of a mouse: centre in centimetres, heading in radians, speed in centimetres per second."""
 
     place: Floats
     heading: float
     speed: float = 5.0
 
     def along(self, cm: float) -> Floats:
-        """A point on the body's axis, so far towards the nose."""
+        """Return the point on the body's axis `cm` from its centre towards the nose."""
         return self.place + cm * np.array([np.cos(self.heading), np.sin(self.heading)])
 
     def turn(self, wanted: float, rate: float, dt: float) -> None:
-        """Towards a heading, by at most `rate` radians per second."""
+        """Turn towards the heading `wanted`, at most at `rate` radians per second."""
         off = (wanted - self.heading + np.pi) % (2 * np.pi) - np.pi
         self.heading += float(np.clip(off, -rate * dt, rate * dt))
 
@@ -101,7 +101,7 @@ class Mouse:
         self.advance(dt)
 
     def approach(self, goal: Floats, speed: float, rate: float, dt: float) -> float:
-        """With the nose, at most so fast; the distance that is left."""
+        """Move the nose towards `goal` at most at `speed`; return the nose's distance from it before the move."""
         off = goal - self.along(BODY_CM / 2)
         self.turn(float(np.arctan2(*(goal - self.place)[::-1])), rate, dt)
         distance = float(np.hypot(*off))
@@ -111,7 +111,7 @@ class Mouse:
 
 
 def act(behaviour: int, agent: Mouse, target: Mouse, dt: float, rng: Generator) -> bool:
-    """Move both by one frame; whether the agent has got to the other: on its way there it does nothing else yet."""
+    """Move both mice by one frame; return whether the behaviour shows, which it does once the agent is near enough."""
     if behaviour == OTHER:
         agent.roam(dt, rng)
         target.roam(dt, rng)
@@ -137,7 +137,7 @@ def act(behaviour: int, agent: Mouse, target: Mouse, dt: float, rng: Generator) 
 
 
 def play(frames: int, fps: float, rng: Generator) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64]]:
-    """Place and heading of both mice, (T, 2, 3), the behaviour of every frame, and who is its agent, 0 or 1."""
+    """Return place and heading of both mice, (T, 2, 3), and each frame's behaviour, (T,), and agent, 0 or 1, (T,)."""
     mice = [Mouse(rng.uniform(8, ARENA_CM - 8, 2), float(rng.uniform(-np.pi, np.pi))) for _ in range(2)]
     poses, shown, agents = np.empty((frames, 2, 3)), np.zeros(frames, dtype=np.int64), np.zeros(frames, dtype=np.int64)
     behaviour, agent, shows, left_s = OTHER, 0, False, float(rng.exponential(MEAN_S[OTHER]))
@@ -154,7 +154,7 @@ def play(frames: int, fps: float, rng: Generator) -> tuple[Floats, NDArray[np.in
 
 
 def tracked(poses_T23: Floats, lab: Lab, rng: Generator) -> Floats:
-    """Points of both mice in pixels, (T, 2, P, 2); NaN where out of sight."""
+    """Return the points of both mice in pixels, (T, 2, P, 2); NaN where out of sight."""
     frames = len(poses_T23)
     along, left = np.array(list(lab.parts.values())).T
     cos, sin = np.cos(poses_T23[..., 2:]), np.sin(poses_T23[..., 2:])
@@ -170,7 +170,7 @@ def tracked(poses_T23: Floats, lab: Lab, rng: Generator) -> Floats:
 
 
 def events(shown_T: NDArray[np.int64], agents_T: NDArray[np.int64], rng: Generator) -> list[dict[str, int | str]]:
-    """The rows of the annotation: runs of one behaviour by one agent, the stop frame exclusive."""
+    """Return the annotation's rows: runs of one behaviour by one agent, the stop frame exclusive."""
     key_T = np.where(shown_T == OTHER, 0, 2 * shown_T + agents_T)
     edges = np.flatnonzero(np.diff(key_T, prepend=-1, append=-1)).tolist()
     rows: list[dict[str, int | str]] = []
@@ -184,7 +184,7 @@ def events(shown_T: NDArray[np.int64], agents_T: NDArray[np.int64], rng: Generat
 
 
 def simulate(root: Path, settings: Simulated) -> None:
-    """Write `root` with train.csv and every file that it names."""
+    """Write train.csv and every file that it names to `root`."""
     rows: list[dict[str, float | str]] = []
     for number in range(settings.videos):
         rng = np.random.default_rng([settings.seed, number])
@@ -221,7 +221,7 @@ def simulate(root: Path, settings: Simulated) -> None:
 
 
 def _tracking(points_T2P2: Floats, lab: Lab) -> dict[str, NDArray[np.generic]]:
-    """The columns of the long format; a point out of sight has no row, and every third of those one with NaN."""
+    """Return the columns of the long format; a point out of sight has a row, of NaN, only in every third frame."""
     seen = np.asarray(~np.isnan(points_T2P2).any(-1))
     frame, mouse, part = np.nonzero(seen | (np.arange(len(seen)) % 3 == 0)[:, None, None])
     return {

@@ -1,4 +1,4 @@
-"""Trains the tagger: a class for every frame of a window of tracked points.
+"""Trains the tagger, which classifies every frame of a window of tracked points.
 
 Shape suffixes: B windows, S frames with margins, T frames of the window, K classes.
 """
@@ -33,7 +33,7 @@ from trainables.step import Pairs
 
 @dataclass(frozen=True)
 class Config:
-    """One setting of the tagger's training."""
+    """One setting of tagger training."""
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
@@ -47,17 +47,17 @@ class Config:
 
 
 def build(config: Config) -> Tagger:
-    """The network, with scale, principal axes and class weights from the training videos."""
+    """Build the network, with scale, principal axes and class weights from the training videos."""
     fitted, label = _fitted(config.data, prepare_data(config.data).folder)
-    inputs = copy.deepcopy(fitted)  # a trial moves its own to its device
+    inputs = copy.deepcopy(fitted)  # the cached one must not be moved to a trial's device
     return Tagger(inputs, FrameTagger(len(inputs.mean_F), config.model), class_weights(config.loss, label))
 
 
-@functools.lru_cache(maxsize=8)  # each as large as its labels, 2 MB; a search draws the features
+@functools.lru_cache(maxsize=8)  # about 2 MB each, their labels; several, as a search may vary the features
 def _fitted(data: Data, folder: Path) -> tuple[Inputs, Tensor]:
-    """The inputs with their scale and axes, and the labels of the frames that they come from.
+    """Return the inputs with fitted scale and axes, and the labels of the frames they were fitted to.
 
-    Computed once in a process. `folder`, that of the prepared arrays, has another name once the data have changed.
+    Computed once per process. `folder`, of the prepared arrays, has another name once the data have changed.
     """
     groups, label = training_frames(data)
     return make_inputs(data, groups), label
@@ -77,7 +77,7 @@ def make_inputs(data: Data, groups: dict[str, Tensor]) -> Inputs:
 
 
 def class_weights(settings: FrameLoss, label: Tensor) -> Tensor:
-    """Class weights of the loss, (K,). Only their ratios matter, because it is divided by the sum of its frames'."""
+    """Return the loss's class weights, (K,). Only ratios matter: the loss is divided by the sum of frame weights."""
     if settings.class_weights is not None:
         return torch.tensor(settings.class_weights)
     frames_K = torch.bincount(label, minlength=len(CLASSES)).clamp(min=1)
@@ -96,7 +96,7 @@ def forward(model: Tagger, batch: Batch, noise: float = 0.0) -> tuple[Tensor, Te
 
 
 def shifted(batch: Batch, window: int) -> Batch:
-    """The batch without its margins: every window begins anywhere in them, its labels with it."""
+    """Crop the batch to windows without margins, each with its labels shifted at random within the margins."""
     label_BS = batch["label"]
     windows, frames = label_BS.shape
     if frames == window:
@@ -110,7 +110,7 @@ def shifted(batch: Batch, window: int) -> Batch:
 def weighted_entropy(
     logits_BTK: Tensor, label_BT: Tensor, weights_K: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over the labelled frames, each with its class's weight, and the sum of these weights."""
+    """Return the class-weighted cross-entropy summed over the labelled frames, and the sum of their weights."""
     summed = F.cross_entropy(
         logits_BTK.flatten(0, 1).float(),
         label_BT.flatten(),
@@ -119,12 +119,12 @@ def weighted_entropy(
         label_smoothing=smoothing,
         reduction="sum",
     )
-    # Not by an index of booleans: the host would wait for how many there are.
+    # No boolean indexing: the host would wait for the number of selected frames.
     return summed, (weights_K[label_BT.clamp(min=0)] * (label_BT != UNLABELLED)).sum()
 
 
 def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
-    """The loss, and what `metrics` has of frames and events."""
+    """Return the loss as val_ce, and the frame and event scores of `trainables.mabe.metrics`."""
     assert isinstance(model, Tagger)
     logits_BTK, label_BT = forward(model, batch)
     guess_BT = logits_BTK.argmax(-1)
@@ -139,7 +139,7 @@ TASK = Task(config=Config, model=build, data=samples, loss=loss, score=score, de
 
 
 def prepare(config: Config) -> str:
-    """Check and read the data before any worker starts; a line on them."""
+    """Check and read the data before any worker starts; return a line that describes them."""
     return describe(config)
 
 
