@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,6 +250,15 @@ def test_while_trials_run_nobody_waits_for_an_upload(
         open_for_business.set()
     mirror.push()
     assert tree(disk / "run") == tree(results)
+
+
+def test_a_copy_of_a_mirror_that_follows_is_one_that_does_not(results: Path, disk: Path) -> None:
+    """Tune pickles its callbacks, and what they hold."""
+    mirror = Mirror(results, f"file://{disk}/run")
+    with mirror.following():
+        copied = pickle.loads(pickle.dumps(mirror))
+        copied.push()
+        assert tree(disk / "run") == tree(results)
 
 
 def test_a_study_is_sent_as_it_was_when_the_files_it_speaks_of_were_looked_for(

@@ -144,9 +144,9 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         broadcast_buffers(model, ranks)
         with evaluating(model, ema):
             scores = evaluate(task, model, val, trial, ranks, micro_batch)
-        metrics = joined(metrics, scores)
-        patience.look(metrics)  # before `speed` joins them: the others are the same on every rank
-        metrics = joined(metrics, speed)
+        metrics = joined({**metrics, **speed}, scores)
+        # Without the speed: everything else is the same on every rank.
+        patience.look({name: value for name, value in metrics.items() if name not in speed})
         if patience.improved:
             best.keep(metrics, epoch)
         report = Report(metrics, state=functools.partial(state_of, parts, epoch))

@@ -70,6 +70,10 @@ class Mirror:
         self._tried = time.monotonic()
         self._wanted, self._follows = threading.Event(), False
 
+    def __reduce__(self) -> tuple[type[Mirror], tuple[Path, str, float]]:
+        """Pickle the arguments: Tune keeps a copy of its callbacks, which hold this mirror, and never uses it."""
+        return Mirror, (self.results, self.uri, self.every_s)
+
     def check(self) -> None:
         """Raise UserError if the URI cannot be written to, or a push would overwrite what is there."""
         try:
