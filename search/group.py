@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,7 @@ class Group:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._mailbox = Mailbox.options(scheduling_strategy=here).remote(spec.workers)  # type: ignore[attr-defined]
         self._error: BaseException | None = None
+        self._ranks: list[Any] = []  # their actors, once all have answered
         self._around = alive()
         # Ray Train requires a run folder that every node sees; nothing of ours is stored in it.
         self._folder = Path(spec.scratch) / f"group-{uuid.uuid4().hex[:12]}"
@@ -214,6 +216,8 @@ class Group:
                     give_up = min(give_up, time.monotonic() + grace_s)
         if len(answers) < self._workers and self._has_lost_a_machine():
             raise GroupDied("a machine of the worker group has gone, and a rank with it", with_machine=True)
+        if len(answers) == self._workers and not self._ranks:
+            self._ranks = ray.get(self._mailbox.members.remote())
         return worst_of(answers, self._workers)
 
     def _has_lost_a_machine(self) -> bool:
@@ -225,18 +229,21 @@ class Group:
 
     def stop(self) -> None:
         """End the group, killing ranks that do not quit by themselves."""
-        try:
-            if self._thread.is_alive():
-                ray.get(self._mailbox.post.remote(Quit()))
-                self._thread.join(QUIT_S)
-            if self._thread.is_alive():
-                for member in ray.get(self._mailbox.members.remote()):
-                    ray.kill(member)
-                self._thread.join(QUIT_S)
-        except RayActorError:  # without a mailbox the ranks end by themselves
+        with suppress(RayActorError):  # without a mailbox the ranks end as soon as they turn to it
+            ray.get(self._mailbox.post.remote(Quit()))
+        self._thread.join(QUIT_S)
+        if self._thread.is_alive():
+            for member in self._members():
+                ray.kill(member)
             self._thread.join(QUIT_S)
         ray.kill(self._mailbox)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _members(self) -> list[Any]:
+        try:
+            return ray.get(self._mailbox.members.remote())
+        except RayActorError:
+            return self._ranks
 
     def _fit(self, spec: GroupSpec) -> None:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -502,5 +503,22 @@ def test_a_group_whose_mailbox_died_is_dead_and_leaves_nothing_behind(tmp_path: 
     with pytest.raises(GroupDied, match="the group's mailbox died: "):
         group.ask(Advance())
     group.stop()
+    group._thread.join(30)  # a busy machine takes longer than `stop` waits
     assert not group._thread.is_alive()
     assert not list(tmp_path.iterdir())
+
+
+def test_ranks_that_hang_end_with_their_group_even_without_a_mailbox(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    spec = GroupSpec("toys:one_rank_hangs", (str(HERE),), ("loss",), 2, 1, 0.0, None, None, str(tmp_path / "scratch"))
+    group = Group(spec)
+    assert isinstance(group.ask(Begin({"flag": str(flag)}, 0)), Reported)
+    ray.get(group._mailbox.post.remote(Advance()))
+    give_up = time.monotonic() + 60
+    while not flag.exists() and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert flag.exists(), "rank 1 hangs from here on"
+    ray.kill(group._mailbox)
+    group.stop()
+    group._thread.join(30)  # a busy machine takes longer than `stop` waits
+    assert not group._thread.is_alive()
