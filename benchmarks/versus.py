@@ -1,12 +1,15 @@
 """The best score over time of four ways to search one space, each with the same wall time.
 
     python benchmarks/versus.py [--space rebuild] [--seconds 240] [--seeds 3] [--against random guide chain]
-                                [--plot benchmarks/versus.svg]
+                                [--longer 10] [--plot benchmarks/versus.svg]
 
 * this platform: the space unchanged
 * random: random settings, all trained to the end, on this platform's warm groups
 * the guide's pattern: OptunaSearch with a Ray Train run per trial (versus_guide.py), and ASHA as in the space
 * the chain: only the known settings of the lab notes, in order
+
+With --longer N, the guide's pattern goes on after its time until it has the best score of the others too, but for at
+most N times as long as this platform took for that.
 
 A score counts from the moment its report reaches the driver, if it satisfies the space's constraints. What all of them
 need before the first trial (prepared data, a pre-trained network) is made beforehand and not timed.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,7 +36,7 @@ from search.space.file import load_space
 
 ROOT = Path(__file__).parents[1]
 PLAIN = ("search.sampler=random", "search.survival=false", "scheduler.name=none", "try_first=[]")
-RIVALS = {"random": "random", "guide": "the guide's pattern", "chain": "the chain"}
+RIVALS = {"random": "random", "chain": "the chain", "guide": "the guide's pattern"}
 MANY = 10_000  # trials; the time budget ends the search before
 Reports = list[tuple[float, Mapping[str, Any]]]  # seconds since the start, and metrics
 
@@ -53,8 +57,10 @@ def ours(file: Path, seed: int, seconds: float, overrides: Sequence[str] = (), t
     return sorted(((row["time"] - began, row["metrics"]) for row in rows), key=lambda item: item[0])
 
 
-def guide(file: Path, seed: int, seconds: float) -> Reports:
-    command = [sys.executable, str(ROOT / "benchmarks/versus_guide.py"), str(file), str(seed), str(seconds)]
+def guide(file: Path, seed: int, seconds: float, longest: float, score: float) -> Reports:
+    """Search for `seconds` at least, and on until a report is as good as `score` or until `longest` seconds."""
+    command = [sys.executable, str(ROOT / "benchmarks/versus_guide.py"), str(file)]
+    command += [str(word) for word in (seed, seconds, longest, score)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     began = time.time()
     told = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
@@ -62,18 +68,24 @@ def guide(file: Path, seed: int, seconds: float) -> Reports:
     return [(row["time"] - began, row["metrics"]) for row in rows]
 
 
-def best_so_far(reports: Reports, space: Space, seconds: float) -> Curve:
+def is_kept(space: Space, metrics: Mapping[str, Any]) -> bool:
+    """Return whether metrics satisfy the space's constraints."""
+    told = ((metrics.get(name), limit) for name, limit in space.constraints.items())
+    return all(value is not None and limit.excess(value) <= 0 for value, limit in told)
+
+
+def sign_of(space: Space) -> int:
+    """Return the factor that makes larger values of the objective better."""
+    return 1 if space.objectives[0].mode == "max" else -1
+
+
+def best_so_far(reports: Reports, space: Space, seconds: float = math.inf) -> Curve:
     """Return time and score of each report, within the time and the constraints, that is better than all before it."""
-    objective = space.objectives[0]
-    sign = 1 if objective.mode == "max" else -1
     curve: list[tuple[float, float]] = []
     for at, metrics in reports:
-        told = [metrics.get(name) for name in space.constraints]
-        kept = all(
-            v is not None and limit.excess(v) <= 0 for v, limit in zip(told, space.constraints.values(), strict=True)
-        )
-        value = metrics[objective.metric]
-        if kept and at <= seconds and (not curve or sign * value > sign * curve[-1][1]):
+        value = metrics[space.objectives[0].metric]
+        better = not curve or sign_of(space) * value > sign_of(space) * curve[-1][1]
+        if at <= seconds and better and is_kept(space, metrics):
             curve.append((at, value))
     return curve
 
@@ -83,21 +95,43 @@ def reached(curve: Curve, score: float, sign: int) -> float | None:
     return next((at for at, value in curve if sign * value >= sign * score), None)
 
 
-def table(curves: Mapping[str, Sequence[Curve]], sign: int) -> str:
+def table(curves: Mapping[str, Sequence[Curve]], seeds: Sequence[int], sign: int) -> str:
     """Return a Markdown table of each method and seed's final score, and when this platform reached that score."""
     us, *others = curves
     lines = ["| method | seed | trials' best | had by this platform after | had by itself after | times sooner |"]
     lines.append("|---|---|---|---|---|---|")
     for name in (us, *others):
-        for seed, curve in enumerate(curves[name]):
+        for seed, our, curve in zip(seeds, curves[us], curves[name], strict=True):
             if not curve:
                 lines.append(f"| {name} | {seed} | none within the constraints | | | |")
                 continue
             end, score = curve[-1]
-            ours_at = reached(curves[us][seed], score, sign)
-            sooner = "" if name == us or ours_at is None else f"{end / ours_at:.1f}"
-            after = "never" if ours_at is None else f"{ours_at:.0f} s"
-            lines.append(f"| {name} | {seed} | {score:.4f} | {after} | {end:.0f} s | {sooner} |")
+            at = reached(our, score, sign)
+            sooner = "" if name == us or at is None else f"{end / at:.1f}"
+            lines.append(f"| {name} | {seed} | {score:.4f} | {after(at)} | {end:.0f} s | {sooner} |")
+    return "\n".join(lines)
+
+
+def after(at: float | None) -> str:
+    return "never" if at is None else f"{at:.0f} s"
+
+
+def best_of(curves: Sequence[Curve], sign: int) -> float:
+    """Return the best final score of several curves; the worst there is if none has any."""
+    return max((curve[-1][1] for curve in curves if curve), key=lambda score: sign * score, default=-sign * math.inf)
+
+
+def race(curves: Mapping[str, Sequence[Curve]], longer: Sequence[Curve], seeds: Sequence[int], sign: int) -> str:
+    """Return a Markdown table of when this platform and the guide's pattern had the best final score of all others."""
+    us, *others = curves
+    lines = [
+        "| seed | the others' best | had by this platform after | by the guide's pattern after |",
+        "|---|---|---|---|",
+    ]
+    for place, (seed, theirs) in enumerate(zip(seeds, longer, strict=True)):
+        score = best_of([curves[name][place] for name in others], sign)
+        had = [after(reached(curve, score, sign)) for curve in (curves[us][place], theirs)]
+        lines.append(f"| {seed} | {score:.4f} | {had[0]} | {had[1]} |")
     return "\n".join(lines)
 
 
@@ -105,33 +139,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--space", default="rebuild", metavar="NAME")
     parser.add_argument("--seconds", type=float, default=240, help="that each search is given")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--against", nargs="+", choices=RIVALS, default=RIVALS, metavar="RIVAL", help=", ".join(RIVALS))
+    parser.add_argument("--longer", type=float, default=0, metavar="N", help="how long the guide's pattern goes on")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the curves as SVG")
     arguments = parser.parse_args()
-    file = ROOT / "search_spaces" / f"{arguments.space}.yaml"
+    file, seconds = ROOT / "search_spaces" / f"{arguments.space}.yaml", arguments.seconds
     space, _ = load_space(file, has_gpu=False)
-    known = len(space.try_first)
+    sign = sign_of(space)
     rivals: dict[str, Callable[[int], Reports]] = {
-        "random": lambda seed: ours(file, seed, arguments.seconds, PLAIN),
-        "guide": lambda seed: guide(file, seed, arguments.seconds),
-        "chain": lambda seed: ours(file, seed, arguments.seconds, ["scheduler.name=none"], known),
+        "random": lambda seed: ours(file, seed, seconds, PLAIN),
+        "chain": lambda seed: ours(file, seed, seconds, ["scheduler.name=none"], len(space.try_first)),
     }
-    methods: dict[str, Callable[[int], Reports]] = {"this platform": lambda seed: ours(file, seed, arguments.seconds)}
-    methods |= {RIVALS[name]: rivals[name] for name in RIVALS if name in arguments.against}
+    methods: dict[str, Callable[[int], Reports]] = {"this platform": lambda seed: ours(file, seed, seconds)}
+    methods |= {RIVALS[name]: method for name, method in rivals.items() if name in arguments.against}
     ours(file, 0, 600, ["try_first=[]", "config.epochs=1"], trials=1)  # prepares data and networks
     curves: dict[str, list[Curve]] = {name: [] for name in methods}
-    for seed in range(arguments.seeds):
+    longer: list[Curve] = []
+    for seed in arguments.seeds:
         for name, method in methods.items():
-            curves[name].append(best_so_far(method(seed), space, arguments.seconds))
-            print(
-                f"seed {seed}, {name}: {[(round(at), round(value, 4)) for at, value in curves[name][-1]]}", flush=True
-            )
-    objective = space.objectives[0]
-    print(table(curves, 1 if objective.mode == "max" else -1))
+            curves[name].append(best_so_far(method(seed), space, seconds))
+            show(seed, name, curves[name][-1])
+        if "guide" in arguments.against:
+            us, *others = (by_seed[-1] for name, by_seed in curves.items() if name != RIVALS["guide"])
+            score = best_of(others, sign)
+            longest = max(seconds, arguments.longer * (reached(us, score, sign) or 0))
+            told = guide(file, seed, seconds, longest, score)
+            longer.append(best_so_far(told, space))
+            curves.setdefault(RIVALS["guide"], []).append(best_so_far(told, space, seconds))
+            show(seed, RIVALS["guide"], longer[-1])
+    print(table(curves, arguments.seeds, sign))
+    if longer:
+        print(race(curves, longer, arguments.seeds, sign))
     if arguments.plot:
-        picture = steps(curves, "seconds since the start", f"best {objective.metric} so far", arguments.seconds)
+        picture = steps(curves, "seconds since the start", f"best {space.objectives[0].metric} so far", seconds)
         arguments.plot.write_text(picture)
+
+
+def show(seed: int, name: str, curve: Curve) -> None:
+    print(f"seed {seed}, {name}: {[(round(at), round(value, 4)) for at, value in curve]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Searches one of our spaces as Ray's guide documents: a Ray Train run for every trial, OptunaSearch, ASHA.
 
-    python benchmarks/versus_guide.py SPACE SEED SECONDS
+    python benchmarks/versus_guide.py SPACE SEED SECONDS LONGEST SCORE
 
+It searches for SECONDS, and then on until a report is as good as SCORE, but no longer than LONGEST seconds in all.
 Prints `report` and JSON on a line for each report that reaches the driver: its time and metrics. Conditions (`when`)
 are ignored: each trial draws every parameter. For ray 2.60.
 https://docs.ray.io/en/latest/train/user-guides/hyperparameter-optimization.html
@@ -24,6 +25,7 @@ from guide_pattern import run_train
 from measured import SLOTS
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
+from versus import is_kept, sign_of
 
 from search.space import Space
 from search.space import tree as trees
@@ -39,6 +41,23 @@ class Listener(ray.tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         metrics = {name: value for name, value in result.items() if isinstance(value, float)}
         print("report", json.dumps({"time": time.time(), "metrics": metrics}), flush=True)
+
+
+class AsGood(ray.tune.Stopper):
+    """Ends the search once a report is as good as `score`, but not before it has run for `seconds`."""
+
+    def __init__(self, space: Space, score: float, seconds: float) -> None:
+        self._space, self._score, self._seconds = space, score, seconds
+        self._began = time.time()
+        self._had = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        sign, value = sign_of(self._space), result.get(self._space.objectives[0].metric)
+        self._had |= value is not None and sign * value >= sign * self._score and is_kept(self._space, result)
+        return False
+
+    def stop_all(self) -> bool:
+        return self._had and time.time() - self._began >= self._seconds
 
 
 def tune_domain(domain: Domain) -> Any:
@@ -68,7 +87,7 @@ def train_driver(config: dict[str, Any]) -> None:
     run_train(train_worker, config)
 
 
-def search(space: Space, seconds: float) -> None:
+def search(space: Space, seconds: float, longest: float, score: float) -> None:
     objective = space.objectives[0]
     given = {
         "trainable": space.trainable,
@@ -88,7 +107,7 @@ def search(space: Space, seconds: float) -> None:
                 metric=objective.metric,
                 mode=objective.mode,
                 num_samples=-1,
-                time_budget_s=seconds,
+                time_budget_s=longest,
                 max_concurrent_trials=SLOTS,
                 search_alg=OptunaSearch(seed=space.search.seed),
                 scheduler=ASHAScheduler(
@@ -97,11 +116,13 @@ def search(space: Space, seconds: float) -> None:
                     reduction_factor=space.scheduler.reduction,
                 ),
             ),
-            run_config=ray.tune.RunConfig(storage_path=folder, callbacks=[Listener()], verbose=0),
+            run_config=ray.tune.RunConfig(
+                storage_path=folder, callbacks=[Listener()], stop=AsGood(space, score, seconds), verbose=0
+            ),
         ).fit()
     ray.shutdown()
 
 
 if __name__ == "__main__":
-    file, seed, limit = sys.argv[1:]
-    search(load_space(Path(file), [f"search.seed={seed}"], has_gpu=False)[0], float(limit))
+    file, seed, *limits = sys.argv[1:]
+    search(load_space(Path(file), [f"search.seed={seed}"], has_gpu=False)[0], *map(float, limits))
