@@ -46,7 +46,25 @@ class _Earlier:
     trial_id: str
 
 
-class _Recalling(TrialScheduler):
+class _Lenient(TrialScheduler):
+    """Judges no trial after its last epoch: it ends by itself, and the code after its loop runs, too.
+
+    epochs: of every trial; None if a space does not fix them.
+    """
+
+    def __init__(self, epochs: int | None, **arguments: Any) -> None:
+        self._epochs = epochs
+        super().__init__(**arguments)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if self._epochs is not None and result[EPOCH] >= self._epochs:
+            decision: str = TrialScheduler.CONTINUE
+        else:
+            decision = super().on_trial_result(tune_controller, trial, result)
+        return decision
+
+
+class _Recalling(_Lenient):
     """Judges as if the search had never been interrupted, by recalling the reports of ended and unfinished trials."""
 
     def __init__(self, past: Sequence[Past], **arguments: Any) -> None:
@@ -84,26 +102,25 @@ class _Median(_Recalling, MedianStoppingRule):
         pass
 
 
-class _Pbt(PopulationBasedTraining):
-    """PBT that explores within the domains of the space; Ray's own exploration leaves them."""
+class _HyperBand(_Lenient, HyperBandScheduler):
+    """Ray's HyperBand; a trial at its last epoch leaves its bracket when it has ended."""
+
+
+class _Pbt(_Lenient, PopulationBasedTraining):
+    """PBT that explores within the domains of the space; Ray's own exploration leaves them.
+
+    After its last epoch a trial has none left to train another setting, so it keeps its own.
+    """
 
     def __init__(self, space: Space, seed: int, **arguments: Any) -> None:
         self._space = space
         self._rng = random.Random(seed)
-        super().__init__(custom_explore_fn=lambda config: config, log_config=False, **arguments)
+        super().__init__(space.epochs, custom_explore_fn=lambda config: config, log_config=False, **arguments)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         # Ray refuses PBT together with a searcher, which is not told that a trial's setting has changed. Here the
         # recorder tells the ledger.
         super().on_trial_add(SimpleNamespace(search_alg=None), trial)
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        # After its last epoch a trial has none left to train another setting, so it keeps its own.
-        if self._space.epochs is not None and result[EPOCH] >= self._space.epochs:
-            decision: str = TrialScheduler.CONTINUE
-        else:
-            decision = super().on_trial_result(tune_controller, trial, result)
-        return decision
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         values = perturb(self._space, trial_to_clone.config["values"], self._rng)
@@ -161,6 +178,7 @@ def make_scheduler(space: Space, past: Sequence[Past] = ()) -> TrialScheduler:
     if wanted.name == "asha":
         return _Asha(
             past,
+            epochs=space.epochs,
             **common,
             max_t=max(longest, wanted.grace_epochs),
             grace_period=wanted.grace_epochs,
@@ -170,8 +188,10 @@ def make_scheduler(space: Space, past: Sequence[Past] = ()) -> TrialScheduler:
     if wanted.name == "hyperband":
         if space.epochs is None:
             raise UserError("scheduler.name: hyperband shares out a known number of epochs; fix config.epochs")
-        return HyperBandScheduler(**common, max_t=longest, reduction_factor=wanted.reduction, stop_last_trials=False)
+        return _HyperBand(
+            space.epochs, **common, max_t=longest, reduction_factor=wanted.reduction, stop_last_trials=False
+        )
     if wanted.name == "median":
         # By default, Ray's rule pauses a trial while another waits to start, and not every trainable can resume.
-        return _Median(past, **common, grace_period=wanted.grace_epochs, min_time_slice=math.inf)
+        return _Median(past, epochs=space.epochs, **common, grace_period=wanted.grace_epochs, min_time_slice=math.inf)
     return _Pbt(space, space.search.seed, perturbation_interval=wanted.grace_epochs, **common)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 DEEPEST = 20  # levels of nested containers; one that contains itself would have no end
 LONGEST_TEXT = 400  # characters
+# ANSI sequences, and control characters but for white space
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0e-\x1b\x7f]")
 LONGEST_REASON = 4000  # characters of the reason that a trainable gives; readers of CSV stop at 131072
 
 
@@ -50,8 +53,8 @@ def said(thing: object) -> str:
 
 
 def one_line(text: str, otherwise: str) -> str:
-    """Return a text on one line; `otherwise` if it is empty."""
-    return encodable(" ".join(text.split())) or otherwise
+    """Return a text on one line, without colours and control characters; `otherwise` if it is empty."""
+    return encodable(" ".join(CONTROL.sub("", text).split())) or otherwise
 
 
 def short_line(text: str, otherwise: str, longest: int = LONGEST_TEXT) -> str:

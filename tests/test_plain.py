@@ -43,5 +43,6 @@ def test_what_holds_itself_has_an_end() -> None:
 def test_a_reason_is_one_line_and_never_empty() -> None:
     assert one_line("plain words\n  second line", "") == "plain words second line"
     assert one_line(" \n", "MemoryError") == "MemoryError"
+    assert one_line("\x1b[1;31mred\x1b[0m and\tzero\x00\x07", "") == "red and zero"
     assert len(one_line("w" * 1000, "")) == 1000, "the remedy often stands at the end"
     assert len(short_line("w" * 1000, "")) <= LONGEST_TEXT

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from spaces import write_family
@@ -468,8 +469,9 @@ def test_a_trial_is_gone_when_its_memory_is_counted(tmp_path: Path) -> None:
 
 
 def test_metrics_are_numbers_by_name() -> None:
-    assert numbers({"a": 1, 2: torch.tensor(0.5)}) == {"a": 1.0, "2": 0.5}  # type: ignore[dict-item]
-    values: tuple[Any, ...] = ([1], torch.ones(2), 10**400, None, {})
+    some: dict[Any, Any] = {"a": 1, 2: torch.tensor(0.5), "b": np.array([[0.25]]), "c": np.float32(2), "d": True}
+    assert numbers(some) == {"a": 1.0, "2": 0.5, "b": 0.25, "c": 2.0, "d": 1.0}
+    values: tuple[Any, ...] = ([1], torch.ones(2), np.ones(2), 10**400, None, {}, "0.5", b"1", torch.tensor(1j), 1j)
     for value in values:
         with pytest.raises(
             UserError, match=rf"the metric `a` is {re.escape(repr(value))[:50]}.*; a metric is a number"

@@ -213,6 +213,25 @@ def test_a_search_that_goes_on_is_judged_as_if_it_had_not_been_left(name: str, m
     assert [rest.epochs[trial] for trial in rest.trials[left:]] == epochs[left:]
 
 
+@pytest.mark.parametrize("name", ["asha", "hyperband", "median", "pbt"])
+def test_no_trial_is_judged_after_its_last_epoch(name: str, tmp_path: Path) -> None:
+    """There lies one of asha's rungs, of 9 epochs with a reduction of 3, but code may follow a trial's last report."""
+    space = space_of(tmp_path, CONFIG, scheduler={"name": name, "grace_epochs": 1, "reduction": 3})
+    tune, ended = tune_of(space, 18, 18), set[int]()
+
+    def script(trial: Trial, epoch: int) -> dict[str, Any]:
+        number = trial.config["number"]
+        if epoch > EPOCHS:
+            ended.add(number)
+            return end(EPOCHS, "finished")
+        # each is as good as all others, and at its last epoch all are worse than the first of them
+        return {EPOCH: epoch, OBJECTIVE: 1.0 if epoch < EPOCHS else float(number)}
+
+    tune.run(script)
+    assert {trial.config["number"] for trial in tune.trials if tune.epochs[trial] == EPOCHS} == ended
+    assert len(ended) > 1
+
+
 def test_a_setting_is_not_exchanged_after_the_last_epoch(tmp_path: Path) -> None:
     tune = tune_of(space_of(tmp_path, CONFIG, scheduler={"name": "pbt"}), 24, 24)
     trained: dict[Trial, list[Any]] = {trial: [] for trial in tune.trials}

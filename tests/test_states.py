@@ -11,6 +11,8 @@ import torch
 from search.workers.states import Watch
 
 
+# torch says so of sparse and of ragged tensors
+@pytest.mark.filterwarnings("ignore:.*(beta|prototype).*:UserWarning")
 def test_a_nan_is_found_wherever_it_is_in_a_state() -> None:
     nan = torch.tensor(math.nan)
     layer = torch.nn.Linear(1, 1)
@@ -21,11 +23,22 @@ def test_a_nan_is_found_wherever_it_is_in_a_state() -> None:
         "w": {"w": np.array([1.0, np.nan]), "names": np.array(["w"])},
         "phase": {"phase": torch.tensor(complex(0, math.nan))},
         "model.bias": {"model": layer},
+        "adam.state.0.exp_avg": {"adam": spoilt_optimizer()},
+        "csr": {"csr": torch.tensor([[1.0, math.nan]]).to_sparse_csr()},
+        "ragged": {"ragged": torch.nested.nested_tensor([torch.ones(2), nan[None]], layout=torch.jagged)},
     }
     for where, state in found.items():
         told = Watch().look(state)
         assert told is not None
         assert (told.where, str(told.value)) == (where, "nan")
+
+
+def spoilt_optimizer() -> torch.optim.Optimizer:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([weight])
+    weight.grad = torch.tensor([1.0, math.nan])
+    optimizer.step()
+    return optimizer
 
 
 @pytest.mark.parametrize("spoilt", [torch.tensor(math.inf), torch.tensor([-math.inf, -1.0]).half()])
@@ -39,6 +52,7 @@ def test_what_was_finite_and_is_no_more_has_blown_up(spoilt: torch.Tensor) -> No
     assert watch.look({"model": {"w": healthy, "v": np.array([1.0, math.inf])}}) == ("model.v", math.inf)
 
 
+@pytest.mark.filterwarnings("ignore:.*(beta|prototype).*:UserWarning")
 def test_infinities_that_were_always_there_are_no_sign_of_it() -> None:
     inf, watch = math.inf, Watch()
     state = {
@@ -47,6 +61,12 @@ def test_infinities_that_were_always_there_are_no_sign_of_it() -> None:
         "order": torch.arange(3),
         "w": torch.ones(2).to(torch.float8_e4m3fn),
         "sparse": torch.eye(2).to_sparse(),
+        "rows": torch.eye(2).to_sparse_csr(),
+        "blocks": torch.eye(2).to_sparse_bsc((1, 1)),
+        "ragged": torch.nested.nested_tensor([torch.ones(2), torch.ones(1)]),
+        "nowhere": torch.ones(2, device="meta"),
+        "four bits": torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        "last validation": math.nan,
         "mask": torch.full((3, 3), -inf).triu(1),
         "edges": torch.tensor([-inf, -1.0, 1.0, inf]),
         "thresholds": np.array([inf, 0.9, 0.1]),

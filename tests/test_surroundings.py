@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,7 +45,7 @@ SWITCHES = {
     },
 }
 READ = f"repr({{name: eval('torch.backends.' + name) for name in {list(SWITCHES)!r}}})"
-SCOPE = {"torch": torch}
+SCOPE = {"torch": torch, "np": np, "warnings": warnings, "logging": logging, "sys": sys}
 LEGACY = (
     "torch.set_float32_matmul_precision('high')",
     "torch.set_float32_matmul_precision('medium')",
@@ -55,12 +58,26 @@ MODES = (
     "torch.set_default_device('meta')",
     "torch.use_deterministic_algorithms(True, warn_only=True)",
     "torch.autograd.set_detect_anomaly(True, check_nan=False)",
+    "torch.set_autocast_enabled('cpu', True)",
+    "torch.set_autocast_enabled('cuda', True)",
+    "torch.set_flush_denormal(True)",
+    "torch.backends.mkldnn.enabled = False",
+    "torch.utils.deterministic.fill_uninitialized_memory = False",
+    "np.seterr(all='raise')",
+    "warnings.filterwarnings('error', 'of a trial')",
+    "logging.disable(logging.ERROR)",
+    "sys.path.insert(0, 'elsewhere')",
 )
 TURNS = [*(f"torch.backends.{turn}" for turn in SWITCHES.values()), *LEGACY]
 READ_MODES = """(
     torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(),
     torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
     torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled(),
+    torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"),
+    bool(torch.full((), 1e-310, dtype=torch.float64, device="cpu") * 1.0 == 0),
+    torch.backends.mkldnn.enabled,
+    torch.utils.deterministic.fill_uninitialized_memory,
+    np.geterr(), [each for each in warnings.filters if each[0] == "error"], logging.root.manager.disable, list(sys.path),
 )"""
 
 
@@ -116,3 +133,15 @@ def test_a_mode_of_torch_is_put_back(turn: str) -> None:
     assert eval(READ_MODES, SCOPE) != before
     surroundings.restore()
     assert eval(READ_MODES, SCOPE) == before
+
+
+def test_what_a_library_wants_ignored_stays_so_when_a_trial_has_imported_it() -> None:
+    surroundings = Surroundings()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "of a trial")
+        warnings.filterwarnings("ignore", "of a library")
+        mine = warnings.filters[:2]
+        surroundings.restore()
+        assert mine[0] in warnings.filters
+        assert mine[1] not in warnings.filters
+        warnings.warn("of a library", stacklevel=1)

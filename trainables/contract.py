@@ -76,6 +76,9 @@ _NO_MEMORY = (
     "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",  # since cuDNN 9
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "CUDA error: out of memory",
+    "CUDA out of memory",  # the allocator's words, which wrappers raise anew
+    "HIP out of memory",
+    "MPS backend out of memory",
     "Cuda failure 2 'out of memory'",  # NCCL's words
 )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from search.space.loading import Trainable, load
@@ -206,10 +207,13 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for name, value in metrics.items():
         try:
-            if isinstance(value, torch.Tensor) and value.numel() != 1:
+            if isinstance(value, (str, bytes)):  # float() reads numbers from text, and "nan" is one of them
                 raise TypeError
-            found[encodable(str(name))] = float(value)
-        except (TypeError, ValueError, OverflowError):
+            # Of tensors and arrays; fails with more than one element.
+            found[encodable(str(name))] = float(
+                value.item() if isinstance(value, (torch.Tensor, np.ndarray)) else value
+            )
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             raise UserError(f"the metric `{name}` is {short_line(repr(value), '')}; a metric is a number") from None
     return found
 

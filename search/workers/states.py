@@ -31,11 +31,11 @@ class Watch:
         self._finite: set[str] = set()  # keys to what was all finite in an earlier state
 
     def look(self, state: Any) -> BlownUp | None:
-        """Return the first blown-up tensor or array in nested mappings, sequences and modules; None without one."""
+        """Return the first blown-up tensor or array in `numbers_in` a state; None without one."""
         for where, numbers in numbers_in(state):
             if bool(numbers.isnan().any()):
                 return BlownUp(where, math.nan)
-            if not numbers.is_floating_point() or numbers.layout != torch.strided:
+            if not numbers.is_floating_point():
                 continue
             above, below = bool((numbers == math.inf).any()), bool((numbers == -math.inf).any())
             if not above and not below:
@@ -46,16 +46,20 @@ class Watch:
 
 
 def numbers_in(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the keys to each tensor or array of real or complex numbers in a state, and the numbers as a tensor."""
+    """Yield the keys to each tensor or array of real or complex numbers in a state, and the numbers as a dense tensor.
+
+    Looks into mappings, sequences, and objects with a `state_dict`, such as modules and optimizers. Plain numbers are
+    no weights, and may be NaN: a metric among them, say.
+    """
     if isinstance(state, torch.Tensor):
-        if state.is_floating_point() or state.is_complex():
-            yield path, state
+        if (state.is_floating_point() or state.is_complex()) and state.dtype is not torch.float4_e2m1fn_x2:
+            yield from ((path, numbers) for numbers in _dense(state))
         return
     if isinstance(state, np.ndarray):
         if state.dtype.kind in "fc":
             yield path, torch.from_numpy(state.astype(np.float64 if state.dtype.kind == "f" else np.complex128))
         return
-    if isinstance(state, torch.nn.Module):
+    if callable(getattr(state, "state_dict", None)) and not isinstance(state, type):
         state = state.state_dict()
     if isinstance(state, Mapping):
         items: Iterable[tuple[Any, Any]] = state.items()
@@ -65,6 +69,17 @@ def numbers_in(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]
         return
     for key, item in items:
         yield from numbers_in(item, f"{path}.{key}" if path else str(key))
+
+
+def _dense(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return a tensor's numbers in layouts and types that torch can compare."""
+    if tensor.is_nested:
+        return [numbers for part in tensor.unbind() for numbers in _dense(part)]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._values()]
+    if tensor.layout != torch.strided:
+        return [tensor.values()]
+    return [tensor if tensor.dtype.itemsize > 1 else tensor.float()] if not tensor.is_meta else []
 
 
 def save_state(state: State) -> bytes:

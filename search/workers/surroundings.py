@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +23,10 @@ def settle(seed: int, threads: int) -> None:
 
 
 class Surroundings:
-    """A snapshot of the working directory, the environment, the standard streams and the switches of torch."""
+    """A snapshot of the working directory, the environment, the standard streams, the import path, and switches.
+
+    The switches are torch's, and those of Python and NumPy for warnings and errors.
+    """
 
     def __init__(self) -> None:
         self._folder, self._environment = _folder(), dict(os.environ)
@@ -59,6 +64,36 @@ def _attribute(of: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], N
     return lambda: getattr(of, name), lambda value: setattr(of, name, value)
 
 
+def _item(of: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """Return how a list is read and set in place, as others hold it too."""
+
+    def put(items: list[Any]) -> None:
+        of()[:] = items
+
+    return lambda: list(of()), put
+
+
+def _flushes_denormals() -> bool:
+    return bool(
+        torch.full((), 1e-310, dtype=torch.float64, device=_CPU).mul(1.0) == 0
+    )  # torch sets this and does not tell it
+
+
+def _fatal() -> list[Any]:
+    """Return the filters that turn warnings into errors. Others may be those of a library that a trial imports."""
+    return [each for each in warnings.filters if each[0] == "error"]
+
+
+def _put_fatal(fatal: list[Any]) -> None:
+    with warnings.catch_warnings():  # whose end makes Python forget what it has decided for each warning
+        others = [each for each in warnings.filters if each[0] != "error" or each in fatal]
+    warnings.filters[:] = others  # type: ignore[index]
+
+
+def _autocast(kind: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    return lambda: torch.is_autocast_enabled(kind), lambda on: torch.set_autocast_enabled(kind, on)
+
+
 def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
@@ -73,6 +108,15 @@ _MODES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "device": (torch.get_default_device, lambda device: torch.set_default_device(None if device == _CPU else device)),
     "deterministic": (_deterministic, lambda on: torch.use_deterministic_algorithms(on[0], warn_only=on[1])),
+    **{f"autocast.{kind}": _autocast(kind) for kind in ("cpu", "cuda")},
+    "denormals": (_flushes_denormals, torch.set_flush_denormal),
+    "mkldnn": _attribute(_MKLDNN, "enabled"),
+    "opt_einsum": _attribute(_BACKENDS.opt_einsum, "enabled"),
+    "fill": _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),
+    "numpy": (np.geterr, lambda how: np.seterr(**how)),
+    "warnings": (_fatal, _put_fatal),
+    "logging": (lambda: logging.root.manager.disable, logging.disable),
+    "path": _item(lambda: sys.path),
     "anomaly": (_anomaly, lambda on: torch.autograd.set_detect_anomaly(*on)),
     **{f"cudnn.{name}": _attribute(_CUDNN, name) for name in ("enabled", "benchmark", "deterministic")},
     **{
