@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from trainables.mabe import predict
@@ -37,6 +39,15 @@ def two_labs() -> Any:
     return root
 
 
+def forget_attacks(root: Path, lab: str) -> None:
+    """Make `lab` one that did not annotate attacks, as train.csv then says; of the other labs it says nothing."""
+    for path in (root / "train_annotation" / lab).glob("*.parquet"):
+        pq.write_table(pq.read_table(path).filter(~pc.field("action").isin(["attack", "chase"])), path)
+    named = json.dumps(["mouse1,mouse2,sniff", "'mouse1','mouse2','mount'", "mouse1,self,rear"])
+    rows = [{**row, "behaviors_labeled": named if row["lab_id"] == lab else ""} for row in rows_of(root)]
+    write_rows(root / "train.csv", rows)
+
+
 def small_config(root: Path, cache: Path) -> Config:
     data = Data(root=str(root), prepared=str(cache), window=64, stride=32, split_seed=1)
     return Config(data=data, model=SMALL, augment=Augment(noise=0.0), optim=OPTIM, epochs=3)
@@ -47,13 +58,17 @@ def rows_of(root: Path) -> Rows:
         return list(csv.DictReader(file))
 
 
-def challenge_csv(root: Path, folder: Path, rows: Rows, labelled: bool = True) -> Path:
-    """Some videos of `root` as somebody else's, in `folder`/new.csv and beside it."""
-    folder.mkdir(exist_ok=True)
-    with (folder / "new.csv").open("w", newline="") as file:
+def write_rows(path: Path, rows: Rows) -> None:
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def challenge_csv(root: Path, folder: Path, rows: Rows, labelled: bool = True) -> Path:
+    """Some videos of `root` as somebody else's, in `folder`/new.csv and beside it."""
+    folder.mkdir(exist_ok=True)
+    write_rows(folder / "new.csv", rows)
     for kind in ("tracking", "annotation") if labelled else ("tracking",):
         (folder / f"new_{kind}").symlink_to(root / f"train_{kind}")
     return folder / "new.csv"

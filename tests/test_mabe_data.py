@@ -123,7 +123,9 @@ def test_a_split_is_the_same_until_its_seed_changes(config: Config) -> None:
 
 
 def split_of(units: list[str]) -> list[int]:
-    prepared = Prepared(Path("a"), Path("b"), ["lab"] * len(units), units, [30.0] * len(units), [0], 2, ["nose"], [])
+    prepared = Prepared(
+        Path("a"), Path("b"), ["lab"] * len(units), units, [30.0] * len(units), [0], 2, ["nose"], [], []
+    )
     return videos_of(prepared, Data(holdout=0.5), "val")
 
 

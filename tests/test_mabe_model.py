@@ -119,6 +119,7 @@ def test_jitter_moves_a_window_with_its_labels() -> None:
         (lambda: Data(features=()), "data.features = .* must name at least one of coords"),
         (lambda: Data(features=("coords", "coords")), "data.features = .* must name each once"),
         (lambda: Data(stride=101), r"data.stride = 101 must lie in 1\.\.100, the window"),
+        (lambda: Data(context=-1), "data.context = -1 must be 0 or a positive number of frames"),
         (lambda: Data(holdout=0.0), "data.holdout = 0.0 must lie between 0 and 1"),
         (lambda: Model(kernel=4), "model.kernel = 4 must be an odd number of frames"),
         (lambda: Model(channels=(8,), pool=2), r"model.pool = 2 must lie in 0\.\.1, the convolutions"),

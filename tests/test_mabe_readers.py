@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -83,6 +84,40 @@ def test_the_challenge_layout(tmp_path: Path) -> None:
     assert names == ["investigation", "mount", "attack", "other"]  # the higher class holds, the stop frame is outside
 
 
+@pytest.mark.parametrize(
+    ("cell", "known"),
+    [
+        (None, CLASSES),
+        ("", CLASSES),
+        ("[]", CLASSES),
+        ('["mouse1,mouse2,sniff", "mouse1,self,rear"]', ("other", "investigation")),
+        ('["mouse1,self,rear"]', ("other",)),
+        # as in the public data, where quotes are left over
+        ("""["'mouse1','mouse2','sniff'", "mouse1','mouse2','attack'"]""", ("other", "investigation", "attack")),
+        ('["mouse2,mouse1,ejaculate", "mouse1,mouse4,chase"]', ("other", "mount", "attack")),
+    ],
+)
+def test_the_actions_that_were_annotated_tell_the_classes(
+    tmp_path: Path, cell: str | None, known: tuple[str, ...]
+) -> None:
+    one = row()
+    if cell is None:
+        del one["behaviors_labeled"]
+    else:
+        one["behaviors_labeled"] = cell
+    (video,) = challenge.read(write_challenge(tmp_path / "a", [one], tracking(), annotation()))
+    assert video.known == known
+
+
+def test_a_class_that_was_annotated_unannounced_is_known(tmp_path: Path) -> None:
+    """The row names sniffs and rears; the annotation has a mount and an attack too."""
+    root = write_challenge(tmp_path / "a", [row(7), row(8)], tracking(), annotation())
+    path = root / "train_annotation/SomeLab/8.parquet"
+    pq.write_table(pq.read_table(path).filter(pc.field("action") == "mount"), path)
+    prepared = prepare_data(Data(root=str(root), prepared=str(tmp_path / "cache")))
+    assert prepared.known == [list(CLASSES), ["other", "investigation", "mount"]]
+
+
 def test_mice_may_be_named_instead_of_numbered(tmp_path: Path) -> None:
     named = tracking() | {"mouse_id": [f"mouse{number}" for number in tracking()["mouse_id"]]}
     numbered = write_challenge(tmp_path / "a", [row()], tracking(), annotation())
@@ -101,6 +136,10 @@ def test_mice_may_be_named_instead_of_numbered(tmp_path: Path) -> None:
         ),
         (lambda r, p, e: r.update(video_width_pix=""), r"row 1 of .*video_width_pix = '' must be a positive number"),
         (lambda r, p, e: r.update(body_parts_tracked="nose"), r"body_parts_tracked = 'nose' must be a JSON list"),
+        (
+            lambda r, p, e: r.update(behaviors_labeled="sniff"),
+            r"row 1 of .*behaviors_labeled = 'sniff' must be a JSON list of names",
+        ),
         (lambda r, p, e: p.update(body_part=p.pop("bodypart")), r"7.parquet has no column bodypart, but video_frame"),
         (
             lambda r, p, e: p["bodypart"].__setitem__(3, "paw"),

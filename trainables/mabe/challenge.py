@@ -4,8 +4,9 @@
     train_tracking/<lab_id>/<video_id>.parquet  video_frame, mouse_id, bodypart, x, y in pixels, a row per visible point
     train_annotation/<lab_id>/<video_id>.parquet  agent_id, target_id, action, start_frame, stop_frame (exclusive)
 
-A frame gets one label, regardless of which mice it concerns. A CSV of another name has folders named after it, such as
-test_tracking/.
+A frame gets one label, regardless of which mice it concerns. If the CSV has the column behaviors_labeled, a class is
+known in a video whose cell names any of the class's actions, for any of the mice. A CSV of another name has folders
+named after it, such as test_tracking/.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _video(row: dict[str, str], tracking: Path, annotation: Path | None, line: s
         raise UserError(f"{tracking} has no rows; remove it and {line}")
     if frame.min() < 0:
         raise UserError(f"{tracking}: video_frame = {frame.min():.0f} must not be negative")
-    parts = head_first(_parts(row["body_parts_tracked"], line))
+    parts = head_first(_names(row, "body_parts_tracked", line))
     width_px = _positive(row, "video_width_pix", line)
     shape = (int(frame.max()) + 1, int(mice.max()), len(parts), 2)
     unit = f"{row['lab_id']}/{row['video_id']}"
@@ -97,6 +98,7 @@ def _video(row: dict[str, str], tracking: Path, annotation: Path | None, line: s
         mice=shape[1],
         parts=parts,
         read=functools.partial(_read, tracking, annotation, parts, (shape, width_px)),
+        known=_known(row, line),
     )
 
 
@@ -166,13 +168,23 @@ def head_first(parts: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(parts, key=rank))
 
 
-def _parts(text: str, line: str) -> list[str]:
+def _known(row: dict[str, str], line: str) -> tuple[str, ...]:
+    """Return the classes that a video's lab annotated; all of them if the row does not say."""
+    if (row.get("behaviors_labeled") or "").strip() in ("", "[]"):
+        return CLASSES
+    # "mouse1,mouse2,sniff"; some rows of the public data quote each part, or only some: "mouse1','mouse2','sniff'".
+    entries = _names(row, "behaviors_labeled", line)
+    there = {CLASS_OF.get(entry.rpartition(",")[2].strip(" '\""), 0) for entry in entries}
+    return tuple(name for number, name in enumerate(CLASSES) if number in there | {0})
+
+
+def _names(row: dict[str, str], column: str, line: str) -> list[str]:
     try:
-        names = json.loads(text)
-    except ValueError:
+        names = json.loads(row[column])
+    except (TypeError, ValueError):
         names = None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{line}: body_parts_tracked = {text!r} must be a JSON list of names")
+        raise UserError(f"{line}: {column} = {row[column]!r} must be a JSON list of names")
     return names
 
 

@@ -39,6 +39,9 @@ class Data:
     pca: int = 16  # principal components of the coordinates
     window: int = 100  # frames
     stride: int = 25  # frames from one training window's start to the next; validation windows do not overlap
+    context: int = 0  # frames before and after each validation window that the network sees too, unscored
+    # Classes that a video's lab did not annotate. mask: neither learnt nor tagged in this video; other: seen as other.
+    unlabelled: Literal["mask", "other"] = "mask"
     holdout: float = 0.2  # share of each lab's videos held out (CalMS21: of the animals; an .npz: of its sequences)
     split_seed: int = 42
     simulated: Simulated = field(default_factory=Simulated)
@@ -49,6 +52,7 @@ class Data:
         require(self.pca >= 1, "data.pca", self.pca, "be at least 1")
         require(self.window >= 8, "data.window", self.window, "be at least 8 frames")
         require(1 <= self.stride <= self.window, "data.stride", self.stride, f"lie in 1..{self.window}, the window")
+        require(self.context >= 0, "data.context", self.context, "be 0 or a positive number of frames")
         require(0 < self.holdout < 1, "data.holdout", self.holdout, "lie between 0 and 1")
         require(self.split_seed >= 0, "data.split_seed", self.split_seed, "not be negative")
 

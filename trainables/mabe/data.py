@@ -1,12 +1,12 @@
 """The windows of the videos in batches for the training loop, split into training and validation.
 
-Shape suffixes: B windows of a batch, N of a split, S frames of a window with the margins that jitter needs.
+Shape suffixes: B windows of a batch, N of a split, S frames of a window with its margins, V videos, K classes, L labs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from trainables.mabe.video import UNLABELLED
 from trainables.samples import Batch
 
 SAMPLED = 200_000  # most training frames, evenly spaced, from which scale and principal axes are computed
+PER_WINDOW = ("index", "known", "lab")  # what a batch holds for each window, not for each frame
 
 
 class HasData(Protocol):
@@ -38,8 +39,11 @@ class Samples:
     """The windows of one side of the split, in batches.
 
     A batch holds each feature group by name, (B, S, columns) float32; label (B, S) int64, 0..3 or UNLABELLED; and
-    index (B,) int64, the window's first frame in the data set. Beyond a video's ends, its first or last frame is
-    repeated, unlabelled.
+    index (B,) int64, the window's first frame in the data set; and what `of_window` has. Beyond a video's ends, its
+    first or last frame is repeated, unlabelled.
+
+    of_window: bool arrays by name. known (N, K), the classes that the window's lab annotated, is absent if all are;
+        lab (N, L), which lab that is, is absent if there is only one.
     """
 
     first_N: NDArray[np.int64]  # each window's first frame in the data set, without the margin
@@ -48,6 +52,7 @@ class Samples:
     margin: int  # frames before and after it
     groups: dict[str, NDArray[np.float32]]
     labels: NDArray[np.int8]
+    of_window: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.first_N)
@@ -59,6 +64,7 @@ class Samples:
         inside_BS = np.clip(frames_BS, low_B1, high_B1)
         batch: Batch = {name: torch.from_numpy(array[inside_BS]) for name, array in self.groups.items()}
         label_BS = np.where(inside_BS == frames_BS, self.labels[inside_BS], UNLABELLED).astype(np.int64)
+        batch |= {name: torch.from_numpy(array[chosen]) for name, array in self.of_window.items()}
         return {**batch, "label": torch.from_numpy(label_BS), "index": torch.from_numpy(self.first_N[chosen])}
 
 
@@ -67,19 +73,34 @@ def samples(config: HasData, split: str, ranks: object = None) -> Samples:
     data = config.data
     prepared = prepare_data(data)
     train = split == "train"
-    first, bounds = [], []
-    for v in videos_of(prepared, data, split):
+    first, bounds, videos = [], [], videos_of(prepared, data, split)
+    for v in videos:
         first_n, bounds_n2 = windows_of(prepared.start[v], prepared.start[v + 1], data, train)
         first.append(first_n)
         bounds.append(bounds_n2)
+    of_video = known_of(data, [prepared.known[v] for v in videos]) | lab_of([prepared.lab[v] for v in videos])
+    windows = [len(first_n) for first_n in first]
     return Samples(
         first_N=np.concatenate(first),
         bounds_N2=np.concatenate(bounds),
         length=data.window,
-        margin=config.augment.jitter if train else 0,
+        margin=config.augment.jitter if train else data.context,
         groups={name: prepared.group(name) for name in groups_of(data)},
         labels=prepared.labels(),
+        of_window={name: np.repeat(array, windows, axis=0) for name, array in of_video.items()},
     )
+
+
+def known_of(data: Data, known: Sequence[Sequence[str]]) -> dict[str, NDArray[np.bool_]]:
+    """Return as "known" whether each class is among those of each video, (V, K); empty if nothing is to be masked."""
+    known_VK = np.array([[name in names for name in CLASSES] for names in known])
+    return {} if data.unlabelled == "other" or known_VK.all() else {"known": known_VK}
+
+
+def lab_of(labs: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+    """Return as "lab" which of the distinct `labs` each video is of, (V, L); empty if all are of one."""
+    lab_VL = np.array(labs)[:, None] == np.unique(labs)
+    return {"lab": lab_VL} if lab_VL.shape[1] > 1 else {}
 
 
 def names(config: HasData, indices: Sequence[int]) -> list[str]:
@@ -136,13 +157,19 @@ def training_frames(data: Data) -> tuple[Batch, Tensor]:
 
 
 def describe(config: HasData) -> str:
-    """Return one line on the data: real or simulated, numbers of windows and videos, points, and class shares."""
+    """Return one line on the data: real or simulated, numbers of windows and videos, points, and class shares.
+
+    If `data.unlabelled` masks anything, it also says in how many videos each behaviour is annotated.
+    """
     data, prepared = config.data, prepare_data(config.data)
     kind = "simulated" if data.root is None else "real"
     videos = {split: len(videos_of(prepared, data, split)) for split in ("train", "val")}
     windows = {split: len(samples(config, split)) for split in ("train", "val")}
     shares = np.bincount(prepared.labels(), minlength=len(CLASSES)) / prepared.start[-1]
     shown = ", ".join(f"{name} {share:.1%}" for name, share in zip(CLASSES, shares, strict=True))
+    if masked := known_of(data, prepared.known):
+        counts = zip(CLASSES[1:], masked["known"].sum(0)[1:], strict=True)
+        shown += f"; of {len(prepared.known)} videos, " + ", ".join(f"{count} label {name}" for name, count in counts)
     return (
         f"{kind} mabe data in {prepared.root}: {windows['train']} windows of {videos['train']} videos to train and "
         f"{windows['val']} of {videos['val']} to validate, {prepared.mice} x {len(prepared.parts)} points, {shown}"

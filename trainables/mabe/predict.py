@@ -11,11 +11,13 @@ VIDEOS is a file of videos in a layout that training reads, labelled or not:
 
 A CSV for each video is written to OUT, by its name in the data set: OUT/task1/test/mouse071_task1_annotator1.csv,
 OUT/keypoints_0.csv, OUT/<lab_id>/<video_id>.csv. It has a header and a row per frame: `frame`, from 0; `behaviour`:
-other, investigation, mount or attack; `confidence`: the largest softmax probability. If videos have labels, their
-scores are printed, computed as a search does for validation videos: windows do not overlap, and a video's last window
-is padded with its last frame.
+other, investigation, mount or attack; `confidence`: the largest softmax probability. Where a CSV's column
+behaviors_labeled leaves behaviours out, the video is tagged with the others only, unless the model was trained with
+data.unlabelled: other. If videos have labels, their scores are printed, computed as a search does for validation
+videos: windows do not overlap, and a video's last window is padded with its last frame. Only events differ: a search
+cuts them at the borders of windows, and here they are whole.
 
-Shape suffixes: B windows, T frames of a window.
+Shape suffixes: T frames of a video, V videos.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from trainables.checkpoint import read_checkpoint
@@ -38,13 +41,13 @@ from trainables.exported import check_settings, load_weights, make_room, predict
 from trainables.mabe import calms21, challenge
 from trainables.mabe.checkpoint import Seen, seen_of, unseen_settings
 from trainables.mabe.config import CLASSES
-from trainables.mabe.data import Samples, windows_of
+from trainables.mabe.data import Samples, known_of, lab_of, windows_of
 from trainables.mabe.features import group, width
-from trainables.mabe.metrics import event_scores, frame_scores, summary
+from trainables.mabe.metrics import derived, event_scores, frame_scores, lab_scores
 from trainables.mabe.network import FrameTagger, Inputs, Tagger
 from trainables.mabe.prepare import groups_of, placed
-from trainables.mabe.tagging import Config, forward
-from trainables.mabe.video import Video
+from trainables.mabe.tagging import Config, scored
+from trainables.mabe.video import UNLABELLED, Video, known_classes
 from trainables.samples import on_device
 from trainables.step import autocast
 
@@ -63,14 +66,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Tags:
-    """The predicted classes, confidences and labels of a video's windows, (B, T) each.
+    """The predicted class, confidence and label of every frame of a video, (T,) each; UNLABELLED where it has none."""
 
-    Windows hold every frame in order; labels are UNLABELLED beyond the video's end and where it has none.
-    """
-
-    guess_BT: Tensor
-    confidence_BT: Tensor
-    label_BT: Tensor
+    lab: str
+    guess_T: Tensor
+    confidence_T: Tensor
+    label_T: Tensor
 
 
 def read_model(folder: Path) -> Model:
@@ -132,7 +133,9 @@ def samples_of(model: Model, video: Video) -> Samples:
     groups: dict[str, NDArray[np.float32]] = {
         name: group(name, points, video.fps).astype(np.float32) for name in groups_of(data)
     }
-    return Samples(*windows_of(0, video.frames, data, train=False), data.window, 0, groups, labels)
+    first_N, bounds_N2 = windows_of(0, video.frames, data, train=False)
+    known = known_of(data, [known_classes(video, labels)] * len(first_N))
+    return Samples(first_N, bounds_N2, data.window, data.context, groups, labels, known)
 
 
 @torch.no_grad()
@@ -142,10 +145,9 @@ def tag(model: Model, video: Video, device: torch.device) -> Tags:
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in on_device(samples, torch.arange(len(samples)).split(optim.micro_batch or optim.batch_size), device):
         with autocast(device, optim):
-            logits_BTK, label_BT = forward(model.network, batch)
-        confidence_BT = logits_BTK.float().softmax(-1).amax(-1)
-        parts.append((logits_BTK.argmax(-1).cpu(), confidence_BT.cpu(), label_BT.cpu()))
-    return Tags(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            logits, label = scored(model.network, batch, model.config.data.context)
+        parts.append((logits.argmax(-1).cpu(), logits.float().softmax(-1).amax(-1).cpu(), label.cpu()))
+    return Tags(video.lab, *(torch.cat(column).flatten()[: video.frames] for column in zip(*parts, strict=True)))
 
 
 def tagged(model: Model, videos: Sequence[Video], device: torch.device) -> Iterator[Tags]:
@@ -156,11 +158,17 @@ def tagged(model: Model, videos: Sequence[Video], device: torch.device) -> Itera
 
 
 def scores_of(tags: Sequence[Tags]) -> dict[str, float]:
-    """Return the scores that a search reports for validation videos, except the loss, over the labelled frames."""
-    guess_BT, label_BT = (torch.cat(column) for column in zip(*((t.guess_BT, t.label_BT) for t in tags), strict=True))
-    pairs = {**frame_scores(guess_BT, label_BT), **event_scores(guess_BT, label_BT)}
+    """Return the scores that a search reports for validation videos, except the loss, over the labelled frames.
+
+    Unlike a search, it does not cut events at the borders of windows.
+    """
+    columns = [each.guess_T for each in tags], [each.label_T for each in tags]
+    guess_VT, label_VT = (pad_sequence(column, batch_first=True, padding_value=UNLABELLED) for column in columns)
+    lab = lab_of([each.lab for each in tags]).get("lab")
+    by_lab = lab_scores(guess_VT, label_VT, None if lab is None else torch.from_numpy(lab))
+    pairs = {**frame_scores(guess_VT, label_VT), **by_lab, **event_scores(guess_VT, label_VT)}
     scores = {name: float(total) / float(count) for name, (total, count) in pairs.items() if count}
-    return {**scores, **summary(scores)}
+    return {name: value for name, value in {**scores, **derived(scores)}.items() if value is not None}
 
 
 def told(scores: dict[str, float]) -> str:
@@ -171,14 +179,14 @@ def told(scores: dict[str, float]) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def write(path: Path, tags: Tags, frames: int) -> None:
+def write(path: Path, tags: Tags) -> None:
     """Write a CSV with a row per frame of the video."""
-    names = [CLASSES[number] for number in tags.guess_BT.flatten()[:frames].tolist()]
-    sure = [f"{value:.6f}" for value in tags.confidence_BT.flatten()[:frames].tolist()]
+    names = [CLASSES[number] for number in tags.guess_T.tolist()]
+    sure = [f"{value:.6f}" for value in tags.confidence_T.tolist()]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("frame", "behaviour", "confidence"))
-        writer.writerows(zip(range(frames), names, sure, strict=True))
+        writer.writerows(zip(range(len(names)), names, sure, strict=True))
 
 
 def write_tags(folder: Path, path: Path, out: Path) -> str:
@@ -190,14 +198,14 @@ def write_tags(folder: Path, path: Path, out: Path) -> str:
     files = places(out, videos)
     make_room(files)
     labelled: list[Tags] = []
-    for video, file, tags in zip(videos, files, tagged(model, videos, default_device()), strict=True):
-        write(file, tags, video.frames)
-        if (tags.label_BT >= 0).any():
+    for file, tags in zip(files, tagged(model, videos, default_device()), strict=True):
+        write(file, tags)
+        if (tags.label_T >= 0).any():
             labelled.append(tags)
     done = f"tags of {len(videos)} videos: {out}"
     if not labelled:
         return done
-    frames = sum(int((tags.label_BT >= 0).sum()) for tags in labelled)
+    frames = sum(int((tags.label_T >= 0).sum()) for tags in labelled)
     return f"{done}\n{len(labelled)} of them have labels, {frames} frames:\n{told(scores_of(labelled))}"
 
 

@@ -23,16 +23,17 @@ from trainables.contract import UserError
 from trainables.mabe import calms21, challenge, simulator
 from trainables.mabe.config import Data, Feature
 from trainables.mabe.features import group, width
-from trainables.mabe.video import Points, Video
+from trainables.mabe.video import Points, Video, known_classes
 
-VERSION = 2  # increment it whenever reading or a feature changes
+VERSION = 3  # increment it whenever reading or a feature changes
 
 
 @dataclass(frozen=True)
 class Prepared:
     """All videos of a data set, concatenated: video v has the frames start[v]:start[v + 1].
 
-    tracked: for each video, its number of mice and the body parts tracked.
+    tracked: for each video, its number of mice and the body parts tracked. known: for each video, the classes that its
+    lab annotated, "other" among them.
     """
 
     root: Path
@@ -44,6 +45,7 @@ class Prepared:
     mice: int
     parts: Sequence[str]
     tracked: Sequence[tuple[int, Sequence[str]]]
+    known: Sequence[Sequence[str]]
 
     def points(self) -> NDArray[np.float32]:
         """Return (frames, mice, parts, 2) in units of picture width, memory-mapped; NaN where not seen."""
@@ -147,10 +149,12 @@ def _write_points(folder: Path, videos: list[Video]) -> None:
     shape = (start[-1], mice, len(parts), 2)
     points = reserved_array(folder / "points.npy", shape, np.float32)
     labels = np.zeros(start[-1], dtype=np.int8)
+    known: list[tuple[str, ...]] = []
     for video, first in zip(videos, start, strict=False):
         here = slice(first, first + video.frames)
         seen, labels[here] = video.read()
         points[here] = placed(seen, video.parts, mice, parts)
+        known.append(known_classes(video, labels[here]))
     points.flush()
     np.save(folder / "labels.npy", labels)
     index = {
@@ -161,6 +165,7 @@ def _write_points(folder: Path, videos: list[Video]) -> None:
         "mice": mice,
         "parts": parts,
         "tracked": [(video.mice, video.parts) for video in videos],
+        "known": known,
     }
     (folder / "index.json").write_text(json.dumps(index))
 

@@ -21,8 +21,8 @@ from trainables.contract import Report, Trial
 from trainables.loop import Task, fit, step_memory
 from trainables.mabe.checkpoint import settings_of
 from trainables.mabe.config import CLASSES, Augment, Data, FrameLoss, Model
-from trainables.mabe.data import describe, names, samples, training_frames
-from trainables.mabe.metrics import event_scores, frame_scores, summary
+from trainables.mabe.data import PER_WINDOW, describe, names, samples, training_frames
+from trainables.mabe.metrics import derived, event_scores, frame_scores, lab_scores
 from trainables.mabe.network import FrameTagger, Inputs, Tagger
 from trainables.mabe.prepare import prepare_data
 from trainables.mabe.video import UNLABELLED
@@ -77,7 +77,11 @@ def make_inputs(data: Data, groups: dict[str, Tensor]) -> Inputs:
 
 
 def class_weights(settings: FrameLoss, label: Tensor) -> Tensor:
-    """Return the loss's class weights, (K,). Only ratios matter: the loss is divided by the sum of frame weights."""
+    """Return the loss's class weights, (K,). Only ratios matter: the loss is divided by the sum of frame weights.
+
+    A class's share is of all training frames, even of labs that did not annotate it: `balance` evens out what the
+    classes add up to in the loss, and there a class that few labs annotated is rare.
+    """
     if settings.class_weights is not None:
         return torch.tensor(settings.class_weights)
     frames_K = torch.bincount(label, minlength=len(CLASSES)).clamp(min=1)
@@ -88,11 +92,23 @@ def class_weights(settings: FrameLoss, label: Tensor) -> Tensor:
 def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     assert isinstance(model, Tagger)
     logits_BTK, label_BT = forward(model, shifted(batch, config.data.window), config.augment.noise)
-    return {"ce": weighted_entropy(logits_BTK, label_BT, model.class_weights_K, config.loss.smoothing)}
+    smoothing = config.loss.smoothing
+    return {"ce": weighted_entropy(logits_BTK, label_BT, model.class_weights_K, smoothing, batch.get("known"))}
 
 
 def forward(model: Tagger, batch: Batch, noise: float = 0.0) -> tuple[Tensor, Tensor]:
-    return model(batch, noise), batch["label"]
+    """Return logits (B, S, K), -inf for classes that a window's lab did not annotate, and labels (B, S)."""
+    logits_BSK = model(batch, noise)
+    if (known_BK := batch.get("known")) is not None:
+        logits_BSK = logits_BSK.masked_fill(~known_BK[:, None], -torch.inf)
+    return logits_BSK, batch["label"]
+
+
+def scored(model: Tagger, batch: Batch, context: int) -> tuple[Tensor, Tensor]:
+    """Return the logits (B, T, K) and labels (B, T) of windows that have `context` more frames on each side."""
+    logits_BSK, label_BS = forward(model, batch)
+    window = slice(context, label_BS.shape[1] - context)
+    return logits_BSK[:, window], label_BS[:, window]
 
 
 def shifted(batch: Batch, window: int) -> Batch:
@@ -104,38 +120,50 @@ def shifted(batch: Batch, window: int) -> Batch:
     first_B = torch.randint(frames - window + 1, (windows,), device=label_BS.device)
     at_BT = first_B[:, None] + torch.arange(window, device=label_BS.device)
     row_B1 = torch.arange(windows, device=label_BS.device)[:, None]
-    return {name: x if x.ndim == 1 else x[row_B1, at_BT] for name, x in batch.items()}
+    return {name: x if name in PER_WINDOW else x[row_B1, at_BT] for name, x in batch.items()}
 
 
 def weighted_entropy(
-    logits_BTK: Tensor, label_BT: Tensor, weights_K: Tensor, smoothing: float
+    logits_BTK: Tensor, label_BT: Tensor, weights_K: Tensor, smoothing: float, known_BK: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the class-weighted cross-entropy summed over the labelled frames, and the sum of their weights."""
+    """Return the class-weighted cross-entropy summed over the labelled frames, and the sum of their weights.
+
+    known_BK: the classes that `smoothing` is spread over, the others having logits of -inf; None: all.
+    """
+    labelled_BT = label_BT != UNLABELLED
     summed = F.cross_entropy(
         logits_BTK.flatten(0, 1).float(),
         label_BT.flatten(),
         weight=weights_K,
         ignore_index=UNLABELLED,
-        label_smoothing=smoothing,
+        label_smoothing=smoothing if known_BK is None else 0.0,
         reduction="sum",
     )
+    if known_BK is not None and smoothing:
+        log_p_BTK = logits_BTK.float().log_softmax(-1).masked_fill(~known_BK[:, None], 0.0)  # -inf * 0 is NaN
+        even_BT = (weights_K * log_p_BTK).sum(-1) / known_BK.sum(-1, keepdim=True)
+        summed = (1 - smoothing) * summed - smoothing * (even_BT * labelled_BT).sum()
     # No boolean indexing: the host would wait for the number of selected frames.
-    return summed, (weights_K[label_BT.clamp(min=0)] * (label_BT != UNLABELLED)).sum()
+    return summed, (weights_K[label_BT.clamp(min=0)] * labelled_BT).sum()
 
 
 def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
-    """Return the loss as val_ce, and the frame and event scores of `trainables.mabe.metrics`."""
+    """Return the loss as val_ce, and the frame, lab and event scores of `trainables.mabe.metrics`.
+
+    A guess is the best of the classes that the window's lab annotated, so that none is wrong because nobody looked.
+    """
     assert isinstance(model, Tagger)
-    logits_BTK, label_BT = forward(model, batch)
-    guess_BT = logits_BTK.argmax(-1)
+    logits_BTK, label_BT = scored(model, batch, config.data.context)
+    guess_BT, smoothing = logits_BTK.argmax(-1), config.loss.smoothing
     return {
-        "val_ce": weighted_entropy(logits_BTK, label_BT, model.class_weights_K, config.loss.smoothing),
+        "val_ce": weighted_entropy(logits_BTK, label_BT, model.class_weights_K, smoothing, batch.get("known")),
         **frame_scores(guess_BT, label_BT),
+        **lab_scores(guess_BT, label_BT, batch.get("lab")),
         **event_scores(guess_BT, label_BT),
     }
 
 
-TASK = Task(config=Config, model=build, data=samples, loss=loss, score=score, derived=summary, names=names)
+TASK = Task(config=Config, model=build, data=samples, loss=loss, score=score, derived=derived, names=names)
 
 
 def prepare(config: Config) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trainables.mabe.config import CLASSES
+
 Points = NDArray[np.float32]  # (frames, mice, points, 2) in units of picture width, NaN where not seen
 Labels = NDArray[np.int8]  # (frames,), an index into CLASSES, or UNLABELLED
 
@@ -20,7 +22,7 @@ class Video:
 
     name: for messages. key: its name in the data set, <lab_id>/<video_id> or the sequence's. lab: a share of each lab's
     units is held out. unit: what is held out as a whole, an animal or the video itself. read: returns points and
-    labels.
+    labels. known: the classes that its lab says it annotated, "other" among them.
     """
 
     name: str
@@ -32,3 +34,10 @@ class Video:
     mice: int
     parts: tuple[str, ...]
     read: Callable[[], tuple[Points, Labels]]
+    known: tuple[str, ...] = CLASSES
+
+
+def known_classes(video: Video, labels: Labels) -> tuple[str, ...]:
+    """Return the classes that a video's lab annotated: those that it says, and those of the video's `labels`."""
+    there = {CLASSES[number] for number in np.unique(labels) if number != UNLABELLED}
+    return tuple(name for name in CLASSES if name in there.union(video.known))
