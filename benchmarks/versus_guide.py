@@ -98,7 +98,9 @@ def search(space: Space, seconds: float, longest: float, score: float) -> None:
     }
     # One CPU for each trial's driver function, one for each worker, and as many again: Tune reserves some for pending
     # trials, and a worker that needed those would wait forever.
-    ray.init(num_cpus=4 * SLOTS, include_dashboard=False, log_to_driver=False)
+    # The dashboard, which Ray starts by default, is needed: when ASHA stops a trial, Ray Train frees its workers' CPUs
+    # only if the dashboard says that the trial's controller has gone. Without it, a search soon waits forever.
+    ray.init(num_cpus=4 * SLOTS, include_dashboard=True, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         ray.tune.Tuner(
             train_driver,
