@@ -11,7 +11,8 @@ from small_beam import SMALL, simulated
 from torch import Tensor
 
 from trainables.beam import fusion, rebuild
-from trainables.beam.config import Rebuild
+from trainables.beam.checkpoint import given_weights, unseen_settings
+from trainables.beam.config import Data, Rebuild
 from trainables.contract import Report, Trial, UserError
 from trainables.optim import Optim
 
@@ -77,3 +78,30 @@ def test_a_checkpoint_that_does_not_fit_is_told_before_anything_starts(
     wider = replace(config, model=replace(SMALL, channels=(4, 8, 12, 20)), pretrained=str(file))
     with pytest.raises(UserError, match=r"^pretrained = .*: weights of another fusion network: "):
         fusion.prepare(wider)
+
+
+def refusal(theirs: Data, ours: Data, file: Path) -> str:
+    """Why a checkpoint that was trained with one setting of the data may not be used with another; empty if it may."""
+    torch.save({"model": {}, "settings": unseen_settings(fusion.Config(data=theirs))}, file)
+    try:
+        given_weights("pretrained", str(file), fusion.Config(data=ours))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_the_adaptation_set_may_be_trained_on_afterwards_and_never_validated_on(tmp_path: Path) -> None:
+    """The protocol of the challenge is to go on with the adaptation set."""
+    file, scored = tmp_path / "x.pt", Data(root="r")
+    trained = replace(scored, adaptation="train")
+    assert not refusal(scored, trained, file)
+    assert not refusal(trained, trained, file)
+    assert "trained with data.adaptation = train, and here that is score" in refusal(trained, scored, file)
+
+
+def test_blocks_must_be_as_long_as_they_were(tmp_path: Path) -> None:
+    file, data = tmp_path / "x.pt", Data(root="r", history=20, steps=5)
+    assert not refusal(data, replace(data, block=172), file)
+    assert "trained with data.block = 172, and here that is 50" in refusal(data, replace(data, block=50), file)
+    legacy = replace(data, split="legacy")
+    assert not refusal(legacy, replace(legacy, block=50), file)

@@ -273,7 +273,9 @@ def test_without_passes_no_frame_is_on_both_sides(tmp_path: Path) -> None:
 
 def test_a_data_set_that_cannot_be_split_says_so(tmp_path: Path) -> None:
     data = positions_only(tmp_path, 24, 20)
-    with pytest.raises(UserError, match="trains on 20 windows and validates on 0; it needs two passes, or 100 frames"):
+    with pytest.raises(
+        UserError, match="trains on 20 windows and validates on 0; it needs two passes, or two blocks of 50"
+    ):
         samples(Config(data), "train")
 
 
@@ -286,6 +288,19 @@ def test_the_adaptation_set_only_validates_where_the_split_is_honest(own: Data) 
     assert (val >= table.adaptation_N).all()
     train, _ = sides_of(table, replace(own, split="legacy"))
     assert (train & table.adaptation_N).any()
+
+
+def test_an_adaptation_set_that_trains_is_one_of_the_scenarios(own: Data) -> None:
+    adapt(own, [{name: x.replace("scenario31/", "scenario34/") for name, x in row.items()} for row in rows_of(own)])
+    folder = data_root(own) / "Adaptation_dataset_multi_modal"
+    (folder / "scenario31").rename(folder / "scenario34")
+    config = Config(replace(own, adaptation="train"))
+    for side in ("train", "val"):
+        found = samples(config, side)
+        batch = found[torch.arange(len(found))]
+        assert found.scenarios == ("scenario31", "scenario34")
+        assert set(batch["scenario"].tolist()) == {0, 1}
+        assert not batch["apart"].any()
 
 
 def test_an_adaptation_set_without_passes_leaves_those_of_the_development_set(own: Data) -> None:

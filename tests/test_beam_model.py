@@ -19,7 +19,7 @@ from trainables.beam.encoders import Encoder
 from trainables.beam.fusion import Config, draw_missing, everywhere, loss
 from trainables.beam.network import FusionNetwork, OverTime
 from trainables.contract import UserError
-from trainables.optim import Optim
+from trainables.optim import Optim, undecayed
 
 SIZE, HISTORY = 32, 2
 SMALL = replace(small_beam.SMALL, dropout=0.0)
@@ -442,6 +442,19 @@ def test_half_precision_gives_nearly_the_same_logits(block: Literal["bi", "trans
     assert half.dtype is torch.float32
     full = built(batch)
     assert (half - full).abs().mean() < 0.1 * full.std()
+    assert not torch.equal(half, half.bfloat16().float()), "logits that coarse would tie, and top-k depends on ties"
+
+
+SPARED: dict[Literal["channel", "plane"], set[str]] = {"channel": set(), "plane": {"norm.weight", "norm.bias"}}
+
+
+def test_weight_decay_may_spare_norms_positions_and_what_mamba_ssm_spares() -> None:
+    for shape, more in SPARED.items():
+        net = FusionNetwork(replace(SMALL, ln_shape=shape), small_data(), GPS_WIDTH)
+        spared = undecayed(net)
+        of_matrices = [name for name, parameter in net.named_parameters() if parameter in spared and parameter.ndim > 1]
+        assert {name.rsplit(".", 1)[1] for name in of_matrices if ".norm." not in name} == {"A_log", "position_TC"}
+        assert {".".join(name.split(".")[-2:]) for name in of_matrices if ".norm." in name} == more
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,33 @@ def test_a_learning_rate_ratio_of_zero_fixes_the_whole_fusion_network(config: re
     assert any(parameter.requires_grad for parameter in model.translators.parameters())
 
 
+@pytest.mark.parametrize("freeze", [False, True])
+def test_batch_norm_of_the_fusion_network_can_keep_its_statistics(config: rebuild.Config, freeze: bool) -> None:
+    settings = Rebuild(fusion_lr_ratio=0.01, freeze_norm=freeze)
+    config = replace(config, model=replace(SMALL, norm="batch"), rebuild=settings, pretrain=Pretrain(epochs=0))
+
+    def statistics(report: Report) -> dict[str, Tensor]:
+        assert report.state is not None
+        weights = report.state()["model"]
+        return {name: tensor.clone() for name, tensor in weights.items() if name.endswith("running_mean")}
+
+    first, last = map(statistics, rebuild.train(Trial(config)))
+    moved = {name.split(".")[0] for name in first if not torch.equal(first[name], last[name])}
+    assert moved == ({"heads", "translators"} if freeze else {"heads", "translators", "fusion"})
+    with pytest.raises(UserError, match=r"rebuild\.freeze_norm = true needs model\.norm = batch and not group"):
+        replace(config, model=SMALL, rebuild=replace(settings, freeze_norm=True))
+
+
+def test_pretraining_may_hide_sensors(tmp_path: Path) -> None:
+    data = simulated(tmp_path)
+    for missing_prob in (0.0, 0.5):
+        pretrain = Pretrain(epochs=1, optim=OPTIM, missing_prob=missing_prob)
+        config = rebuild.Config(data=data, model=SMALL, optim=OPTIM, pretrain=pretrain, epochs=1)
+        assert config.fusion.missing_prob == missing_prob
+        rebuild.initial_weights(config, Trial(config))
+    assert len(list(tmp_path.glob("fusion-*.pt"))) == 2, "networks trained otherwise are kept apart"
+
+
 def test_first_stages_stay_in_eval_mode_while_the_rest_trains(config: rebuild.Config) -> None:
     encoder = network(config).fusion.encoder("lidar").resnet
     assert not encoder.embedder.training
@@ -341,6 +368,9 @@ def test_training_reports_what_is_lost_and_won_back(config: rebuild.Config) -> N
     for report in reports:
         wanted = {"dba_full", "dba_missing", "dba_rebuilt", "dba_unrebuilt", "trans", "loss_contrast", "loss_distance"}
         assert wanted <= report.metrics.keys()
+        losses = config.loss
+        assert report.metrics["loss_distance"] == losses.alpha_distance * report.metrics["unweighted_distance"] != 0
+        assert "unweighted_contrast" in report.metrics
     kept = list(Path(str(config.data.prepared)).glob("fusion-*.pt"))
     assert len(kept) == 1
     resumed = rebuild.train(Trial(config, resume=state_after(rebuild.train(Trial(config, cache=cache)), 1)))
@@ -571,3 +601,15 @@ def test_weights_that_are_negative_are_refused() -> None:
         RebuildLoss(temperature=0)
     with pytest.raises(UserError, match=r"pretrain\.epochs = -1"):
         Pretrain(epochs=-1)
+    with pytest.raises(UserError, match=r"pretrain\.missing_prob = 2 must lie between 0 and 1"):
+        Pretrain(missing_prob=2)
+
+
+def test_a_loss_of_weight_zero_has_no_value_without_it() -> None:
+    metrics = {"loss_trans": 6.0, "loss_contrast": 0.0, "loss_distance": 0.5, "loss_fusion": 1.0}
+    weights = RebuildLoss(alpha_trans=3.0, alpha_contrast=0.0, alpha_distance=0.1)
+    assert rebuild.unweighted(metrics, weights) == {
+        "unweighted_trans": 2.0,
+        "unweighted_distance": 5.0,
+        "unweighted_fusion": 1.0,
+    }

@@ -38,7 +38,16 @@ from trainables.samples import Batch, Ranks, TensorSamples
 from trainables.step import Pairs
 
 EVERYTHING = Config(
-    Optim(lr=0.02, batch_size=8, micro_batch=3, clip_norm=0.5, schedule="cosine", warmup_epochs=1.5, ema=0.9),
+    Optim(
+        lr=0.02,
+        batch_size=8,
+        micro_batch=3,
+        clip_norm=0.5,
+        schedule="cosine",
+        warmup_epochs=1.5,
+        ema=0.9,
+        ema_warmup=True,
+    ),
     epochs=4,
     dropout=0.4,
     lengths=True,
@@ -51,8 +60,11 @@ def plain_weights(config: Config, mean_of_means: bool = False) -> tuple[Tensor, 
     seed_everything(SEED, "model")
     model = toy_model(config)
     train = toy_data(config, "train", Ranks())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
-    shadow = weights_of(model)
+    spared = [parameter for parameter in model.parameters() if parameter.ndim < 2 and optim.decayed == "weights"]
+    others = [parameter for parameter in model.parameters() if all(parameter is not one for one in spared)]
+    groups = [{"params": others, "weight_decay": optim.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr)
+    shadow, steps = weights_of(model), 0
     for epoch in range(config.epochs):
         for batch in order(config, epoch):
             parts = batch.split(optim.micro_batch or len(batch)) if mean_of_means else (batch,)
@@ -63,7 +75,9 @@ def plain_weights(config: Config, mean_of_means: bool = False) -> tuple[Tensor, 
             if optim.clip_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
             optimizer.step()
-            shadow = 0.9 * shadow + 0.1 * weights_of(model)
+            steps += 1
+            decay = min(0.9, (1 + steps) / (10 + steps)) if optim.ema_warmup else 0.9
+            shadow = decay * shadow + (1 - decay) * weights_of(model)
     return weights_of(model), shadow
 
 
@@ -165,14 +179,38 @@ def test_a_step_in_which_nothing_counts_is_told_like_any_other(count: float, squ
     assert math.isnan(count) or 0 < terms["size"] < 1e3
 
 
+@pytest.mark.parametrize("decayed", ["all", "weights"])
+def test_weight_decay_may_leave_out_biases(decayed: Any) -> None:
+    config = Config(Optim(lr=0.05, batch_size=8, weight_decay=0.9, decayed=decayed))
+    torch.testing.assert_close(run(config).weights[-1], plain_weights(config)[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("eval_batch", [1, 3, 100])
+def test_validation_may_pass_more_samples_at_once_or_fewer(eval_batch: int) -> None:
+    sizes: list[int] = []
+
+    def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        sizes.append(len(batch["x"]))
+        return toy_score(model, batch, config)
+
+    optim = Optim(lr=0.01, batch_size=8, micro_batch=2)
+    done = run(Config(replace(optim, eval_batch=eval_batch), epochs=1), replace(TOY, score=score))
+    val = len(toy_data(Config(), "val", Ranks()))
+    assert max(sizes) == min(eval_batch, val)
+    assert sum(sizes) == val
+    assert done.metrics[-1] == pytest.approx(run(Config(optim, epochs=1)).metrics[-1], rel=1e-5)
+    assert done.metrics[-1]["micro_batch"] == 2
+
+
 def test_a_mean_of_means_would_be_noticed() -> None:
     config = Config(Optim(lr=0.01, batch_size=8, micro_batch=3), lengths=True)
     right, wrong = plain_weights(config)[0], plain_weights(config, mean_of_means=True)[0]
     assert (right - wrong).abs().max() > 1e-3
 
 
-def test_scores_are_those_of_the_shadow_and_the_state_holds_both() -> None:
-    config = Config(Optim(lr=0.01, batch_size=8, ema=0.9))
+@pytest.mark.parametrize("warmup", [False, True])
+def test_scores_are_those_of_the_shadow_and_the_state_holds_both(warmup: bool) -> None:
+    config = Config(Optim(lr=0.01, batch_size=8, ema=0.9, ema_warmup=warmup))
     weights, shadow = plain_weights(config)
     done = run(config)
     state = done.states[-1]

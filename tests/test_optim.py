@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trainables.contract import UserError
-from trainables.optim import EarlyStop, Optim, Patience, Plateau, Restarts, adamw, lr_factor
+from trainables.optim import EarlyStop, Optim, Patience, Plateau, Restarts, adamw, lr_factor, mark_undecayed
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,8 @@ def test_constant_and_cosine_schedules(schedule: Any, warmup_epochs: float, fact
         ("clip_norm", 0.0, "be a positive number"),
         ("batch_size", 0, "be at least 1"),
         ("micro_batch", 0, "be at least 1"),
+        ("eval_batch", 0, "be at least 1"),
+        ("decayed", "none", "be one of all, weights"),
         ("weight_decay", -0.1, "be 0 or a positive number"),
         ("schedule", "linear", "be one of constant, cosine, notes"),
         ("warmup_epochs", -1, "be 0 or a positive number"),
@@ -146,8 +148,9 @@ def small_optimizer(weight_decay: float, ratios: dict[str, float], *trained: str
     """Over a layer of two inputs and one output that has its gradients. ratios: of the learning rate, by name."""
     layer = nn.Linear(2, 1)
     layer(torch.tensor([[1.0, 2.0]])).sum().backward()
-    named = {name: parameter for name, parameter in layer.named_parameters() if not trained or name in trained}
-    return adamw(named, lambda name: ratios.get(name, 1.0), Optim(lr=0.1, weight_decay=weight_decay))
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(not trained or name in trained)
+    return adamw(layer, lambda name: ratios.get(name, 1.0), Optim(lr=0.1, weight_decay=weight_decay))
 
 
 def test_what_an_optimizer_knows_takes_the_layout_of_the_weights_it_is_for() -> None:
@@ -156,7 +159,7 @@ def test_what_an_optimizer_knows_takes_the_layout_of_the_weights_it_is_for() -> 
     models = [nn.Conv2d(3, 5, 3), nn.Conv2d(3, 5, 3)]
     weight = models[1].weight
     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-    optimizers = [adamw(dict(model.named_parameters()), lambda name: 1.0, Optim(lr=0.1)) for model in models]
+    optimizers = [adamw(model, lambda name: 1.0, Optim(lr=0.1)) for model in models]
     for step in range(2):
         models[1].load_state_dict(models[0].state_dict())
         if step:
@@ -166,3 +169,29 @@ def test_what_an_optimizer_knows_takes_the_layout_of_the_weights_it_is_for() -> 
             model(x_BCHW).square().mean().backward()
             optimizer.step()
     torch.testing.assert_close(models[1].state_dict(), models[0].state_dict())
+
+
+class Net(nn.Module):
+    """Parameters of every kind that weight decay treats differently."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+        self.plane = nn.LayerNorm((2, 4))  # its weight is a matrix
+        self.norms = nn.ModuleList([nn.BatchNorm1d(4), nn.GroupNorm(2, 4), nn.RMSNorm(4)])
+        self.marked, self.unmarked = nn.Parameter(torch.zeros(2, 4)), nn.Parameter(torch.zeros(2, 4))
+        self.frozen = nn.Parameter(torch.zeros(2, 4), requires_grad=False)
+        mark_undecayed(self.marked)
+
+
+@pytest.mark.parametrize(("decayed", "expected"), [("weights", {"linear.weight", "unmarked"}), ("all", None)])
+def test_weight_decay_applies_to_what_it_says(decayed: Any, expected: set[str] | None) -> None:
+    net = Net()
+    optimizer = adamw(net, lambda name: 0.5 if name.startswith("linear") else 1.0, Optim(decayed=decayed))
+    trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    decay = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert decay.keys() == trained, "each once, whatever its group"
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
+    assert {name for name, value in decay.items() if value} == (trained if expected is None else expected)
+    ratios = {name: group["lr_scale"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert all(ratio == (0.5 if name.startswith("linear") else 1.0) for name, ratio in ratios.items())

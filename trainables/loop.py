@@ -91,9 +91,9 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     kept = StoredModel(model, task.saved)
     plain = Loss(task.loss, model, config).to(device)
     micro_batch = micro_batch_that_fits(plain, train, trial, ranks)
-    optimizer = adamw(trained, task.lr_scale, optim)
+    optimizer = adamw(model, task.lr_scale, optim)
     scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
-    ema = Ema(trained, optim.ema)
+    ema = Ema(trained, optim)
     guard = Guard(Replay(plain, train, optim, device, ranks), functools.partial(task.names, config))
     patience, best = Patience(optim), Best({"model": kept, "ema": ema})
     parts = {"model": kept, "optimizer": optimizer, "scaler": scaler, "ema": ema, "guard": guard, "patience": patience}
@@ -110,6 +110,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         batches = on_device(train, [micro for share in shares for micro in share.micros], device)
         records = list[StepRecord]()
         for index, share in enumerate(shares):
+            step = epoch * len(shares) + index
             drawn = generators(device)
             lr = patience.lr_ratio * optim.lr * lr_factor(optim, epoch + (index + 0.5) / len(shares), config.epochs)
             set_lr(optimizer, lr)
@@ -128,11 +129,11 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
                 by_part = part_norms(task.part, trained, divisor)
             fused_step(optimizer, divisor * clip_divisor(norm, optim.clip_norm), skip)
             scaler.update()
-            ema.update()
+            ema.update(step)
 
             records.append(StepRecord(summed.sums_T, count, norm, overflow))
             guard.check()  # the previous step's verdict
-            guard.follow(Step(epoch * len(shares) + index, epoch, lr, scale, share, drawn, summed, count))
+            guard.follow(Step(step, epoch, lr, scale, share, drawn, summed, count))
         guard.check()
         if not get_total_norm(trained.values()).isfinite():
             raise guard.weights_blown_up()
@@ -291,11 +292,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the scores over all samples of all ranks, and the derived metrics; scores with a zero count are omitted.
 
-    micro_batch: samples that a rank passes through the model at once; None: `optim.micro_batch`, or without one its
-        share of an effective batch.
+    micro_batch: samples that a rank passes through the model at once unless `optim.eval_batch` says; None:
+        `optim.micro_batch`, or without one its share of an effective batch.
     """
     optim, device = trial.config.optim, trial.device
-    micro_batch = micro_batch or optim.micro_batch or -(-optim.batch_size // ranks.size)
+    micro_batch = optim.eval_batch or micro_batch or optim.micro_batch or -(-optim.batch_size // ranks.size)
     share = share_of(torch.arange(len(samples)), ranks, None)
     (mine,) = share.micros  # split unevenly below, which does no harm in eval mode
     totals: dict[str, Tensor] = {}

@@ -13,6 +13,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trainables.contract import UserError
 
+UNDECAYED = "_no_weight_decay"  # mamba-ssm's name for the mark on a parameter
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:
     """Raise `UserError` with the name, the value and the rule unless `holds`."""
@@ -100,11 +103,17 @@ class Optim:
     clip_norm: largest norm of the whole gradient, over all parameters and ranks; None: no clipping.
     batch_size: the EFFECTIVE batch: samples per optimizer step over all ranks and micro-batches.
     micro_batch: most samples that one rank passes through the model at once; None: its whole share of the batch.
+    eval_batch: the same in validation, where scores do not depend on it; None: as many as in training. Memory is
+        probed for training alone: if too large, it makes a trial run out of memory.
     schedule: "constant"; "cosine", to zero at the last epoch; "notes", the lab notes' cosine with `restarts`, constant
         within each epoch. All start with a warm-up: linear, or half a cosine in "notes".
+    decayed: what weight decay applies to. "all": every parameter, as torch's AdamW does. "weights": not biases, the
+        parameters of norms, and others that their module marks (`mark_undecayed`).
     compile: run the training step through torch.compile, anew for every trial; pays off in long trials.
     ema: decay per step of an exponential moving average (EMA) of the parameters; None: no EMA. Scores are then the
         EMA's; a checkpoint holds both.
+    ema_warmup: after n steps let the decay be at most (1 + n) / (10 + n), so that the first epochs are not scored by
+        the initial weights.
     spike: ends a trial as diverged while its loss is still finite; None: only values that are not finite do.
     plateau: lowers the rate when a metric stalls; None: only the schedule sets the rate.
     early_stop: ends a trial when a metric stalls, with its best epoch; None: run all epochs.
@@ -114,13 +123,16 @@ class Optim:
     clip_norm: float | None = None
     batch_size: int = 24
     micro_batch: int | None = None
+    eval_batch: int | None = None
     weight_decay: float = 0.01
+    decayed: Literal["all", "weights"] = "all"
     schedule: Literal["constant", "cosine", "notes"] = "constant"
     warmup_epochs: float = 0.0
     restarts: Restarts = field(default_factory=Restarts)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
     ema: float | None = None
+    ema_warmup: bool = False
     spike: Spike | None = None
     plateau: Plateau | None = None
     early_stop: EarlyStop | None = None
@@ -130,10 +142,11 @@ class Optim:
         require(0 < self.lr < math.inf, "optim.lr", self.lr, positive)
         require(self.clip_norm is None or 0 < self.clip_norm < math.inf, "optim.clip_norm", self.clip_norm, positive)
         require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "be at least 1")
-        require(
-            self.micro_batch is None or self.micro_batch >= 1, "optim.micro_batch", self.micro_batch, "be at least 1"
-        )
+        for name in ("micro_batch", "eval_batch"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"optim.{name}", value, "be at least 1")
         require(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "be 0 or a positive number")
+        require(self.decayed in ("all", "weights"), "optim.decayed", self.decayed, "be one of all, weights")
         schedules = ("constant", "cosine", "notes")
         require(self.schedule in schedules, "optim.schedule", self.schedule, f"be one of {', '.join(schedules)}")
         require(
@@ -193,19 +206,39 @@ def _names(state_dict: Mapping[str, Any]) -> list[str]:
     return [name for group in state_dict["param_groups"] for name in group["param_names"]]
 
 
-def adamw(trained: Mapping[str, nn.Parameter], lr_scale: Callable[[str], float], optim: Optim) -> AdamW:
-    """Return fused AdamW over these parameters, with one group for each learning-rate ratio (its "lr_scale")."""
-    groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in trained.items():
-        ratio = float(lr_scale(name))
-        require(0 <= ratio < math.inf, f"lr_scale({name!r})", ratio, "be 0 or a positive number")
-        groups.setdefault(ratio, []).append((name, parameter))
+def adamw(model: nn.Module, lr_scale: Callable[[str], float], optim: Optim) -> AdamW:
+    """Return fused AdamW over a model's parameters that require gradients.
+
+    There is one group for each learning-rate ratio (its "lr_scale") and weight decay.
+    """
+    spared = undecayed(model) if optim.decayed == "weights" else frozenset()
+    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            ratio = float(lr_scale(name))
+            require(0 <= ratio < math.inf, f"lr_scale({name!r})", ratio, "be 0 or a positive number")
+            decay = 0.0 if parameter in spared else optim.weight_decay
+            groups.setdefault((ratio, decay), []).append((name, parameter))
     return AdamW(
-        [{"params": named, "lr_scale": ratio} for ratio, named in groups.items()],
+        [{"params": named, "lr_scale": ratio, "weight_decay": decay} for (ratio, decay), named in groups.items()],
         lr=optim.lr,
-        weight_decay=optim.weight_decay,
         fused=True,
     )
+
+
+def undecayed(model: nn.Module) -> frozenset[nn.Parameter]:
+    """Return the parameters that weight decay only harms: vectors, those of norms, and those marked by their module."""
+    of_norms = {
+        parameter for module in model.modules() if isinstance(module, NORMS) for parameter in module.parameters()
+    }
+    marked = {parameter for parameter in model.parameters() if getattr(parameter, UNDECAYED, False)}
+    return frozenset(of_norms | marked | {parameter for parameter in model.parameters() if parameter.ndim < 2})
+
+
+def mark_undecayed(*parameters: nn.Parameter) -> None:
+    """Mark parameters that are no vectors and yet to be left without weight decay by `Optim.decayed` "weights"."""
+    for parameter in parameters:
+        setattr(parameter, UNDECAYED, True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -232,17 +265,22 @@ def fused_step(optimizer: torch.optim.AdamW, divisor: Tensor, skip: Tensor) -> N
 
 
 class Ema:
-    """An exponential moving average (the shadow) of the parameters, with a decay per step; None: keeps no shadow."""
+    """An exponential moving average (the shadow) of the parameters, by `Optim.ema` and `Optim.ema_warmup`.
 
-    def __init__(self, trained: Mapping[str, nn.Parameter], decay: float | None) -> None:
-        self._trained = dict(trained) if decay is not None else {}
+    Without `Optim.ema` it keeps no shadow.
+    """
+
+    def __init__(self, trained: Mapping[str, nn.Parameter], optim: Optim) -> None:
+        self._trained = dict(trained) if optim.ema is not None else {}
         self._shadow = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
-        self._follow = get_ema_multi_avg_fn(decay or 0.0)
+        self._decay, self._warms_up = optim.ema or 0.0, optim.ema_warmup
 
-    def update(self) -> None:
-        """Move the shadow towards the current parameters."""
+    def update(self, step: int) -> None:
+        """Move the shadow towards the current parameters, after the step with this number (from 0)."""
         if self._shadow:
-            self._follow(list(self._shadow.values()), list(self._trained.values()), 0)  # 0: a count that is not used
+            decay = min(self._decay, (2 + step) / (11 + step)) if self._warms_up else self._decay
+            follow = get_ema_multi_avg_fn(decay)
+            follow(list(self._shadow.values()), list(self._trained.values()), 0)  # 0: a count that is not used
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainables.beam.config import HEADS, Model
 from trainables.beam.mamba import Mamba
+from trainables.optim import mark_undecayed
 
 POSITION_SPREAD = 0.3
 
@@ -24,6 +25,7 @@ class Fusion(nn.Module):
         # The published table starts from zeros. Tokens with distinct positions from the start learn much faster.
         spread = 0.0 if model.mamba_init == "legacy" else POSITION_SPREAD
         self.position_TC = nn.Parameter(spread * torch.randn(tokens, width))
+        mark_undecayed(self.position_TC)
         self.dropout = nn.Dropout(model.dropout)
         block = BLOCKS[model.block]
         self.blocks = nn.Sequential(*(block(tokens, width, model) for _ in range(model.n_layer)))

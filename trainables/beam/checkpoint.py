@@ -1,16 +1,28 @@
-"""Checkpoints of the beam family: the training settings in them, and their weights."""
+"""Checkpoints of the beam family: what training noted in them besides their weights, and the weights.
+
+Legend: N windows, S training windows.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from trainables.beam.config import Data, Model
-from trainables.checkpoint import Weights, first_difference, read_checkpoint, weights_of
-from trainables.contract import UserError
+from trainables.beam.prepare import array_path, prepare_data
+from trainables.beam.split import split
+from trainables.beam.table import POWER, Table
+from trainables.checkpoint import SETTINGS, Weights, first_difference, read_checkpoint, weights_of
+from trainables.contract import State, UserError
+
+TRAINED = "trained_on"  # the key of the training windows among a checkpoint's settings
 
 
 class HasNetwork(Protocol):
@@ -23,10 +35,37 @@ class HasNetwork(Protocol):
     def model(self) -> Model: ...
 
 
+def settings_of(config: HasNetwork) -> dict[str, Any]:
+    """Return what a checkpoint stores beside the weights, because they do not reveal it.
+
+    These are the settings that must agree, and which windows were trained on: the `sweep_digests` of these, (S,).
+    """
+    table = prepare_data(config.data)
+    digest_N = sweep_digests(table, np.load(array_path(config.data, table, POWER)))
+    trained_N = split(table, config.data)[0].holds(len(digest_N))
+    return {**unseen_settings(config), TRAINED: torch.from_numpy(digest_N[trained_N])}
+
+
+def trained_on(state: State) -> Tensor | None:
+    """Return the `sweep_digests` of the windows that a checkpoint trained on; None if it does not say."""
+    found: Tensor | None = state.get(SETTINGS, {}).get(TRAINED)
+    return found
+
+
+def sweep_digests(table: Table, power: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return a digest of the powers at each window's newest instant, (N,), given the decoded power files.
+
+    Measured powers are never the same twice: they tell a window wherever its files lie.
+    """
+    sweeps = power[table.groups[POWER].at_NK[:, 0]]
+    digests = (hashlib.blake2b(sweep.tobytes(), digest_size=8).digest() for sweep in sweeps)
+    return np.frombuffer(bytearray(b"".join(digests)), dtype=np.int64)
+
+
 def unseen_settings(config: HasNetwork) -> dict[str, Any]:
     """Return by name the settings on which the weights' meaning and the held-out windows depend.
 
-    Only those that the weights' shapes do not reveal; a checkpoint stores them beside the weights.
+    Only those that the weights' shapes do not reveal. Whoever uses the weights must use the same.
     """
     model, data = config.model, config.data
     wanted = ["block", "time_fusion"]
@@ -37,10 +76,12 @@ def unseen_settings(config: HasNetwork) -> dict[str, Any]:
     wanted += ["gps_repr"] if "gps" in data.modalities else []
     wanted += ["camera"] if "image" in data.modalities else []
     wanted += ["lidar", "scenario_fov"] if "lidar" in data.modalities else []
-    wanted += ["augment", "flip"] if data.split == "legacy" else []  # copies are made before this split is drawn
+    wanted += ["augment", "flip"] if data.split == "legacy" else ["adaptation"]  # copies are made before that is drawn
     settings |= {f"data.{name}": getattr(data, name) for name in wanted}
     settings["data.longest_history"] = data.reach  # or data.history: with the steps, this determines the windows
     settings["data.steps"] = data.steps
+    if data.split == "honest" and data.root is not None:  # simulated windows have passes
+        settings["data.block"] = data.block_files
     settings["data.simulated"] = asdict(data.simulated) if data.root is None else None
     return settings
 
@@ -48,14 +89,18 @@ def unseen_settings(config: HasNetwork) -> dict[str, Any]:
 def given_weights(name: str, path: str, config: HasNetwork) -> Weights:
     """Load the weights of the fusion checkpoint `path`, given in the setting `name`, for networks of `config`.
 
-    Raises `UserError` if it is no such checkpoint, or was trained with other `unseen_settings`.
+    Raises `UserError` if it is no such checkpoint, or was trained with other `unseen_settings`; but training may go on
+    with the adaptation set.
     """
     what = f"{name} = {path}"
     file = Path(path).expanduser()
     if file.is_dir():
         raise UserError(f"{what}: it is a folder; give the checkpoint in it, {file / 'checkpoint.pt'} if exported")
     state = read_checkpoint(file, what)
-    if (other := first_difference(state, unseen_settings(config))) is not None:
+    wanted = unseen_settings(config)
+    if config.data.adaptation == "train":  # what is held out here has then trained nothing there, either way
+        wanted.pop("data.adaptation", None)
+    if (other := first_difference(state, wanted)) is not None:
         setting, theirs, ours = other
         raise UserError(
             f"{what}: it was trained with {setting} = {theirs}, and here that is {ours}. Its weights would mean "

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from trainables.beam.checkpoint import load_given, unseen_settings
+from trainables.beam.checkpoint import load_given, settings_of
 from trainables.beam.config import SENSORS, BeamLoss, Data, Modality, Model
 from trainables.beam.data import describe, gps_width, names, samples
 from trainables.beam.encoders import pretrained_weights
@@ -194,7 +194,7 @@ def memory_need(trial: Trial) -> int:
 
 
 def train(trial: Trial) -> Iterator[Report]:
-    guessing, settings = dba_of_guessing(trial.config), unseen_settings(trial.config)
+    guessing, settings = dba_of_guessing(trial.config), settings_of(trial.config)
     for report in fit(task_for(trial.config), trial):
         assert report.state is not None
         state = functools.partial(with_settings, report.state, settings)

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trainables.optim import mark_undecayed
+
 _NO_KERNEL = ""  # why there is none
 try:  # optional: needs nvcc at build time
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -151,6 +153,7 @@ class Mamba(nn.Module):
         self.dt_proj = nn.Linear(self.dt_rank, inner)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
+        mark_undecayed(self.A_log, self.D)
         self.out_proj = nn.Linear(inner, width, bias=False)
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         with torch.no_grad():

@@ -18,18 +18,25 @@ ALMOST_SURE = 2**-24  # distance from 1 to the next smaller float32
 
 
 def beam_scores(logits_K: Tensor, beam: Tensor) -> dict[str, Tensor]:
-    """Return scores by name, each with the shape of `beam`, (...); `logits_K` is (..., K).
+    """Return `guess_scores` of the likeliest beams, each with the shape of `beam`, (...); `logits_K` is (..., K).
+
+    Logits that are not finite score 0, because their order would be that of beam numbers, which is no guess.
+    """
+    counts = logits_K.isfinite().all(dim=-1)
+    guess_R = logits_K.topk(RANKS, dim=-1).indices
+    return {name: values * counts for name, values in guess_scores(guess_R, beam).items()}
+
+
+def guess_scores(guess_R: Tensor, beam: Tensor) -> dict[str, Tensor]:
+    """Return scores by name, each with the shape of `beam`, (...); the guesses, best first, are (..., R).
 
     Names are dba, y1 to y3, and top1 to top3. top<k> is 100 if the beam is among the first k guesses, else 0: its mean
     is in percent. Y_k scores the best of the first k guesses, 1 - min(|guess - beam| / 5, 1); DBA is the mean of Y_1,
-    Y_2 and Y_3. Beams are not circular: 0 and 63 are not neighbours. Logits that are not finite score 0, because their
-    order would be that of beam numbers, which is no guess.
+    Y_2 and Y_3. Beams are not circular: 0 and 63 are not neighbours.
     """
-    off_R = (logits_K.topk(RANKS, dim=-1).indices - beam[..., None]).abs()
-    best_R = off_R.cummin(dim=-1).values
-    counts_1 = logits_K.isfinite().all(dim=-1, keepdim=True)
-    y_R = (1 - best_R / DELTA_BEAMS).clamp(min=0) * counts_1
-    hit_R = (best_R == 0) * counts_1 * 100.0
+    best_R = (guess_R - beam[..., None]).abs().cummin(dim=-1).values
+    y_R = (1 - best_R / DELTA_BEAMS).clamp(min=0)
+    hit_R = (best_R == 0) * 100.0
     scores = {"dba": y_R.mean(-1)}
     for k in range(RANKS):
         scores[f"y{k + 1}"] = y_R[..., k]

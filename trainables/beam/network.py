@@ -163,8 +163,11 @@ class FusionNetwork(nn.Module):
                 positions_B2C = self.positions(stage, description_B2W, positions_B2C)
             maps, positions_B2C = self._fuse_stage(fusion, self.anchors[stage], maps, positions_B2C)
         frames = [x_FCYX.mean((2, 3)).unflatten(0, (-1, self.history)) for x_FCYX in maps.values()]
-        logits_BZ: Tensor = self.head(self.over_time(frames, positions_B2C))
-        return (logits_BZ if self.ahead is None else self.ahead(logits_BZ)).float()
+        fused_BC = self.over_time(frames, positions_B2C).float()
+        # In bfloat16, beams next to each other would tie, and the order of a tie decides what is ranked first.
+        with torch.autocast(fused_BC.device.type, enabled=False):
+            logits_BZ: Tensor = self.head(fused_BC)
+            return logits_BZ if self.ahead is None else self.ahead(logits_BZ)
 
     def _fuse_stage(
         self, fusion: nn.Module, anchors: int, maps: Maps, positions_B2C: Tensor | None

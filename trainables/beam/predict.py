@@ -1,12 +1,16 @@
-"""Predicts the beams of unlabelled windows, with a model that `launch.py --export best MODEL` wrote.
+"""Predicts the beams of other windows, with a model that `launch.py --export best MODEL` wrote.
 
     python -m trainables.beam.predict MODEL WINDOWS.csv OUT
 
-WINDOWS.csv lists windows as the challenge's test set does, with files relative to its folder. OUT/beam_pred.csv has a
-row for each, `index, top-1 beam, top-2 beam, top-3 beam`, with beams from 1 to 64, those of several steps joined by
-`_`; OUT/beam_confidence.csv has the largest softmax probability of each. A rebuild model rebuilds its targets, whose
-columns and files may be missing. If a model's inputs depend on its training data (`gps_repr: local`, `lidar: filtered`,
+WINDOWS.csv lists windows as the challenge's sets do, with files relative to its folder. OUT/beam_pred.csv has a row
+for each, `index, top-1 beam, top-2 beam, top-3 beam`, with beams from 1 to 64, those of several steps joined by `_`;
+OUT/beam_confidence.csv has the largest softmax probability of each. A rebuild model rebuilds its targets, whose columns
+and files may be missing. If a model's inputs depend on its training data (`gps_repr: local`, `lidar: filtered`,
 `camera`), these must still be where MODEL/config.yaml says.
+
+If WINDOWS.csv has labels, `unit1_beam` from 1 to 64 with the powers that it follows from, as for training, the scores
+of the beams are printed, computed as a search does for validation windows, and how many of the windows the model was
+trained on.
 
 Legend: B windows of a batch, N of the CSV, P steps (no axis if there is one step), H instants, R guesses.
 """
@@ -19,17 +23,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from trainables.beam import fusion, rebuild
-from trainables.beam.checkpoint import unseen_settings
+from trainables.beam.checkpoint import sweep_digests, trained_on, unseen_settings
 from trainables.beam.config import SENSORS, Data
 from trainables.beam.data import frames_of, gps_of_others
-from trainables.beam.metrics import RANKS
-from trainables.beam.prepare import find_table, picture_folders, prepare_arrays
-from trainables.beam.table import GROUPS, read_unlabelled
+from trainables.beam.metrics import RANKS, guess_scores
+from trainables.beam.prepare import array_path, find_table, labels, picture_folders, prepare_arrays
+from trainables.beam.table import BEAM, GROUPS, POWER, has_labels, read_labelled, read_unlabelled
 from trainables.checkpoint import read_checkpoint
 from trainables.contract import UserError, default_device
 from trainables.exported import check_settings, load_weights, make_room, predict_command, read_config, trainable_of
@@ -45,12 +50,26 @@ FAMILIES: dict[str, type[fusion.Config | rebuild.Config]] = {
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network. data: the inputs it needs. logits: computes (B, 64) or (B, P, 64) from a batch."""
+    """A trained network. data: the inputs it needs. logits: computes (B, 64) or (B, P, 64) from a batch.
+
+    trained_on: digests of the windows that it was trained on, see `sweep_digests`; None if its checkpoint has none.
+    """
 
     config: fusion.Config | rebuild.Config
     data: Data
     network: nn.Module
     logits: Callable[[Batch], Tensor]
+    trained_on: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a CSV's windows: best beams from 0, (N,) or (N, P); digests as in a model's `trained_on`, (N,)."""
+
+    beam: Tensor
+    scenarios: tuple[str, ...]
+    scenario_N: Tensor
+    digest_N: Tensor
 
 
 def read_model(folder: Path) -> Model:
@@ -77,7 +96,7 @@ def read_model(folder: Path) -> Model:
         whole = fusion.build(replace(config, pretrained=None))
         model = Model(config, config.data, whole, lambda batch: whole.fuse(whole.first_maps(batch), batch.get("gps")))
     load_weights(model.network, state, folder)
-    return model
+    return replace(model, trained_on=trained_on(state))
 
 
 def batches(model: Model, windows: Path) -> tuple[tuple[str, ...], Iterator[Batch]]:
@@ -139,6 +158,51 @@ def predict(model: Model, windows: Path, device: torch.device) -> tuple[tuple[st
     return names, torch.cat(beams), torch.cat(confidence)
 
 
+def read_labels(windows: Path, data: Data) -> Labels | None:
+    """Return the labels in a CSV, checked and relabelled as for training; None if it has none.
+
+    Raises `UserError` if training would not read them.
+    """
+    if not has_labels(windows):
+        return None
+    try:
+        table = read_labelled(windows, data.steps)
+        here = replace(data, root=str(table.root))
+        prepare_arrays(here, table, [POWER])
+        power = np.load(array_path(here, table, POWER))
+        beam_NP = torch.from_numpy(labels(table, power)[:, : data.steps])
+    except UserError as error:
+        raise UserError(f"{error}; or remove the column {BEAM}, to predict without scores") from None
+    return Labels(
+        beam=beam_NP[:, 0] if data.steps == 1 else beam_NP,
+        scenarios=table.scenarios,
+        scenario_N=torch.tensor(table.scenario_N),
+        digest_N=torch.from_numpy(sweep_digests(table, power)),
+    )
+
+
+def told(beams: Tensor, truth: Labels, trained: Tensor | None) -> str:
+    """Say how many of the labelled windows were trained on, and the scores of their guesses, (N, ..., R).
+
+    The scores are a search's: a line for overall scores, and one each for scenarios and steps if there are several.
+    """
+    found, every = guess_scores(beams, truth.beam), torch.ones(len(beams), dtype=torch.bool)
+    groups = (
+        {name: fusion.total(found[name], every) for name in fusion.REPORTED},
+        fusion.by_scenario(found["dba"], truth.scenario_N, truth.scenarios),
+        fusion.by_step(found["dba"], every),
+    )
+    lines = [
+        ", ".join(f"{name} {float(total) / float(count):.4f}" for name, (total, count) in pairs.items())
+        for pairs in groups
+    ]
+    if trained is None:
+        seen = "how many of them the model was trained on is unknown, as its checkpoint does not say"
+    else:
+        seen = f"the model was trained on {int(torch.isin(truth.digest_N, trained).sum())} of them"
+    return "\n".join([f"they have labels; {seen}:", *filter(None, lines)])
+
+
 def write(folder: Path, names: Sequence[str], beams: Tensor, confidence: Tensor) -> None:
     """Write beam_pred.csv and beam_confidence.csv; beams are counted from 1."""
 
@@ -157,11 +221,14 @@ def _write_csv(path: Path, header: Sequence[str], names: Sequence[str], rows: Se
 
 
 def write_beams(model: Path, windows: Path, out: Path) -> str:
-    """Predict and write both files; return a message that says what was done."""
+    """Predict and write both files; return a message with what was done, and the scores if there are labels."""
     make_room([out / BEAMS_FILE, out / SURE_FILE])
-    names, beams, confidence = predict(read_model(model), windows, default_device())
+    trained = read_model(model)
+    truth = read_labels(windows, trained.config.data)
+    names, beams, confidence = predict(trained, windows, default_device())
     write(out, names, beams, confidence)
-    return f"beams of {len(names)} windows: {out / BEAMS_FILE}"
+    done = f"beams of {len(names)} windows: {out / BEAMS_FILE}"
+    return done if truth is None else f"{done}\n{told(beams, truth, trained.trained_on)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

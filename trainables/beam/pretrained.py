@@ -80,6 +80,7 @@ def key(config: fusion.Config, seed: int, arrays: Sequence[str]) -> str:
         del settings["score_without"]  # affects scores only, not training
     del settings["score_each"], settings["pretrained"]  # have no effect on pre-training
     del settings["model"]["channels_last"]  # a memory layout, which changes no weight's meaning
+    del settings["optim"]["eval_batch"]  # affects the time of scoring only
     if config.missing_prob == 0 and config.model.missing == "randlike" and MISSING not in watched:
         settings["model"]["missing"] = (
             "zerolike"  # neither has tokens to learn, and they differ only where a sensor is missing

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.beam import features, fusion
-from trainables.beam.checkpoint import given_weights, load_given, unseen_settings
+from trainables.beam.checkpoint import given_weights, load_given, settings_of
 from trainables.beam.config import Data, Modality, Model, Pretrain, Rebuild, RebuildLoss
 from trainables.beam.data import names
 from trainables.beam.health import dba_of_guessing, fusion_part, fusion_signs, stage_spreads
@@ -69,6 +69,11 @@ class Config:
                 f"rebuild.mistakes = {list(self.rebuild.mistakes)} needs model.norm = batch and not {self.model.norm}: "
                 "only batch norm is another in training mode"
             )
+        if self.rebuild.freeze_norm and self.model.norm != "batch":
+            raise UserError(
+                f"rebuild.freeze_norm = true needs model.norm = batch and not {self.model.norm}: only batch norm keeps "
+                "statistics"
+            )
         if "picture_scale" in self.rebuild.mistakes and "image" not in self.data.modalities:
             raise UserError(
                 f"rebuild.mistakes = {list(self.rebuild.mistakes)} needs image among data.modalities "
@@ -106,6 +111,7 @@ class Config:
             loss=self.loss.beam,
             epochs=max(self.pretrain.epochs, 1),  # a valid value; with 0 epochs of pre-training it is not used
             score_without=self.rebuild.target,
+            missing_prob=self.pretrain.missing_prob,
         )
 
 
@@ -222,6 +228,16 @@ def recovered(upper: float, missing: float, rebuilt: float) -> dict[str, float]:
     return {"recovered": (rebuilt - missing) / (upper - missing)} if upper - missing > NO_LOSS else {}
 
 
+def unweighted(metrics: Mapping[str, float], loss: RebuildLoss) -> dict[str, float]:
+    """Return the loss terms without their weights, to be compared between trials; those of weight 0 are omitted."""
+    weights = {name: getattr(loss, f"alpha_{name}") for name in ("trans", "contrast", "distance", "fusion")}
+    return {
+        f"unweighted_{name}": metrics[f"loss_{name}"] / weight
+        for name, weight in weights.items()
+        if weight > 0 and f"loss_{name}" in metrics
+    }
+
+
 def micro_sizes(batch: int, micro_batch: int, ranks: int) -> list[int]:
     """Return the sizes, in windows, of an effective batch's micro-batches over all ranks."""
     shares = [share_of(torch.arange(batch), Ranks(rank, ranks), micro_batch) for rank in range(ranks)]
@@ -318,11 +334,17 @@ def train(trial: Trial) -> Iterator[Report]:
     before, guessing = scores_before(config, network, maps, trial), dba_of_guessing(config)
     del network
     batch = min(config.optim.batch_size, len(features.samples(config, "train")))
-    settings = unseen_settings(config.fusion)
+    settings = settings_of(config.fusion)
     for report in fit(task_for(config, weights, maps), trial):
         assert report.state is not None
         share = recovered(before["dba_upper"], before["dba_missing"], report.metrics["dba_rebuilt"])
         sizes = micro_sizes(batch, int(report.metrics["micro_batch"]), trial.world_size)
-        more = {**before, **share, "dba_rebuilt_chance": guessing, **contrast_signs(sizes, config.loss)}
+        more = {
+            **before,
+            **share,
+            **unweighted(report.metrics, config.loss),
+            "dba_rebuilt_chance": guessing,
+            **contrast_signs(sizes, config.loss),
+        }
         state = functools.partial(with_settings, report.state, settings)
         yield replace(report, metrics={**report.metrics, **more}, state=state)

@@ -43,6 +43,10 @@ class RebuildNetwork(nn.Module):
         trained = {"frozen": (), "trained": concerned, "copied": fusion.sensors}[rebuild.encoders]
         first = [stage for sensor in fusion.sensors if sensor not in trained for stage in first_stages(fusion, sensor)]
         freeze([self.copies, fusion if fusion_frozen else fusion.absent, *first])
+        if rebuild.freeze_norm:
+            for module in fusion.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         self.mistakes = rebuild.mistakes
         self.scored = Scored() if "eval_mode" in self.mistakes else None
 

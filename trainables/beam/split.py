@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,6 @@ from trainables.contract import UserError
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-
-BLOCK = 50  # frames that stay together if passes are not known
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,12 @@ def split(table: Table, data: Data) -> tuple[Side, Side]:
     """Return the training and the validation side, the same for the same settings.
 
     honest: holds out whole passes or, if the CSV does not name them, whole blocks of frames; a window that straddles a
-    border is on neither side, so that no frame is on both. The adaptation set is only validated on. Copies are made
-    only of training windows.
+    border is on neither side, so that no frame is on both. The adaptation set is only validated on, or is split by
+    itself in the same way (`data.adaptation`). Copies are made only of training windows.
     legacy: holds out random samples, although neighbours are near duplicates; copies are made of the adaptation set
     before, so that a window may be on both sides. Only for comparison with published numbers.
 
-    Raises `UserError` if a side would be empty.
+    Raises `UserError` if a side would be empty, or if there is no adaptation set and `data` asks for one.
     """
     rng = np.random.default_rng(data.split_seed)
     if data.split == "legacy":
@@ -59,14 +58,19 @@ def split(table: Table, data: Data) -> tuple[Side, Side]:
         to_train = np.isin(np.arange(len(everything)), order[: int((1 - data.holdout) * len(everything))])
         train, val = everything.take(to_train), everything.take(~to_train)
     else:
-        held_NK = _held_out(table, data.holdout, rng)
-        train_N, val_N = ~held_NK.any(axis=1) & ~table.adaptation_N, held_NK.all(axis=1) | table.adaptation_N
+        if data.adaptation == "train" and not table.adaptation_N.any():
+            raise UserError(
+                f"data.adaptation = train: {table.left_out or f'{table.root} has no adaptation set'}; set it to score"
+            )
+        held_NK, apart_N = _held_out(table, data, rng), scored_apart(table, data)
+        train_N, val_N = ~held_NK.any(axis=1) & ~apart_N, held_NK.all(axis=1) | apart_N
         train, val = _with_copies(np.flatnonzero(train_N), train_N, data), _as_measured(np.flatnonzero(val_N))
     scored = int((~scored_apart(table, data)[val.window_S]).sum())
     if not len(train) or not scored:
         raise UserError(
             f"{table.csvs[0]}: a {data.split} split with data.holdout = {data.holdout} trains on {len(train)} windows "
-            f"and validates on {scored}; it needs two passes, or {2 * BLOCK} frames, of one scenario"
+            f"and validates on {scored}; it needs two passes, or two blocks of {data.block_files} files "
+            "(data.block), of one scenario"
         )
     return train, val
 
@@ -77,11 +81,11 @@ def on_neither_side(train: Side, val: Side, windows: int) -> int:
 
 
 def scored_apart(table: Table, data: Data) -> Bools:
-    """Return which windows only count in scores of their own: the adaptation set, in the honest split.
+    """Return which windows only count in scores of their own: the adaptation set, if the honest split only scores it.
 
     Its scores show how training generalises.
     """
-    return table.adaptation_N & (data.split == "honest")
+    return table.adaptation_N & (data.split == "honest" and data.adaptation == "score")
 
 
 def _as_measured(windows: Ints) -> Side:
@@ -97,20 +101,36 @@ def _with_copies(windows: Ints, copied_N: Bools, data: Data) -> Side:
     return Side(np.tile(window_S, sides), np.tile(copy_S, sides), np.repeat([False, True][:sides], len(window_S)))
 
 
-def _held_out(table: Table, holdout: float, rng: np.random.Generator) -> Bools:
-    """Return for every window whether each frame's block (or its pass) is held out, (N, K or 1).
+def _held_out(table: Table, data: Data, rng: np.random.Generator) -> Bools:
+    """Return for every window whether each frame's block (or its pass) is held out, (N, K).
 
-    A share of each scenario's passes or blocks is held out, at least one if there are two.
+    A share of each scenario's passes or blocks is held out, at least one if there are two. Those of the adaptation set
+    are drawn last, so that the development set is split alike with and without them.
     """
-    if table.passes_N is not None:
-        unit_NK = np.unique(np.array(table.passes_N), return_inverse=True)[1][:, None]
-    else:
-        unit_NK = table.frame_NK // BLOCK
-    held_NK = np.zeros(unit_NK.shape, dtype=bool)
-    for number in range(len(table.scenarios)):
-        here = (table.scenario_N == number) & ~table.adaptation_N
-        units = np.unique(unit_NK[here])
-        count = min(max(1, round(holdout * len(units))), len(units) - 1)  # never all of them
-        if count > 0:
-            held_NK[here] = np.isin(unit_NK[here], rng.permutation(units)[:count])
+    held_NK = np.zeros(table.frame_NK.shape, dtype=bool)
+    sets = [~table.adaptation_N, *([table.adaptation_N] if data.adaptation == "train" else [])]
+    for set_N in sets:
+        for number in np.unique(table.scenario_N[set_N]):
+            here = (table.scenario_N == number) & set_N
+            unit_NK = _units(table, here, data)
+            units = np.unique(unit_NK)
+            count = min(max(1, round(data.holdout * len(units))), len(units) - 1)  # never all of them
+            if count > 0:
+                held_NK[here] = np.isin(unit_NK, rng.permutation(units)[:count])
     return held_NK
+
+
+def _units(table: Table, here: Bools, data: Data) -> Ints:
+    """Return the passes of some windows, (N, 1), or if none is named, their frames' blocks, (N, K).
+
+    here: the windows of one set in one scenario. The adaptation set may have too few frames of a scenario for blocks of
+    the usual length: one might be nearly all of them.
+    """
+    passes = [table.passes_N[n] for n in np.flatnonzero(here)] if table.passes_N is not None else []
+    if any(passes):
+        return np.unique(passes, return_inverse=True)[1][:, None]
+    frame_NK = table.frame_NK[here]
+    if not table.adaptation_N[here].all():
+        return frame_NK // data.block_files
+    from_first_NK = frame_NK - frame_NK.min()
+    return from_first_NK // min(data.block_files, math.ceil(data.holdout * (from_first_NK.max() + 1)))

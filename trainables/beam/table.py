@@ -121,6 +121,23 @@ def read_unlabelled(path: Path, data: Data, like: Table | None) -> tuple[Table, 
     return replace(table, label_frame_N=_newest_frames(rows), like=like), names
 
 
+def has_labels(path: Path) -> bool:
+    """Return whether a CSV has labels, in its column `unit1_beam`; raises `UserError` if it cannot be read."""
+    return any(row.get(BEAM) for row in _read_csv(path.absolute(), (), labelled=False))
+
+
+def read_labelled(path: Path, steps: int) -> Table:
+    """Return the windows of a labelled CSV with their powers and labels alone, at least `steps` of each.
+
+    Files are named relative to the CSV's folder. Raises `UserError` for anything missing.
+    """
+    path = path.absolute()
+    table = _table(path.parent.parent, [(path.parent.name, path, _read_csv(path, ()))], ())
+    if (told := table.beam_NP.shape[1]) < steps:
+        raise UserError(f"{path}: its windows have {told} labels, and the model predicts {steps}; give as many")
+    return table
+
+
 def _newest_frames(rows: Sequence[Row]) -> Ints | None:
     """Return the file numbers of the windows' newest frames, from the first sensor whose files all have one."""
     columns = [names[-1] for group in SENSOR_COLUMNS if (names := _columns(rows[0], group))]
