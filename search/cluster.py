@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,8 @@ RAY_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config refer to the driver's working directory
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_maximum_startup_concurrency": "16",  # a group is half a dozen processes, most of them asleep
+    "RAY_worker_register_timeout_seconds": "300",  # a busy machine starts them slowly; Ray kills them after a minute
+    "RAY_agent_register_timeout_ms": "300000",  # and its node, if the agent needs half a minute
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints nothing of its own
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the recorder writes our own files
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the end of a trial carries no objective
@@ -39,6 +42,8 @@ RAY_ENVIRONMENT = {
 
 HEAD_ANSWERS_S = 10.0  # for the head of a cluster to accept a connection
 MACHINE_ANSWERS_S = 3.0  # for another machine of the cluster
+STARTS = 3  # attempts to start Ray
+SLOW_START = re.compile("timed out during startup|Timed out waiting for file")  # in the error of such an attempt
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, "QUOTA PERIOD" in microseconds; QUOTA may be max
 
 
@@ -93,7 +98,7 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
         try:
             if address is not None:
                 _knock(address)
-            context = ray.init(**arguments)
+            context = init_ray(**arguments)
         except (OSError, ValueError) as error:
             if address is None:
                 raise
@@ -111,6 +116,18 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
             token = " (it asks for a token: `ray get-auth-token` prints it)" if asks else ""
             print(f"dashboard: http://{context.dashboard_url}{token}", flush=True)
     return tuple(_node(entry["Resources"]) for entry in ray.nodes() if entry["Alive"])
+
+
+def init_ray(**arguments: Any) -> Any:
+    """Call `ray.init`, and again if Ray's processes start more slowly than the half minute that it waits for them."""
+    for _ in range(STARTS - 1):
+        try:
+            return ray.init(**arguments)
+        except Exception as error:
+            if not SLOW_START.search(str(error)):
+                raise
+            ray.shutdown()
+    return ray.init(**arguments)
 
 
 def _knock(address: str) -> None:

@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import threading
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -203,17 +202,19 @@ class Group:
     def _ask(self, command: Command) -> Answer:
         ray.get(self._mailbox.post.remote(_packed(command)))
         answers: dict[int, Answer] = {}
-        give_up = math.inf
-        while len(answers) < self._workers and time.monotonic() < give_up:
+        polls = math.inf  # that may yet bring nothing; a clock would also count a pause of the whole machine
+        while len(answers) < self._workers and polls > 0:
             if not self._thread.is_alive():
                 raise GroupDied(self._why(), with_machine=self._has_lost_a_machine())
             received = ray.get(self._mailbox.wait.remote(POLL_S))
-            if received is not None:
-                rank, answer = received
-                answers[rank] = _unpacked(answer)
-                if answer.ends:
-                    grace_s = GRACE_S if isinstance(answer, FAILURES) or isinstance(command, Leave) else LAST_WORK_S
-                    give_up = min(give_up, time.monotonic() + grace_s)
+            if received is None:
+                polls -= 1
+                continue
+            rank, answer = received
+            answers[rank] = _unpacked(answer)
+            if answer.ends:
+                grace_s = GRACE_S if isinstance(answer, FAILURES) or isinstance(command, Leave) else LAST_WORK_S
+                polls = min(polls, grace_s / POLL_S)
         if len(answers) < self._workers and self._has_lost_a_machine():
             raise GroupDied("a machine of the worker group has gone, and a rank with it", with_machine=True)
         if len(answers) == self._workers and not self._ranks:
@@ -237,7 +238,6 @@ class Group:
                 ray.kill(member)
             self._thread.join(QUIT_S)
         ray.kill(self._mailbox)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _members(self) -> list[Any]:
         try:
@@ -270,6 +270,8 @@ class Group:
             ).fit()
         except BaseException as error:  # kept for the thread that waits on this group
             self._error = error
+        finally:  # not in `stop`, which may be over before this has written its last
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _why(self) -> str:
         if self._error is None:

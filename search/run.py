@@ -33,6 +33,8 @@ from search.space import Space
 from search.study import mark_ended, open_study, records
 from search.trial import Job, Slot
 
+LAST_FILES_S = 30.0  # at most, for which Ray's processes may write into their folder after a search
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -110,19 +112,28 @@ def run(
     finally:  # each of these steps is attempted, even if an earlier one failed
         over = stop.out_of_time and not interruption.came
         recorder.close(f"the time budget of {space.search.time_budget} was over" if over else None)
-        shutil.rmtree(results / SCRATCH, ignore_errors=True)
+        _remove(results / SCRATCH)
         found: list[Record] = []
         with interruption.kept():
             found = records(study, space)
             write_results(results, space, found)
         if mirror is not None:
             with interruption.kept():
-                mirror.push()
+                mirror.push_last()
     if not interruption.came:
         with interruption.kept():
             mark_ended(study, space.search.trials)
     best = tuple(best_of(found, space))
     return Outcome(tuple(found), best, interruption.came, interruption.reason, interruption.hopeless)
+
+
+def _remove(folder: Path) -> None:
+    """Remove Ray's files, again while a slot that has just been killed still writes some."""
+    until = time.monotonic() + LAST_FILES_S
+    shutil.rmtree(folder, ignore_errors=True)
+    while os.path.exists(folder) and time.monotonic() < until:
+        time.sleep(0.1)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def past_of(study: optuna.Study, space: Space, results: Path) -> list[Past]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +19,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
+# Ray reads this as it is imported, here and in the processes that tests start: how long it waits for its own to start.
+os.environ |= {"RAY_raylet_start_wait_time_s": "120"}
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
@@ -27,15 +32,22 @@ def _seeded() -> None:
     random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing tell how far it is, however slow the machine: what is printed is compared."""
+    if decode := sys.modules.get("trainables.beam.decode"):
+        monkeypatch.setattr(decode, "QUIET_S", math.inf)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray for all tests marked `ray`, started by the first of them. Its three CPUs need not exist."""
     import ray
 
-    from search.cluster import RAY_ENVIRONMENT
+    from search.cluster import RAY_ENVIRONMENT, init_ray
 
     os.environ.update({**RAY_ENVIRONMENT, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"})
-    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
+    init_ray(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
     yield
     ray.shutdown()
 

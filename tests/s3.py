@@ -5,7 +5,10 @@ It checks no signature. Every folder in its own folder is a bucket.
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +50,10 @@ class Handler(BaseHTTPRequestHandler):
             while self.rfile.readline().strip():
                 pass
         else:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            length = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(length)
+            if len(body) < length:
+                raise ConnectionResetError("the client has gone in the middle of what it sent")
         signed = self.headers.get("x-amz-content-sha256", "").startswith("STREAMING")
         return _unchunked(BytesIO(body)) if signed else body
 
@@ -115,30 +121,33 @@ class Handler(BaseHTTPRequestHandler):
         if "partNumber" in query:
             self.server.parts[query["uploadId"]][int(query["partNumber"])] = body
             return self._answer(200)
-        return self._keep(path, body)
-
-    def _keep(self, path: Path, body: bytes) -> None:
-        bucket = self.server.folder / path.relative_to(self.server.folder).parts[0]
-        if not bucket.is_dir():
+        if not self._bucket(path).is_dir():
             return self._missing("NoSuchBucket")
         if not unquote(urlsplit(self.path).path).endswith("/"):  # such a key stands for a folder, which needs none here
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(body)
+            self._keep(path, body)
         return self._answer(200)
+
+    def _bucket(self, path: Path) -> Path:
+        return self.server.folder / path.relative_to(self.server.folder).parts[0]
+
+    def _keep(self, path: Path, body: bytes) -> None:
+        """Whole or not at all, whoever reads it meanwhile."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.server.folder, delete=False) as file:  # in no bucket
+            file.write(body)
+        os.replace(file.name, path)
 
     def do_POST(self) -> None:
         path, query = self._ask()
         self._body()
         if "uploads" in query:
-            upload = str(len(self.server.parts))
+            upload = str(next(self.server.uploads))
             self.server.parts[upload] = {}
             return self._xml(200, "InitiateMultipartUploadResult", f"<UploadId>{upload}</UploadId>")
-        parts = self.server.parts.pop(query["uploadId"])
-        bucket = self.server.folder / path.relative_to(self.server.folder).parts[0]
-        if not bucket.is_dir():
+        if not self._bucket(path).is_dir():
             return self._missing("NoSuchBucket")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"".join(parts[number] for number in sorted(parts)))
+        if parts := self.server.parts.pop(query["uploadId"], {}):  # none where a client has missed the answer
+            self._keep(path, b"".join(parts[number] for number in sorted(parts)))
         return self._xml(200, "CompleteMultipartUploadResult", '<ETag>"0"</ETag>')
 
     def do_DELETE(self) -> None:
@@ -153,6 +162,7 @@ class Store(ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.sent: list[str] = []
+        self.uploads = itertools.count()
         self.parts: dict[str, dict[int, bytes]] = {}  # of the uploads under way, by their id
         super().__init__(("127.0.0.1", 0), Handler)
 

@@ -85,7 +85,8 @@ def test_one_process_trains_while_others_wait(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=20)
+        thread.join(timeout=300)
+    assert not any(thread.is_alive() for thread in threads)
     assert len(trained) == 1
     assert [weights["x"].item() for weights in got] == [1.0, 1.0, 1.0]
 
@@ -147,7 +148,7 @@ def test_a_pretraining_that_diverges_is_a_mistake_of_the_user_and_not_tried_agai
 
 def on_two_machines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What each of two ranks, threads with a cache folder of their own, gets of `trained_once`, or is told by it."""
-    meet, told = threading.Barrier(2, timeout=20), list[bytes]()
+    meet, told = threading.Barrier(2, timeout=300), list[bytes]()
 
     def broadcast(objects: list[Any], src: int, device: torch.device) -> None:
         if threading.current_thread().name == str(src):
@@ -172,7 +173,8 @@ def on_two_machines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for thread in ranks:
         thread.start()
     for thread in ranks:
-        thread.join(timeout=30)
+        thread.join(timeout=600)
+    assert not any(thread.is_alive() for thread in ranks)
     return outcomes
 
 

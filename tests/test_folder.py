@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -82,10 +83,12 @@ def test_what_takes_a_checkpoint_s_place_is_on_the_disk_before_that_goes(
 
 def test_nothing_is_forced_of_a_trial_that_has_just_begun(folder: TrialFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     forced: list[int] = []
+    now = time.time()
     monkeypatch.setattr(os, "fsync", forced.append)
+    monkeypatch.setattr(time, "time", lambda: now)
     folder.write_config({})
     for epoch, age_s in ((1, 0.0), (2, 0.0), (3, LONG_S - 9), (4, LONG_S + 9)):
-        os.utime(folder.path / "config.json", (time.time(), time.time() - age_s))
+        os.utime(folder.path / "config.json", (now, now - age_s))
         folder.write_checkpoint(epoch, b"state")
         folder.append_metrics({"epoch": epoch})
         assert not forced
@@ -135,6 +138,14 @@ def test_the_last_epoch_on_record_is_that_of_the_last_whole_line(folder: TrialFo
     with open(folder.path / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 3, "metr')
     assert folder.recorded() == 2
+
+
+def test_a_search_waits_for_somebody_who_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as looking:
+        looking.enter_context(running(tmp_path, only_look=True))
+        monkeypatch.setattr(time, "sleep", lambda _: looking.close())
+        with running(tmp_path):
+            assert is_running(tmp_path)
 
 
 def test_those_who_look_whether_a_search_runs_are_not_in_each_others_way(tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
-"""What a group makes of its ranks' answers, without Ray."""
+"""What a group makes of its ranks' answers and of their silence, without Ray."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain, count, repeat
+from types import SimpleNamespace
 
 import pytest
+import ray
 
-from search.group import worst_of
-from search.workers.messages import Answer, Blew, Broke, Ended, RanOut, Reported
+from search.group import GRACE_S, LAST_WORK_S, POLL_S, Group, worst_of
+from search.workers.messages import Advance, Answer, Blew, Broke, Command, Ended, Leave, RanOut, Reported
 
 REPORTED, ENDED = Reported(metrics={"loss": 0.5}), Ended()
 
@@ -73,3 +78,52 @@ def test_a_mistake_of_a_person_on_one_rank_is_not_run_again() -> None:
     worst = worst_of({0: lost, 1: mistaken}, 2)
     assert isinstance(worst, Broke)
     assert (worst.final, worst.clean) == (True, False)
+
+
+Poll = tuple[int, Answer] | None
+
+
+class Polled(Group):
+    """A group of two ranks whose mailbox has in it what each poll brings, in turn."""
+
+    def __init__(self, brings: Iterable[Poll]) -> None:
+        self._workers, self._ranks, self._error = 2, [], None
+        self._thread = SimpleNamespace(is_alive=lambda: True)  # type: ignore[assignment]
+        self.polls, brought = 0, iter(brings)
+
+        def wait(timeout_s: float) -> Poll:
+            self.polls += 1
+            return next(brought)
+
+        calls = {"post": lambda command: None, "wait": wait, "members": list}
+        self._mailbox = SimpleNamespace(**{name: SimpleNamespace(remote=call) for name, call in calls.items()})
+
+    def _has_lost_a_machine(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", lambda reference: reference)
+
+
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize(
+    ("command", "first", "grace_s"),
+    [
+        (Advance(), Blew(reason="nan"), GRACE_S),
+        (Leave(), ENDED, GRACE_S),
+        (Advance(), ENDED, LAST_WORK_S),
+    ],
+)
+def test_who_stays_silent_is_given_up_after_so_many_polls(command: Command, first: Answer, grace_s: float) -> None:
+    group = Polled(chain([None] * 1000, [(1, first)], repeat(None)))
+    assert not group.ask(command).clean
+    assert group.polls == 1000 + 1 + grace_s / POLL_S, "as long as nobody has ended there is no hurry"
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_an_answer_that_lies_there_after_a_pause_of_the_machine_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count(step=1e6)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    assert Polled([(1, Blew(reason="nan")), None, (0, ENDED)]).ask(Advance()) == Blew(reason="nan")

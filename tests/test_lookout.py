@@ -26,12 +26,12 @@ def test_machines_that_have_gone_and_come_are_told() -> None:
 
 
 def test_a_machine_answers_while_something_listens_there() -> None:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        there = listening.getsockname()
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        there = one.getsockname()
+        assert not answers(*there)
+        one.listen()
         assert answers(*there)
-    assert not answers(*there)
 
 
 def test_groups_that_wait_for_long_are_told_once_and_again_when_there_are_more() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import warnings
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -43,9 +42,7 @@ def with_batch_norm(config: Config) -> nn.Module:
 def one_of_two(rank: int, folder: Path) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     done = {name: run(config, PARTED, rank=rank, world_size=2) for name, config in (PAIRED | BAD).items()}
     normed = replace(TOY, model=with_batch_norm)
     done["batch norm"] = run(BATCH_NORM, normed, rank=rank, world_size=2)

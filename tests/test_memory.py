@@ -8,7 +8,6 @@ import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -300,9 +299,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     """Probe where memory is short on one rank and not on the other."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     ranks = Ranks(rank, 2)
     tight, loose = need_bytes(4), need_bytes(8)
     done: dict[str, Any] = {}

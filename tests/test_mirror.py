@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,6 +208,82 @@ def test_a_checkpoint_goes_when_a_newer_one_has_come(results: Path, disk: Path) 
     assert tree(disk / "run/trials") == {"0000/checkpoint-0002.pt": b"newer"}
 
 
+def test_a_superseded_checkpoint_has_gone_when_the_study_comes_that_ended_its_trial(
+    results: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that dies in between would leave it there for ever."""
+    mirror = Mirror(results, f"file://{disk}/run")
+    mirror.push()
+    TrialFolder(results, 0).write_checkpoint(2, b"newer")
+    TrialFolder(results, 0).keep_checkpoint(2)
+    (results / "study.journal").write_bytes(b"one, ended")
+    send, there = mirror._send, list[set[str]]()
+
+    def seen(path: Path, *arguments: Any) -> None:
+        if path.name == "study.journal":
+            there.append(set(tree(disk / "run/trials")))
+        send(path, *arguments)
+
+    monkeypatch.setattr(mirror, "_send", seen)
+    mirror.push()
+    assert there == [{"0000/checkpoint-0002.pt"}]
+    assert tree(disk / "run") == tree(results)
+
+
+def test_a_checkpoint_stays_until_the_report_of_the_newer_one_has_been_sent(
+    results: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which comes while the others are sent: without it, the newer checkpoint would not count."""
+    mirror, copy_files, folder = Mirror(results, f"file://{disk}/run"), fs.copy_files, TrialFolder(results, 0)
+    folder.append_metrics({"epoch": 1})
+    mirror.push()
+    folder.write_checkpoint(2, b"newer")
+
+    def meanwhile(*arguments: Any, **named: Any) -> None:
+        copy_files(*arguments, **named)
+        folder.append_metrics({"epoch": 2})
+        folder.keep_checkpoint(2)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fs, "copy_files", meanwhile)
+        mirror.push()
+    assert (disk / "run/trials/0000/checkpoint-0001.pt").exists()
+    mirror.push()
+    assert tree(disk / "run") == tree(results)
+
+
+def test_a_store_that_deletes_nothing_gets_the_study(
+    results: Path, disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror, superseded = Mirror(results, f"file://{disk}/run"), disk / "run/trials/0000/checkpoint-0001.pt"
+    mirror.push()
+    superseded.unlink()
+    superseded.mkdir()  # no file that could be deleted
+    TrialFolder(results, 0).write_checkpoint(2, b"newer")
+    TrialFolder(results, 0).keep_checkpoint(2)
+    (results / "study.journal").write_bytes(b"one, ended")
+    mirror.push()
+    assert "not up to date" in capsys.readouterr().out
+    assert (disk / "run/study.journal").read_bytes() == b"one, ended"
+
+
+def test_the_last_push_is_tried_again(
+    results: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror = Mirror(results, f"file://{disk}/run")
+    disk.write_text("a file where the folder should be")
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    mirror.push_last()
+    assert [line.rpartition("; ")[2] for line in capsys.readouterr().out.splitlines()] == [
+        "tried again in 5 s",
+        "tried again in 5 s",
+        "--resume sends the rest",
+    ]
+    monkeypatch.setattr(time, "sleep", lambda _: disk.unlink())
+    mirror.push_last()
+    assert tree(disk / "run") == tree(results)
+
+
 def test_a_resumed_search_does_not_send_its_checkpoints_again(results: Path, disk: Path) -> None:
     uri, sent = f"file://{disk}/run", disk / "run/trials/0000/checkpoint-0001.pt"
     Mirror(results, uri).begin()
@@ -240,7 +317,7 @@ def test_while_trials_run_nobody_waits_for_an_upload(
     mirror, copy_files, open_for_business = Mirror(results, f"file://{disk}/run"), fs.copy_files, threading.Event()
 
     def slowly(*arguments: Any, **named: Any) -> None:
-        assert open_for_business.wait(30)
+        assert open_for_business.wait(300)
         copy_files(*arguments, **named)
 
     monkeypatch.setattr(fs, "copy_files", slowly)

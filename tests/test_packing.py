@@ -35,13 +35,14 @@ SEARCHED = {
     "heads": {"int": [1, 4], "when": {"block": ["bi"]}},
 }
 FAMILY = """
-import os
+import os, time
 from toy_task import TOY, Config, memory_need
 from trainables.contract import Report
 from trainables.loop import fit
 
 def train(trial):
     for report in fit(TOY, trial):
+        time.sleep(0.5)  # or the first slot might take a second trial before the others have begun
         yield Report({**report.metrics, "pid": os.getpid(), "limit_mb": trial.memory_limit_mb})
 """
 
@@ -154,6 +155,8 @@ class TestOnRay:
         assert measure(space, [Node(4, 0)], Interruption()) == Unmeasured(
             "the measuring process died: WorkerCrashedError"
         )
+        family = "import time\ndef train(trial):\n    yield {}\ndef memory_need(trial):\n    time.sleep(500)\n"
+        space = sharing(tmp_path, family)
         monkeypatch.setattr("search.packing.WAIT_S", 0.01)
         late = Unmeasured("1 machine(s) had not measured a training step within 0.01 s")
         assert measure(space, [Node(4, 0)], Interruption()) == late

@@ -77,7 +77,8 @@ READ_MODES = """(
     bool(torch.full((), 1e-310, dtype=torch.float64, device="cpu") * 1.0 == 0),
     torch.backends.mkldnn.enabled,
     torch.utils.deterministic.fill_uninitialized_memory,
-    np.geterr(), [each for each in warnings.filters if each[0] == "error"], logging.root.manager.disable, list(sys.path),
+    np.geterr(), [each for each in warnings.filters if each[0] == "error"],
+    logging.root.manager.disable, list(sys.path),
 )"""
 
 

@@ -7,7 +7,6 @@ import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +98,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_of_two(rank: int, name: str, cache: Path, folder: Path) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=120)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     case = without_chance(CASES[name](cache))
     last = list(fit(case.task, Trial(case.config, rank=rank, world_size=2)))[-1]
     assert last.state is not None

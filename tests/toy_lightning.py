@@ -6,7 +6,6 @@ import copy
 import os
 import pickle
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +138,7 @@ def one_of_two(rank: int, folder: Path) -> None:
         warnings.filterwarnings("ignore", message=message)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     told = {nan: diverged(net(nan_step=4, nan_rank=1, nan=nan), loaders()) for nan in ("loss", "gradient")}
     # Lightning's own sampler for several ranks shuffles whatever it is given.
     plain = run(net(), loaders(rank=rank, ranks=2), use_distributed_sampler=False)

@@ -27,6 +27,7 @@ SCRATCH = ".ray"  # Ray's own files; removed when the search ends
 _CHECKPOINT = "checkpoint-{:04d}.pt"  # numbered by epochs completed; torch.load returns the trainable's own state
 CHECKPOINT_PATTERN = "checkpoint-*.pt"
 _TAIL_BYTES = 8192
+LOOK_S = 2.0  # at most, for which somebody who only looks may hold the lock that a search wants
 LONG_S = 60.0  # trials longer than this force checkpoints to disk, which takes about 10 ms for a small one
 
 
@@ -185,23 +186,34 @@ class TrialFolder:
 
 @contextlib.contextmanager
 def running(results: Path, only_look: bool = False) -> Iterator[bool]:
-    """Lock a folder for the process that runs its search; raises BlockingIOError if another process holds the lock.
+    """Lock a folder for the process that runs its search; raises BlockingIOError if another process keeps the lock.
 
     The lock ends with the process. Yields False on a file system without locks, where no process is kept out.
     only_look: take a shared lock, which does not conflict with others that only look.
     """
     folder = os.open(results, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
-            fcntl.flock(folder, (fcntl.LOCK_SH if only_look else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            alone = True
-        except BlockingIOError:
-            raise
-        except OSError:
-            alone = False
-        yield alone
+        yield _lock(folder, fcntl.LOCK_SH, wait_s=0.0) if only_look else _lock(folder, fcntl.LOCK_EX, wait_s=LOOK_S)
     finally:
         os.close(folder)
+
+
+def _lock(folder: int, kind: int, wait_s: float) -> bool:
+    """Lock an open folder; returns False on a file system without locks.
+
+    Raises BlockingIOError if somebody else holds the lock for longer than `wait_s` seconds.
+    """
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(folder, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.05)
+        except OSError:
+            return False
 
 
 def is_running(results: Path) -> bool:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -22,6 +22,9 @@ from pyarrow import fs
 from search.files import replace_bytes
 from search.records.folder import CHECKPOINT_PATTERN, SCRATCH, SPACE, STUDY
 from trainables.contract import UserError
+
+LAST_TRIES = 3  # attempts at the last push of a search
+PAUSE_S = 5.0  # between two of them
 
 
 def local(text: str) -> Path | None:
@@ -66,7 +69,7 @@ class Mirror:
 
     def __post_init__(self) -> None:
         self._filesystem, self._root = _open(self.uri)
-        self._sent: dict[str, float] = {}  # by relative path: modification time of the version sent last
+        self._sent: dict[str, tuple[int, int]] = {}  # by relative path: `_changed` of the version sent last
         self._tried = time.monotonic()
         self._wanted, self._follows = threading.Event(), False
 
@@ -109,7 +112,7 @@ class Mirror:
                         f"{self.uri} holds a search already; go on with it by --resume, or choose another --name"
                     )
             if path.match(CHECKPOINT_PATTERN) and path.exists() and path.stat().st_size == found.size:
-                self._sent[path.relative_to(self.results).as_posix()] = path.stat().st_mtime
+                self._sent[path.relative_to(self.results).as_posix()] = _changed(path)
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
@@ -140,11 +143,22 @@ class Mirror:
         else:
             self._send_new()
 
-    def _send_new(self) -> None:
+    def push_last(self) -> None:
+        """Push at the end of a search; tried `LAST_TRIES` times, as no other push follows."""
+        for _ in range(LAST_TRIES - 1):
+            if self._send_new(f"tried again in {PAUSE_S:g} s"):
+                return
+            time.sleep(PAUSE_S)
+        self._send_new("--resume sends the rest")
+
+    def _send_new(self, then: str = "tried again after the next trial") -> bool:
+        """Push; returns whether that worked, and prints why not and what happens then."""
         try:
             self._push()
         except OSError as error:
-            print(f"{self.uri}: not up to date, {error}; tried again after the next trial", flush=True)
+            print(f"{self.uri}: not up to date, {error}; {then}", flush=True)
+            return False
+        return True
 
     def push_if_due(self) -> None:
         """Push, unless the last attempt was less than `every_s` seconds ago."""
@@ -154,18 +168,21 @@ class Mirror:
     def _push(self) -> None:
         self._tried = time.monotonic()
         # The study is read first and sent last, as it was then: if the machine dies in between, every trial that the
-        # stored study calls finished is complete.
+        # stored study calls finished is complete, and none of its superseded checkpoints is left there.
         studies = {path: (_changed(path), path.read_bytes()) for path in self._files() if path.name == STUDY}
-        for path in sorted(path for path in self._files() if path not in studies):
+        here = {path for path in self._files() if path not in studies}
+        for path in sorted(here):
             try:
                 self._send(path, _changed(path))
             except FileNotFoundError:
                 if path.exists():
                     raise
                 continue  # a slot has replaced it with a newer checkpoint
-        for path, (changed, content) in studies.items():
-            self._send(path, changed, content)
-        self._drop_superseded()
+        try:
+            self._drop_superseded(here)
+        finally:  # a store may refuse to delete anything
+            for path, (changed, content) in studies.items():
+                self._send(path, changed, content)
 
     def _files(self) -> Iterator[Path]:
         """Yield all files except Ray's, whose folders come and go, and those being written."""
@@ -173,8 +190,8 @@ class Mirror:
             inside[:] = [name for name in inside if name != SCRATCH]
             yield from (Path(folder, name) for name in names if not name.startswith("."))
 
-    def _send(self, path: Path, changed: float, content: bytes | None = None) -> None:
-        """Send a file unless its version of time `changed` was sent already. content: what to send in its place."""
+    def _send(self, path: Path, changed: tuple[int, int], content: bytes | None = None) -> None:
+        """Send a file unless its version `changed` was sent already. content: what to send in its place."""
         name = path.relative_to(self.results).as_posix()
         if self._sent.get(name) == changed:
             return
@@ -187,21 +204,26 @@ class Mirror:
                 there.write(content)
         self._sent[name] = changed
 
-    def _drop_superseded(self) -> None:
-        """Delete from the store the sent checkpoints that are gone here, except the last one sent of each trial."""
+    def _drop_superseded(self, here: Set[Path]) -> None:
+        """Delete from the store the sent checkpoints that are not `here`, except the last one sent of each trial.
+
+        here: the files as listed before the metrics were sent, which therefore tell of what superseded the others.
+        """
         sent = [name for name in self._sent if Path(name).match(CHECKPOINT_PATTERN)]
         of_trial = Counter(Path(name).parent for name in sent)
         for name in sent:
             trial = Path(name).parent
-            if of_trial[trial] > 1 and not (self.results / name).exists():
+            if of_trial[trial] > 1 and self.results / name not in here:
                 with contextlib.suppress(FileNotFoundError):
                     self._filesystem.delete_file(f"{self._root}/{name}")
                 del self._sent[name]
                 of_trial[trial] -= 1
 
 
-def _changed(path: Path) -> float:
-    return path.stat().st_mtime
+def _changed(path: Path) -> tuple[int, int]:
+    """Return what differs between two versions of a file: the time of its last change, and its size."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
 
 
 def folders_at(uri: str) -> list[str]:

@@ -62,7 +62,7 @@ def commit() -> str | None:
             ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             capture_output=True,
             text=True,
-            timeout=10,
+            timeout=60,
             check=True,
         )
     except (OSError, subprocess.SubprocessError):

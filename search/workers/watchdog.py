@@ -18,6 +18,9 @@ _PATHS = sysconfig.get_paths()
 _LIBRARIES = (*(_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), site.getusersitepackages())
 
 
+SLICES = 10  # that a limit is waited for in: a pause of the whole machine counts as at most one of them
+
+
 @contextmanager
 def answered_within(limit_s: float | None, answer: Callable[[Broke], None]) -> Iterator[None]:
     """Answer for this thread if it is still in this context after `limit_s` seconds; None: wait forever.
@@ -29,20 +32,20 @@ def answered_within(limit_s: float | None, answer: Callable[[Broke], None]) -> I
         return
     lock, over, here = threading.Lock(), threading.Event(), threading.get_ident()
 
-    def look() -> None:
+    def watch() -> None:
+        for _ in range(SLICES):
+            if over.wait(limit_s / SLICES):
+                return
         with lock:
             if not over.is_set():
                 answer(stuck(sys._current_frames()[here], limit_s))
 
-    timer = threading.Timer(limit_s, look)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=watch, daemon=True, name="watchdog").start()
     try:
         yield
     finally:
         with lock:
             over.set()
-        timer.cancel()
 
 
 def stuck(frame: FrameType, limit_s: float) -> Broke:
