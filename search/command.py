@@ -63,7 +63,8 @@ def report(folder: str, trial: str | None, exported: Sequence[str] | None = None
     if trial is not None:
         return why(results, trial)
     space, found = read_results(results)
-    told = summary(results, space, as_of_now(results, found))
+    found = as_of_now(results, found)
+    told = summary(results, space, found)
     try:
         write_results(results, space, found)
     except (OSError, UserError) as error:  # another user's search can be read, though not written to

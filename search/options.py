@@ -38,6 +38,9 @@ class Options:
     @staticmethod
     def read(given: argparse.Namespace, spaces: Path) -> Options:
         """Return the options for parsed arguments; raises UserError for those that do not go together."""
+        for option, value in vars(given).items():
+            if value == "":
+                raise UserError(f"--{option.replace('_', '-')}: an empty value; is a variable not set? Or leave it out")
         if given.why:
             raise UserError("--why needs --report RESULTS_DIR")
         if given.export and given.table:

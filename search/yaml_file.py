@@ -18,7 +18,8 @@ from trainables.contract import UserError
 
 _EXPONENT_WITHOUT_POINT = re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+|[-+]?\d[\d_]*\.\d*[eE]\d+")
 _POINT_FIRST = re.compile(r"[-+]?\.\d[\d_]*([eE][-+]?\d+)?")
-_OTHER_BASE = re.compile(r"[-+]?(0[\d_]+|[\d_]+(:[0-5]?\d)+)")  # octal and sexagesimal
+_OTHER_BASE = re.compile(r"[-+]?(0[\d_]+|[\d_]+(:[0-5]?\d)+(\.[\d_]*)?)")  # octal and sexagesimal
+_NEARLY_OCTAL = re.compile(r"[-+]?0(o[0-7]+|\d*[89]\d*)")
 _WORDS_FOR_BOOL = {"yes", "no", "on", "off"}
 
 
@@ -32,22 +33,41 @@ class _Loader(yaml.SafeLoader):
             seen.add((key.tag, str(key.value)))
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except UserError:
+            raise
+        except (ValueError, LookupError, AttributeError) as error:  # as of 2024-13-01, !!bool maybe, !!timestamp abc
+            why = f": {error}" if isinstance(error, ValueError) else ""
+            kind = node.tag.rpartition(":")[2]
+            raise UserError(
+                f'line {node.start_mark.line + 1}: {node.value} is no {kind}{why}; write "{node.value}" for the text'
+            ) from None
+
 
 def _plain_text(loader: _Loader, node: yaml.ScalarNode) -> str:
-    if node.style is None and _EXPONENT_WITHOUT_POINT.fullmatch(node.value):
-        raise UserError(
-            f"line {node.start_mark.line + 1}: YAML reads {node.value} as text; write {_with_point(node.value)}"
-        )
-    if node.style is None and _POINT_FIRST.fullmatch(node.value):
-        sign, digits = re.fullmatch(r"([-+]?)(.*)", node.value).groups()  # type: ignore[union-attr]
-        mended = f"{sign}0{digits}"
-        mended = _with_point(mended) if "e" in mended.lower() else mended
+    if node.style is None and (mended := _mended(node.value)):
         raise UserError(f"line {node.start_mark.line + 1}: YAML reads {node.value} as text; write {mended}")
     return str(loader.construct_scalar(node))
 
 
-def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int:
-    number = int(loader.construct_yaml_int(node))
+def _mended(text: str) -> str | None:
+    """Return how to write the number that `text` looks like, and YAML takes for text; None for any other text."""
+    if _EXPONENT_WITHOUT_POINT.fullmatch(text):
+        return _with_point(text)
+    if _POINT_FIRST.fullmatch(text):
+        sign, digits = re.fullmatch(r"([-+]?)(.*)", text).groups()  # type: ignore[union-attr]
+        mended = f"{sign}0{digits}"
+        return _with_point(mended) if "e" in mended.lower() else mended
+    if _NEARLY_OCTAL.fullmatch(text):
+        return f'{int(text, 0 if "o" in text else 10)}, or "{text}" for the text'
+    return None
+
+
+def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    is_whole = node.tag.endswith(":int")
+    number: int | float = loader.construct_yaml_int(node) if is_whole else loader.construct_yaml_float(node)
     if _OTHER_BASE.fullmatch(node.value):
         raise UserError(
             f"line {node.start_mark.line + 1}: YAML reads {node.value} as {number}; write that, or "
@@ -68,6 +88,7 @@ def _strict_bool(loader: _Loader, node: yaml.ScalarNode) -> bool:
 _Loader.add_constructor("tag:yaml.org,2002:str", _plain_text)
 _Loader.add_constructor("tag:yaml.org,2002:bool", _strict_bool)
 _Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+_Loader.add_constructor("tag:yaml.org,2002:float", _decimal)
 
 
 def _with_point(text: str) -> str:
@@ -79,17 +100,21 @@ def _with_point(text: str) -> str:
 def parse(text: str, where: str) -> Any:
     """Return the value that the YAML `text` holds; raises UserError with `where` and the line."""
     try:
-        return _copied(yaml.load(text, Loader=_Loader))
+        value = yaml.load(text, Loader=_Loader)
     except RecursionError:
-        raise UserError(f"{where}: an alias stands inside what it names; write the values out") from None
+        raise UserError(f"{where}: is nested too deeply to be read; close some brackets earlier") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise UserError(f"{where}: {line}{getattr(error, 'problem', None) or 'not YAML'}") from None
-    except ValueError as error:  # such as the date 2024-13-01
-        raise UserError(f"{where}: {error}") from None
+    except (ValueError, OverflowError) as error:  # such as "\UFFFFFFFF", which is no character
+        raise UserError(f"{where}: not YAML: {error}") from None
+    try:
+        return _copied(value)
+    except RecursionError:
+        raise UserError(f"{where}: an alias stands inside what it names; write the values out") from None
 
 
 def _copied(value: Any) -> Any:
@@ -124,8 +149,7 @@ def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    quotes = '"' if _EXPONENT_WITHOUT_POINT.fullmatch(value) or _POINT_FIRST.fullmatch(value) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=quotes)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if _mended(value) else None)
 
 
 _Dumper.add_representer(float, _float)

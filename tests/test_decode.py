@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, Literal, TypedDict
 
 import pytest
@@ -69,6 +70,7 @@ def test_a_whole_tree_is_decoded() -> None:
         ({"optim": {"lr": 1.0}, "warmup": {"log": 3}}, r"config\.warmup: \{'log': 3\} is refused"),
         ({"optim": {"lr": 1.0, "betas": [0.9, 0.8]}}, r"config\.optim: beta 1 \(0\.9\) must not be above beta 2"),
         ({"optim": {"lr": object()}}, "is not a plain value"),
+        ({"optim": {"lr": 1.0, "name": date(2024, 5, 1)}}, r"name: .* is not a plain value; if it is text, quote it"),
     ],
 )
 def test_what_does_not_fit_is_named_by_its_path(tree: dict[str, Any], message: str) -> None:

@@ -18,6 +18,8 @@ DOMAINS: list[dict[str, Any]] = [
     {"float": [-1.0, 2]},
     {"float": [0, 0.3], "step": 0.1},
     {"float": [0.1, 0.7], "step": 0.2},
+    {"float": [0.0, 1.0e-13], "step": 1.0e-14},
+    {"float": [1.0e6, 1000000.3], "step": 0.1},
     {"int": [1, 9]},
     {"int": [2, 14], "step": 4},
     {"int": [8, 64], "log": True},
@@ -74,6 +76,8 @@ class TestDomain:
         ({"int": [1, 2.5]}, "`int` takes two whole numbers"),
         ({"int": [1, 10], "step": 2}, r"steps of 2 from 1 do not meet 10; write \[1, 9\]"),
         ({"float": [0, 1], "step": 0.3}, r"steps of 0\.3 from 0\.0 do not meet 1\.0; write \[0\.0, 0\.9\]"),
+        ({"float": [0.0, 1e-9], "step": 4e-10}, r"steps of 4e-10 from 0\.0 do not meet 1e-09; write \[0\.0, 8e-10\]"),
+        ({"float": [0, 1], "step": 1 / 3}, r"from 0\.0 do not meet 1\.0; write \[0\.0, 0\.9999999999999999\]"),
         ({"int": [1, 9], "step": 0}, "step 0 must be above 0"),
         ({"int": [0, 10**19]}, r"apart up to 9007199254740992; narrow the range \[0, 10{19}\]"),
         ({"int": [-(2**53), 2**53]}, r"narrow the range \[-9007199254740992, 9007199254740992\]"),
@@ -125,6 +129,15 @@ def test_a_stepped_range_contains_its_steps_alone() -> None:
     assert domain.contains(0.3)
     assert domain.contains(0.1 + 0.2)  # 0.30000000000000004, as a sampler adds it up
     assert not domain.contains(0.4)
+
+
+def test_a_small_step_is_as_exact_as_a_large_one() -> None:
+    domain = parse_domain("x", {"float": [0.0, 1.0e-13], "step": 1.0e-14}).domain
+    tiny = [0.0, 1e-14, 2e-14, 3e-14, 4e-14, 5e-14, 6e-14, 7e-14, 8e-14, 9e-14, 1e-13]
+    assert domain.grid() == tiny
+    assert not domain.contains(1.5e-14)
+    offset = parse_domain("x", {"float": [1000.0, 1000.5], "step": 0.1}).domain
+    assert offset.grid() == [1000.0, 1000.1, 1000.2, 1000.3, 1000.4, 1000.5]
 
 
 def test_a_mapping_is_a_domain_when_a_list_stands_behind_its_kind() -> None:

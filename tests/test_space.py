@@ -17,6 +17,7 @@ from spaces import LOSS, space_of, write_family, write_space
 
 import trainables
 from search import yaml_file
+from search.scheduler import make_scheduler
 from search.space import KnownSetting, Space
 from search.space.file import load_space
 from trainables.contract import UserError
@@ -121,14 +122,26 @@ def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu:
         ({"config": {"lr": {"log": [1, 0.1]}}}, "config.lr: the range [1.0, 0.1] is reversed; write [0.1, 1.0]"),
         ({"trainable": 3}, "trainable: 3 is no import path; write package.module:function"),
         ({"trainable": "toys"}, "trainable: 'toys' is no import path; write package.module:function"),
+        ({"trainable": ".toys:descend"}, "trainable: '.toys:descend' is no import path; write package.module:function"),
+        *(
+            (
+                {"trainable": f"{path}:descend"},
+                f"trainable: {path} is a file; write toys:descend, and put the space beside it or start in its folder",
+            )
+            for path in ("./toys.py", "tests/toys.py", "toys.py", "../tests/toys")
+        ),
         ({"trainable": "toys:descent"}, "trainable: toys has no function 'descent'; did you mean `descend`?"),
         ({"try_first": {"lr": 1}}, "try_first: expected a list of settings, got {'lr': 1}"),
         ({"try_first": ["lr"]}, "try_first.0: expected dotted paths and values, got 'lr'"),
         ({"try_first": 5}, "try_first: expected a list of settings, got 5"),
         ({"try_first": [{3: 1}]}, "try_first.0.3: no such parameter; "),
         ({"config": {"lr": {"log": [0.1, 1], "when": {3: 1}}}}, "config.lr: `when` names 3; "),
-        ({"ran": 5}, "ran: expected a mapping, got 5"),
-        ({"ran": {"paths": 5}}, "ran.paths: expected a list of folders, got 5"),
+        ({"ran": 5}, "ran: expected a mapping with the keys space, profile, paths, data, got 5"),
+        ({"ran": {"paths": 5}}, "ran.paths: 5 is refused: input should be a valid list"),
+        ({"ran": {"space": [1]}}, "ran.space: [1] is refused: input should be a valid string"),
+        ({"run": {}}, "run: no such key; known: trainable, objective, "),
+        ({"config": {"epochs": 2.5}}, "config.epochs: 2.5: a trial has a whole number of epochs; write 1 or more"),
+        ({"config": {"epochs": True}}, "config.epochs: True: a trial has a whole number of epochs; write 1 or more"),
         ({"profiles": ["laptop"]}, "profiles: expected a mapping of names, got ['laptop']"),
         ({"profiles": {"laptop": None}}, "profiles.laptop: expected a mapping, got None"),
         ({"profiles": {"laptop": {"confg": {}}}}, "profiles.laptop.confg: no such key; did you mean `config`?"),
@@ -240,8 +253,34 @@ def test_a_config_of_the_module_that_is_no_dataclass_is_refused_and_one_from_els
     told = message_of(write_space(tmp_path, {"lrr": 0.1}, trainable=f"{name}:train"))
     assert told.startswith(f"trainable: the class Config of {name} is no dataclass, so that no config can be checked")
     assert "decorate it with @dataclass(frozen=True), or give it another name" in told
-    other = write_family(tmp_path, f"from {name} import Config, train\n")
+    other = write_family(tmp_path, f"from {name} import Config\n\ndef train(trial):\n    yield {{}}\n")
     assert load_space(write_space(tmp_path, {"lrr": 0.1}, trainable=f"{other}:train"))[1].config_class is None
+
+
+def test_a_trainable_brings_what_stands_beside_it_into_the_module_that_only_imports_it(tmp_path: Path) -> None:
+    beside = "def prepare(config):\n    pass\n\ndef memory_need(trial):\n    return 1\n"
+    deep = write_family(tmp_path, FAMILY.replace("\n    ", "\n") + beside)
+    name = write_family(tmp_path, f"from {deep} import train as fit\n\ndef prepare(config):\n    return 'own'\n")
+    _, trainable = load_space(write_space(tmp_path, {"heads": 2}, trainable=f"{name}:fit"))
+    assert trainable.config({"heads": 2}).heads == 2
+    assert trainable.prepare is not None
+    assert trainable.prepare(None) == "own"
+    assert trainable.memory_need is not None
+    told = message_of(write_space(tmp_path, {"haeds": 2}, trainable=f"{name}:fit"))
+    assert told == "config.haeds: no such key in Config; did you mean `heads`?"
+
+
+def test_a_trainable_that_a_helper_made_has_nothing_of_the_helper_s_module(tmp_path: Path) -> None:
+    helper = FAMILY.replace("\n    ", "\n") + "def made():\n    def train(trial):\n        yield {}\n    return train\n"
+    name = write_family(tmp_path, f"from {write_family(tmp_path, helper)} import made\n\ntrain = made()\n")
+    assert load_space(write_space(tmp_path, {"lr": 0.1}, trainable=f"{name}:train"))[1].config_class is None
+
+
+def test_a_trainable_may_belong_to_a_class(tmp_path: Path) -> None:
+    code = "class Net:\n    @staticmethod\n    def train(trial):\n        yield {}\n"
+    name = write_family(tmp_path, code)
+    assert load_space(write_space(tmp_path, {}, trainable=f"{name}:Net.train"))[1].train.__name__ == "train"
+    assert "has no function 'Net.fit'" in message_of(write_space(tmp_path, {}, trainable=f"{name}:Net.fit"))
 
 
 class TestConfigClass:
@@ -293,6 +332,21 @@ class TestConfigClass:
         space, trainable = load_space(file, ["config.optim.momentum=0.5", "config.heads=2"])
         assert trainable.config(space.config({})).optim.momentum == 0.5
 
+    def test_its_default_is_the_length_of_a_trial_where_the_space_says_none(self, family: str, tmp_path: Path) -> None:
+        scheduler = {"name": "hyperband"}
+        space = space_of(tmp_path, {"heads": 2}, trainable=family, scheduler=scheduler)
+        assert (space.epochs, space.document()["config"]) == (3, {"heads": 2, "epochs": 3})
+        make_scheduler(space)
+        assert space_of(tmp_path, {"epochs": 5}, trainable=family).epochs == 5
+        assert space_of(tmp_path, {"epochs": {"int": [1, 9]}}, trainable=family).epochs is None
+        hidden = {"heads": {"choice": [1, 2]}, "epochs": {"int": [5, 9], "when": {"heads": 2}}}
+        assert space_of(tmp_path, hidden, trainable=family).config({"heads": 1}) == {"heads": 1}
+
+    @pytest.mark.parametrize("field", ["epochs: int = 0", "epochs: int | None = None", "epochs: float = 2.5"])
+    def test_a_default_that_is_no_length_is_let_be(self, field: str, tmp_path: Path) -> None:
+        code = FAMILY.replace("epochs: int = 3", field)
+        assert space_of(tmp_path, {"heads": 2}, trainable=f"{write_family(tmp_path, code)}:train").epochs is None
+
     def test_a_mapping_that_when_empties_falls_back_on_its_default(self, tmp_path: Path) -> None:
         code = """
         from dataclasses import dataclass
@@ -341,6 +395,18 @@ class TestOverrides:
         space, _ = load_space(write_space(tmp_path, self.CONFIG), ["config.width=3", "config.width=4"])
         assert space.config({"optim.lr": 1e-3})["width"] == 4
 
+    @pytest.mark.parametrize("null", ["null", " ~ "])
+    def test_null_is_written_where_it_is_meant(self, null: str, tmp_path: Path) -> None:
+        space, _ = load_space(write_space(tmp_path, self.CONFIG), [f"config.width={null}", "config.optim.clip='#fff'"])
+        assert (space.tree["width"], space.tree["optim"]["clip"]) == (None, "#fff")
+
+    def test_null_removes_a_constraint(self, tmp_path: Path) -> None:
+        constraints = {"acc": {"min": 0.5}, "size": {"min": 1.0, "max": 2.0}}
+        file = write_space(tmp_path, self.CONFIG, constraints=constraints)
+        assert list(load_space(file, ["constraints.acc=null"])[0].constraints) == ["size"]
+        assert load_space(file, ["constraints.size.min=null"])[0].constraints["size"].min is None
+        assert load_space(file, ["constraints=null"])[0].constraints == {}
+
     def test_an_empty_section_can_be_set_into(self, tmp_path: Path) -> None:
         space, _ = load_space(write_space(tmp_path, self.CONFIG, search=None), ["search.trials=7"])
         assert space.search.trials == 7
@@ -369,6 +435,9 @@ class TestOverrides:
             ("config.optim.lr={log: [1, 0.5]}", "config.optim.lr: the range [1.0, 0.5] is reversed"),
             ("constraints.loss={max: 3, min: 5}", "constraints.loss: {'max': 3, 'min': 5} is refused: the range is re"),
             ("profiles.laptop.config.width=3", "--set profiles.laptop.config.width: profiles say what is overridden, "),
+            ("config.width=", "--set config.width: '' holds no value; write null for none, or quote what begins"),
+            ("config.width=#fff", "--set config.width: '#fff' holds no value; write null for none, or quote what beg"),
+            ("constraints.new=null", "constraints.new: {} is refused: name a `min`, a `max` or both"),
             ("tables.ablation.title=All", "--set tables.ablation.title: tables say what is overridden, "),
             ("title=All", "--set title: no such key; "),
         ],
@@ -399,6 +468,15 @@ class TestProfiles:
         space, _ = load_space(file, profile="laptop")
         assert space.tree == {"optim": {"lr": {"float": [0.1, 0.2]}, "clip": 1.0}, "width": 2}
         assert space.resources.workers == 2
+
+    def test_null_removes_a_constraint(self, tmp_path: Path) -> None:
+        profiles = {"laptop": {"constraints": {"acc": None}}, "slip": {"constraints": {"acd": None}}}
+        constraints = {"acc": {"min": 0.5}, "size": {"max": 2.0}}
+        file = write_space(tmp_path, {"lr": 0.1}, constraints=constraints, profiles={"laptop": profiles["laptop"]})
+        assert list(load_space(file)[0].constraints) == ["acc", "size"]
+        assert list(load_space(file, profile="laptop")[0].constraints) == ["size"]
+        file = write_space(tmp_path, {"lr": 0.1}, constraints=constraints, profiles=profiles)
+        assert message_of(file).startswith("profiles.slip: constraints.acd: {} is refused: name a `min`")
 
     def test_overrides_come_last(self, file: Path) -> None:
         assert load_space(file, ["config.width=5"], "laptop")[0].tree["width"] == 5
@@ -541,11 +619,20 @@ class TestWithoutAConfigClass:
             ({"choices": ["adam", "sgd"]}, "choice"),
             ({"choise": ["adam", "sgd"]}, "choice"),
             ({"integer": [1, 4], "when": {"block": ["bi"]}}, "int"),
+            ({"lg": [1.0e-5, 1.0e-2]}, "log"),
+            ({"quniform": [0.0, 1.0]}, "float"),
+            ({"choice": "adam"}, "choice"),
+            ({"choice": 3, "when": {"block": ["bi"]}}, "choice"),
+            ({"choice": "adam", "sgd": None}, "choice"),  # YAML for {choice: adam, sgd}
+            ({"float": 3}, "float"),
+            ({"log": 1.0e-5}, "log"),
+            ({"int": 5, "log": True}, "int"),
         ],
     )
     def test_a_misspelt_domain_is_refused(self, node: dict[str, Any], kind: str, tmp_path: Path) -> None:
         told = message_of(write_space(tmp_path, {"optim": {"lr": node}, "block": "bi"}))
-        assert told == f"config.optim.lr: {node} is no domain; did you mean `{kind}`?"
+        remedy = f"write {{{kind}: [...]}}, or rename the key of a fixed value"
+        assert told == f"config.optim.lr: {node} is no domain; {remedy}"
 
     @pytest.mark.parametrize(
         "node",
@@ -563,10 +650,27 @@ class TestWithoutAConfigClass:
         )
 
     @pytest.mark.parametrize(
-        "node", [{"betas": [0.9, 0.99]}, {"init": [0, 1]}, {"layers": [1, 2], "width": 8}, {"log": True}, {}]
+        "node",
+        [
+            *({"betas": [0.9, 0.99]}, {"init": [0, 1]}, {"layers": [1, 2], "width": 8}, {"log": True}, {}),
+            *({"log": "wandb"}, {"log": {"level": 3}}, {"log": 3, "level": "info"}, {"float": "bf16"}, {"min": 0}),
+        ],
+        ids=str,
     )
     def test_other_mappings_are_fixed_values(self, node: dict[str, Any], tmp_path: Path) -> None:
-        assert space_of(tmp_path, {"optim": node}).config({}) == {"optim": node}
+        space = space_of(tmp_path, {"optim": node}, search={"trials": 1})
+        assert (space.config({}), space.left_out) == ({"optim": node}, ())
+
+    @pytest.mark.parametrize(
+        "node",
+        [{"values": [1, 2]}, {"range": [0, 1]}, {"min": 0, "max": 1}, {"distribution": "uniform", "min": 0, "max": 1}],
+        ids=str,
+    )
+    def test_what_another_library_would_search_is_fixed_and_told(self, node: dict[str, Any], tmp_path: Path) -> None:
+        space = space_of(tmp_path, {"optim": {"lr": node}}, search={"trials": 1})
+        assert space.config({}) == {"optim": {"lr": node}}
+        told = f"not searched: config.optim.lr, as {node} is no domain; {{float: [low, high]}} would be one"
+        assert space.left_out == (told,)
 
 
 class TestHolds:
@@ -622,6 +726,20 @@ class TestDocument:
         again, _ = load_space(results / "space.yaml")
         assert str(tmp_path) in again.paths
         assert replace(again, paths=space.paths) == space
+
+
+def test_a_search_goes_on_with_its_own_code_wherever_it_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But a job's copy of the code belongs to that job: the next one brings another."""
+    began, job, gone, cwd, results = (
+        tmp_path / name for name in ("began", "working_dir_files/_ray_pkg_1", "gone", "cwd", "results")
+    )
+    for folder in (began, job, cwd, results):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(cwd)
+    file = write_space(results, {"lr": 0.1}, ran={"paths": [str(gone), str(job), str(began)]})
+    assert load_space(file)[0].paths == tuple(map(str, (began, cwd, results, gone, job)))
 
 
 def test_a_space_cannot_be_changed(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ from trainables.contract import UserError
         ("lr: .5e3", r"YAML reads \.5e3 as text; write 0\.5e\+3"),
         ("ids: [031]", 'YAML reads 031 as 25; write that, or "031" for the text'),
         ("at: 1:30", 'YAML reads 1:30 as 90; write that, or "1:30" for the text'),
+        ("at: 1:30.5", r'YAML reads 1:30\.5 as 90\.5; write that, or "1:30\.5" for the text'),
+        ("ids: [08]", 'YAML reads 08 as text; write 8, or "08" for the text'),
+        ("mode: -0o17", 'YAML reads -0o17 as text; write -15, or "-0o17" for the text'),
         ("amp: on", r'YAML reads on as a truth value; write true or false, or "on" for the text'),
         ("amp: No", "YAML reads No as a truth value"),
         ("on: 1", "YAML reads on as a truth value"),
@@ -32,7 +35,13 @@ from trainables.contract import UserError
         ("a: !!python/object:os.system {}", "could not determine a constructor"),
         ("? [1, 2]\n: 3", "unhashable key"),
         ("a: 1\n---\nb: 2", "another document"),
-        ("day: 2024-13-01", "month must be in 1..12"),
+        ("day: 2024-13-01", 'line 1: 2024-13-01 is no timestamp: month must be in 1..12; write "2024-13-01" for the'),
+        ("a: 1\nb: !!bool maybe", 'file: line 2: maybe is no bool; write "maybe" for the text'),
+        ("a: !!timestamp abc", 'file: line 1: abc is no timestamp; write "abc" for the text'),
+        ("a: !!int ''", "file: line 1:  is no int; "),
+        ('a: "\\UFFFFFFFF"', "file: not YAML: Python int too large"),
+        ("{a: " * 3000, "file: is nested too deeply to be read"),
+        ("[" * 3000 + "]" * 3000, "file: is nested too deeply to be read"),
         ("a: &a {b: *a}", "an alias stands inside what it names"),
     ],
 )
@@ -52,6 +61,7 @@ def test_a_trap_of_yaml_is_an_error_of_one_line(text: str, message: str) -> None
         ('"on"', "on"),
         ("null", None),
         ("e5", "e5"),
+        ("[08:30, 2024-08, 0o9, 00.5]", ["08:30", "2024-08", "0o9", 0.5]),
         ("1e5x", "1e5x"),
         ("{a: {x: 1}, b: {x: 2}}", {"a": {"x": 1}, "b": {"x": 2}}),
     ],
@@ -76,7 +86,10 @@ def test_what_an_alias_repeats_is_a_copy() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [1e-5, 1e16, 0.1, -2.0, float("inf"), 3, True, None, "1e-5", "3e4", "on", "yes", "1.5", "null", "", "a: b", "é"],
+    [
+        *(1e-5, 1e16, 0.1, -2.0, float("inf"), 3, True, None, "1e-5", "3e4", "on", "yes", "1.5", "null", "", "a: b"),
+        *("é", "08", "0o17", "1:30.5"),
+    ],
 )
 def test_a_written_value_is_read_back_equal_and_of_its_type(value: Any, tmp_path: Path) -> None:
     document = {"plain": value, "listed": [value, [value]], "nested": {"again": [{"deep": value}]}}

@@ -30,7 +30,7 @@ class Space:
     """What is searched, what is fixed, and how trials run.
 
     tree: the config with its domains as written. parameters: the searched ones, each after those that its `when` names.
-    left_out: a line on each known setting that an override ruled out, and on each parameter that is never searched.
+    left_out: a line on each known setting that an override ruled out, and on what is never searched but looks like it.
     paths: folders to search for the trainable.
     data: the description of the data, such as their split, that the trainable's `prepare` returned, or None.
     """

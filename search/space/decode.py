@@ -90,7 +90,7 @@ def _value(kind: Any, value: Any, path: str, default: Any = None) -> Any:
         hint = "; write true or false" if kind is bool else ""
         raise UserError(f"{path}: {value!r} is refused: {first['msg'][:1].lower()}{first['msg'][1:]}{hint}") from None
     except TypeError:
-        raise UserError(f"{path}: {value!r} is not a plain value") from None
+        raise UserError(f"{path}: {value!r} is not a plain value; if it is text, quote it") from None
     except (PydanticUserError, PydanticUndefinedAnnotation):
         raise UserError(f"{path}: nothing in a space file can be a {kind!r}; give the field a plain type") from None
 

@@ -12,6 +12,7 @@ import random
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Protocol
 
 import optuna
@@ -73,9 +74,7 @@ class Real:
         inside = min(max(value, self.low), self.high)
         if self.step is None:
             return inside
-        # Rounded, so that 0.1 + 2 * 0.1 is the 0.3 that a person would write.
-        on_grid = round(self.low + self.step * round((inside - self.low) / self.step), 12)
-        return min(on_grid, self.high)
+        return min(_stepped(self.low, self.step, round((inside - self.low) / self.step)), self.high)
 
     def part(self, value: float) -> float:
         """Return the position of a value in the range, from 0 at the low end to 1 at the high end."""
@@ -248,23 +247,35 @@ def nearly_domain(node: Any) -> str | None:
     """Return the kind of domain that a mapping was surely meant to be; None if it is one, or may mean something else.
 
     It has one key with a list as its value, and that key has the letters of a kind or is another library's word for
-    one.
+    one; or the brackets of the list are forgotten, as in `{int: 5}` and `{choice: a, b}`, where YAML gives b no value.
     """
     if not isinstance(node, dict) or is_domain(node):
         return None
-    lists = [str(key) for key, value in node.items() if isinstance(value, list)]
-    if len(lists) != 1 or not set(node) - set(lists) <= {"when", "step", "log"}:
+    keys = [key for key, value in node.items() if isinstance(value, list) or _is_bare(key, value)]
+    others = {key for key, value in node.items() if key not in keys and (value is not None or keys != ["choice"])}
+    if len(keys) != 1 or not others <= {"when", "step", "log"}:
         return None
-    swapped = [kind for kind in KINDS if sorted(kind) == sorted(lists[0].lower())]
-    return swapped[0] if swapped else _ELSEWHERE.get(lists[0].lower())
+    word = str(keys[0]).lower()
+    swapped = [kind for kind in KINDS if sorted(kind) == sorted(word)]
+    return swapped[0] if swapped else _ELSEWHERE.get(word)
+
+
+def _is_bare(key: Any, value: Any) -> bool:
+    """Return whether a kind has a value where its list belongs; `{log: true}` and `{float: bf16}` are no search."""
+    return key in KINDS and (_is_number(value) or (key == "choice" and isinstance(value, str)))
 
 
 _ELSEWHERE = {
-    "uniform": "float",
-    **dict.fromkeys(("loguniform", "log_uniform"), "log"),
-    **dict.fromkeys(("randint", "integer"), "int"),
-    **dict.fromkeys(("choices", "choise", "categorical"), "choice"),
+    **dict.fromkeys(("uniform", "quniform"), "float"),
+    **dict.fromkeys(("loguniform", "log_uniform", "qloguniform", "lg"), "log"),
+    **dict.fromkeys(("randint", "qrandint", "lograndint", "integer"), "int"),
+    **dict.fromkeys(("choices", "choise", "categorical", "grid_search"), "choice"),
 }
+
+
+def resembles_domain(node: Any) -> bool:
+    """Return whether a mapping is a search to other libraries, in words that may as well mean what they say."""
+    return isinstance(node, dict) and set(node) - {"distribution"} in ({"values"}, {"range"}, {"min", "max"})
 
 
 def is_domain(node: Any) -> bool:
@@ -368,14 +379,19 @@ def _check_range(low: float, high: float, log: bool) -> None:
         raise UserError(f"a log range needs low > 0, but got [{low}, {high}]")
 
 
+def _stepped(low: float, step: float, steps: int) -> float:
+    """Return low plus so many steps, in decimals, so that 0.1 + 2 * 0.1 is the 0.3 that a person would write."""
+    return float(Decimal(str(low)) + steps * Decimal(str(step)))
+
+
 def _steps(low: float, high: float, step: float) -> int:
     """Return how many whole steps fit between low and high."""
-    return math.floor((high - low) / step + 1e-9)
+    return math.floor((Decimal(str(high)) - Decimal(str(low))) / Decimal(str(step)))
 
 
 def _check_step(low: float, high: float, step: float) -> None:
     if step <= 0:
         raise UserError(f"step {step} must be above 0")
-    last = round(low + step * _steps(low, high, step), 12)
-    if abs(last - high) > 1e-9 * max(1.0, abs(high)):
+    last = type(low)(_stepped(low, step, _steps(low, high, step)))
+    if last != high:
         raise UserError(f"steps of {step} from {low} do not meet {high}; write [{low}, {last}]")

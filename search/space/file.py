@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,25 @@ from search import yaml_file
 from search.space import KnownSetting, Space
 from search.space import tree as trees
 from search.space.decode import did_you_mean
-from search.space.domain import Integer, Parameter, Real, is_domain, nearly_domain, parse_domain
+from search.space.domain import Integer, Parameter, Real, is_domain, nearly_domain, parse_domain, resembles_domain
 from search.space.loading import Trainable, check_not_hidden, load, search_paths
 from search.space.overrides import SECTIONS, apply, check_spelling, leave_out
-from search.space.sections import OWN_CONSTRAINTS, Limit, Objective, Resources, Scheduler, Search, section, tables_in
+from search.space.sections import (
+    OWN_CONSTRAINTS,
+    Limit,
+    Objective,
+    Ran,
+    Resources,
+    Scheduler,
+    Search,
+    section,
+    tables_in,
+)
 from trainables.contract import UserError
 
 DRAWS = 200  # random settings that are built before anything starts
 _PROFILED = (*SECTIONS, "tables")
-_KEYS = (*_PROFILED, "profiles", "ran")  # ran: on what and how; only in a results folder's space.yaml
+_KEYS = (*_PROFILED, "profiles")
 
 
 def load_space(
@@ -47,7 +58,10 @@ def load_space(
         trainable = load(space.trainable, space.paths)
         if trainable.config_class is None:
             check_spelling(written, overrides)
+            _check_epochs(space.tree.get("epochs"))
             _check_kinds(space.tree)
+            left_out += tuple(_resembling(space.tree))
+        space = _with_epochs(space, trainable)
         _check_conditions(space)
         space = replace(space, left_out=(*left_out, *_never_searched(space)))
         _check_draws(space, trainable)
@@ -60,7 +74,7 @@ def load_space(
 def profiled(document: Any, profile: str | None, has_gpu: bool) -> tuple[dict[str, Any], str | None]:
     """Return a space file's content with a profile applied, and the profile's name; see `load_space`."""
     document = _mapping(document)
-    _check_keys(document, _KEYS)
+    _check_keys([key for key in document if key != "ran"], _KEYS)  # ran: how it ran, which a results folder says
     profiles = document.get("profiles") or {}
     chosen = _choose_profile(profiles, profile, has_gpu)
     left = {key: node for key, node in document.items() if key != "profiles"}
@@ -82,8 +96,8 @@ def read_space(file: Path) -> Space:
         raise UserError(f"{file}: {error}") from None
 
 
-def _check_keys(document: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> None:
-    for key in document:
+def _check_keys(keys: Iterable[Any], known: Sequence[str], prefix: str = "") -> None:
+    for key in keys:
         if key not in known:
             raise UserError(f"{prefix}{key}: no such key; {did_you_mean(str(key), known)}")
 
@@ -106,11 +120,39 @@ def _check_kinds(tree: Mapping[str, Any], prefix: str = "config") -> None:
     """Reject misspelt domains: without a Config class they would be fixed values, which no trial could use."""
     for key, node in tree.items():
         if kind := nearly_domain(node):
-            raise UserError(f"{prefix}.{key}: {node} is no domain; did you mean `{kind}`?")
+            raise UserError(
+                f"{prefix}.{key}: {node} is no domain; write {{{kind}: [...]}}, or rename the key of a fixed value"
+            )
         if isinstance(node, dict) and not is_domain(node):
             _check_kinds(node, f"{prefix}.{key}")
         else:
             _check_inside(node["choice"] if is_domain(node) and "choice" in node else node, f"{prefix}.{key}")
+
+
+def _resembling(tree: Mapping[str, Any], prefix: str = "config") -> list[str]:
+    """Return a line on each fixed mapping that would be searched by another library."""
+    lines = []
+    for key, node in tree.items():
+        if resembles_domain(node):
+            lines.append(f"not searched: {prefix}.{key}, as {node} is no domain; {{float: [low, high]}} would be one")
+        elif isinstance(node, dict) and not is_domain(node):
+            lines += _resembling(node, f"{prefix}.{key}")
+    return lines
+
+
+def _check_epochs(epochs: Any) -> None:
+    """Reject what would not count as the length of a trial, where no Config class says what it is."""
+    if isinstance(epochs, (bool, float)):
+        raise UserError(f"config.epochs: {epochs}: a trial has a whole number of epochs; write 1 or more")
+
+
+def _with_epochs(space: Space, trainable: Trainable) -> Space:
+    """Return the space with the default `epochs` of its trainable's Config, if it says nothing of them itself."""
+    fields = () if trainable.config_class is None else dataclasses.fields(trainable.config_class)
+    default = next((item.default for item in fields if item.name == "epochs" and item.init), None)
+    if "epochs" in space.tree or not isinstance(default, int) or isinstance(default, bool) or default < 1:
+        return space
+    return replace(space, tree={**space.tree, "epochs": default})
 
 
 def _check_inside(node: Any, where: str) -> None:
@@ -129,18 +171,14 @@ def _build(document: dict[str, Any], file: Path, profile: str | None, left_out: 
             raise UserError(f"{key}: a value is needed")
     if not isinstance(document["trainable"], str):
         raise UserError(f"trainable: {document['trainable']!r} is no import path; write package.module:function")
-    tree, ran = document.get("config") or {}, document.get("ran") or {}
-    for name, node in (("config", tree), ("ran", ran)):
-        if not isinstance(node, dict):
-            raise UserError(f"{name}: expected a mapping, got {node!r}")
-    paths = ran.get("paths", [])
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise UserError(f"ran.paths: expected a list of folders, got {paths!r}")
+    tree, ran = document.get("config") or {}, section(Ran, document.get("ran"), "ran")
+    if not isinstance(tree, dict):
+        raise UserError(f"config: expected a mapping, got {tree!r}")
     if isinstance(epochs := tree.get("epochs"), int) and epochs < 1:
         raise UserError(f"config.epochs: {epochs}: a trial has at least one epoch; write 1 or more")
     parameters = _ordered(_parameters(tree))
     return Space(
-        name=ran.get("space", file.stem),
+        name=ran.space or file.stem,
         trainable=document["trainable"],
         objectives=_objectives(document["objective"]),
         constraints=_constraints(document.get("constraints")),
@@ -151,9 +189,9 @@ def _build(document: dict[str, Any], file: Path, profile: str | None, left_out: 
         scheduler=section(Scheduler, document.get("scheduler"), "scheduler"),
         resources=section(Resources, document.get("resources"), "resources"),
         left_out=left_out,
-        profile=profile or ran.get("profile"),
-        paths=tuple(dict.fromkeys([*search_paths(file), *paths])),
-        data=ran.get("data"),
+        profile=profile or ran.profile,
+        paths=search_paths(file, ran.paths),
+        data=ran.data,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.machinery
 import inspect
+import operator
 import os
 import sys
 import traceback
@@ -20,10 +21,12 @@ from search.space.decode import decode, did_you_mean
 from search.text import one_line, said
 from trainables.contract import UserError
 
+_JOBS_COPIES = "working_dir_files"  # where Ray unpacks the folder of `ray job submit --working-dir`
+
 
 @dataclass(frozen=True)
 class Trainable:
-    """A trainable and what else its module defines.
+    """A trainable and what else its module defines: the one that a space names, or else the one it is imported from.
 
     config_class: the module's `Config` dataclass, or None for plain dicts.
     prepare: the module's `prepare(config)`, or None; it returns a description of the data, or None.
@@ -47,7 +50,12 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
     is not a dataclass.
     """
     module_name, separator, function = name.partition(":")
-    if not separator or not module_name or not function:
+    if "/" in module_name or module_name.endswith(".py"):
+        told = f"{Path(module_name).stem}:{function or 'train'}"
+        raise UserError(
+            f"trainable: {module_name} is a file; write {told}, and put the space beside it or start in its folder"
+        )
+    if not separator or not module_name or not function or module_name.startswith("."):
         raise UserError(f"trainable: {name!r} is no import path; write package.module:function")
     _look_in(paths, module_name.split(".")[0])
     try:
@@ -65,11 +73,12 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
         _check_meant(module, paths)
         functions = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType)]
         raise UserError(f"trainable: {module_name} has no function {function!r}; {did_you_mean(function, functions)}")
+    home = _home(train, module, function)
     return Trainable(
         train,
-        _config_class(module),
-        _of_one_argument(module, "prepare"),
-        _of_one_argument(module, "memory_need"),
+        _config_class(module) or _config_class(home),
+        _of_one_argument(module, "prepare") or _of_one_argument(home, "prepare"),
+        _of_one_argument(module, "memory_need") or _of_one_argument(home, "memory_need"),
     )
 
 
@@ -96,10 +105,18 @@ def _check_meant(module: types.ModuleType, paths: Sequence[str]) -> None:
     raise UserError(f"trainable: {name} is another module, {origin}; give {spec.origin} a name of its own")
 
 
+def _home(train: Any, module: types.ModuleType, name: str) -> types.ModuleType:
+    """Return the module that defines a trainable, from which `module` may have imported it."""
+    home = sys.modules.get(getattr(train, "__module__", None) or "", module)
+    return home if _named(home, getattr(train, "__qualname__", name)) is train else module
+
+
 def _named(module: types.ModuleType, name: str) -> Any:
-    """Return a module's attribute, or None; raises UserError if the module fails to look it up."""
+    """Return a module's attribute, dotted perhaps, or None; raises UserError if the module fails to look it up."""
     try:
-        return getattr(module, name, None)
+        return operator.attrgetter(name)(module)
+    except AttributeError:
+        return None
     except Exception as error:  # raised by the module's own `__getattr__`
         raise UserError(f"trainable: {module.__name__} cannot be asked for {name!r}: {where(error)}") from None
 
@@ -142,9 +159,15 @@ def check_not_hidden() -> None:
             raise UserError(f"trainable: {found.origin} hides a package of this platform; give it another name")
 
 
-def search_paths(space_file: Path) -> tuple[str, ...]:
-    """Return where a space's trainable may be: the working directory and the folder of the space file."""
-    return tuple(dict.fromkeys([str(Path.cwd()), str(space_file.resolve().parent)]))
+def search_paths(space_file: Path, earlier: Sequence[str]) -> tuple[str, ...]:
+    """Return where a space's trainable may be: the working directory and the folder of the space file.
+
+    earlier: where it was when the search began. These folders go first, so that a search goes on with its own code,
+    unless they are gone or a job's copy of a folder, in whose place the next job has another.
+    """
+    here = [str(Path.cwd()), str(space_file.resolve().parent)]
+    own = [path for path in earlier if os.path.isdir(path) and _JOBS_COPIES not in Path(path).parts]
+    return tuple(dict.fromkeys([*own, *here, *earlier]))
 
 
 def where(error: BaseException) -> str:

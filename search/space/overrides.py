@@ -22,6 +22,7 @@ SECTIONS = (
     "scheduler",
     "resources",
 )
+_NULLS = ("null", "Null", "NULL", "~")
 _OPTIONS = tuple(
     f"{name}.{field}"
     for name, model in (("search", Search), ("scheduler", Scheduler), ("resources", Resources))
@@ -30,7 +31,7 @@ _OPTIONS = tuple(
 
 
 def apply(document: dict[str, Any], text: str) -> None:
-    """Apply one `dotted.key=value`; the value is YAML."""
+    """Apply one `dotted.key=value`; the value is YAML. Null removes a constraint."""
     key, equals, value_text = text.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -40,7 +41,13 @@ def apply(document: dict[str, Any], text: str) -> None:
         raise UserError(f"--set {key}: {section_of} say what is overridden, and are changed in the file alone")
     if section_of not in SECTIONS:
         raise UserError(f"--set {key}: no such key; {_meant(key, document)}")
-    trees.put(document, key, yaml_file.parse(value_text, f"--set {key}"))
+    value = yaml_file.parse(value_text, f"--set {key}")
+    if value is None and value_text.strip() not in _NULLS:  # empty, as of a variable that is not set, or a comment
+        raise UserError(f"--set {key}: {value_text!r} holds no value; write null for none, or quote what begins with #")
+    if value is None and section_of == "constraints" and trees.get(document, key) is not trees.MISSING:
+        trees.drop(document, key)
+    else:
+        trees.put(document, key, value)
 
 
 def _meant(key: str, document: Mapping[str, Any]) -> str:

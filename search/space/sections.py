@@ -105,6 +105,17 @@ class Resources(_Section):
         return value
 
 
+class Ran(_Section):
+    """What the space.yaml of a results folder says of its run, as far as the space needs it again."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    space: str | None = None
+    profile: str | None = None
+    paths: list[str] = []
+    data: str | None = None
+
+
 class Table(_Section):
     """A table of searches; search/tables.py describes the format."""
 

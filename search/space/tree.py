@@ -12,9 +12,15 @@ MISSING: Any = object()
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return `base` with the entries of `over`; mappings are merged, all else (domains included) is replaced."""
+    """Return `base` with the entries of `over`; mappings are merged, all else (domains included) is replaced.
+
+    A constraint that `over` sets to null is removed.
+    """
     merged = dict(base)
     for key, value in over.items():
+        if prefix == "constraints." and value is None and key in base:
+            del merged[key]
+            continue
         old, path = merged.get(key), f"{prefix}{key}"
         merged[key] = merge(old, value, f"{path}.") if _is_tree(old, path) and _is_tree(value, path) else value
     return merged
