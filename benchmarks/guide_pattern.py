@@ -62,7 +62,7 @@ def search(trials: int) -> Measured:
     """Run `trials` trials on a Ray instance of their own, and return the measurements."""
     # One CPU for each trial's driver function, one for each worker, and as many again: Tune reserves some for pending
     # trials, and a worker that needed those would wait forever.
-    ray.init(num_cpus=4 * SLOTS, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=4 * SLOTS, include_dashboard=True, log_to_driver=False)  # as Ray does by default
     stopwatch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         tuner = ray.tune.Tuner(
