@@ -762,6 +762,7 @@ def test_a_report_of_a_search_under_way_says_that_its_trials_run(run: Run, tmp_p
     with running(results):
         told = run("--report", str(results))[1]
     assert "2 trials: 1 finished, 1 running\n" in told
+    assert "\n1,running," in (results / "trials.csv").read_text()
     assert "2 trials: 1 finished, 1 interrupted\n" in run("--report", str(results))[1]
 
 
