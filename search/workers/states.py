@@ -72,14 +72,16 @@ def numbers_in(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _dense(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return a tensor's numbers in layouts and types that torch can compare."""
+    """Return a tensor's numbers in layouts and types that torch can compare; a meta tensor has none."""
+    if tensor.is_meta:
+        return []
     if tensor.is_nested:
         return [numbers for part in tensor.unbind() for numbers in _dense(part)]
     if tensor.layout == torch.sparse_coo:
         return [tensor._values()]
     if tensor.layout != torch.strided:
         return [tensor.values()]
-    return [tensor if tensor.dtype.itemsize > 1 else tensor.float()] if not tensor.is_meta else []
+    return [tensor if tensor.dtype.itemsize > 1 else tensor.float()]
 
 
 def save_state(state: State) -> bytes:

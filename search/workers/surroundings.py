@@ -64,8 +64,8 @@ def _attribute(of: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], N
     return lambda: getattr(of, name), lambda value: setattr(of, name, value)
 
 
-def _item(of: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    """Return how a list is read and set in place, as others hold it too."""
+def _list(of: Callable[[], list[Any]]) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """Return how a list is read, and set in place, because others may hold it too."""
 
     def put(items: list[Any]) -> None:
         of()[:] = items
@@ -74,9 +74,8 @@ def _item(of: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
 
 
 def _flushes_denormals() -> bool:
-    return bool(
-        torch.full((), 1e-310, dtype=torch.float64, device=_CPU).mul(1.0) == 0
-    )  # torch sets this and does not tell it
+    """Return whether torch rounds denormal numbers to 0, which it can be told and does not tell."""
+    return bool(torch.full((), 1e-310, dtype=torch.float64, device=_CPU).mul(1.0) == 0)
 
 
 def _fatal() -> list[Any]:
@@ -116,7 +115,7 @@ _MODES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "numpy": (np.geterr, lambda how: np.seterr(**how)),
     "warnings": (_fatal, _put_fatal),
     "logging": (lambda: logging.root.manager.disable, logging.disable),
-    "path": _item(lambda: sys.path),
+    "path": _list(lambda: sys.path),
     "anomaly": (_anomaly, lambda on: torch.autograd.set_detect_anomaly(*on)),
     **{f"cudnn.{name}": _attribute(_CUDNN, name) for name in ("enabled", "benchmark", "deterministic")},
     **{

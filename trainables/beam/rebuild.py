@@ -231,11 +231,7 @@ def recovered(upper: float, missing: float, rebuilt: float) -> dict[str, float]:
 def unweighted(metrics: Mapping[str, float], loss: RebuildLoss) -> dict[str, float]:
     """Return the loss terms without their weights, to be compared between trials; those of weight 0 are omitted."""
     weights = {name: getattr(loss, f"alpha_{name}") for name in ("trans", "contrast", "distance", "fusion")}
-    return {
-        f"unweighted_{name}": metrics[f"loss_{name}"] / weight
-        for name, weight in weights.items()
-        if weight > 0 and f"loss_{name}" in metrics
-    }
+    return {f"unweighted_{name}": metrics[f"loss_{name}"] / weight for name, weight in weights.items() if weight > 0}
 
 
 def micro_sizes(batch: int, micro_batch: int, ranks: int) -> list[int]:
