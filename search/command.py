@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import shlex
@@ -207,6 +208,8 @@ def check_folders(options: Options, space: Space) -> None:
         open_study(options.resume / STUDY, space, create=False)  # raises UserError if the study is unreadable
     if options.warm_start is not None:
         check_comparable(read_earlier(options.warm_start), space)
+    if is_there(options.results) and not options.results.is_dir():
+        raise UserError(f"--results {options.results}: it is a file; name a folder")
     if options.resume is None and options.name is not None:
         check_unused(options.results / options.name)
         if is_there(options.results / options.name / MARKDOWN):
@@ -220,7 +223,16 @@ def check_unused(results: Path) -> None:
 
 def folder_of(options: Options, space: Space) -> Path:
     """Return the path of the results folder; for a new search it does not exist yet."""
-    return options.resume or options.results / (options.name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return options.resume or named_folder(options, space.name)
+
+
+def named_folder(options: Options, kind: str) -> Path:
+    """Return the folder that `--name` names; without it, one named after `kind` and the time that does not exist."""
+    if options.name is not None:
+        return options.results / options.name
+    now = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([now], (f"{now}-{count}" for count in itertools.count(2)))
+    return next(folder for name in names if not is_there(folder := options.results / name))
 
 
 def open_mirror(options: Options, results: Path) -> Mirror | None:

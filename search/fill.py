@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from search import run as engine
-from search.command import cap_to_grid, check_unused, nodes_for, prepare, resolve, search
+from search.command import cap_to_grid, check_unused, named_folder, nodes_for, prepare, resolve, search
 from search.options import Options
 from search.records.folder import SPACE, STUDY
 from search.records.mirror import Mirror, below, fetch, folders_at, holds_search
@@ -36,7 +35,7 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
     has_gpu = any(node.gpus for node in nodes)
     tables = read_tables(options.file, options.profile, has_gpu, "all")
     read_tables(options.file, options.profile, has_gpu, wanted)  # raises UserError for an unknown one
-    results = options.results / (options.name or f"{options.file.stem}-tables-{time.strftime('%Y%m%d-%H%M%S')}")
+    results = named_folder(options, f"{options.file.stem}-tables")
     everything = cells_of(tables)
     cells = [cell for cell in everything if wanted in ("all", cell.table)]
     if len({cell.folder for cell in cells}) < len(cells):

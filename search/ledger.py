@@ -161,6 +161,11 @@ class Ledger:
         """Leave the trial open in the study, so that a resumed search continues it."""
         self._write(self.open.pop(key))
 
+    def give_back(self, key: str) -> None:
+        """Let a trial that has not begun wait in the study with its setting, so that a resumed search begins it."""
+        opened = self.open.pop(key)
+        self.study._storage.set_trial_state_values(opened.trial._trial_id, TrialState.WAITING)
+
     def end(self, key: str, status: str, reason: str) -> Record:
         """Tell the study how a trial ended and return its record."""
         opened = self.open.pop(key)

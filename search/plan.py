@@ -119,6 +119,9 @@ def _whole(space: Space, nodes: Sequence[Node], gpus: float, kind: str = "GPU") 
     if trials < fits:
         limit = f"{trials} trials; {fits} groups would fit"
     slots = min(trials, fits)
+    spread = slots - sum(_workers_on(node, wanted.cpus_per_worker, gpus) // wanted.workers for node in nodes)
+    if spread > 0:
+        limit += f"; {spread} of the slots over several machines"
     return Plan(slots, wanted.workers, wanted.cpus_per_worker, gpus, limit, wanted.memory_limit_mb)
 
 

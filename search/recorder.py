@@ -153,11 +153,16 @@ class Recorder(tune.Callback):
             self._end(trial.trial_id, "failed", told.split("\n", 1)[0])
 
     def close(self, ending: str | None) -> None:
-        """End all open trials: as stopped for the reason `ending`, or as interrupted if it is None."""
+        """End all open trials: as stopped for the reason `ending`, or as interrupted if it is None.
+
+        Those that have not begun return to the study: schedulers that pause trials have all of them drawn first.
+        """
         for key, opened in list(self._ledger.open.items()):
             with self._interruption.kept():
                 self._catch_up(key)
-                if ending is None:
+                if not (opened.started or opened.epochs):
+                    self._ledger.give_back(key)
+                elif ending is None:
                     folder = TrialFolder(self._results, opened.number)
                     folder.keep_checkpoint(folder.recorded())
                     self._ledger.interrupt(key)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,24 @@ def test_a_results_folder_is_not_used_twice(run: Run, tmp_path: Path) -> None:
     status, _, told = run(*TOY, "--name", "done")
     assert status == 2
     assert "results/done holds a search already; go on with it by --resume, or choose another --name" in told
+
+
+def test_searches_begun_in_one_second_have_folders_of_their_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "strftime", lambda form: "now")
+    monkeypatch.setattr(cluster, "start_ray", lambda address: ())
+    monkeypatch.setattr(engine, "run", lambda *arguments: engine.Outcome((), (), interrupted=False))
+    for _ in range(3):
+        run(*TOY)
+    assert sorted(path.name for path in Path("results").iterdir()) == ["toy-now", "toy-now-2", "toy-now-3"]
+
+
+def test_results_in_a_file_are_refused_before_anything_runs(run: Run) -> None:
+    Path("notes.txt").write_text("mine")
+    for dry in ([], ["--dry-run"]):
+        assert run(*TOY, "--results", "notes.txt", *dry)[::2] == (
+            2,
+            "error: --results notes.txt: it is a file; name a folder\n",
+        )
 
 
 def test_two_processes_do_not_run_one_search(run: Run, tmp_path: Path) -> None:

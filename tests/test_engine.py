@@ -427,17 +427,22 @@ def test_a_rank_that_diverges_alone_does_not_hang_the_others(tmp_path: Path, mon
     ]
 
 
-def test_a_time_budget_stops_what_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheduler", ["none", "hyperband"])
+def test_a_time_budget_stops_what_runs(scheduler: str, tmp_path: Path) -> None:
     space = toy(
         "descend",
         config={"epochs": 100, "pause_s": 0.5, "lr": {"log": [0.01, 0.4]}},
         search={"trials": 50, "time_budget": "15s"},
+        scheduler={"name": scheduler},
     )
     outcome, results = search(tmp_path, space)
     assert (len(outcome.records) > 0, outcome.interrupted) == (True, False)
     assert {record.status for record in outcome.records} == {"stopped"}
     assert all("time budget of 15s" in record.reason for record in outcome.records)
-    assert all(trial.state.is_finished() for trial in study_of(results).trials)
+    trials = study_of(results).get_trials(deepcopy=False)
+    begun = [trial.number for trial in trials if trial.state.is_finished()]
+    assert begun == [record.number for record in outcome.records]
+    assert all(trial.state == optuna.trial.TrialState.WAITING for trial in trials[len(begun) :]), "drawn, and never begun"
 
 
 def test_what_the_recorder_trips_over_ends_the_search_to_be_resumed(

@@ -98,6 +98,13 @@ def test_a_plan_says_what_limits_it(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("trials", "told"), [(100, "; 1 of the slots over several machines"), (2, "")])
+def test_slots_over_several_machines_are_told(trials: int, told: str, tmp_path: Path) -> None:
+    plan = str(make_plan(a_space(tmp_path, 3, gpus=1, search={"trials": trials}), [Node(8, 4), Node(8, 5)]))
+    assert plan.endswith(f"{told})")
+    assert ("several machines" in plan) == bool(told)
+
+
 def test_gpus_that_stay_idle_for_want_of_cpus_are_told(tmp_path: Path) -> None:
     assert str(make_plan(a_space(tmp_path, 1, 4, gpus=1), [Node(16, 6)])) == (
         "4 slots x 1 worker x 4 CPU and 1 GPU (all that fits on 16 CPU and 6 GPU; the GPUs would do for 6 with fewer "

@@ -22,6 +22,7 @@ from search.ledger import Ledger
 from search.recorder import HOPELESS, Recorder
 from search.records.folder import TrialFolder
 from search.records.record import Record
+from search.study import records
 from search.trial import EPOCH, METRICS, REASON, STATUS
 from search.workers.states import save_state
 
@@ -96,6 +97,22 @@ def test_when_the_time_is_over_a_trial_of_which_nothing_is_left_has_finished(
     run.recorder.close("the time budget was over")
     assert (run.told[0].status, run.told[0].epochs) == (status, reports)
     assert [path.name for path in run.files.path.glob("checkpoint*")] == [f"checkpoint-{reports:04d}.pt"]
+
+
+@pytest.mark.parametrize("ending", ["the time budget was over", None], ids=["out of time", "interrupted"])
+def test_what_was_drawn_and_has_not_begun_is_begun_by_a_resume(ending: str | None, tmp_path: Path) -> None:
+    """Schedulers that pause trials have all of them drawn before the first begins."""
+    run = watched(tmp_path)
+    run.report(1)
+    waiting = [ask(run.ledger, f"slot {number}").values for number in (1, 2)]
+    run.recorder.close(ending)
+    begun = [record.status for record in records(run.ledger.study, run.ledger.space)]
+    assert begun == ["interrupted" if ending is None else "stopped"]
+    resumed = open_journal(run.ledger.space, run.folder / "run")
+    assert resumed.left == run.ledger.space.search.trials - (ending is not None)
+    again = [ask(resumed, f"slot {number}") for number in range(2 if ending else 3)]
+    assert [opened.values for opened in again][-2:] == waiting
+    assert [opened.number for opened in again][-2:] == [1, 2]
 
 
 def test_a_copy_that_diverges_before_its_first_report_has_its_own_values_and_checkpoint(tmp_path: Path) -> None:
