@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--results", metavar="DIR_OR_URI", help="where results folders are kept (default: results)")
     command.add_argument("--dry-run", action="store_true", help="print the resolved space and the plan; start nothing")
     command.add_argument("--resume", metavar="RESULTS_DIR", help="go on with a search; --trials N raises its total")
-    command.add_argument("--retry-failed", action="store_true", help="with --resume: run again what failed")
+    command.add_argument("--retry-failed", action="store_true", help="with --resume: run failed trials again")
     command.add_argument("--warm-start", metavar="RESULTS_DIR", help="learn from an earlier search")
     command.add_argument("--address", metavar="ADDR", help="a Ray cluster (default: RAY_ADDRESS, else a local one)")
     command.add_argument("--cold", action="store_true", help="a new worker group for every trial")
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="fill the space's tables (or one), by a search for each cell",
     )
-    command.add_argument("--list", action="store_true", help="the spaces at hand")
+    command.add_argument("--list", action="store_true", help="list the spaces")
     command.add_argument("--report", metavar="RESULTS_DIR", help="rebuild the report and the tables of a search")
     command.add_argument("--why", metavar="TRIAL", help="with --report: why that trial ended as it did")
     command.add_argument(
@@ -74,7 +74,7 @@ def check_alone(given: argparse.Namespace, *names: str) -> None:
     defaults = vars(parser().parse_args([]))
     for name, value in vars(given).items():
         if name not in names and value != defaults[name]:
-            raise UserError(f"--{name.replace('_', '-')} does not go with --{names[0]}")
+            raise UserError(f"--{name.replace('_', '-')} cannot be combined with --{names[0]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -105,8 +105,8 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
             raise UserError(f"--address {address}: no Ray cluster answers there: {error}") from None
         except AuthenticationError as error:
             raise UserError(
-                f"the Ray cluster wants its token, and got none or another: {one_line(str(error), '')}; put it into "
-                "~/.ray/auth_token and set RAY_AUTH_MODE=token, or unset that where the cluster has no token"
+                f"the Ray cluster requires a token and was given none or a wrong one: {one_line(str(error), '')}; "
+                "put it into ~/.ray/auth_token and set RAY_AUTH_MODE=token, or unset that if the cluster uses no token"
             ) from None
         finally:
             signal.signal(signal.SIGUSR1, heeding_usr1)

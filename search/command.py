@@ -58,7 +58,7 @@ def report(folder: str, trial: str | None, exported: Sequence[str] | None = None
     """
     if exported is not None:
         if trial is not None:
-            raise UserError("--why does not go with --export; ask one thing at a time")
+            raise UserError("--why cannot be combined with --export; ask one thing at a time")
         return export(folder, *exported)
     results = results_folder(folder)
     if trial is not None:
@@ -69,7 +69,7 @@ def report(folder: str, trial: str | None, exported: Sequence[str] | None = None
     try:
         write_results(results, space, found)
     except (OSError, UserError) as error:  # another user's search can be read, though not written to
-        told += f"\nthe tables in {results} are as they were: {error}"
+        told += f"\nthe tables in {results} were not updated: {error}"
     return told
 
 
@@ -249,7 +249,7 @@ def open_mirror(options: Options, results: Path) -> Mirror | None:
     if before is None:
         return None
     if below(above(before), results.resolve().name) != before:
-        print(f"not mirrored to {before}, which is another folder's", flush=True)
+        print(f"not mirrored to {before}, which belongs to another folder", flush=True)
         return None
     try:
         mirror = Mirror(results, before)
@@ -280,7 +280,7 @@ def open_results(
     try:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--results {results}: no folder can be made here: {error.strerror}") from None
+        raise UserError(f"--results {results}: cannot make a folder here: {error.strerror}") from None
     _take(results, held)
     check_unused(results)  # another process may have been faster
     write_space(results, space, uri)
@@ -310,8 +310,8 @@ def check_same(earlier: Space, space: Space, folder: Path) -> None:
     changed = [name for name, (a, b) in pairs.items() if a != b and repr(a) != repr(b)]  # NaN != NaN
     if changed:
         raise UserError(
-            f"--resume {folder}: {', '.join(changed)} cannot change, its trials ran as it was; leave it, or begin a "
-            f"search that learns from them, with --warm-start {folder}"
+            f"--resume {folder}: {', '.join(changed)} cannot change, because its trials have run with it; leave it, or "
+            f"begin a search that learns from them, with --warm-start {folder}"
         )
 
 
@@ -322,7 +322,7 @@ def estimate_of(options: Options, space: Space, plan: Plan) -> str:
     _, found = read_results(options.resume)
     left = left_to_run(found, space.search.trials) + (len(unmended(found)) if options.retry_failed else 0)
     if left == 0:
-        return "no trial is left to run; --trials with a larger number would go on with the search"
+        return "no trial is left to run; a larger --trials would continue the search"
     epoch_s = seconds_per_epoch(found) or measured_before(options.resume.parent, space)
     return estimate(space.with_trials(left), plan, epoch_s)
 

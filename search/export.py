@@ -89,7 +89,7 @@ def choose(found: Sequence[Record], space: Space, what: str, source: str) -> Rec
         best = best_of(found, space)
         if not best:
             wanted = " within the constraints" if space.constraints else ""
-            raise UserError(f"--export best: no trial of {source} finished{wanted}; a trial's number would export it")
+            raise UserError(f"--export best: no trial of {source} finished{wanted}; give a trial's number to export it")
         return best[0]
     if not what.isdigit():
         raise UserError(f"--export {what}: write best, or the number of a trial")

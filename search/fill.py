@@ -30,7 +30,7 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
     cell, before the first search runs.
     """
     if options.resume is not None or options.warm_start is not None:
-        raise UserError("--table goes on where it was by --name; it does not go with --resume or --warm-start")
+        raise UserError("--table continues by --name; it cannot be combined with --resume or --warm-start")
     nodes = nodes_for(options)
     has_gpu = any(node.gpus for node in nodes)
     tables = read_tables(options.file, options.profile, has_gpu, "all")
@@ -39,7 +39,7 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
     everything = cells_of(tables)
     cells = [cell for cell in everything if wanted in ("all", cell.table)]
     if len({cell.folder for cell in cells}) < len(cells):
-        raise UserError(f"{options.file}: tables: two cells differ in signs only; name rows and columns by words")
+        raise UserError(f"{options.file}: tables: two cells differ only in punctuation; name rows and columns by words")
     check_unused(results)
     for cell in cells:
         resolved = resolve(_of_cell(options, results, cell), nodes)
@@ -57,7 +57,7 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
         try:
             text = _write(results, options.file.stem, tables, everything)
         except OSError as error:  # such as a full disk, which the search has reported
-            text = f"the tables are as they were: {error}"
+            text = f"the tables were not updated: {error}"
         if mirror is not None:
             mirror.push()
         if outcome.interrupted and not outcome.hopeless:
@@ -89,7 +89,7 @@ def _ended(options: Options) -> engine.Outcome | None:
     _, found = read_results(options.resume)
     if any(record.status == INTERRUPTED for record in found):  # a retry of a failed trial, begun since then
         return None
-    print("its search has ended; --trials with a larger number would go on with it", flush=True)
+    print("its search has ended; a larger --trials would continue it", flush=True)
     return engine.Outcome(tuple(found), tuple(best_of(found, space)), interrupted=False)
 
 

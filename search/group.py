@@ -94,7 +94,7 @@ def _deciding(answers: Mapping[int, Answer], ranks: int) -> Answer:
                 return answer
     ended = sorted(rank for rank, answer in answers.items() if answer.ends)
     if 0 < len(ended) < ranks:
-        told = f"rank {ended[0]} has come to its end, and others have not; every rank yields equally often"
+        told = f"rank {ended[0]} has ended and others have not; every rank must yield as many reports"
         return Broke(clean=False, reason=told, final=True)
     return min(answers.items())[1]
 
@@ -216,7 +216,7 @@ class Group:
                 grace_s = GRACE_S if isinstance(answer, FAILURES) or isinstance(command, Leave) else LAST_WORK_S
                 polls = min(polls, grace_s / POLL_S)
         if len(answers) < self._workers and self._has_lost_a_machine():
-            raise GroupDied("a machine of the worker group has gone, and a rank with it", with_machine=True)
+            raise GroupDied("a machine of the worker group was lost, and a rank with it", with_machine=True)
         if len(answers) == self._workers and not self._ranks:
             self._ranks = ray.get(self._mailbox.members.remote())
         return worst_of(answers, self._workers)

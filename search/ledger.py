@@ -128,7 +128,7 @@ class Ledger:
         folder.keep_checkpoint(opened.epochs)
         if torn:
             saved = folder.checkpoint()
-            how = "begins anew" if saved is None else f"goes on from epoch {saved.epoch}"
+            how = "starts over" if saved is None else f"goes on from epoch {saved.epoch}"
             print(f"trial {opened.number}: {', '.join(torn)} cannot be read; it {how}", flush=True)
 
     def _sampler(self, place: int, given: bool) -> BaseSampler:

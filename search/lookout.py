@@ -33,7 +33,7 @@ class Lookout(tune.Callback):
             try:
                 self._look()
             except Exception as error:  # failing to report a wait must not end a search
-                print(f"what the search waits for on its cluster is no longer told: {error!r}", flush=True)
+                print(f"no longer reporting what the search waits for: {error!r}", flush=True)
                 self._next_look = math.inf
 
     def _look(self) -> None:
@@ -50,11 +50,8 @@ class Lookout(tune.Callback):
 def moves(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return a line for each machine that has gone or come."""
     return [
-        *(
-            f"a machine has gone, {before[node]}: what ran on it goes on where there is room"
-            for node in before.keys() - now
-        ),
-        *(f"a machine has come, {now[node]}" for node in now.keys() - before),
+        *(f"a machine was lost, {before[node]}: its trials go on where there is room" for node in before.keys() - now),
+        *(f"a machine was added, {now[node]}" for node in now.keys() - before),
     ]
 
 

@@ -40,11 +40,13 @@ class Options:
         """Return the options for parsed arguments; raises UserError for those that do not go together."""
         for option, value in vars(given).items():
             if value == "":
-                raise UserError(f"--{option.replace('_', '-')}: an empty value; is a variable not set? Or leave it out")
+                raise UserError(
+                    f"--{option.replace('_', '-')}: empty value; is a variable unset? Otherwise leave it out"
+                )
         if given.why:
             raise UserError("--why needs --report RESULTS_DIR")
         if given.export and given.table:
-            raise UserError("--export does not go with --table; export from the folder of a cell, with --report")
+            raise UserError("--export cannot be combined with --table; export from the folder of a cell, with --report")
         if given.export and given.export[0] != BEST_TRIAL:
             raise UserError(f"--export {given.export[0]}: a search exports its best; write best, or add --report")
         if given.retry_failed and not given.resume:
@@ -53,7 +55,9 @@ class Options:
             raise UserError("name a space with --space, or a results folder with --resume")
         for option in ("profile", "name", "warm_start", "results"):
             if given.resume and getattr(given, option):
-                raise UserError(f"--{option.replace('_', '-')} does not go with --resume: the folder has settled it")
+                raise UserError(
+                    f"--{option.replace('_', '-')} cannot be combined with --resume: the folder determines it"
+                )
         if given.epochs is not None and given.epochs < 1:
             raise UserError(f"--epochs {given.epochs}: a trial has at least one epoch; write 1 or more")
         shorthand = {

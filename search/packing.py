@@ -72,7 +72,7 @@ def measure(space: Space, nodes: Sequence[Node], interruption: Interruption) -> 
         there = [NodeAffinitySchedulingStrategy(machine, soft=False) for machine in machines]
         tasks = [task.options(num_gpus=1, scheduling_strategy=strategy).remote(job) for strategy in there]
     if not tasks:
-        return Unmeasured("the machines with a GPU have gone")
+        return Unmeasured("the machines with a GPU were lost")
     until, done, late = time.monotonic() + WAIT_S, [], tasks
     while late and time.monotonic() < until and not interruption.came:
         done, late = ray.wait(tasks, num_returns=len(tasks), timeout=min(LOOK_S, WAIT_S))

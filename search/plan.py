@@ -93,8 +93,8 @@ def make_plan(space: Space, nodes: Sequence[Node], memory: Measured | Unmeasured
         raise UserError(f"resources.gpus_per_worker: {gpus:g} must be a whole number or below 1")
     if 0 < gpus < 1 and wanted.workers > 1:
         raise UserError(
-            f"resources.gpus_per_worker: {gpus:g} with resources.workers = {wanted.workers}: NCCL takes no two ranks "
-            "on one GPU; write a whole number, or one worker"
+            f"resources.gpus_per_worker: {gpus:g} with resources.workers = {wanted.workers}: NCCL does not allow "
+            "two ranks on one GPU; write a whole number, or one worker"
         )
     return _whole(space, nodes, gpus)
 
@@ -115,7 +115,7 @@ def _whole(space: Space, nodes: Sequence[Node], gpus: float, kind: str = "GPU") 
     limit = f"all that fits on {sum(n.cpus for n in nodes):g} CPU and {sum(n.gpus for n in nodes):g} {kind}"
     by_gpu = _groups(space, [replace(node, cpus=MANY_CPUS) for node in nodes], gpus) if gpus else fits
     if by_gpu > fits and wanted.cpus_per_worker > 1:
-        limit += f"; the GPUs would do for {by_gpu} with fewer CPUs each: lower resources.cpus_per_worker"
+        limit += f"; the GPUs would suffice for {by_gpu} with fewer CPUs each: lower resources.cpus_per_worker"
     if trials < fits:
         limit = f"{trials} trials; {fits} groups would fit"
     slots = min(trials, fits)
@@ -153,7 +153,7 @@ def _shared(space: Space, nodes: Sequence[Node], memory: Measured | Unmeasured) 
 def obstacle(space: Space, nodes: Sequence[Node]) -> Unmeasured | None:
     """Return what keeps slots from sharing a GPU regardless of their memory; None if nothing does."""
     if space.resources.workers > 1:
-        return Unmeasured("NCCL refuses two ranks of a group on one GPU")
+        return Unmeasured("NCCL does not allow two ranks of a group on one GPU")
     return None if is_simulated(space, nodes) or any(node.gpus >= 1 for node in nodes) else NO_GPU
 
 

@@ -107,7 +107,7 @@ class Recorder(tune.Callback):
         lacking = [] if self._reported else unmeasured(self._ledger.space.constraints, metrics)
         self._reported = True
         for lack in lacking:
-            told = "a trial fails where its last report lacks it too; --resume takes other constraints"
+            told = "a trial fails if its last report lacks it too; --resume can change constraints"
             print(f"the first report has {lack} ({told})", flush=True)
 
     def _look_at_length(self, opened: OpenTrial, epoch: int) -> None:
@@ -117,7 +117,7 @@ class Recorder(tune.Callback):
             self._is_longer = True
             print(
                 f"trial {opened.number} has given report {epoch}, and config.epochs is {epochs}, which schedulers take "
-                "for the length of a trial; a trainable yields once an epoch",
+                "as the length of a trial; a trainable yields once per epoch",
                 flush=True,
             )
 
@@ -217,7 +217,7 @@ class Recorder(tune.Callback):
         self._failed_in_a_row = self._failed_in_a_row + 1 if record.status == "failed" else 0
         under_way = len(self._ledger.open)  # all of these may fail in one incident
         if self._failed_in_a_row >= max(HOPELESS, 2 * under_way) and (self._ledger.left or under_way):
-            told = f"the last {self._failed_in_a_row} trials have all failed, trial {record.number} by {record.reason}"
+            told = f"the last {self._failed_in_a_row} trials all failed; trial {record.number}: {record.reason}"
             raise Hopeless(told)
 
     def _follow(self, trial: Any) -> None:

@@ -24,7 +24,7 @@ from trainables.contract import UserError
 
 UNENDED = {
     RUNNING: "it has not ended",
-    INTERRUPTED: "it has not ended; where no process runs the search, --resume goes on with it",
+    INTERRUPTED: "it has not ended; if no process runs the search, --resume continues it",
 }
 NULL = "null"  # written for a searched value of None; an empty cell means that the parameter was not active
 ERROR_LINES = 8  # last lines of a failed trial's error.txt that are shown
@@ -119,10 +119,10 @@ def summary(results: Path, space: Space, found: Sequence[Record]) -> str:
     lines.append(f"{len(found)} trials: {told}" if found else "no trial was run")
     lines += patterns(space, found)
     if unmended(found):
-        lines.append("what failed runs again, when its cause is mended, by --resume with --retry-failed")
+        lines.append("once the cause is fixed, --resume with --retry-failed runs the failed trials again")
     best = best_of(found, space)
     if not best:
-        wanted = " and kept the constraints" if space.constraints else ""
+        wanted = " within the constraints" if space.constraints else ""
         ended = any(status not in UNENDED for status in counts)
         lines.append(f"no trial finished{wanted}" + (f"; {results / TRIALS_CSV} says why each one ended" * ended))
     elif len(best) == 1:

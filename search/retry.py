@@ -34,4 +34,4 @@ def retry_failed(results: Path, space: Space) -> str:
         )
         study.add_trial(attempt)
         attempts.append(f"{record.number} as {len(trials)}")
-    return f"run again: trial {', '.join(attempts)}" if attempts else "--retry-failed: no trial is left that failed"
+    return f"run again: trial {', '.join(attempts)}" if attempts else "--retry-failed: no failed trial is left"

@@ -102,7 +102,10 @@ def run(
         if ledger.left and not interruption.pressed:
             past = past_of(study, space, results)
             if past and space.scheduler.name in PAUSING:
-                print(f"{space.scheduler.name} compares anew: it knows nothing of what was reported before", flush=True)
+                print(
+                    f"{space.scheduler.name} starts its comparisons over: it does not know the earlier reports",
+                    flush=True,
+                )
             scheduler = make_scheduler(space, past)
             following = contextlib.nullcontext() if mirror is None else mirror.following()
             with interruption.kept(), following:
@@ -111,7 +114,7 @@ def run(
                 interruption.pressed = True  # Tune has its own handler for SIGUSR1
     finally:  # each of these steps is attempted, even if an earlier one failed
         over = stop.out_of_time and not interruption.came
-        recorder.close(f"the time budget of {space.search.time_budget} was over" if over else None)
+        recorder.close(f"the time budget of {space.search.time_budget} ran out" if over else None)
         _remove(results / SCRATCH)
         found: list[Record] = []
         with interruption.kept():

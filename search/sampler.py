@@ -37,7 +37,7 @@ def sampler_maker(space: Space) -> MakeSampler:
         )
     if name == "cmaes" and (conditional or len(space.objectives) > 1):
         why = "several objectives" if len(space.objectives) > 1 else f"`when` ({', '.join(conditional)})"
-        raise UserError(f"search.sampler: cmaes knows no {why}; use tpe")
+        raise UserError(f"search.sampler: cmaes does not support {why}; use tpe")
     makers: dict[str, MakeSampler] = {
         "tpe": lambda s: optuna.samplers.TPESampler(seed=s),
         "gp": lambda s: SurrogateSampler(space, s),
@@ -64,7 +64,7 @@ def grid_size(space: Space) -> int:
     settings = 1
     for parameter in space.parameters:
         if parameter.when:
-            raise UserError(f"search.sampler: grid knows no `when` ({parameter.name}); use tpe or random")
+            raise UserError(f"search.sampler: grid does not support `when` ({parameter.name}); use tpe or random")
         size = parameter.domain.size()
         if size is None:
             raise UserError(
@@ -73,8 +73,8 @@ def grid_size(space: Space) -> int:
         settings *= size
     if settings > LARGEST_GRID:
         raise UserError(
-            f"search.sampler: a grid of {settings} settings is more than the {LARGEST_GRID} that grid takes; give "
-            "fewer values, or use qmc, which spreads its settings as evenly"
+            f"search.sampler: a grid of {settings} settings exceeds the limit of {LARGEST_GRID}; give "
+            "fewer values, or use qmc, which covers the space as evenly"
         )
     return settings
 
@@ -83,7 +83,9 @@ def _grid(space: Space) -> dict[str, list[Any]]:
     for i, known in enumerate(space.try_first):
         missing = [item.name for item in space.parameters if item.name not in known.values]
         if missing:
-            raise UserError(f"try_first.{i}: grid fills in no values; give {', '.join(missing)} a value there too")
+            raise UserError(
+                f"try_first.{i}: grid does not fill in missing values; give {', '.join(missing)} a value there too"
+            )
     grid_size(space)
     return {parameter.name: parameter.domain.grid() for parameter in space.parameters}
 

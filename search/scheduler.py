@@ -157,7 +157,7 @@ def unheeded(space: Space) -> list[str]:
     """Return a warning line if the scheduler ignores its `grace_epochs`, or if these leave it nothing to do."""
     name, grace, longest = space.scheduler.name, space.scheduler.grace_epochs, space.epochs
     if name == "hyperband" and grace != 1:
-        return ["scheduler.grace_epochs: hyperband has brackets of its own and does not heed it; asha and median do"]
+        return ["scheduler.grace_epochs: hyperband has its own brackets and ignores it; asha and median use it"]
     if name in ("asha", "median", "pbt") and longest is not None and grace >= longest:
         return [f"scheduler.grace_epochs: {grace}, and a trial has {longest} epochs: {name} will do nothing"]
     return []
@@ -187,7 +187,7 @@ def make_scheduler(space: Space, past: Sequence[Past] = ()) -> TrialScheduler:
         )
     if wanted.name == "hyperband":
         if space.epochs is None:
-            raise UserError("scheduler.name: hyperband shares out a known number of epochs; fix config.epochs")
+            raise UserError("scheduler.name: hyperband needs a known number of epochs; fix config.epochs")
         return _HyperBand(
             space.epochs, **common, max_t=longest, reduction_factor=wanted.reduction, stop_last_trials=False
         )

@@ -44,7 +44,7 @@ def check_comparable(earlier: Earlier, space: Space) -> None:
     if (earlier.study.metric_names, earlier.study.directions) != (names, directions_of(space)):
         raise UserError(
             f"{earlier.source}: searched {', '.join(earlier.study.metric_names or [])} and not, in the same "
-            f"directions, {', '.join(names)}; its scores teach nothing here"
+            f"directions, {', '.join(names)}; its scores cannot be used here"
         )
 
 
@@ -77,7 +77,7 @@ def take_over(study: optuna.Study, space: Space, earlier: Earlier) -> str:
         study.add_trial(copied)
         taken += 1
     others = ", ".join(f"{count} by {name}" for name, count in outside.most_common())
-    left = f"; outside it lie {others}" if outside else "" if taken else "; none has ended there in a way that teaches"
+    left = f"; outside it lie {others}" if outside else "" if taken else "; none has ended there in a way to learn from"
     return f"{taken} trials of {earlier.source} lie within this space{left}"
 
 

@@ -29,7 +29,9 @@ class _Loader(yaml.SafeLoader):
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                raise UserError(f"line {key.start_mark.line + 1}: the key `{key.value}` stands twice; keep one of them")
+                raise UserError(
+                    f"line {key.start_mark.line + 1}: the key `{key.value}` appears twice; keep one of them"
+                )
             seen.add((key.tag, str(key.value)))
         return node
 
@@ -114,7 +116,7 @@ def parse(text: str, where: str) -> Any:
     try:
         return _copied(value)
     except RecursionError:
-        raise UserError(f"{where}: an alias stands inside what it names; write the values out") from None
+        raise UserError(f"{where}: an alias refers to something that contains it; write the values out") from None
 
 
 def _copied(value: Any) -> Any:

@@ -386,7 +386,7 @@ def test_a_broken_file_is_named_with_its_row_and_a_remedy(own: Data, column: str
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"unit1_beam": "0"}, r"row 1 of .*: unit1_beam = '0' is not one number in 1\.\.64; mend the row"),
+        ({"unit1_beam": "0"}, r"row 1 of .*: unit1_beam = '0' is not one number in 1\.\.64; correct the row"),
         ({"unit1_beam": "3_4_5_6_7"}, "unit1_beam = '3_4_5_6_7' is not one number"),
         ({"unit1_pwr_60ghz": "./elsewhere/mmWave_power_4.txt"}, "lies in no scenarioNN folder"),
     ],
@@ -427,7 +427,7 @@ def test_a_csv_is_read_behind_a_byte_order_mark_and_refused_in_another_encoding(
     csv_of(own).write_text(words, encoding="utf-8-sig")
     assert prepare_data(own).groups["unit1_rgb_"].paths == table.groups["unit1_rgb_"].paths
     csv_of(own).write_text(words, encoding="utf-16")
-    with pytest.raises(UserError, match=r"\.csv is no CSV in UTF-8 \(.*; save it as one"):
+    with pytest.raises(UserError, match=r"\.csv is not a CSV in UTF-8 \(.*; save it as one"):
         prepare_data(own)
 
 
@@ -479,7 +479,7 @@ def test_a_file_that_breaks_its_reader_is_named_with_its_row(own: Data, monkeypa
 
 def test_a_short_row_and_a_missing_folder_are_mistakes(own: Data, tmp_path: Path) -> None:
     csv_of(own).write_text(csv_of(own).read_text().rstrip().rsplit(",", 1)[0])
-    with pytest.raises(UserError, match=r"row 4 does not have the header's 22 fields; mend the row"):
+    with pytest.raises(UserError, match=r"row 4 does not have the header's 22 fields; correct the row"):
         prepare_data(own)
     with pytest.raises(
         UserError, match=r"data\.root = .*nowhere: no such folder; give the one that holds Multi_Modal/"

@@ -450,7 +450,7 @@ def test_what_is_no_checkpoint_is_a_mistake_of_the_user(
         str(checkpoint.parent): f"it is a folder; give the checkpoint in it, {checkpoint} if exported",
         str(tmp_path / "torn.pt"): "it cannot be read as a checkpoint: ",
         str(tmp_path / "text.pt"): "it cannot be read as a checkpoint: ",
-        str(tmp_path / "list.pt"): "no checkpoint of the training loop, it has no entry `model`",
+        str(tmp_path / "list.pt"): "not a checkpoint of the training loop, it has no entry `model`",
     }
     for path, why in told.items():
         with pytest.raises(UserError, match=f"^{re.escape(f'rebuild.pretrained = {path}: {why}')}"):

@@ -119,7 +119,7 @@ def test_exit_status_1_when_nothing_keeps_the_constraints(tmp_path: Path) -> Non
     (tmp_path / "my.yaml").write_text(OWN_SPACE + "constraints: {loss: {max: -1.0}}\n")
     status, output = finish(launch(tmp_path, "--space", "my.yaml", "--trials", "1"))
     assert status == 1, output
-    assert "no trial finished and kept the constraints" in output
+    assert "no trial finished within the constraints" in output
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])

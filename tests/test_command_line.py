@@ -96,28 +96,28 @@ TOY = ("--space", "toy")
         (["--space", "search_spaces"], "--space search_spaces: no such file and no such space"),
         ([*TOY, "--resume", "results/x"], "name a space with --space, or a results folder"),
         (["--resume", "results/x"], "--resume results/x: there is no space.yaml here"),
-        (["--resume", "results/x", "--name", "y"], "--name does not go with --resume: the folder has settled it"),
+        (["--resume", "results/x", "--name", "y"], "--name cannot be combined with --resume: the folder determines it"),
         (["--why", "3"], "--why needs --report RESULTS_DIR"),
         (["--report", "results/x"], "results/x: there is no space.yaml here"),
-        (["--report", "results/x", "--seed", "0"], "--seed does not go with --report"),
-        (["--report", "results/x", "--set", "a=1"], "--set does not go with --report"),
-        (["--list", "--why", "3"], "--why does not go with --list"),
+        (["--report", "results/x", "--seed", "0"], "--seed cannot be combined with --report"),
+        (["--report", "results/x", "--set", "a=1"], "--set cannot be combined with --report"),
+        (["--list", "--why", "3"], "--why cannot be combined with --list"),
         (["--export", "best", "model"], "name a space with --space, or a results folder"),
         (["--report", "results/x", "--export", "best", "model"], "results/x: there is no space.yaml here"),
         (
             ["--report", "results/x", "--export", "best", "search_spaces"],
             "search_spaces exists and is not an empty fol",
         ),
-        (["--report", "results/x", "--why", "3", "--export", "3", "model"], "--why does not go with --export"),
+        (["--report", "results/x", "--why", "3", "--export", "3", "model"], "--why cannot be combined with --export"),
         ([*TOY, "--export", "best", "search_spaces"], "--export: search_spaces exists and is not an empty folder"),
         ([*TOY, "--export", "3", "model"], "--export 3: a search exports its best; write best, or add --report"),
         ([*TOY, "--export", "best", "a" * 300], f"--export: {'a' * 300}: File name too long"),
-        ([*TOY, "--table", "--export", "best", "model"], "--export does not go with --table"),
+        ([*TOY, "--table", "--export", "best", "model"], "--export cannot be combined with --table"),
         ([*TOY, "--export", "best"], "argument --export: expected 2 arguments"),
         ([*TOY, "--warm-start", "results/x"], "--warm-start results/x: there is no space.yaml here"),
         ([*TOY, "--retry-failed"], "--retry-failed needs --resume RESULTS_DIR"),
-        (["--report", "results/x", "--retry-failed"], "--retry-failed does not go with --report"),
-        ([*TOY, "--profile", "night"], "search_spaces/toy.yaml: profile 'night' is unknown; nothing may stand here"),
+        (["--report", "results/x", "--retry-failed"], "--retry-failed cannot be combined with --report"),
+        ([*TOY, "--profile", "night"], "search_spaces/toy.yaml: profile 'night' is unknown; none are known"),
         ([*TOY, "--trials", "ten"], "argument --trials: invalid int value: 'ten'"),
         ([*TOY, "--trails", "10"], "unrecognized arguments: --trails 10"),
         ([*TOY, "--trials", "0"], "search_spaces/toy.yaml: search.trials: 0 is refused"),
@@ -128,9 +128,15 @@ TOY = ("--space", "toy")
         (["--report", "a" * 300], f"{'a' * 300}/space.yaml: File name too long"),
         (["--resume", "a" * 300], f"{'a' * 300}/space.yaml: File name too long"),
         ([*TOY, "--seed", "-1"], "search_spaces/toy.yaml: search.seed: -1 is refused"),
-        ([*TOY, "--time-budget", "90"], "search.time_budget: 90 is refused: '90' is no duration; write a number and"),
-        ([*TOY, "--time-budget", "soon"], "search.time_budget: 'soon' is refused: 'soon' is no duration"),
-        ([*TOY, "--time-budget", ""], "--time-budget: an empty value; is a variable not set? Or leave it out"),
+        (
+            [*TOY, "--time-budget", "90"],
+            "search.time_budget: 90 is refused: '90' is not a duration; write a number and",
+        ),
+        ([*TOY, "--time-budget", "soon"], "search.time_budget: 'soon' is refused: 'soon' is not a duration"),
+        (
+            [*TOY, "--time-budget", ""],
+            "--time-budget: empty value; is a variable unset? Otherwise leave it out",
+        ),
         ([*TOY, "--set", "config.lrr=1"], "--set config.lrr: no such key; did you mean `config.lr`?"),
         ([*TOY, "--set", "config.lr"], "--set config.lr: write KEY=VALUE"),
         ([*TOY, "--set", "config.lr=1e-4"], "--set config.lr: line 1: YAML reads 1e-4 as text; write 1.0e-4"),
@@ -233,7 +239,7 @@ def test_a_search_goes_on_as_it_was(override: str, changed: str, run: Run, tmp_p
 def test_other_constraints_judge_the_trials_anew(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = finished_search(tmp_path)
     monkeypatch.setattr(cluster, "start_ray", lambda address: None)
-    for limit, status, told in ((-1.0, 1, "no trial finished and kept the constraints"), (9.0, 0, "best: trial 0")):
+    for limit, status, told in ((-1.0, 1, "no trial finished within the constraints"), (9.0, 0, "best: trial 0")):
         constraints = f"constraints={{loss: {{max: {limit}}}}}"
         ended, out, _ = run("--resume", str(results), "--trials", "1", "--set", constraints)
         assert (ended, told in out) == (status, True)
@@ -510,7 +516,7 @@ class TestResumeOfAMirroredSearch:
         before = (there / "space.yaml").read_bytes()
         status, out, _ = run("--resume", "results/day")
         assert (status, "mirrored to s3://bucket/my%20runs/night, as before" in out) == (130, False)
-        assert "\nnot mirrored to s3://bucket/my%20runs/night, which is another folder's\n" in out
+        assert "\nnot mirrored to s3://bucket/my%20runs/night, which belongs to another folder\n" in out
         assert (there / "space.yaml").read_bytes() == before
 
     def test_without_a_word_of_the_mirror_it_goes_on_here_alone(self, there: Path, run: Run) -> None:
@@ -659,7 +665,7 @@ def test_what_failed_is_run_again_where_that_is_asked_for(
     assert "\nrun again: trial 1 as 2\n" in told
     assert "3 trials: 1 finished, 1 failed, 1 interrupted" in told
     told = run("--resume", str(results), "--retry-failed")[1]
-    assert "\n--retry-failed: no trial is left that failed\n" in told
+    assert "\n--retry-failed: no failed trial is left\n" in told
 
 
 @pytest.mark.parametrize(
@@ -733,7 +739,7 @@ def test_a_cluster_s_token_that_is_not_there_is_told(tmp_path: Path) -> None:
         environment = {**kept, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
         told = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert (told.returncode, told.stderr.count("\n")) == (2, 1), told.stderr
-    assert told.stderr.startswith("error: the Ray cluster wants its token, and got none or another: ")
+    assert told.stderr.startswith("error: the Ray cluster requires a token and was given none or a wrong one: ")
 
 
 def test_a_sampler_and_a_scheduler_that_do_not_go_together_are_told(run: Run) -> None:

@@ -88,7 +88,7 @@ def test_the_nearest_known_word_is_named(word: str, hint: str) -> None:
 
 
 def test_where_nothing_is_known_nothing_is_meant() -> None:
-    assert did_you_mean("x", []) == "nothing may stand here"
+    assert did_you_mean("x", []) == "none are known"
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class Placed:
 
 def test_a_default_is_made_where_it_is_needed_alone() -> None:
     assert decode(Placed, {"root": "/data"}).root == "/data"
-    with pytest.raises(UserError, match=r"^config\.root: its default cannot be made: KeyError: .*; give a value$"):
+    with pytest.raises(UserError, match=r"^config\.root: its default cannot be built: KeyError: .*; give a value$"):
         decode(Placed, {})
 
 

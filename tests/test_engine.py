@@ -442,7 +442,9 @@ def test_a_time_budget_stops_what_runs(scheduler: str, tmp_path: Path) -> None:
     trials = study_of(results).get_trials(deepcopy=False)
     begun = [trial.number for trial in trials if trial.state.is_finished()]
     assert begun == [record.number for record in outcome.records]
-    assert all(trial.state == optuna.trial.TrialState.WAITING for trial in trials[len(begun) :]), "drawn, and never begun"
+    assert all(trial.state == optuna.trial.TrialState.WAITING for trial in trials[len(begun) :]), (
+        "drawn, and never begun"
+    )
 
 
 def test_what_the_recorder_trips_over_ends_the_search_to_be_resumed(

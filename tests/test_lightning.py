@@ -180,7 +180,7 @@ def test_a_trial_that_is_stopped_leaves_nothing_behind(toy: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"devices": 2}, "devices=2: leave it out, the space settles it"),
+        ({"devices": 2}, "devices=2: leave it out, the space determines it"),
         ({"max_steps": 100}, "max_steps=100: .* give max_epochs"),
     ],
 )
@@ -198,7 +198,7 @@ def test_a_callback_that_changes_the_weights_when_training_ends_is_refused(toy: 
 
 
 def test_what_is_no_lightning_module_is_refused(toy: Any) -> None:
-    with pytest.raises(UserError, match="Linear is no LightningModule"):
+    with pytest.raises(UserError, match="Linear is not a LightningModule"):
         next(fit(Trial({}), nn.Linear(2, 2), *toy.loaders(), max_epochs=1))
 
 
@@ -207,7 +207,7 @@ def test_what_is_no_lightning_module_is_refused(toy: Any) -> None:
     [
         ("core.lightning", "1.5.10", 'older 1.5.10, .* needs Lightning 2.6: pip install "pytorch-lightning>=2.6,<2.7"'),
         ("core.module", "2.5.0.post0", "older 2.5.0.post0, .* needs Lightning 2.6"),
-        ("models", "1.5.10", "Mine is no LightningModule"),
+        ("models", "1.5.10", "Mine is not a LightningModule"),
     ],
 )
 def test_an_older_lightning_is_refused_by_its_version(

@@ -19,8 +19,8 @@ def placed(state: str, *bundles: dict[str, float]) -> dict[str, Any]:
 
 def test_machines_that_have_gone_and_come_are_told() -> None:
     assert moves({"a": "10.0.0.1", "b": "10.0.0.2"}, {"a": "10.0.0.1", "c": "10.0.0.3"}) == [
-        "a machine has gone, 10.0.0.2: what ran on it goes on where there is room",
-        "a machine has come, 10.0.0.3",
+        "a machine was lost, 10.0.0.2: its trials go on where there is room",
+        "a machine was added, 10.0.0.3",
     ]
     assert moves({"a": "10.0.0.1"}, {"a": "10.0.0.1"}) == []
 

@@ -116,13 +116,13 @@ def test_a_trial_whose_machine_goes_for_good_waits_for_another_and_goes_on_there
     wait_for_reports(process, tmp_path, 2)
     cluster.lose(machine)
     (tmp_path / LOST).touch()
-    read_until(process, "a machine has gone, ")
+    read_until(process, "a machine was lost, ")
     time.sleep(5.0)
     assert process.poll() is None
     cluster.add()
     told, _ = process.communicate(timeout=LONGEST_S)
     assert process.returncode == 0, told
-    assert "a machine has come, " in told
+    assert "a machine was added, " in told
     [row] = csv.DictReader((tmp_path / "run/trials.csv").read_text().splitlines())
     assert (row["status"], row["epochs"]) == ("finished", "8")
     assert float(row["started_at"]) >= 2, "it goes on from its last checkpoint"

@@ -69,7 +69,7 @@ def test_options_for_the_store_stay_behind_the_name_of_a_search(uri: str, option
 
 def test_a_file_uri_is_of_this_machine() -> None:
     assert local("file://localhost/data/runs") == local("file:///data/runs") == local("/data/runs")
-    with pytest.raises(UserError, match=r"^file://results/x names no folder: 'results' stands for a machine; write fi"):
+    with pytest.raises(UserError, match=r"^file://results/x is no folder here: 'results' is read as a host; write fi"):
         local("file://results/x")
 
 
@@ -101,7 +101,7 @@ def test_a_local_folder_of_another_search_is_neither_taken_for_it_nor_overwritte
     Mirror(results, f"file://{disk}/run").push()
     (results / "study.journal").write_bytes(study)
     before = tree(results)
-    with pytest.raises(UserError, match=r"results/run holds another search than file://"):
+    with pytest.raises(UserError, match=r"results/run holds a different search from file://"):
         fetch(f"file://{disk}/run", results.parent)
     assert tree(results) == before
 
@@ -133,7 +133,7 @@ def test_a_store_that_fails_is_tried_again(results: Path, disk: Path, capsys: py
     mirror = Mirror(results, f"file://{disk}/run")
     disk.write_text("a file where the folder should be")
     mirror.push()
-    assert "tried again after the next trial" in capsys.readouterr().out
+    assert "will try again after the next trial" in capsys.readouterr().out
     disk.unlink()
     mirror.push()
     assert tree(disk / "run") == tree(results)

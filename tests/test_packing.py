@@ -122,7 +122,9 @@ def test_there_is_a_reason_before_anything_is_measured(tmp_path: Path) -> None:
     silent = cannot_share(space, replace(trainable, memory_need=None), [Node(4, 1)])
     assert silent == Unmeasured(f"the module of {space.trainable} has no function memory_need")
     pair = replace(space, resources=space.resources.model_copy(update={"workers": 2}))
-    assert cannot_share(pair, trainable, [Node(4, 2)]) == Unmeasured("NCCL refuses two ranks of a group on one GPU")
+    assert cannot_share(pair, trainable, [Node(4, 2)]) == Unmeasured(
+        "NCCL does not allow two ranks of a group on one GPU"
+    )
 
 
 @pytest.mark.ray

@@ -107,8 +107,8 @@ def test_slots_over_several_machines_are_told(trials: int, told: str, tmp_path: 
 
 def test_gpus_that_stay_idle_for_want_of_cpus_are_told(tmp_path: Path) -> None:
     assert str(make_plan(a_space(tmp_path, 1, 4, gpus=1), [Node(16, 6)])) == (
-        "4 slots x 1 worker x 4 CPU and 1 GPU (all that fits on 16 CPU and 6 GPU; the GPUs would do for 6 with fewer "
-        "CPUs each: lower resources.cpus_per_worker)"
+        "4 slots x 1 worker x 4 CPU and 1 GPU (all that fits on 16 CPU and 6 GPU; the GPUs would suffice for 6 with "
+        "fewer CPUs each: lower resources.cpus_per_worker)"
     )
 
 
@@ -197,7 +197,7 @@ class TestSlotsThatShareAGpu:
     def test_are_not_several_where_a_group_has_several_workers(self, tmp_path: Path) -> None:
         plan = make_plan(auto(tmp_path, workers=2), [Node(8, 4)], took(1))
         assert (plan.slots, plan.gpus_per_worker) == (2, 1)
-        assert "a whole GPU for each worker: NCCL refuses two ranks of a group on one GPU" in plan.limit
+        assert "a whole GPU for each worker: NCCL does not allow two ranks of a group on one GPU" in plan.limit
 
     def test_share_no_gpu_where_there_is_none(self, tmp_path: Path) -> None:
         assert str(make_plan(auto(tmp_path), [Node(4, 0)])) == (

@@ -277,7 +277,7 @@ def loop(tmp_path: Path) -> RankLoop:
         ("diverge_with_a_tensor", Blew(reason="exploded", step=3, details={"details": [1.0, 1.0]})),
         ("diverge_as_a_class_of_its_own", Blew(reason="exploded")),
         ("diverge_at_an_old_file", Blew(reason=r"cannot read caf\udce9.png")),
-        ("diverge_without_a_word", Blew(reason="it diverged, and did not say how")),
+        ("diverge_without_a_word", Blew(reason="diverged without giving a reason")),
         (
             "state_is_no_function",
             Broke(

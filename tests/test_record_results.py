@@ -204,7 +204,7 @@ class TestFolder:
     def test_the_summary_says_when_nothing_solves(self, results: Path) -> None:
         space, found = read_results(results)
         told = summary(results, space, found[1:])
-        assert f"no trial finished and kept the constraints; {results / 'trials.csv'} says why each one ended" in told
+        assert f"no trial finished within the constraints; {results / 'trials.csv'} says why each one ended" in told
         interrupted = [record for record in found if record.status == "interrupted"]
         assert "says why" not in summary(results, space, interrupted)
         assert "no trial was run" in summary(results, space, [])

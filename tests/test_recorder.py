@@ -94,12 +94,12 @@ def test_when_the_time_is_over_a_trial_of_which_nothing_is_left_has_finished(
         run.files.write_checkpoint(epoch, b"state")
         run.report(epoch)
     run.files.write_checkpoint(reports + 1, b"its report was on the way")
-    run.recorder.close("the time budget was over")
+    run.recorder.close("the time budget ran out")
     assert (run.told[0].status, run.told[0].epochs) == (status, reports)
     assert [path.name for path in run.files.path.glob("checkpoint*")] == [f"checkpoint-{reports:04d}.pt"]
 
 
-@pytest.mark.parametrize("ending", ["the time budget was over", None], ids=["out of time", "interrupted"])
+@pytest.mark.parametrize("ending", ["the time budget ran out", None], ids=["out of time", "interrupted"])
 def test_what_was_drawn_and_has_not_begun_is_begun_by_a_resume(ending: str | None, tmp_path: Path) -> None:
     """Schedulers that pause trials have all of them drawn before the first begins."""
     run = watched(tmp_path)

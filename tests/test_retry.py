@@ -82,7 +82,7 @@ def test_it_goes_on_from_the_last_checkpoint(results: Path, space: Space) -> Non
 
 def test_nothing_is_run_again_twice_but_an_attempt_that_failed_too(results: Path, space: Space) -> None:
     retry_failed(results, space)
-    nothing = "--retry-failed: no trial is left that failed"
+    nothing = "--retry-failed: no failed trial is left"
     assert retry_failed(results, space) == nothing
     ledger = open_journal(space, results)
     for status in ("failed", "finished"):
@@ -113,7 +113,7 @@ def test_schedulers_hear_of_its_reports_once(results: Path, space: Space) -> Non
 
 
 def test_a_person_is_told_of_it(results: Path, space: Space) -> None:
-    hint = "what failed runs again, when its cause is mended, by --resume with --retry-failed"
+    hint = "once the cause is fixed, --resume with --retry-failed runs the failed trials again"
     assert hint in summary(results, *read_results(results))
     retry_failed(results, space)
     assert hint not in summary(results, *read_results(results))

@@ -205,7 +205,10 @@ class TestGrid:
         ("config", "message"),
         [
             ({"lr": {"log": [0.1, 1.0]}}, "grid needs finitely many values of lr; write a choice, an int or a step"),
-            ({"a": {"choice": [1, 2]}, "b": {"choice": [1], "when": {"a": [1]}}}, r"grid knows no `when` \(b\)"),
+            (
+                {"a": {"choice": [1, 2]}, "b": {"choice": [1], "when": {"a": [1]}}},
+                r"grid does not support `when` \(b\)",
+            ),
             ({"a": {"int": [1, 10**9]}, "b": {"choice": [1, 2]}}, "grid of 2000000000 settings is more than the 1000"),
         ],
     )
@@ -215,14 +218,19 @@ class TestGrid:
 
     def test_a_known_setting_must_be_whole(self, tmp_path: Path) -> None:
         space = space_of(tmp_path, FINITE, search={"sampler": "grid"}, try_first=[{"depth": 2}])
-        with pytest.raises(UserError, match=r"try_first\.0: grid fills in no values; give lr a value there too"):
+        with pytest.raises(
+            UserError, match=r"try_first\.0: grid does not fill in missing values; give lr a value there too"
+        ):
             sampler_maker(space)
 
 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"objective": [LOSS, {"metric": "size", "mode": "max"}]}, "cmaes knows no several objectives; use tpe"),
+        (
+            {"objective": [LOSS, {"metric": "size", "mode": "max"}]},
+            "cmaes does not support several objectives; use tpe",
+        ),
         ({"config": {"a": {"choice": [1, 2]}, "b": {"int": [1, 3], "when": {"a": [1]}}}}, r"knows no `when` \(b\)"),
     ],
 )

@@ -291,7 +291,7 @@ def test_several_objectives_are_refused(name: str, tmp_path: Path) -> None:
 
 def test_hyperband_wants_to_know_the_epochs(tmp_path: Path) -> None:
     space = space_of(tmp_path, {"epochs": {"int": [1, 9]}}, scheduler={"name": "hyperband"})
-    with pytest.raises(UserError, match=r"hyperband shares out a known number of epochs; fix config\.epochs"):
+    with pytest.raises(UserError, match=r"hyperband needs a known number of epochs; fix config\.epochs"):
         make_scheduler(space)
 
 

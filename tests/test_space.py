@@ -80,8 +80,14 @@ def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu:
         ({"search": {"sampler": "tbe"}}, "search.sampler: 'tbe' is unknown; did you mean `tpe`?"),
         ({"search": {"trials": 0}}, "search.trials: 0 is refused: input should be greater than or equal to 1"),
         ({"search": {"trials": "ten"}}, "search.trials: 'ten' is refused: input should be a valid integer"),
-        ({"search": {"time_budget": "soon"}}, "search.time_budget: 'soon' is refused: 'soon' is no duration; write a"),
-        ({"search": {"time_budget": 90}}, "search.time_budget: 90 is refused: '90' is no duration; write a number and"),
+        (
+            {"search": {"time_budget": "soon"}},
+            "search.time_budget: 'soon' is refused: 'soon' is not a duration; write a",
+        ),
+        (
+            {"search": {"time_budget": 90}},
+            "search.time_budget: 90 is refused: '90' is not a duration; write a number and",
+        ),
         ({"search": "tpe"}, "search: expected a mapping with the keys sampler, trials, seed, "),
         ({"scheduler": {"name": "ahsa"}}, "scheduler.name: 'ahsa' is unknown; did you mean `asha`?"),
         ({"scheduler": {"reduction": 1}}, "scheduler.reduction: 1 is refused: input should be greater than"),
@@ -120,9 +126,12 @@ def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu:
         ({"config": [1]}, "config: expected a mapping, got [1]"),
         ({"config": {"a.b": 1}}, "config.a.b: a key is a word without dots; nest mappings instead"),
         ({"config": {"lr": {"log": [1, 0.1]}}}, "config.lr: the range [1.0, 0.1] is reversed; write [0.1, 1.0]"),
-        ({"trainable": 3}, "trainable: 3 is no import path; write package.module:function"),
-        ({"trainable": "toys"}, "trainable: 'toys' is no import path; write package.module:function"),
-        ({"trainable": ".toys:descend"}, "trainable: '.toys:descend' is no import path; write package.module:function"),
+        ({"trainable": 3}, "trainable: 3 is not an import path; write package.module:function"),
+        ({"trainable": "toys"}, "trainable: 'toys' is not an import path; write package.module:function"),
+        (
+            {"trainable": ".toys:descend"},
+            "trainable: '.toys:descend' is not an import path; write package.module:function",
+        ),
         *(
             (
                 {"trainable": f"{path}:descend"},
@@ -169,7 +178,7 @@ def test_a_mistake_of_yaml_names_the_line(tmp_path: Path) -> None:
     file.write_text("trainable: toys:descend\nconfig:\n  lr: 1e-5\n")
     assert message_of(file) == "line 3: YAML reads 1e-5 as text; write 1.0e-5"
     file.write_text("trainable: toys:descend\ntrainable: toys:descend\n")
-    assert message_of(file) == "line 2: the key `trainable` stands twice; keep one of them"
+    assert message_of(file) == "line 2: the key `trainable` appears twice; keep one of them"
     file.write_text("")
     assert message_of(file).startswith("a space file is a mapping with the keys trainable, objective")
 
@@ -185,7 +194,7 @@ def test_a_mistake_of_yaml_names_the_line(tmp_path: Path) -> None:
         ("class Own(BaseException):\n    pass\nraise Own('no licence')", "Own: no licence"),
         (
             "class Mute(Exception):\n    def __str__(self):\n        return self.lost\nraise Mute",
-            "Mute: it does not say what",
+            "Mute: no message",
         ),
     ],
 )
@@ -200,7 +209,7 @@ def test_a_trainable_that_cannot_be_imported_says_why_and_where(code: str, messa
 def test_a_module_that_fails_when_it_is_asked_is_told(tmp_path: Path) -> None:
     name = write_family(tmp_path, "def __getattr__(name):\n    raise RuntimeError(f'lazy {name}')\n")
     told = message_of(write_space(tmp_path, {}, trainable=f"{name}:train"))
-    assert told.startswith(f"trainable: {name} cannot be asked for 'train': RuntimeError: lazy train (")
+    assert told.startswith(f"trainable: {name} could not be searched for 'train': RuntimeError: lazy train (")
 
 
 def test_a_module_whose_name_is_taken_already_is_told_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -574,8 +583,8 @@ class TestWhen:
     @pytest.mark.parametrize(
         ("when", "message"),
         [
-            ({"b": {"a": [1]}, "a": {"b": [1]}}, "config: the `when` of a, b go round in a circle"),
-            ({"a": {"a": [1]}}, "config: the `when` of a go round in a circle"),
+            ({"b": {"a": [1]}, "a": {"b": [1]}}, "config: the `when` of a, b form a cycle"),
+            ({"a": {"a": [1]}}, "config: the `when` of a form a cycle"),
             ({"a": {"bb": [1]}}, "config.a: `when` names bb; did you mean `b`?"),
         ],
     )
@@ -632,7 +641,7 @@ class TestWithoutAConfigClass:
     def test_a_misspelt_domain_is_refused(self, node: dict[str, Any], kind: str, tmp_path: Path) -> None:
         told = message_of(write_space(tmp_path, {"optim": {"lr": node}, "block": "bi"}))
         remedy = f"write {{{kind}: [...]}}, or rename the key of a fixed value"
-        assert told == f"config.optim.lr: {node} is no domain; {remedy}"
+        assert told == f"config.optim.lr: {node} is not a domain; {remedy}"
 
     @pytest.mark.parametrize(
         "node",
@@ -669,7 +678,7 @@ class TestWithoutAConfigClass:
     def test_what_another_library_would_search_is_fixed_and_told(self, node: dict[str, Any], tmp_path: Path) -> None:
         space = space_of(tmp_path, {"optim": {"lr": node}}, search={"trials": 1})
         assert space.config({}) == {"optim": {"lr": node}}
-        told = f"not searched: config.optim.lr, as {node} is no domain; {{float: [low, high]}} would be one"
+        told = f"not searched: config.optim.lr, as {node} is not a domain; {{float: [low, high]}} would be one"
         assert space.left_out == (told,)
 
 

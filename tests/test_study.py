@@ -84,7 +84,7 @@ class TestJournal:
         assert saved is not None
         assert saved.epoch == 3, "from the last one on, the report of epoch 4 would never come"
 
-    @pytest.mark.parametrize(("whole", "told"), [((), "it begins anew"), ((1, 2), "it goes on from epoch 2")])
+    @pytest.mark.parametrize(("whole", "told"), [((), "it starts over"), ((1, 2), "it goes on from epoch 2")])
     def test_a_trial_whose_checkpoint_is_torn_goes_on_all_the_same(
         self, whole: tuple[int, ...], told: str, space: Space, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -408,7 +408,7 @@ class TestWarmStart:
 
     def test_a_search_in_which_nothing_ended_is_told(self, space: Space) -> None:
         _, said = self.begin(space, self.searched(space))
-        assert said == "0 trials of earlier lie within this space; none has ended there in a way that teaches"
+        assert said == "0 trials of earlier lie within this space; none has ended there in a way to learn from"
 
     def test_only_what_lies_inside_is_taken(self, tmp_path: Path, earlier: Earlier) -> None:
         rates = sorted(trial.params["lr"] for trial in earlier.study.trials if trial.state != TrialState.FAIL)

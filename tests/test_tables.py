@@ -168,7 +168,7 @@ def test_the_tables_of_a_bucket_go_on_on_a_machine_that_has_none_of_them(tmp_pat
     fill._mirror(f"file://{there}", here)
     assert (here / "starts-near-few/study.journal").read_text() == "starts-near-few"
     (here / "alone-one/study.journal").write_text("another search")
-    with pytest.raises(UserError, match="alone-one holds another search than file:"):
+    with pytest.raises(UserError, match="alone-one holds a different search from file:"):
         fill._mirror(f"file://{there}", here)
     assert (there / "alone-one/study.journal").read_text() == "alone-one"
 

@@ -29,7 +29,7 @@ from trainables.contract import UserError
         ("amp: on", r'YAML reads on as a truth value; write true or false, or "on" for the text'),
         ("amp: No", "YAML reads No as a truth value"),
         ("on: 1", "YAML reads on as a truth value"),
-        ("lr: 1\nseed: 2\nlr: 3", "line 3: the key `lr` stands twice; keep one of them"),
+        ("lr: 1\nseed: 2\nlr: 3", "line 3: the key `lr` appears twice; keep one of them"),
         ("config: {optim: {lr: 1, lr: 2}}", "the key `lr` stands twice"),
         ("a: [1, 2", "file: line 1: "),
         ("a: !!python/object:os.system {}", "could not determine a constructor"),
@@ -42,7 +42,7 @@ from trainables.contract import UserError
         ('a: "\\UFFFFFFFF"', "file: not YAML: Python int too large"),
         ("{a: " * 3000, "file: is nested too deeply to be read"),
         ("[" * 3000 + "]" * 3000, "file: is nested too deeply to be read"),
-        ("a: &a {b: *a}", "an alias stands inside what it names"),
+        ("a: &a {b: *a}", "an alias refers to something that contains it"),
     ],
 )
 def test_a_trap_of_yaml_is_an_error_of_one_line(text: str, message: str) -> None:

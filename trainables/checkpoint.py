@@ -38,7 +38,7 @@ def read_checkpoint(file: Path, what: str) -> State:
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"{what}: it cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
     if not isinstance(state, dict) or "model" not in state:
-        raise UserError(f"{what}: no checkpoint of the training loop, it has no entry `model`")
+        raise UserError(f"{what}: not a checkpoint of the training loop, it has no entry `model`")
     return state
 
 

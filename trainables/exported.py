@@ -57,7 +57,7 @@ def read_config(path: Path, cls: type[Config]) -> Config:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if (lost := _lost(tree, asdict(config))) is not None:
-        raise UserError(f"{path}: {lost}: this version of {cls.__module__} does not have it so")
+        raise UserError(f"{path}: {lost}: this version of {cls.__module__} does not support it")
     return config
 
 
@@ -68,7 +68,7 @@ def _mapping(path: Path) -> dict[str, Any]:
         said = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be read: {said}; name a folder that `launch.py --export` wrote") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: no mapping; name a folder that `launch.py --export` wrote")
+        raise UserError(f"{path}: not a mapping; name a folder that `launch.py --export` wrote")
     return found
 
 
@@ -92,7 +92,7 @@ def make_room(files: Iterable[Path]) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{path.parent}: no folder can be made here: {error.strerror}") from None
+            raise UserError(f"{path.parent}: cannot make a folder here: {error.strerror}") from None
 
 
 def predict_command(

@@ -79,7 +79,7 @@ def fit(trial: Trial, module: Any, *data: Any, **settings: Any) -> Iterator[Repo
 def library_of(module: Any) -> Any:
     """Return the package, `pytorch_lightning` or `lightning.pytorch`, that defines the module's LightningModule.
 
-    Raises UserError if `module` is no LightningModule, or one of a Lightning before `NEEDED`.
+    Raises UserError if `module` is not a LightningModule, or one of a Lightning before `NEEDED`.
     """
     for base in type(module).__mro__:
         package, separator, _ = base.__module__.partition(".core.")  # followed by `module`; until 1.7 by `lightning`
@@ -91,7 +91,7 @@ def library_of(module: Any) -> Any:
                     f"fit(trial, module, ...) needs {_needed(library)}"
                 )
             return library
-    raise UserError(f"{type(module).__name__} is no LightningModule; fit(trial, module, ...) trains one")
+    raise UserError(f"{type(module).__name__} is not a LightningModule; fit(trial, module, ...) trains one")
 
 
 def _needed(library: Any) -> str:
@@ -103,7 +103,7 @@ def trainer_settings(trial: Trial, library: Any, callbacks: list[Any], settings:
     """Return the Trainer's arguments: `settings`, the trial's devices, `callbacks`. Raises UserError on conflicts."""
     for name in SETTLED:
         if name in settings:
-            raise UserError(f"{name}={settings[name]!r}: leave it out, the space settles it (resources)")
+            raise UserError(f"{name}={settings[name]!r}: leave it out, the space determines it (resources)")
     for name in ("max_steps", "max_time"):
         if settings.get(name) not in (None, -1):
             raise UserError(f"{name}={settings[name]!r}: a trial is as long as its epochs; give max_epochs instead")
@@ -126,7 +126,9 @@ def trainer_settings(trial: Trial, library: Any, callbacks: list[Any], settings:
         where["strategy"] = settings.get("strategy", "ddp")
         environment = environments.TorchElasticEnvironment()
         if where["devices"] * where["num_nodes"] != trial.world_size:
-            raise UserError(f"{trial.world_size} ranks, {where['devices']} of them here: Lightning wants as many each")
+            raise UserError(
+                f"{trial.world_size} ranks, {where['devices']} of them here: Lightning needs as many on each"
+            )
     more = {
         "callbacks": [*_listed(settings.get("callbacks")), *callbacks],  # ours run last
         "plugins": [*_listed(settings.get("plugins")), environment],
@@ -208,8 +210,8 @@ class EpochEnd:
         pairs = zip(trainer.optimizers, given["optimizer_states"], strict=False)
         if trainer.current_epoch != given["epoch"] or any(saved["state"] and not own.state for own, saved in pairs):
             raise UserError(
-                f"{self._library.__name__} {self._library.__version__} has not taken the state in which epoch "
-                f"{given['epoch']} ended, and would begin anew; go on with {_needed(self._library)}"
+                f"{self._library.__name__} {self._library.__version__} did not restore the state in which epoch "
+                f"{given['epoch']} ended, and would start over; go on with {_needed(self._library)}"
             )
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:

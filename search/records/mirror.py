@@ -38,7 +38,7 @@ def local(text: str) -> Path | None:
         return Path(text)
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
-        raise UserError(f"{text} names no folder: {parts.netloc!r} stands for a machine; write file:///ABSOLUTE/PATH")
+        raise UserError(f"{text} is no folder here: {parts.netloc!r} is read as a host; write file:///ABSOLUTE/PATH")
     return Path(unquote(parts.path))
 
 
@@ -146,12 +146,12 @@ class Mirror:
     def push_last(self) -> None:
         """Push at the end of a search; tried `LAST_TRIES` times, as no other push follows."""
         for _ in range(LAST_TRIES - 1):
-            if self._send_new(f"tried again in {PAUSE_S:g} s"):
+            if self._send_new(f"will try again in {PAUSE_S:g} s"):
                 return
             time.sleep(PAUSE_S)
         self._send_new("--resume sends the rest")
 
-    def _send_new(self, then: str = "tried again after the next trial") -> bool:
+    def _send_new(self, then: str = "will try again after the next trial") -> bool:
         """Push; returns whether that worked, and prints why not and what happens then."""
         try:
             self._push()
@@ -262,7 +262,9 @@ def fetch(uri: str, into: Path, parts: Sequence[str] = ()) -> Path:
         else:
             there, here = _length(filesystem, f"{root}/{STUDY}"), _length(fs.LocalFileSystem(), str(results / STUDY))
             if here > 0 and not _same_begin(filesystem, f"{root}/{STUDY}", results / STUDY, min(there, here)):
-                raise UserError(f"{results} holds another search than {uri}; move it away, or work in another folder")
+                raise UserError(
+                    f"{results} holds a different search from {uri}; move it away, or work in another folder"
+                )
             if there > here:
                 _copy_all(filesystem, root, results)
     except OSError as error:

@@ -22,7 +22,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     words = [str(item) for item in known]
     if near := nearest(word, words):
         return f"did you mean `{near}`?"
-    return f"known: {', '.join(words)}" if words else "nothing may stand here"
+    return f"known: {', '.join(words)}" if words else "none are known"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -70,7 +70,7 @@ def _default(item: dataclasses.Field[Any], path: str) -> Any:
         return item.default_factory()
     except (Exception, SystemExit) as error:
         told = one_line(said(error), "")
-        raise UserError(f"{path}: its default cannot be made: {type(error).__name__}: {told}; give a value") from None
+        raise UserError(f"{path}: its default cannot be built: {type(error).__name__}: {told}; give a value") from None
 
 
 def _value(kind: Any, value: Any, path: str, default: Any = None) -> Any:

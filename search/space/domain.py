@@ -181,7 +181,9 @@ class Choice:
             if not _is_plain(value):
                 raise UserError(f"a choice cannot hold {value!r}, a {type(value).__name__}; for the text, quote it")
             if json.loads(json.dumps(value)) != value:  # a NaN, or a mapping with numbers as keys
-                raise UserError(f"a choice cannot hold {value!r}: it would not be the same read back from the study")
+                raise UserError(
+                    f"a choice cannot hold {value!r}: it would be another value when read back from the study"
+                )
         stored = [self.encode(value) for value in self.values]
         if any(a == b for i, a in enumerate(stored) for b in stored[:i]):  # to Optuna 1, 1.0 and True are the same
             raise UserError(f"a choice names a value twice: {list(self.values)}")
@@ -296,7 +298,7 @@ def parse_domain(name: str, node: Mapping[str, Any]) -> Parameter:
     if unknown:
         allowed = ", ".join(sorted(_OPTIONS[kind]))
         raise UserError(
-            f"{name}: `{sorted(unknown, key=str)[0]}` does not go with `{kind}`; allowed beside it: {allowed}"
+            f"{name}: `{sorted(unknown, key=str)[0]}` cannot be combined with `{kind}`; allowed beside it: {allowed}"
         )
     try:
         return Parameter(name, _build(kind, node), _conditions(node.get("when", {})))
@@ -329,7 +331,7 @@ def _conditions(when: Any) -> dict[str, tuple[Any, ...]]:
     if not isinstance(when, dict):
         raise UserError(f"`when` maps another parameter to the values under which this one is searched, not {when!r}")
     if empty := [name for name, values in when.items() if values == []]:
-        raise UserError(f"`when` names no value of {empty[0]}, so that this one would never be searched")
+        raise UserError(f"`when` names no value of {empty[0]}, so this parameter would never be searched")
     return {str(name): tuple(values) if isinstance(values, list) else (values,) for name, values in when.items()}
 
 

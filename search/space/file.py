@@ -121,7 +121,7 @@ def _check_kinds(tree: Mapping[str, Any], prefix: str = "config") -> None:
     for key, node in tree.items():
         if kind := nearly_domain(node):
             raise UserError(
-                f"{prefix}.{key}: {node} is no domain; write {{{kind}: [...]}}, or rename the key of a fixed value"
+                f"{prefix}.{key}: {node} is not a domain; write {{{kind}: [...]}}, or rename the key of a fixed value"
             )
         if isinstance(node, dict) and not is_domain(node):
             _check_kinds(node, f"{prefix}.{key}")
@@ -134,7 +134,9 @@ def _resembling(tree: Mapping[str, Any], prefix: str = "config") -> list[str]:
     lines = []
     for key, node in tree.items():
         if resembles_domain(node):
-            lines.append(f"not searched: {prefix}.{key}, as {node} is no domain; {{float: [low, high]}} would be one")
+            lines.append(
+                f"not searched: {prefix}.{key}, as {node} is not a domain; {{float: [low, high]}} would be one"
+            )
         elif isinstance(node, dict) and not is_domain(node):
             lines += _resembling(node, f"{prefix}.{key}")
     return lines
@@ -170,7 +172,7 @@ def _build(document: dict[str, Any], file: Path, profile: str | None, left_out: 
         if not document.get(key):
             raise UserError(f"{key}: a value is needed")
     if not isinstance(document["trainable"], str):
-        raise UserError(f"trainable: {document['trainable']!r} is no import path; write package.module:function")
+        raise UserError(f"trainable: {document['trainable']!r} is not an import path; write package.module:function")
     tree, ran = document.get("config") or {}, section(Ran, document.get("ran"), "ran")
     if not isinstance(tree, dict):
         raise UserError(f"config: expected a mapping, got {tree!r}")
@@ -210,10 +212,10 @@ def _constraints(node: Any) -> dict[str, Limit]:
         raise UserError(f"constraints: expected metric: {{min: ..., max: ...}}, got {node!r}")
     for name in node or {}:
         if not isinstance(name, str) or not name:
-            raise UserError(f"constraints.{name}: {name!r} is no name of a metric; write the name that reports give it")
+            raise UserError(f"constraints.{name}: {name!r} is not a metric's name; write it as in the reports")
         if name in OWN_CONSTRAINTS:
             raise UserError(
-                f"constraints.{name}: every search has a constraint of this name; call the metric otherwise"
+                f"constraints.{name}: every search already has a constraint of this name; rename the metric"
             )
     return {name: section(Limit, limit, f"constraints.{name}") for name, limit in (node or {}).items()}
 
@@ -242,7 +244,7 @@ def _ordered(parameters: list[Parameter]) -> tuple[Parameter, ...]:
         placed = {item.name for item in ordered}
         ready = [item for item in left if all(name in placed or name not in names for name in item.when)]
         if not ready:
-            raise UserError(f"config: the `when` of {', '.join(item.name for item in left)} go round in a circle")
+            raise UserError(f"config: the `when` of {', '.join(item.name for item in left)} form a cycle")
         ordered += ready
         left = [item for item in left if item not in ready]
     return tuple(ordered)
@@ -255,7 +257,7 @@ def _try_first(node: Any, tree: Mapping[str, Any], parameters: tuple[Parameter, 
     if node and "name" in by_name:
         raise UserError(
             "try_first: the key `name` says what a setting is called, and the config searches an entry of that name; "
-            "nest that in a mapping, or call it otherwise"
+            "nest that in a mapping, or rename it"
         )
     settings = []
     for i, entry in enumerate(node or []):

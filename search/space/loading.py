@@ -56,7 +56,7 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
             f"trainable: {module_name} is a file; write {told}, and put the space beside it or start in its folder"
         )
     if not separator or not module_name or not function or module_name.startswith("."):
-        raise UserError(f"trainable: {name!r} is no import path; write package.module:function")
+        raise UserError(f"trainable: {name!r} is not an import path; write package.module:function")
     _look_in(paths, module_name.split(".")[0])
     try:
         module = importlib.import_module(module_name)
@@ -118,7 +118,7 @@ def _named(module: types.ModuleType, name: str) -> Any:
     except AttributeError:
         return None
     except Exception as error:  # raised by the module's own `__getattr__`
-        raise UserError(f"trainable: {module.__name__} cannot be asked for {name!r}: {where(error)}") from None
+        raise UserError(f"trainable: {module.__name__} could not be searched for {name!r}: {where(error)}") from None
 
 
 def _config_class(module: types.ModuleType) -> type | None:
@@ -173,4 +173,4 @@ def search_paths(space_file: Path, earlier: Sequence[str]) -> tuple[str, ...]:
 def where(error: BaseException) -> str:
     """Describe an error and the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {one_line(said(error), 'it does not say what')} ({frame.filename}:{frame.lineno})"
+    return f"{type(error).__name__}: {one_line(said(error), 'no message')} ({frame.filename}:{frame.lineno})"

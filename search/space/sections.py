@@ -158,7 +158,7 @@ def seconds(text: str) -> float:
     """Convert a duration such as 90s, 30m or 1.5h to seconds; raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text)
     if not match or float(match[1]) == 0:
-        raise ValueError(f"{text!r} is no duration; write a number and s, m, h or d, such as 30m")
+        raise ValueError(f"{text!r} is not a duration; write a number and s, m, h or d, such as 30m")
     return float(match[1]) * _UNITS[match[2]]
 
 

@@ -1,4 +1,4 @@
-"""Nested mappings addressed by dotted paths. A domain is a leaf; a space's `config` is no domain, whatever its keys."""
+"""Nested mappings addressed by dotted paths. A domain is a leaf; a space's `config` never is one."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def _blew(error: Diverged) -> Blew:
     """Convert an exception to text and plain values for the driver; a subclass may lack attributes of `Diverged`."""
     has = {name: getattr(error, name, None) for name in ("reason", "step", "details")}
     told = said(next(iter(error.args), "") if has["reason"] is None else has["reason"])
-    reason = short_line(told, "it diverged, and did not say how", LONGEST_REASON)
+    reason = short_line(told, "diverged without giving a reason", LONGEST_REASON)
     step, details = plain(has["step"]), plain({} if has["details"] is None else has["details"])
     return Blew(
         reason=reason,

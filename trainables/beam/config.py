@@ -97,7 +97,7 @@ class Data:
         if self.image_size < 1:
             raise UserError(f"data.image_size = {self.image_size} must be at least 1 pixel")
         if self.camera is not None and ("/" in self.camera or self.camera in ("", ".", "..")):
-            raise UserError(f"data.camera = {self.camera!r} is no name of a folder beside camera_data/")
+            raise UserError(f"data.camera = {self.camera!r} is not the name of a folder beside camera_data/")
         if self.split_seed < 0:
             raise UserError(f"data.split_seed = {self.split_seed} must not be negative")
         if self.augment < 0:

@@ -187,5 +187,5 @@ def read_position(path: Path) -> NDArray[np.float64]:
     """Read latitude and longitude in degrees, (2,)."""
     position = _text_numbers(path, 2, "latitude, longitude")
     if not (-80 <= position[0] <= 84 and -180 <= position[1] < 180):  # where UTM is defined; NaN fails as well
-        raise UserError(f"{path}: latitude {position[0]}, longitude {position[1]} is no place in degrees")
+        raise UserError(f"{path}: latitude {position[0]}, longitude {position[1]} is not a position in degrees")
     return position

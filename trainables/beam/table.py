@@ -231,13 +231,13 @@ def _read_csv(path: Path, modalities: Sequence[Modality], labelled: bool = True)
         remedy = "data.root must hold the development set's CSV" if labelled else "name the CSV of the windows"
         raise UserError(f"{path}: {error.strerror}; {remedy}") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is no CSV in UTF-8 ({error}); save it as one") from None
+        raise UserError(f"{path} is not a CSV in UTF-8 ({error}); save it as one") from None
     _check_header(path, header, modalities, labelled)
     if not rows:
         raise UserError(f"{path} has no rows; give a data set with at least one window")
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():  # DictReader's mark of too many or too few fields
-            raise UserError(f"{path}: row {number} does not have the header's {len(header)} fields; mend the row")
+            raise UserError(f"{path}: row {number} does not have the header's {len(header)} fields; correct the row")
     return rows
 
 
@@ -287,7 +287,7 @@ def _labels(row: Row, line: str) -> list[int]:
     beams = [int(word) if word.isdecimal() else 0 for word in words]
     if len(beams) != steps or not all(1 <= beam <= BEAMS for beam in beams):
         rule = "one number" if steps == 1 else f"{steps} numbers joined by _, each"
-        raise UserError(f"{line}: {BEAM} = {row[BEAM]!r} is not {rule} in 1..{BEAMS}; mend the row")
+        raise UserError(f"{line}: {BEAM} = {row[BEAM]!r} is not {rule} in 1..{BEAMS}; correct the row")
     return [beam - 1 for beam in beams]
 
 
@@ -300,7 +300,7 @@ def scenario_of(path: Path) -> str:
 def _scenario(path: Path, line: str) -> str:
     found = scenario_of(path)
     if not found:
-        raise UserError(f"{line}: {path} lies in no scenarioNN folder; keep the layout of the public data")
+        raise UserError(f"{line}: {path} is not in a scenarioNN folder; keep the layout of the public data")
     return found
 
 

@@ -116,7 +116,9 @@ def points(path: Path, parts: Sequence[str], shape: tuple[int, ...]) -> Points:
     table = _table(path, TRACKING, TRACKING)
     names, which = categories(table.column("bodypart"))
     if strange := [name for name in names if name not in parts]:
-        raise UserError(f"{path}: bodypart = {strange[0]} is not in body_parts_tracked of its row in the CSV; mend it")
+        raise UserError(
+            f"{path}: bodypart = {strange[0]} is not in body_parts_tracked of its row in the CSV; correct it"
+        )
     part = np.array([parts.index(name) for name in names], dtype=np.int64)[which]
     out = np.full(shape, np.nan, dtype=np.float32)
     at = _numbers(table, "video_frame", path).astype(int), mouse_numbers(table.column("mouse_id"), path) - 1, part

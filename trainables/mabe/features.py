@@ -36,7 +36,7 @@ def group(name: Feature, seen_TMP2: Floats, fps: float) -> Floats:
     if name == "motion":
         return motion(points_TMP2.reshape(frames, -1, 2), fps)
     columns_TG = geometry(points_TMP2, ever_seen(seen_TMP2))
-    assert name in ("geometry", "rolling"), f"{name} is no group of columns"
+    assert name in ("geometry", "rolling"), f"{name} is not a group of columns"
     return columns_TG if name == "geometry" else rolling(columns_TG)
 
 
