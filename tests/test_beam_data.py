@@ -368,7 +368,11 @@ def zipped(path: Path) -> None:
         ("unit1_lidar_1", lambda path: text(path.read_text() + "oops")(path), "lidar_data_0.ply: .* not a number"),
         ("unit2_loc_1", text("33.4\n"), "GPS_location_0.txt: 1 numbers instead of 2"),
         ("unit2_loc_1", text("33.4\nwest\n"), "GPS_location_0.txt: not 2 numbers"),
-        ("unit2_loc_1", text("-111.9\n33.4\n"), "GPS_location_0.txt: latitude -111.9, longitude 33.4 is no place"),
+        (
+            "unit2_loc_1",
+            text("-111.9\n33.4\n"),
+            "GPS_location_0.txt: latitude -111.9, longitude 33.4 is not a position",
+        ),
         ("unit1_pwr_60ghz", text("0.5\n" * 63), "mmWave_power_4.txt: 63 numbers instead of 64"),
         ("unit1_pwr_60ghz", text("nan\n" * 64), "mmWave_power_4.txt: every power is NaN"),
         ("unit1_rgb_1", Path.unlink, r"image_BS1_0.jpg is not there; row 1 of .*\.csv names it: restore the file"),
@@ -388,7 +392,7 @@ def test_a_broken_file_is_named_with_its_row_and_a_remedy(own: Data, column: str
     [
         ({"unit1_beam": "0"}, r"row 1 of .*: unit1_beam = '0' is not one number in 1\.\.64; correct the row"),
         ({"unit1_beam": "3_4_5_6_7"}, "unit1_beam = '3_4_5_6_7' is not one number"),
-        ({"unit1_pwr_60ghz": "./elsewhere/mmWave_power_4.txt"}, "lies in no scenarioNN folder"),
+        ({"unit1_pwr_60ghz": "./elsewhere/mmWave_power_4.txt"}, "is not in a scenarioNN folder"),
     ],
 )
 def test_a_row_that_cannot_be_meant_is_a_mistake(own: Data, change: Row, message: str) -> None:

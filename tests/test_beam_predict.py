@@ -260,7 +260,7 @@ class TestMistakes:
         (model / "config.yaml").write_text("model: {residul: false}")
         assert f"{model / 'config.yaml'}: model.residul: this version" in self.told(capsys, model, windows, out)
         (model / "origin.yaml").write_text("[]")
-        assert f"{model / 'origin.yaml'}: no mapping; " in self.told(capsys, model, windows, out)
+        assert f"{model / 'origin.yaml'}: not a mapping; " in self.told(capsys, model, windows, out)
         yaml_file.write(model / "origin.yaml", {"trainable": "trainables.mabe.tagging:train"})
         assert f"{model}: a model of trainables.mabe.tagging:train; " in self.told(capsys, model, windows, out)
 

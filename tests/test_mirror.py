@@ -275,8 +275,8 @@ def test_the_last_push_is_tried_again(
     monkeypatch.setattr(time, "sleep", lambda _: None)
     mirror.push_last()
     assert [line.rpartition("; ")[2] for line in capsys.readouterr().out.splitlines()] == [
-        "tried again in 5 s",
-        "tried again in 5 s",
+        "will try again in 5 s",
+        "will try again in 5 s",
         "--resume sends the rest",
     ]
     monkeypatch.setattr(time, "sleep", lambda _: disk.unlink())

@@ -216,7 +216,7 @@ class TestFolder:
             ("0001", ["trial 1: diverged"]),
             ("2", ["asha stopped it after epoch 1"]),
             ("3", ["trial 3: finished", "constraint broken: acc = 0.25, limit {'min': 0.5}"]),
-            ("4", ["trial 4: interrupted", "it has not ended; where no process runs", "--resume goes on with it"]),
+            ("4", ["trial 4: interrupted", "it has not ended; if no process runs", "--resume continues it"]),
             ("0", ["trial 0: finished", "after 1 epochs"]),
         ],
     )

@@ -223,8 +223,8 @@ def test_a_search_whose_trials_all_fail_ends_before_it_has_used_up_its_settings(
     fail(run, HOPELESS - 2)
     assert not run.interruption.came
     fail(run, 1)
-    last = f"trial {HOPELESS - 1} by KeyError: 'no such batch' (loop.py:3)"
-    assert run.interruption.reason == f"the last {HOPELESS} trials have all failed, {last}"
+    last = f"trial {HOPELESS - 1}: KeyError: 'no such batch' (loop.py:3)"
+    assert run.interruption.reason == f"the last {HOPELESS} trials all failed; {last}"
     assert run.interruption.hopeless
     assert len(run.told) == HOPELESS, "each of them has ended, and has been told"
 

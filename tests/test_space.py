@@ -111,11 +111,14 @@ def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu:
         ),
         ({"constraints": {"acc": {"min": float("nan")}}}, "constraints.acc.min: nan is refused: input should be a fin"),
         ({"constraints": {"acc": {"max": float("inf")}}}, "constraints.acc.max: inf is refused: input should be a fin"),
-        ({"constraints": {1: {"min": 0.5}}}, "constraints.1: 1 is no name of a metric; write the name that reports"),
-        ({"constraints": {"": {"min": 0.5}}}, "constraints.: '' is no name of a metric"),
+        ({"constraints": {1: {"min": 0.5}}}, "constraints.1: 1 is not a metric's name; write it as in the"),
+        ({"constraints": {"": {"min": 0.5}}}, "constraints.: '' is not a metric's name"),
         ({"objective": {"metric": "", "mode": "min"}}, "objective.metric: '' is refused: string should have at least"),
         ({"constraints": ["acc"]}, "constraints: expected metric: {min: ..., max: ...}, got ['acc']"),
-        ({"constraints": {"diverged": {"max": 3}}}, "constraints.diverged: every search has a constraint of this name"),
+        (
+            {"constraints": {"diverged": {"max": 3}}},
+            "constraints.diverged: every search already has a constraint of this name",
+        ),
         ({"constraints": {"acc": 3}}, "constraints.acc: expected a mapping with the keys min, max, got 3"),
         ({"objective": "loss"}, "objective: expected a mapping with the keys metric, mode, got 'loss'"),
         (

@@ -30,7 +30,7 @@ from trainables.contract import UserError
         ("amp: No", "YAML reads No as a truth value"),
         ("on: 1", "YAML reads on as a truth value"),
         ("lr: 1\nseed: 2\nlr: 3", "line 3: the key `lr` appears twice; keep one of them"),
-        ("config: {optim: {lr: 1, lr: 2}}", "the key `lr` stands twice"),
+        ("config: {optim: {lr: 1, lr: 2}}", "the key `lr` appears twice"),
         ("a: [1, 2", "file: line 1: "),
         ("a: !!python/object:os.system {}", "could not determine a constructor"),
         ("? [1, 2]\n: 3", "unhashable key"),
