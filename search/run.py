@@ -119,6 +119,8 @@ def run(
         found: list[Record] = []
         with interruption.kept():
             found = records(study, space)
+            if over and not found:
+                print(f"the time budget of {space.search.time_budget} ran out before any trial began", flush=True)
             write_results(results, space, found)
         if mirror is not None:
             with interruption.kept():

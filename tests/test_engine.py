@@ -26,6 +26,7 @@ from ray.tune.schedulers import TrialScheduler
 from search import run as engine
 from search.command import folder_of, open_results
 from search.group import Group, GroupDied, GroupSpec
+from search.interruption import Interruption
 from search.options import Options
 from search.plan import Node, make_plan
 from search.records.folder import TrialFolder
@@ -427,24 +428,31 @@ def test_a_rank_that_diverges_alone_does_not_hang_the_others(tmp_path: Path, mon
     ]
 
 
-def test_a_time_budget_stops_what_runs(tmp_path: Path) -> None:
-    """HyperBand has all trials drawn before the first begins. A slot takes up to half a minute to start."""
+def test_a_time_budget_stops_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs out once the first trial has reported. HyperBand has all trials drawn before that."""
+    reported = property(lambda stop: any(tmp_path.glob("**/metrics.jsonl")))
+    monkeypatch.setattr(engine._Stop, "out_of_time", reported)
     space = toy(
         "descend",
-        config={"epochs": 1000, "pause_s": 0.5, "lr": {"log": [0.01, 0.4]}},
-        search={"trials": 50, "time_budget": "45s"},
+        config={"epochs": 100, "pause_s": 0.5, "lr": {"log": [0.01, 0.4]}},
+        search={"trials": 50, "time_budget": "1h"},
         scheduler={"name": "hyperband"},
     )
     outcome, results = search(tmp_path, space)
     assert (len(outcome.records) > 0, outcome.interrupted) == (True, False)
     assert {record.status for record in outcome.records} == {"stopped"}
-    assert all("time budget of 45s ran out" in record.reason for record in outcome.records)
+    assert all("time budget of 1h ran out" in record.reason for record in outcome.records)
     trials = study_of(results).get_trials(deepcopy=False)
     begun = [trial.number for trial in trials if trial.state.is_finished()]
     assert begun == [record.number for record in outcome.records]
     assert all(trial.state == optuna.trial.TrialState.WAITING for trial in trials[len(begun) :]), (
         "drawn, and never begun"
     )
+
+
+@pytest.mark.parametrize(("budget_s", "over"), [(-1.0, True), (3600.0, False), (None, False)])
+def test_a_time_budget_runs_out(budget_s: float | None, over: bool) -> None:
+    assert engine._Stop(Interruption(), budget_s).out_of_time == over
 
 
 def test_what_the_recorder_trips_over_ends_the_search_to_be_resumed(

@@ -162,7 +162,9 @@ def test_a_state_that_lightning_does_not_take_is_no_new_beginning(
     monkeypatch.setattr(checkpoints._CheckpointConnector, lost, lose)
     module = toy.net()
     before = copy.deepcopy(module.state_dict())
-    with pytest.raises(UserError, match=r"not taken the state in which epoch 2 ended, .* Lightning 2.6: pip install"):
+    with pytest.raises(
+        UserError, match=r"did not restore the state in which epoch 2 ended, .* Lightning 2.6: pip install"
+    ):
         toy.run(module, toy.loaders(), resume=states[1])
     if lost != "restore_optimizers":
         torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
