@@ -208,7 +208,7 @@ def check_folders(options: Options, space: Space) -> None:
         open_study(options.resume / STUDY, space, create=False)  # raises UserError if the study is unreadable
     if options.warm_start is not None:
         check_comparable(read_earlier(options.warm_start), space)
-    if is_there(options.results) and not options.results.is_dir():
+    if options.resume is None and is_there(options.results) and not options.results.is_dir():
         raise UserError(f"--results {options.results}: it is a file; name a folder")
     if options.resume is None and options.name is not None:
         check_unused(options.results / options.name)

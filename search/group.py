@@ -94,7 +94,7 @@ def _deciding(answers: Mapping[int, Answer], ranks: int) -> Answer:
                 return answer
     ended = sorted(rank for rank, answer in answers.items() if answer.ends)
     if 0 < len(ended) < ranks:
-        told = f"rank {ended[0]} has ended and others have not; every rank must yield as many reports"
+        told = f"rank {ended[0]} has ended and others have not; every rank must yield the same number of reports"
         return Broke(clean=False, reason=told, final=True)
     return min(answers.items())[1]
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,7 @@ def run(
     stop = _Stop(interruption, space.search.time_budget_s)
     try:
         if ledger.left and not interruption.pressed:
-            past = past_of(study, space, results)
-            if past and space.scheduler.name in PAUSING:
-                print(
-                    f"{space.scheduler.name} starts its comparisons over: it does not know the earlier reports",
-                    flush=True,
-                )
-            scheduler = make_scheduler(space, past)
+            scheduler = _scheduler(space, past_of(study, space, results))
             following = contextlib.nullcontext() if mirror is None else mirror.following()
             with interruption.kept(), following:
                 _tuner(_job(space, plan, results, cold), plan.slots, ledger, recorder, scheduler, stop).fit()
@@ -114,13 +109,14 @@ def run(
                 interruption.pressed = True  # Tune has its own handler for SIGUSR1
     finally:  # each of these steps is attempted, even if an earlier one failed
         over = stop.out_of_time and not interruption.came
-        recorder.close(f"the time budget of {space.search.time_budget} ran out" if over else None)
+        ending = f"the time budget of {space.search.time_budget} ran out" if over else None
+        recorder.close(ending)
         _remove(results / SCRATCH)
         found: list[Record] = []
         with interruption.kept():
             found = records(study, space)
-            if over and not found:
-                print(f"the time budget of {space.search.time_budget} ran out before any trial began", flush=True)
+            if ending and not found:
+                print(f"{ending} before any trial began", flush=True)
             write_results(results, space, found)
         if mirror is not None:
             with interruption.kept():
@@ -139,6 +135,14 @@ def _remove(folder: Path) -> None:
     while os.path.exists(folder) and time.monotonic() < until:
         time.sleep(0.1)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _scheduler(space: Space, past: Sequence[Past]) -> TrialScheduler:
+    """Return the space's scheduler; one that cannot recall the past says so."""
+    if past and space.scheduler.name in PAUSING:
+        told = f"{space.scheduler.name} starts its comparisons over: it does not know the earlier reports"
+        print(told, flush=True)
+    return make_scheduler(space, past)
 
 
 def past_of(study: optuna.Study, space: Space, results: Path) -> list[Past]:

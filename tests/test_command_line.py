@@ -286,6 +286,13 @@ def test_results_in_a_file_are_refused_before_anything_runs(run: Run) -> None:
         )
 
 
+def test_a_resume_does_not_look_at_where_new_results_would_go(run: Run, tmp_path: Path) -> None:
+    results = finished_search(tmp_path).rename(tmp_path / "elsewhere")
+    Path("results").rmdir()
+    Path("results").write_text("mine")
+    assert run("--resume", str(results), "--dry-run")[0] == 0
+
+
 def test_two_processes_do_not_run_one_search(run: Run, tmp_path: Path) -> None:
     results = finished_search(tmp_path)
     before = (results / "space.yaml").read_text()

@@ -56,7 +56,7 @@ def test_ranks_that_yield_unequally_often_are_a_mistake(answers: list[Answer]) -
     assert isinstance(worst, Broke)
     assert (worst.final, worst.clean) == (True, False), "those that go on would wait for ever"
     rank = [answer.ends for answer in answers].index(True)
-    assert worst.reason.startswith(f"rank {rank} has ended and others have not; every rank must yield as many")
+    assert worst.reason.startswith(f"rank {rank} has ended and others have not; every rank must yield the same")
 
 
 def test_what_all_ranks_say_that_broke_is_kept_and_the_same_words_once() -> None:

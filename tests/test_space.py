@@ -212,7 +212,7 @@ def test_a_trainable_that_cannot_be_imported_says_why_and_where(code: str, messa
 def test_a_module_that_fails_when_it_is_asked_is_told(tmp_path: Path) -> None:
     name = write_family(tmp_path, "def __getattr__(name):\n    raise RuntimeError(f'lazy {name}')\n")
     told = message_of(write_space(tmp_path, {}, trainable=f"{name}:train"))
-    assert told.startswith(f"trainable: {name} could not be searched for 'train': RuntimeError: lazy train (")
+    assert told.startswith(f"trainable: looking up 'train' in {name} failed: RuntimeError: lazy train (")
 
 
 def test_a_module_whose_name_is_taken_already_is_told_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,7 @@ def _named(module: types.ModuleType, name: str) -> Any:
     except AttributeError:
         return None
     except Exception as error:  # raised by the module's own `__getattr__`
-        raise UserError(f"trainable: {module.__name__} could not be searched for {name!r}: {where(error)}") from None
+        raise UserError(f"trainable: looking up {name!r} in {module.__name__} failed: {where(error)}") from None
 
 
 def _config_class(module: types.ModuleType) -> type | None:
