@@ -10,21 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from search.command import report, search
-from search.fill import fill
-from search.options import Options, list_spaces
+from search.exits import EXIT_FOUND, EXIT_INTERRUPTED, EXIT_MISTAKE
 from search.output import lossy_output
-from trainables.contract import UserError
 
 HERE = Path(__file__).resolve().parent
-EXIT_FOUND, EXIT_NOTHING, EXIT_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class Misspelt(Exception):
+    """A command line that cannot be read, or whose options exclude each other."""
 
 
 class Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, as everything else here does."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists all options")
+        raise Misspelt(f"{message}; --help lists all options")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,23 +70,30 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_alone(given: argparse.Namespace, *names: str) -> None:
-    """Raise UserError if options other than `names` are given, which the first of these would ignore."""
+    """Raise Misspelt if options other than `names` are given, which the first of these would ignore."""
     defaults = vars(parser().parse_args([]))
     for name, value in vars(given).items():
         if name not in names and value != defaults[name]:
-            raise UserError(f"--{name.replace('_', '-')} cannot be combined with --{names[0]}")
+            raise Misspelt(f"--{name.replace('_', '-')} cannot be combined with --{names[0]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says, and return the exit status."""
     with contextlib.ExitStack() as output:
         try:
             given = parser().parse_args(arguments)
+            if given.list:
+                check_alone(given, "list")
+            if given.report:
+                check_alone(given, "report", "why", "export")
             looks = given.list or given.report or given.dry_run
             if not looks:  # a search goes on without output, since its folder has it too
                 output.enter_context(lossy_output())
-            status = run(given)
+            from search.dispatch import run  # imports PyTorch and Ray, which takes seconds: not for --help or a typo
+
+            status = run(given, HERE / "search_spaces")
             sys.stdout.flush()
-        except UserError as error:
+        except Misspelt as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_MISTAKE
         except KeyboardInterrupt:  # before there was anything to resume, or a second Ctrl-C
@@ -98,25 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left, as `head` does
             return EXIT_FOUND
         return status
-
-
-def run(given: argparse.Namespace) -> int:
-    if given.list:
-        check_alone(given, "list")
-        print(list_spaces(HERE / "search_spaces"))
-        return EXIT_FOUND
-    if given.report:
-        check_alone(given, "report", "why", "export")
-        print(report(given.report, given.why, given.export))
-        return EXIT_FOUND
-    options = Options.read(given, HERE / "search_spaces")
-    outcomes = fill(options, given.table) if given.table else [search(options)]
-    ran = [outcome for outcome in outcomes if outcome is not None]
-    if any(outcome.reason for outcome in ran):  # not 130: a script that resumes on 130 would fail again
-        return EXIT_NOTHING
-    if any(outcome.interrupted for outcome in ran):
-        return EXIT_INTERRUPTED
-    return EXIT_FOUND if not ran or any(outcome.best for outcome in ran) else EXIT_NOTHING
 
 
 if __name__ == "__main__":

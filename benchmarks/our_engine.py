@@ -11,6 +11,7 @@ import ray
 from measured import Measured
 
 import launch
+from search.exits import EXIT_FOUND
 from search.results import read_results
 from search.study import open_study
 
@@ -23,7 +24,7 @@ def search(trials: int) -> Measured:
         began = time.time()
         status = launch.main(["--space", str(SPACE), "--trials", str(trials), "--results", folder, "--name", "toy"])
         ray.shutdown()
-        assert status == launch.EXIT_FOUND, "the toy trains under every setting"
+        assert status == EXIT_FOUND, "the toy trains under every setting"
         return _read(began, Path(folder) / "toy")
 
 

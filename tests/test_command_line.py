@@ -153,7 +153,7 @@ TOY = ("--space", "toy")
 )
 def test_a_mistake_is_one_line_and_status_2(arguments: list[str], message: str, run: Run) -> None:
     status, _, told = run(*arguments)
-    assert status == launch.EXIT_MISTAKE == 2
+    assert status == 2
     assert told.startswith("error: ")
     assert told.count("\n") == 1
     assert message in told
@@ -816,6 +816,29 @@ def test_looking_starts_no_ray(tmp_path: Path) -> None:
     assert told.stderr.splitlines() == [
         "error: toy.yaml: search.trials: 0 is refused: input should be greater than or equal to 1"
     ]
+
+
+def test_help_and_typos_wait_for_no_large_library() -> None:
+    code = (
+        "import contextlib, sys, launch\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    launch.main(['--help'])\n"
+        "assert launch.main(['--sapce', 'rebuild']) == 2\n"
+        "assert launch.main(['--list', '--seed', '1']) == 2\n"
+        "assert {'torch', 'ray', 'optuna', 'numpy'} & sys.modules.keys() == set()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+
+
+@pytest.mark.slow
+def test_a_space_is_read_without_what_only_networks_need() -> None:
+    """These take twice as long to import as PyTorch itself, before a search says its first word."""
+    code = (
+        "import sys, launch\n"
+        "assert launch.main(['--space', 'rebuild', '--dry-run', '--profile', 'laptop']) == 0\n"
+        "assert {'transformers', 'torch._dynamo', 'scipy.stats'} & sys.modules.keys() == set()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
 
 
 @pytest.mark.slow

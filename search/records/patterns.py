@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import hypergeom
 
 from search.records.record import Record
 from search.space import Space
@@ -71,6 +70,8 @@ def _splits(parameter: Parameter, tried: Sequence[Record], status: str) -> list[
         return []
     failed_N = np.array([record.status == status for record in having])
     count_P, failed_P = inside_PN.sum(axis=1), (inside_PN & failed_N).sum(axis=1)
+    from scipy.stats import hypergeom  # takes most of a second, and only a report of failures needs it
+
     # Fisher's exact test, one-sided.
     chance_P = hypergeom.sf(failed_P - 1, len(having), failed_N.sum(), count_P) * len(told)
     return [

@@ -10,15 +10,17 @@ import contextlib
 import functools
 import math
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetModel
 
 from trainables.beam.config import Modality, Model
 from trainables.beam.files import MAX_COUNT
 from trainables.contract import UserError
+
+if TYPE_CHECKING:  # imported where a network is built: it takes three seconds, and the driver builds none
+    from transformers import ResNetConfig
 
 # Per channel, the offset subtracted from raw values and the scale that then divides them. The camera's are ImageNet's.
 CAMERA_MEAN, CAMERA_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,6 +39,8 @@ class Encoder(nn.Module):
 
     def __init__(self, sensor: Modality, channels: int, model: Model) -> None:
         super().__init__()
+        from transformers import ResNetModel
+
         offset_I, scale_I = (torch.tensor(x[:channels]).view(-1, 1, 1) for x in OFFSET_AND_SCALE[sensor])
         self.register_buffer("offset_I11", offset_I, persistent=False)
         self.register_buffer("scale_I11", scale_I, persistent=False)
@@ -59,6 +63,8 @@ class Encoder(nn.Module):
 
 
 def _resnet_config(sensor: Modality, channels: int, model: Model) -> ResNetConfig:
+    from transformers import ResNetConfig
+
     return ResNetConfig(
         layer_type="basic",
         num_channels=channels,
@@ -115,6 +121,8 @@ def _pretrained_resnet(source: str, name: str) -> tuple[ResNetConfig, dict[str, 
 
 
 def _read_resnet(place: str, local_files_only: bool) -> tuple[ResNetConfig, dict[str, Tensor]]:
+    from transformers import ResNetModel
+
     resnet, found = ResNetModel.from_pretrained(
         place, dtype=torch.float32, local_files_only=local_files_only, output_loading_info=True
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,6 @@ CHUNK_NUMBERS = 2**18
 CUDA_CHUNK_NUMBERS = 2**25  # a GPU has no such cache, and every operation costs a kernel launch
 
 
-@torch.compiler.disable  # a Python step per token: compiling them all takes longer than training
 def selective_scan(
     u_BDL: Tensor, delta_BDL: Tensor, a_DN: Tensor, b_BNL: Tensor, c_BNL: Tensor, skip_D: Tensor
 ) -> Tensor:
@@ -48,6 +47,17 @@ def selective_scan(
     with torch.autocast(u_BDL.device.type, enabled=False):
         y_BDL: Tensor = (kernel or _plain_scan)(*inputs)
     return y_BDL.to(u_BDL.dtype)
+
+
+@functools.cache
+def _never_compiled() -> Callable[..., Tensor]:
+    """Return `selective_scan`, to be left as it is by torch.compile.
+
+    It has a Python step per token, and compiling them all takes longer than training. As a decorator, this would import
+    the compiler with this module, which takes two seconds also where no network is built.
+    """
+    scan: Callable[..., Tensor] = torch.compiler.disable(selective_scan)
+    return scan
 
 
 @functools.cache
@@ -155,6 +165,7 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.ones(inner))
         mark_undecayed(self.A_log, self.D)
         self.out_proj = nn.Linear(inner, width, bias=False)
+        self.scan = _never_compiled()
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         with torch.no_grad():
             self.dt_proj.bias.copy_(_inverse_softplus(_log_uniform(inner, 0.001, 0.1)))
@@ -166,7 +177,7 @@ class Mamba(nn.Module):
         delta_BLR, b_BLN, c_BLN = self.x_proj(u_BDL.transpose(1, 2)).split(sizes, dim=2)
         delta_BDL = F.softplus(self._raw_delta(delta_BLR)).transpose(1, 2)
         a_DN = -self.A_log.exp()
-        y_BDL = selective_scan(u_BDL, delta_BDL, a_DN, b_BLN.transpose(1, 2), c_BLN.transpose(1, 2), self.D)
+        y_BDL = self.scan(u_BDL, delta_BDL, a_DN, b_BLN.transpose(1, 2), c_BLN.transpose(1, 2), self.D)
         out_BLC: Tensor = self.out_proj((y_BDL * F.silu(gate_BDL)).transpose(1, 2))
         return out_BLC
 
