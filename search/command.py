@@ -22,7 +22,7 @@ from search.interruption import Interruption
 from search.options import Options, results_folder
 from search.packing import cannot_share, measure
 from search.plan import AT_THE_START, Node, Plan, Unmeasured, estimate, make_plan
-from search.records.folder import SPACE, STUDY, running
+from search.records.folder import SPACE, STUDY, TrialFolder, running
 from search.records.journal import drop_lock
 from search.records.mirror import Mirror, above, below
 from search.records.provenance import how_it_ran, write_space
@@ -323,14 +323,24 @@ def estimate_of(options: Options, space: Space, plan: Plan) -> str:
     left = left_to_run(found, space.search.trials) + (len(unmended(found)) if options.retry_failed else 0)
     if left == 0:
         return "no trial is left to run; a larger --trials would continue the search"
-    epoch_s = seconds_per_epoch(found) or measured_before(options.resume.parent, space)
+    epoch_s = seconds_per_epoch(options.resume, found) or measured_before(options.resume.parent, space)
     return estimate(space.with_trials(left), plan, epoch_s)
 
 
-def seconds_per_epoch(found: Sequence[Record]) -> float | None:
-    """Return the mean seconds per epoch over the trials of a search; None before their first epoch."""
-    epochs = sum(record.epochs for record in found)
-    return sum(record.seconds for record in found) / epochs if epochs else None
+def seconds_per_epoch(results: Path, found: Sequence[Record]) -> float | None:
+    """Return the mean seconds per epoch over the trials of a search; None before their first epoch.
+
+    First epochs count only if there are no others: their time includes the start of a group and any pre-training.
+    """
+    every, later = list[tuple[int, float]](), list[tuple[int, float]]()
+    for record in found:
+        every.append((record.epochs, record.seconds))
+        first = TrialFolder(results, record.number).row(1)
+        if first is not None and record.epochs > 1:
+            later.append((record.epochs - 1, record.seconds - first.get("seconds", 0.0)))
+    timed = later or every
+    epochs = sum(count for count, _ in timed)
+    return sum(seconds for _, seconds in timed) / epochs if epochs else None
 
 
 def measured_before(results: Path, space: Space) -> float | None:
@@ -348,9 +358,9 @@ def measured_before(results: Path, space: Space) -> float | None:
             continue
         try:
             _, found = read_results(file.parent)
+            epoch_s = seconds_per_epoch(file.parent, found)
         except UserError:
             continue
-        epoch_s = seconds_per_epoch(found)
         if epoch_s is not None:
             return epoch_s
     return None

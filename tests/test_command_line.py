@@ -31,7 +31,7 @@ from search.plan import Node, make_plan
 from search.records.folder import SCRATCH, TrialFolder, running
 from search.records.mirror import Mirror
 from search.records.provenance import write_space
-from search.records.record import best_of
+from search.records.record import Record, best_of
 from search.space import Space
 from search.space.file import load_space, read_space
 from search.study import ended_after, open_study, records
@@ -618,6 +618,18 @@ def test_a_dry_run_says_what_will_be_measured_and_what_holds_until_then(run: Run
 def test_a_dry_run_estimates_from_the_newest_search_of_the_same_trainable(run: Run, tmp_path: Path) -> None:
     finished_search(tmp_path)
     assert "s an epoch measured before)" in run(*TOY, "--dry-run")[1]
+
+
+def test_what_comes_before_the_first_epoch_is_not_counted_for_the_others(tmp_path: Path) -> None:
+    """A group starts and a network is pre-trained within the first epoch of one trial, and never again."""
+    trials = [(0, 1, 100.0, 100.0), (1, 3, 90.0, 98.0), (2, 2, 6.0, 10.0)]
+    found = []
+    for number, epochs, first_s, seconds in trials:
+        TrialFolder(tmp_path, number).append_metrics({"epoch": 1, "seconds": first_s, "metrics": {}})
+        found.append(Record(number, "finished", "", None, {}, {}, epochs, seconds))
+    assert command.seconds_per_epoch(tmp_path, []) is None
+    assert command.seconds_per_epoch(tmp_path, found[:1]) == 100.0
+    assert command.seconds_per_epoch(tmp_path, found) == (8.0 + 4.0) / 3
 
 
 @pytest.mark.parametrize(
