@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from trainables.beam import fusion
+from trainables.beam.checkpoint import given_weights, settings_of
 from trainables.beam.config import Data, Modality, Simulated
 from trainables.beam.data import describe, gps_width, names, samples, timing_of
 from trainables.beam.decode import Decoder, decode
@@ -301,6 +303,33 @@ def test_an_adaptation_set_that_trains_is_one_of_the_scenarios(own: Data) -> Non
         assert found.scenarios == ("scenario31", "scenario34")
         assert set(batch["scenario"].tolist()) == {0, 1}
         assert not batch["apart"].any()
+
+
+@pytest.mark.parametrize("kind", ["honest", "legacy"])
+def test_a_checkpoint_that_was_trained_on_what_is_held_out_now_is_refused(
+    own: Data, kind: Literal["honest", "legacy"], tmp_path: Path
+) -> None:
+    """The window file has changed since: the passes have exchanged their names, or the order of the rows is another."""
+    config, file = fusion.Config(data=replace(own, split=kind)), tmp_path / "x.pt"
+    torch.save({"model": {}, "settings": settings_of(config)}, file)
+    given_weights("pretrained", str(file), config)
+    rows = rows_of(own)
+    names_ = sorted({row["seq_index"] for row in rows})
+    rewrite(own, [{**row, "seq_index": names_[1 - names_.index(row["seq_index"])]} for row in rows[::-1]])
+    with pytest.raises(UserError, match=r"\.pt: [1-9]\d* of the windows that are held out here have trained it"):
+        given_weights("pretrained", str(file), config)
+
+
+def test_data_sets_that_share_a_linked_csv_have_arrays_of_their_own(written: Path, tmp_path: Path) -> None:
+    """Its rows name files relative to the link."""
+    paths = []
+    for name in ("a", "b"):
+        shutil.copytree(written, tmp_path / name)
+        own = Data(root=str(tmp_path / name), prepared=str(tmp_path / "cache"), image_size=SIZE)
+        csv_of(own).rename(tmp_path / "shared.csv")
+        csv_of(own).symlink_to(tmp_path / "shared.csv")
+        paths.append(array_path(own, read_table(data_root(own), own), "unit1_rgb"))
+    assert paths[0] != paths[1]
 
 
 def test_an_adaptation_set_without_passes_leaves_those_of_the_development_set(own: Data) -> None:

@@ -129,7 +129,9 @@ def test_a_file_from_before_batches_were_counted_is_taken(tmp_path: Path) -> Non
 
 
 def test_no_encoders_may_be_asked_for_by_a_word() -> None:
-    assert Model(norm="group", pretrained_encoders="none") == Model(norm="group", pretrained_encoders=None)
+    assert not Model(norm="group", pretrained_encoders="none").has_pretrained_encoders
+    assert not Model(norm="group").has_pretrained_encoders
+    assert Model(pretrained_encoders="imagenet").has_pretrained_encoders
 
 
 def test_group_norm_and_pretrained_encoders_exclude_each_other() -> None:

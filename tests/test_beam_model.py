@@ -18,6 +18,7 @@ from trainables.beam.config import MODALITIES, SENSORS, Data, Modality, Model
 from trainables.beam.encoders import Encoder
 from trainables.beam.fusion import Config, draw_missing, everywhere, loss
 from trainables.beam.network import FusionNetwork, OverTime
+from trainables.beam.positions import PositionTokens
 from trainables.contract import UserError
 from trainables.optim import Optim, undecayed
 
@@ -414,6 +415,24 @@ def test_a_transformer_starts_as_published_and_ignores_the_switches_of_mamba(ini
     assert fusion.position_TC.any() == (init == "mamba")
     x = torch.randn(2, 10, 64)
     assert torch.equal(fusion(x), same(x))
+
+
+def test_a_transformer_keeps_its_residual_over_time_too() -> None:
+    model = replace(SMALL, block="transformer", time_fusion="v1")
+    over_time = [OverTime(3, sensors=True, gps=False, model=replace(model, residual=on)) for on in (True, False)]
+    over_time[1].load_state_dict(over_time[0].state_dict())
+    frames = torch.randn(2, 3, model.channels[-1])
+    assert torch.equal(*(part([frames], None) for part in over_time))
+
+
+def test_the_published_initialiser_leaves_the_positions_as_they_are() -> None:
+    """It belongs to the fusion stages; the embeddings beside them start as any Linear does."""
+    model = replace(SMALL, gps_embedding="linear")
+    torch.manual_seed(0)
+    ours = PositionTokens(2, replace(model, mamba_init="mamba"))
+    torch.manual_seed(0)
+    published = PositionTokens(2, replace(model, mamba_init="legacy"))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), published.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])

@@ -47,6 +47,12 @@ def test_the_key_of_a_network_is_what_it_was_trained_by(config: rebuild.Config) 
     assert key != pretrained.key(base, 1, arrays)
     assert key != pretrained.key(base, 0, ["image-2.npy"])
     assert key != pretrained.key(replace(base, loss=BeamLoss(kind="ce")), 0, arrays)
+    none, *others = (
+        replace(base.model, norm="batch", pretrained_encoders=x) for x in ("none", "enc", "imagenet", None)
+    )
+    keys = [pretrained.key(replace(base, model=model), 0, arrays) for model in (none, *others)]
+    assert len(set(keys)) == 3
+    assert keys[0] == keys[-1]
     assert base == replace(config, loss=RebuildLoss(alpha_trans=7.0), optim=Optim(lr=1.0)).fusion
 
 

@@ -40,10 +40,15 @@ def settings_of(config: HasNetwork) -> dict[str, Any]:
 
     These are the settings that must agree, and which windows were trained on: the `sweep_digests` of these, (S,).
     """
-    table = prepare_data(config.data)
-    digest_N = sweep_digests(table, np.load(array_path(config.data, table, POWER)))
-    trained_N = split(table, config.data)[0].holds(len(digest_N))
-    return {**unseen_settings(config), TRAINED: torch.from_numpy(digest_N[trained_N])}
+    return {**unseen_settings(config), TRAINED: torch.from_numpy(_sides(config.data)[0])}
+
+
+def _sides(data: Data) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the `sweep_digests` of the windows that are trained on, (S,), and of those that are held out, (S',)."""
+    table = prepare_data(data)
+    digest_N = sweep_digests(table, np.load(array_path(data, table, POWER)))
+    train, val = (digest_N[side.holds(len(digest_N))] for side in split(table, data))
+    return train, val
 
 
 def trained_on(state: State) -> Tensor | None:
@@ -89,8 +94,8 @@ def unseen_settings(config: HasNetwork) -> dict[str, Any]:
 def given_weights(name: str, path: str, config: HasNetwork) -> Weights:
     """Load the weights of the fusion checkpoint `path`, given in the setting `name`, for networks of `config`.
 
-    Raises `UserError` if it is no such checkpoint, or was trained with other `unseen_settings`; but training may go on
-    with the adaptation set.
+    Raises `UserError` if it is no such checkpoint, was trained with other `unseen_settings` (but training may go on with
+    the adaptation set), or has seen what is held out here, as when the window file has changed since.
     """
     what = f"{name} = {path}"
     file = Path(path).expanduser()
@@ -106,12 +111,31 @@ def given_weights(name: str, path: str, config: HasNetwork) -> Weights:
             f"{what}: it was trained with {setting} = {theirs}, and here that is {ours}. Its weights would mean "
             "something else, or windows that are held out here have trained it: set it as it was there"
         )
+    if (seen := _seen(state, config.data)) > 0:
+        raise UserError(
+            f"{what}: {seen} of the windows that are held out here have trained it, so its scores would mean nothing; "
+            "the window file, or what is in it, has changed since: train it anew"
+        )
     weights = weights_of(state)
     if any(name.startswith("fusion.") for name in weights):
         raise UserError(f"{what}: a checkpoint of a rebuild, and not of fusion training")
     if config.model.missing != "token":  # encoded stand-in inputs are used, not tokens that may have been trained
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("absent.")}
     return weights
+
+
+def _seen(state: State, data: Data) -> int:
+    """Return how many windows that are held out here a checkpoint has trained on; 0 if it does not say.
+
+    In the legacy split a window may be on both sides, so these count only if it was trained on others than are here.
+    """
+    trained = trained_on(state)
+    if trained is None:
+        return 0
+    train, val = _sides(data)
+    if data.split == "legacy" and set(train.tolist()) == set(trained.tolist()):
+        return 0
+    return int(np.isin(val, trained.numpy()).sum())
 
 
 def load_given(network: nn.Module, name: str, path: str, config: HasNetwork) -> None:

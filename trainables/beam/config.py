@@ -167,8 +167,8 @@ class Model:
     tokens: Literal["present", "all"] = "present"
     dropout: float = 0.1
     time_fusion: Literal["sum", "v1", "v2"] = "v2"
-    # legacy: N(0, 0.02) for every Linear of the fusion, those inside Mamba and of the positions included, and zeros for
-    # position tables. A transformer's Linears always start so; in its stages this affects only the table.
+    # legacy: N(0, 0.02) for every Linear of the fusion stages, those inside Mamba included, and zeros for their position
+    # tables. A transformer's Linears always start so; with it, this affects only the tables.
     mamba_init: Literal["mamba", "legacy"] = "mamba"
     # The next three are ignored by block transformer, which always has residuals and LayerNorms over channels. A space
     # may still search it beside the other blocks.
@@ -197,13 +197,15 @@ class Model:
             raise UserError(
                 f"model.channels = {list(self.channels)} must be at least {NARROWEST} each with model.channels_last"
             )
-        if self.pretrained_encoders == "none":  # how a command line or a choice writes it
-            object.__setattr__(self, "pretrained_encoders", None)
-        if self.pretrained_encoders is not None and self.norm != "batch":
+        if self.has_pretrained_encoders and self.norm != "batch":
             raise UserError(
                 f"model.norm = {self.norm} must be batch with model.pretrained_encoders = {self.pretrained_encoders}: "
                 "such encoders come with batch norm"
             )
+
+    @property
+    def has_pretrained_encoders(self) -> bool:
+        return self.pretrained_encoders not in (None, "none")
 
 
 @dataclass(frozen=True)

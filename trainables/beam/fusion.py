@@ -58,7 +58,7 @@ def build(config: Config) -> FusionNetwork:
     network = FusionNetwork(config.model, config.data, gps_width(config))
     if config.pretrained is not None:
         load_given(network, "pretrained", config.pretrained, config)
-    elif config.model.pretrained_encoders is not None:
+    elif config.model.has_pretrained_encoders:
         for sensor in network.sensors:
             weights = pretrained_weights(sensor, network.channels[sensor], config.model)
             network.encoder(sensor).resnet.load_state_dict(weights)
@@ -182,7 +182,7 @@ def prepare(config: Config) -> str:
     """Check and decode the data, and check pre-trained weights, before any worker starts; return a line on the data."""
     if config.pretrained is not None:
         build(config)
-    elif config.model.pretrained_encoders is not None:
+    elif config.model.has_pretrained_encoders:
         for sensor in SENSORS:
             if sensor in config.data.modalities:
                 pretrained_weights(sensor, config.data.channels(sensor), config.model)

@@ -205,7 +205,7 @@ class OverTime(nn.Module):
 
     def __init__(self, history: int, sensors: bool, gps: bool, model: Model) -> None:
         super().__init__()
-        self.residual = model.residual
+        self.residual = model.residual or model.block == "transformer"
         width = model.channels[-1]
         weigh, mamba = model.time_fusion == "v2", model.time_fusion != "sum"
         self.mamba = Mamba(width, model.d_state, model.d_conv, model.expand) if mamba and sensors else None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from trainables.beam.blocks import legacy_init
 from trainables.beam.config import Model
 
 POSITIONS = 2  # instants of a window with a known position
@@ -28,8 +27,6 @@ class PositionTokens(nn.Module):
         self.describe = _describe(gps_width, model.dropout) if mlp else None
         self.tokens = nn.ModuleList(nn.Linear(*pair) for pair in zip(before, model.channels, strict=False))
         self.reminders = nn.ModuleList(nn.Linear(DESCRIPTION, width) for width in model.channels[1:]) if mlp else None
-        if model.mamba_init == "legacy":
-            self.apply(legacy_init)
 
     def description(self, gps_B2G: Tensor) -> Tensor:
         """Return `forward`'s input: the MLP's descriptions, (B, 2, W), or with `linear` the positions themselves."""

@@ -153,8 +153,13 @@ def labels(table: Table, power: NDArray[np.float64]) -> NDArray[np.int64]:
 
 def array_path(data: Data, table: Table, array: str) -> Path:
     settings = _decoder(data, table, array).settings
-    key = (VERSION, [str(path.resolve()) for path in table.csvs], table.digest, _group(array), settings)
+    key = (VERSION, _places(table), table.digest, _group(array), settings)
     return cache_folder(data.prepared) / "decoded" / f"{array.strip('_')}-{_digest(key)}.npy"
+
+
+def _places(table: Table) -> list[str]:
+    """Return where the CSVs are. A linked CSV is where the link is, beside the files that it names."""
+    return [str(path.parent.resolve() / path.name) for path in table.csvs]
 
 
 def _decoder(data: Data, table: Table, array: str) -> Decoder:
@@ -228,7 +233,7 @@ def _knows(table: Table, scenario: str) -> Table:
 
 def _background_path(data: Data, table: Table, scenario: str) -> Path:
     table = _knows(table, scenario)
-    key = (VERSION, [str(path.resolve()) for path in table.csvs], table.digest)
+    key = (VERSION, _places(table), table.digest)
     return cache_folder(data.prepared) / "decoded" / f"background-{scenario}-{_digest(key)}.npy"
 
 

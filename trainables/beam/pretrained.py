@@ -23,7 +23,7 @@ from trainables.checkpoint import Weights, weights_of
 from trainables.contract import Diverged, State, Trial, UserError
 from trainables.loop import fit
 
-VERSION = 4  # part of the key: increment it whenever the same settings would train another network
+VERSION = 5  # part of the key: increment it whenever the same settings would train another network
 POLL_S = 1.0
 MISSING = "dba_missing"  # the only score that depends on `score_without`
 
@@ -80,6 +80,7 @@ def key(config: fusion.Config, seed: int, arrays: Sequence[str]) -> str:
         del settings["score_without"]  # affects scores only, not training
     del settings["score_each"], settings["pretrained"]  # have no effect on pre-training
     del settings["model"]["channels_last"]  # a memory layout, which changes no weight's meaning
+    settings["model"]["pretrained_encoders"] = _encoders(config)
     del settings["optim"]["eval_batch"]  # affects the time of scoring only
     if config.missing_prob == 0 and config.model.missing == "randlike" and MISSING not in watched:
         settings["model"]["missing"] = (
@@ -87,6 +88,14 @@ def key(config: fusion.Config, seed: int, arrays: Sequence[str]) -> str:
         )
     text = json.dumps([VERSION, torch.__version__, seed, settings, *arrays], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _encoders(config: fusion.Config) -> str | None:
+    """Return which encoder weights are taken: a folder by its absolute path, and one name for having none."""
+    source = config.model.pretrained_encoders
+    if source is None or not config.model.has_pretrained_encoders:
+        return None
+    return source if source == "imagenet" else str(Path(source).expanduser().resolve())
 
 
 def _turn(kept: Path, held: contextlib.ExitStack) -> Turn:
