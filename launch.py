@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,11 +78,34 @@ def check_alone(given: argparse.Namespace, *names: str) -> None:
             raise Misspelt(f"--{name.replace('_', '-')} cannot be combined with --{names[0]}")
 
 
+def check_said(given: argparse.Namespace) -> None:
+    """Raise Misspelt for an option without a value."""
+    for name, value in vars(given).items():
+        if value == "":
+            raise Misspelt(f"--{name.replace('_', '-')}: empty value; is a variable unset? Otherwise leave it out")
+
+
+@contextlib.contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Let SIGTERM, and SIGUSR1 by which Slurm warns, do what Ctrl-C does, until a search handles them itself."""
+
+    def interrupt(signum: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = {known: signal.signal(known, interrupt) for known in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says, and return the exit status."""
-    with contextlib.ExitStack() as output:
+    with signals_interrupt(), contextlib.ExitStack() as output:
         try:
             given = parser().parse_args(arguments)
+            check_said(given)
             if given.list:
                 check_alone(given, "list")
             if given.report:
@@ -92,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from search.dispatch import run  # imports PyTorch and Ray, which takes seconds: not for --help or a typo
 
             status = run(given, HERE / "search_spaces")
-            sys.stdout.flush()
+            if sys.stdout is not None:  # None: it was closed before we were started
+                sys.stdout.flush()
         except Misspelt as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_MISTAKE

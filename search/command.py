@@ -35,10 +35,12 @@ from search.space import Space
 from search.space import tree as trees
 from search.space.file import load_space, read_space
 from search.space.loading import Trainable, where
-from search.study import open_study
+from search.study import is_begun, open_study
 from search.tables import MARKDOWN
 from search.warm_start import check_comparable, read_earlier, take_over
 from trainables.contract import UserError
+
+REREADINGS = 3  # of a search that goes on while it is reported
 
 
 class Resolved(NamedTuple):
@@ -63,13 +65,17 @@ def report(folder: str, trial: str | None, exported: Sequence[str] | None = None
     results = results_folder(folder)
     if trial is not None:
         return why(results, trial)
-    space, found = read_results(results)
-    found = as_of_now(results, found)
-    told = summary(results, space, found)
-    try:
-        write_results(results, space, found)
-    except (OSError, UserError) as error:  # another user's search can be read, though not written to
-        told += f"\nthe tables in {results} were not updated: {error}"
+    for _ in range(REREADINGS):
+        space, found = read_results(results)
+        size = (results / STUDY).stat().st_size
+        found = as_of_now(results, found)
+        told = summary(results, space, found)
+        try:
+            write_results(results, space, found)
+        except (OSError, UserError) as error:  # another user's search can be read, though not written to
+            return told + f"\nthe tables in {results} were not updated: {error}"
+        if (results / STUDY).stat().st_size == size:  # else a search that has just ended may have written newer ones
+            break
     return told
 
 
@@ -80,9 +86,10 @@ def nodes_for(options: Options) -> tuple[Node, ...]:
 
 def resolve(options: Options, nodes: Sequence[Node]) -> Resolved:
     """Resolve the space, trainable and plan without changing anything; raises UserError for any mistake in them."""
-    space, trainable = load_space(
-        options.file, options.overrides, options.profile, has_gpu=any(node.gpus for node in nodes)
-    )
+    with contextlib.chdir(os.curdir):  # to return here, where the command's paths begin
+        space, trainable = load_space(
+            options.file, options.overrides, options.profile, has_gpu=any(node.gpus for node in nodes)
+        )
     check_folders(options, space)
     alone = cannot_share(space, trainable, nodes)
     try:
@@ -95,10 +102,13 @@ def resolve(options: Options, nodes: Sequence[Node]) -> Resolved:
     return Resolved(space, trainable, alone, plan)
 
 
-def search(options: Options, mirror_of_all: Mirror | None = None) -> engine.Outcome | None:
+def search(
+    options: Options, mirror_of_all: Mirror | None = None, interruption: Interruption | None = None
+) -> engine.Outcome | None:
     """Run a search to its end; returns None after a dry run. Raises UserError for every mistake before any trial runs.
 
-    mirror_of_all: mirror of a folder that holds this search along with others.
+    mirror_of_all: mirror of a folder that holds this search along with others. interruption: tells the caller of a
+    signal that came too late to interrupt this search.
     """
     nodes = nodes_for(options)
     space, trainable, alone, plan = resolve(options, nodes)
@@ -116,7 +126,7 @@ def search(options: Options, mirror_of_all: Mirror | None = None) -> engine.Outc
         print(f"\n{yaml_file.dump(space.document())}", end="")
         return None
     space = prepared(space, trainable)
-    interruption = Interruption()
+    interruption = interruption or Interruption()
     with interruption.heeded(), contextlib.ExitStack() as held:  # from here on there is a folder to resume from
         results = folder_of(options, space)
         mirror = open_mirror(options, results)
@@ -164,7 +174,8 @@ def prepare(space: Space, trainable: Trainable) -> str | None:
     if trainable.prepare is None:
         return None
     try:
-        described = trainable.prepare(trainable.config(space.config(space.draw(random.Random(0)))))
+        with contextlib.chdir(trainable.folder):
+            described = trainable.prepare(trainable.config(space.config(space.draw(random.Random(0)))))
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -217,7 +228,7 @@ def check_folders(options: Options, space: Space) -> None:
 
 
 def check_unused(results: Path) -> None:
-    if is_there(results / STUDY):
+    if is_begun(results / STUDY):
         raise UserError(f"{results} holds a search already; go on with it by --resume, or choose another --name")
 
 

@@ -9,12 +9,13 @@ DIR/origin.yaml     its search and trial number, last metrics, and the commit an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from search.space import Space
 from trainables.contract import UserError
 
 BEST_TRIAL = "best"
+CHECKPOINT = "checkpoint.pt"  # in an exported folder
+COPIES = 5  # times that a checkpoint is copied if its trial, still running, replaces it meanwhile
 
 
 def export(source: str, what: str, folder: str) -> str:
@@ -55,18 +58,23 @@ def export_trial(results: Path, what: str, target: Path, source: str | None = No
     space, found = read_results(results)
     chosen = choose(found, space, what, source)
     trial = TrialFolder(results, chosen.number)
-    saved = trial.checkpoint()
-    if saved is None:
-        kept = "its reports have no state" if chosen.epochs else "it gave no report"
-        raise UserError(f"--export {what}: trial {chosen.number} ({chosen.status}) has no checkpoint: {kept}")
-    if not is_whole(saved.path):
-        raise UserError(f"--export {what}: {saved.path.name} of trial {chosen.number} is torn and cannot be read")
-    plain = is_plain(saved.path)
     document, config = yaml_file.read(results / SPACE), space.config(chosen.values)
-    origin = {"search": source, **_origin(document, space, chosen, saved, plain)}
-    told = {"config.yaml": config, "space.yaml": _again(document, config), "origin.yaml": origin}
     try:
-        _write(target, saved, told, trial.path / "metrics.jsonl")
+        with _filled(target) as folder:
+            saved = _copy_last(trial, folder / CHECKPOINT)
+            if saved is None:
+                kept = "its reports have no state" if chosen.epochs else "it gave no report"
+                raise UserError(f"--export {what}: trial {chosen.number} ({chosen.status}) has no checkpoint: {kept}")
+            if not is_whole(folder / CHECKPOINT):
+                torn = f"{saved.path.name} of trial {chosen.number}"
+                raise UserError(f"--export {what}: {torn} is torn and cannot be read")
+            plain = is_plain(folder / CHECKPOINT)
+            origin = {"search": source, **_origin(document, space, chosen, saved, plain)}
+            told = {"config.yaml": config, "space.yaml": _again(document, config), "origin.yaml": origin}
+            for name, content in told.items():
+                yaml_file.write(folder / name, content)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(trial.path / "metrics.jsonl", folder / "metrics.jsonl")
     except OSError as error:
         raise UserError(f"--export {what} {target}: cannot be written: {error}") from None
     lines = [f"trial {chosen.number}, its checkpoint after epoch {saved.epoch}: {target}"]
@@ -110,11 +118,15 @@ def empty_folder(text: str) -> Path:
 
 def is_plain(checkpoint: Path) -> bool:
     """Return whether `torch.load(weights_only=True)` can read the checkpoint."""
-    try:
-        torch.load(checkpoint, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError:
-        return False
-    return True
+    for place in ("meta", "cpu"):  # some tensors, such as nested ones, have no meta form
+        try:
+            torch.load(checkpoint, map_location=place, weights_only=True)
+            return True
+        except pickle.UnpicklingError:
+            return False
+        except Exception:
+            continue
+    return False
 
 
 def _again(document: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,16 +153,34 @@ def _origin(document: Mapping[str, Any], space: Space, chosen: Record, saved: Sa
     }
 
 
-def _write(target: Path, saved: Saved, told: Mapping[str, Any], metrics: Path) -> None:
-    """Write to a folder beside `target` first, then move the files, so that a failure while writing leaves nothing."""
+def _copy_last(trial: TrialFolder, target: Path) -> Saved | None:
+    """Copy the trial's last checkpoint; returns which, or None if there is none.
+
+    Raises UserError if the trial keeps deleting the one that is being copied, because it has a newer one.
+    """
+    for _ in range(COPIES):
+        saved = trial.checkpoint()
+        if saved is None:
+            return None
+        try:
+            shutil.copyfile(saved.path, target)
+            return saved
+        except FileNotFoundError:
+            if saved.path.exists():
+                raise
+    raise UserError(
+        f"--export: {trial.path}: the trial runs, and deleted its checkpoint {COPIES} times before it was copied; "
+        "export it when it has ended"
+    )
+
+
+@contextlib.contextmanager
+def _filled(target: Path) -> Iterator[Path]:
+    """Yield a folder beside `target` to write to; its files are moved then, so that a failure leaves nothing."""
     beside = target.resolve().with_name(f".{target.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     try:
-        shutil.copyfile(saved.path, beside / "checkpoint.pt")
-        for name, content in told.items():
-            yaml_file.write(beside / name, content)
-        if metrics.exists():
-            shutil.copyfile(metrics, beside / "metrics.jsonl")
+        yield beside
         target.mkdir(exist_ok=True)
         for file in beside.iterdir():
             os.replace(file, target / file.name)

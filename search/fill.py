@@ -10,6 +10,7 @@ from pathlib import Path
 
 from search import run as engine
 from search.command import cap_to_grid, check_unused, named_folder, nodes_for, prepare, resolve, search
+from search.interruption import Interruption
 from search.options import Options
 from search.records.folder import SPACE, STUDY
 from search.records.mirror import Mirror, below, fetch, folders_at, holds_search
@@ -17,7 +18,7 @@ from search.records.record import INTERRUPTED, best_of
 from search.results import read_results
 from search.space.file import load_space
 from search.space.sections import Table
-from search.study import ended_after, open_study
+from search.study import ended_after, is_begun, open_study
 from search.tables import Cell, cells_of, read_tables, write_tables
 from trainables.contract import UserError
 
@@ -50,17 +51,19 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
     for number, cell in enumerate(cells, start=1):
         print(f"\ntable {cell.table}, cell {number} of {len(cells)}: {cell.row} {cell.column}".rstrip(), flush=True)
         of_cell = _of_cell(options, results, cell)
-        outcome = _ended(of_cell) or search(of_cell, mirror)
+        interruption = Interruption()
+        outcome = _ended(of_cell) or search(of_cell, mirror, interruption)
         if outcome is None:
             continue
-        outcomes.append(outcome)
+        stops = interruption.pressed or (outcome.interrupted and not outcome.hopeless)
+        outcomes.append(replace(outcome, interrupted=outcome.interrupted or stops))
         try:
             text = _write(results, options.file.stem, tables, everything)
         except OSError as error:  # such as a full disk, which the search has reported
             text = f"the tables were not updated: {error}"
         if mirror is not None:
             mirror.push()
-        if outcome.interrupted and not outcome.hopeless:
+        if stops:
             print(f"the tables go on with: {_again(sys.argv, results)}")
             return outcomes
     if outcomes:
@@ -95,14 +98,14 @@ def _ended(options: Options) -> engine.Outcome | None:
 
 def _write(results: Path, title: str, tables: Mapping[str, Table], cells: Sequence[Cell]) -> str:
     """Write the tables of which a search has begun, this time or before; returns the Markdown."""
-    begun = {cell.table for cell in cells if (results / cell.folder / STUDY).exists()}
+    begun = {cell.table for cell in cells if is_begun(results / cell.folder / STUDY)}
     shown = {name: table for name, table in tables.items() if name in begun}
     return write_tables(results, title, shown, [cell for cell in cells if cell.table in begun])
 
 
 def _of_cell(options: Options, results: Path, cell: Cell) -> Options:
     folder = results / cell.folder
-    begun = (folder / STUDY).exists()
+    begun = is_begun(folder / STUDY)
     return replace(
         options,
         file=folder / SPACE if begun else options.file,

@@ -76,3 +76,14 @@ class Interruption:
         finally:
             for known, handler in before.items():
                 signal.signal(known, handler)
+
+
+@contextmanager
+def own_handler() -> Iterator[None]:
+    """Put back the handler of SIGUSR1, for which Tune installs its own and leaves it, unless the signal is ignored."""
+    own = signal.getsignal(signal.SIGUSR1)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGUSR1) not in (own, signal.SIG_IGN):
+            signal.signal(signal.SIGUSR1, own)

@@ -75,9 +75,8 @@ class Ledger:
         self._make_sampler = make_sampler
         own = [item for item in study.get_trials(deepcopy=False) if "from" not in item.user_attrs]
         self._unfinished = [item for item in own if item.state == TrialState.RUNNING]
-        if not own:
-            for known in space.try_first:
-                self._enqueue(known.values, known.name)
+        for known in space.try_first[len(own) :]:  # all of them, unless a process was killed while it did this
+            self._enqueue(known.values, known.name)
 
     @property
     def left(self) -> int:
@@ -162,7 +161,13 @@ class Ledger:
         self._write(self.open.pop(key))
 
     def give_back(self, key: str) -> None:
-        """Let a trial that has not begun wait in the study with its setting, so that a resumed search begins it."""
+        """Let a trial that has not begun wait in the study with its setting, so that a resumed search begins it.
+
+        A retry stays open instead: it is on top of the search's trials, and only those that are open count as left.
+        """
+        if "again" in self.open[key].trial.user_attrs:
+            self.interrupt(key)
+            return
         opened = self.open.pop(key)
         self.study._storage.set_trial_state_values(opened.trial._trial_id, TrialState.WAITING)
 

@@ -38,12 +38,7 @@ class Options:
     @staticmethod
     def read(given: argparse.Namespace, spaces: Path) -> Options:
         """Return the options for parsed arguments; raises UserError for those that do not go together."""
-        for option, value in vars(given).items():
-            if value == "":
-                raise UserError(
-                    f"--{option.replace('_', '-')}: empty value; is a variable unset? Otherwise leave it out"
-                )
-        if given.why:
+        if given.why is not None:
             raise UserError("--why needs --report RESULTS_DIR")
         if given.export and given.table:
             raise UserError("--export cannot be combined with --table; export from the folder of a cell, with --report")

@@ -129,7 +129,10 @@ class Recorder(tune.Callback):
         if STATUS in result:
             # Population-based training may have made it a copy of another trial, and it ended before its next report.
             self._catch_up(trial.trial_id)
-            self._ledger.open[trial.trial_id].epochs = result[EPOCH]
+            opened = self._ledger.open[trial.trial_id]
+            opened.epochs = result[EPOCH]
+            if opened.epochs == 0:  # an earlier attempt may have reported, and left no checkpoint
+                opened.metrics = {}
             self._follow(trial)
             self._end(trial.trial_id, result[STATUS], result[REASON])
         else:

@@ -152,9 +152,9 @@ def trial_line(record: Record, space: Space) -> str:
 def by_number(found: Sequence[Record], number: str, source: str) -> Record:
     """Return the trial with the number that a user typed; raises UserError if `source` has no such trial."""
     known = {str(record.number): record for record in found}
-    key = number.lstrip("0") or "0"
+    key = number.lstrip("0") or number[:1]  # "" is no number, and "000" is trial 0
     if key not in known:
-        raise UserError(f"trial {number}: there is none in {source}; {did_you_mean(number, known)}")
+        raise UserError(f"trial {number or repr(number)}: there is none in {source}; {did_you_mean(number, known)}")
     return known[key]
 
 
@@ -178,7 +178,10 @@ def why(results: Path, number: str) -> str:
     lines += post_mortem(results, record)
     folder = TrialFolder(results, record.number)
     if record.status == "failed" and (error := folder.read_error()):
-        lines += [f"{folder.path / ERROR} ends:", *(f"  {line}" for line in error.rstrip().splitlines()[-ERROR_LINES:])]
+        # Not every failure is written there: the slot may have died before it could.
+        whose = "" if error.split("\n", 1)[0] == record.reason else ", of an earlier attempt,"
+        shown = error.rstrip().splitlines()[-ERROR_LINES:]
+        lines += [f"{folder.path / ERROR}{whose} ends:", *(f"  {line}" for line in shown)]
     if printed := folder.last_printed(PRINTED_LINES):
         lines += [f"{folder.path / PRINTED} ends:", *(f"  {line}" for line in printed)]
     lines += [f"  {name} = {_short(value)}" for name, value in record.values.items()]

@@ -17,7 +17,7 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from search.group import GroupSpec
-from search.interruption import Interruption
+from search.interruption import Interruption, own_handler
 from search.ledger import Ledger
 from search.lookout import Lookout
 from search.plan import Plan
@@ -103,10 +103,10 @@ def run(
         if ledger.left and not interruption.pressed:
             scheduler = _scheduler(space, past_of(study, space, results))
             following = contextlib.nullcontext() if mirror is None else mirror.following()
-            with interruption.kept(), following:
+            with interruption.kept(), own_handler(), following:
                 _tuner(_job(space, plan, results, cold), plan.slots, ledger, recorder, scheduler, stop).fit()
-            if (ledger.left or ledger.open) and not stop.out_of_time:
-                interruption.pressed = True  # Tune has its own handler for SIGUSR1
+            if (ledger.left or ledger.open) and not (stop.out_of_time or interruption.came):
+                interruption.pressed = True  # by SIGUSR1, to Tune's own handler
     finally:  # each of these steps is attempted, even if an earlier one failed
         over = stop.out_of_time and not interruption.came
         ending = f"the time budget of {space.search.time_budget} ran out" if over else None

@@ -7,6 +7,7 @@ from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial
 
 from search.learning.surrogate import SurrogateSampler
 from search.ledger import MakeSampler
@@ -14,6 +15,7 @@ from search.space import Space
 from trainables.contract import UserError
 
 WHOLE_TRIALS = ("cmaes", "nsga2")  # learn only from trials that ran to their end
+OWN_COURSE = ("cmaes", "qmc", "grid")  # learn nothing from a warm start: cmaes only from its own generations
 STOPPING = ("asha", "hyperband", "median")
 LARGEST_GRID = 100_000  # settings; Optuna lists all of them for each proposal
 
@@ -42,7 +44,7 @@ def sampler_maker(space: Space) -> MakeSampler:
         "tpe": lambda s: optuna.samplers.TPESampler(seed=s),
         "gp": lambda s: SurrogateSampler(space, s),
         "cmaes": lambda s: _silent(optuna.samplers.CmaEsSampler, seed=s, warn_independent_sampling=False),
-        "nsga2": lambda s: optuna.samplers.NSGAIISampler(seed=s),
+        "nsga2": lambda s: NSGAIISampler(seed=s),
         "random": lambda s: optuna.samplers.RandomSampler(seed=s),
     }
     return makers[name]
@@ -95,6 +97,17 @@ class _Grid(optuna.samplers.GridSampler):
 
     def after_trial(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+class NSGAIISampler(optuna.samplers.NSGAIISampler):
+    """Optuna's sampler, which learns from known settings too; it keeps Optuna's name, a part of what the study stores.
+
+    Optuna gives a trial its generation when it first samples a value of it, which for a whole known setting is never.
+    """
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        super().before_trial(study, trial)
+        self.get_trial_generation(study, trial)
 
 
 def _silent(kind: Any, **arguments: Any) -> BaseSampler:

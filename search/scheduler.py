@@ -105,6 +105,18 @@ class _Median(_Recalling, MedianStoppingRule):
 class _HyperBand(_Lenient, HyperBandScheduler):
     """Ray's HyperBand; a trial at its last epoch leaves its bracket when it has ended."""
 
+    def _process_bracket(self, tune_controller: Any, bracket: Any) -> str:
+        """Compare the trials of a bracket, if all of them have come far enough.
+
+        Ray sets `is_being_processed` at a bracket's first comparison and never resets it. It would then overlook a
+        trial that ends by itself, and those that wait for it would wait forever.
+        """
+        try:
+            action: str = super()._process_bracket(tune_controller, bracket)
+            return action
+        finally:
+            bracket.is_being_processed = False
+
 
 class _Pbt(_Lenient, PopulationBasedTraining):
     """PBT that explores within the domains of the space; Ray's own exploration leaves them.

@@ -24,8 +24,25 @@ _NAME = "search"  # name of the only study in a journal
 _ENDED = "ended"
 
 
+def is_begun(file: Path) -> bool:
+    """Return whether there is a study in the file: it has no entry if a process was killed as it began a search.
+
+    Raises UserError if the file's folder cannot be accessed.
+    """
+    if not is_there(file):
+        return False
+    try:
+        with open(file, "rb") as lines:
+            return lines.readline().endswith(b"\n")
+    except OSError:  # what opens the study says why it cannot be read
+        return True
+
+
 def open_study(file: Path, space: Space, create: bool) -> optuna.Study:
-    """Open the study of a results folder, or create it; raises UserError if it is missing or unreadable."""
+    """Open the study of a results folder, or create it; raises UserError if it is missing or unreadable.
+
+    create: call it only for a file that has not begun (`is_begun`).
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if not create and not is_there(file):
         raise UserError(f"{file}: there is no study here; name a results folder of an earlier search")

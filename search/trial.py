@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from search.workers.messages import Advance, Answer, Begin, Blew, Broke, Command
 LOSSES = 2  # machines a trial may lose after the same epoch; beyond that, the trial itself may be bringing them down
 # Result keys. OBJECTIVE holds what schedulers compare (search.records.health); no metric can have the same name.
 STATUS, REASON, EPOCH, OBJECTIVE, METRICS = "status", "reason", "epoch", "objective", "metrics"
-ROW = "row.json"  # stored with a checkpoint handed to Tune: the matching row of metrics.jsonl
+ORIGIN = "origin.json"  # stored with a checkpoint handed to Tune: its trial, and the matching row of metrics.jsonl
 
 
 class TrialFailed(RuntimeError):
@@ -107,24 +108,33 @@ class Slot(tune.Trainable):
             raise self._failed(
                 "the scheduler pauses trials, and this trainable's reports have no state to resume from; use asha"
             )
+        # Population-based training saves before the last report is on record.
+        row = self._reported if self._reported.get(EPOCH) == saved.epoch else self._folder.row(saved.epoch)
+        assert row is not None, "a trial begins from a checkpoint on record"
         shutil.copy2(saved.path, checkpoint_dir)
-        Path(checkpoint_dir, ROW).write_text(json.dumps(self._folder.row(saved.epoch)))
+        Path(checkpoint_dir, ORIGIN).write_text(json.dumps({"trial": self._folder.path.name, "row": row}))
 
     def load_checkpoint(self, checkpoint: str) -> None:
-        """Copy the checkpoint into the trial's own folder, so that a retry resumes from it too, not from an older one.
+        """Copy another trial's checkpoint, and the report that goes with it, into the trial's own folder.
 
-        If it is another trial's, the report that goes with it is copied too; once recorded, both survive an
-        interruption.
+        Recorded there, both survive a retry and an interruption. After a pause and before each retry, Tune loads what
+        the trial saved or copied last. Its folder still has that, or a newer one, and the trial goes on from there.
         """
+        self._begun = False
+        origin = json.loads(Path(checkpoint, ORIGIN).read_text())
+        # The time in its row tells a report from all others. The same checkpoint may be copied again for a new setting.
+        copied = json.dumps([origin, self._tree], default=str)
+        if origin["trial"] == self._folder.path.name or copied == self._folder.read_copied():
+            return
         saved = last_checkpoint(Path(checkpoint))
         assert saved is not None, "save_checkpoint wrote one"
-        row = json.loads(Path(checkpoint, ROW).read_text())
-        if row is not None and row != self._folder.row(saved.epoch) and saved.epoch != self._folder.recorded():
-            own = self._folder.row(self._folder.recorded()) or {}
-            self._folder.append_metrics({**row, "seconds": own.get("seconds", 0.0)})
         self._folder.write_checkpoint(saved.epoch, saved.path.read_bytes())
+        last = self._folder.recorded()
+        if saved.epoch != last:
+            own = self._folder.row(last) or {}
+            self._folder.append_metrics({**origin["row"], "seconds": own.get("seconds", 0.0)})
         self._folder.keep_checkpoint(saved.epoch)
-        self._begun = False
+        self._folder.write_copied(copied)
 
     def cleanup(self) -> None:
         self._retire_group()
@@ -134,6 +144,7 @@ class Slot(tune.Trainable):
         self._folder = TrialFolder(Path(self._job.results), config["number"])
         self._begun = False
         self._epoch = 0
+        self._reported = dict[str, Any]()  # the row of the last report since the trial was begun here, if any
         self._lost_after = list[int]()  # for each machine lost, the epoch after which it was lost
 
     def _begin(self) -> Answer:
@@ -142,8 +153,10 @@ class Slot(tune.Trainable):
             self._retire_group()
         if self._group is None:
             self._group = Group(self._job.spec)
+        # A slot may have died between writing a checkpoint and giving its report, which has to be given again.
+        self._folder.keep_checkpoint(self._folder.recorded())
         saved = self._folder.checkpoint()
-        self._epoch = 0 if saved is None else saved.epoch
+        self._epoch, self._reported = 0 if saved is None else saved.epoch, {}
         self._begun, self._lent_to = True, self._folder
         resume = None if saved is None else saved.path.read_bytes()
         return self._ask(self._group, Begin(self._tree, self._job.space.search.seed, resume))
@@ -173,6 +186,7 @@ class Slot(tune.Trainable):
             self._folder.write_checkpoint(self._epoch, answer.state)
         metrics = {name: value if math.isfinite(value) else None for name, value in (answer.metrics or {}).items()}
         objective = compared(metrics, self._job.space.objectives[0])
+        self._reported = {EPOCH: self._epoch, "time": time.time(), METRICS: metrics}
         return {EPOCH: self._epoch, OBJECTIVE: objective, METRICS: metrics}
 
     def _end(self, answer: Answer) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from search.files import is_there
 from search.learning.lessons import constraints_told
 from search.records.folder import SPACE, STUDY
 from search.records.record import longest_of
+from search.sampler import OWN_COURSE
 from search.space import Space, Values
 from search.space import tree as trees
 from search.space.file import read_space
@@ -72,13 +73,15 @@ def take_over(study: optuna.Study, space: Space, earlier: Earlier) -> str:
             values=trial.values if trial.state == TrialState.COMPLETE else None,
             intermediate_values=trial.intermediate_values,
             user_attrs={**attrs, "values": values, "from": earlier.source},
+            system_attrs={optuna.samplers.NSGAIISampler._get_generation_key(): 0},  # nsga2 learns from these alone
             constraints=constraints_told(space, attrs["status"], attrs["epochs"], longest, attrs["metrics"]),
         )
         study.add_trial(copied)
         taken += 1
     others = ", ".join(f"{count} by {name}" for name, count in outside.most_common())
     left = f"; outside it lie {others}" if outside else "" if taken else "; none has ended there in a way to learn from"
-    return f"{taken} trials of {earlier.source} lie within this space{left}"
+    in_vain = f"; {space.search.sampler} learns nothing from them" if space.search.sampler in OWN_COURSE else ""
+    return f"{taken} trials of {earlier.source} lie within this space{left}{in_vain if taken else ''}"
 
 
 def place(config: Mapping[str, Any], searched: Mapping[str, Any], space: Space) -> Values | str:

@@ -44,6 +44,17 @@ config:
 search: {trials: 6}
 resources: {cpus_per_worker: 2}
 """
+TABLES = """
+tables:
+  budgets: {title: Budget, rows: {one: {search.trials: 1}, two: {search.trials: 2}}, metrics: {loss: loss}}
+"""
+LONG_PREPARATION = """
+def prepare(config):
+    import time
+
+    print("long", flush=True)
+    time.sleep(600)
+"""
 SLOW_SPACE = """
 trainable: toys:descend
 objective: {metric: loss, mode: min}
@@ -254,13 +265,34 @@ def test_warm_start_learns_from_a_finished_search(brought: tuple[Path, int, str]
     assert "--warm-start" in document["ran"]["command"]
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_the_data_are_prepared_interrupts(tmp_path: Path, how: signal.Signals) -> None:
+    """Slurm's warning may come then, and a script that resumes looks for this exit status."""
+    (tmp_path / "my_loop.py").write_text(OWN_LOOP + LONG_PREPARATION)
+    (tmp_path / "my.yaml").write_text(OWN_SPACE)
+    process = launch(tmp_path, "--space", "my.yaml")
+    read_until(process, "long")
+    process.send_signal(how)
+    assert finish(process) == (130, "interrupted\n")
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_at_the_end_of_a_search_ends_its_tables(tmp_path: Path, how: signal.Signals) -> None:
+    """It comes too late for the search, whose summary is being printed, and before the next one."""
+    (tmp_path / "my_loop.py").write_text(OWN_LOOP)
+    (tmp_path / "my.yaml").write_text(OWN_SPACE + TABLES)
+    process = launch(tmp_path, "--space", "my.yaml", "--table", "--name", "t")
+    read_until(process, "^best: ")
+    process.send_signal(how)
+    status, told = finish(process)
+    assert status == 130, told
+    assert not (tmp_path / "results/t/budgets-two/best.yaml").exists()
+
+
 def test_a_table_is_filled_and_goes_on_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "my_loop.py").write_text(OWN_LOOP)
-    tables = """
-tables:
-  budgets: {title: Budget, rows: {one: {search.trials: 1}, two: {search.trials: 2}}, metrics: {loss: loss}}
-"""
-    (tmp_path / "my.yaml").write_text(OWN_SPACE + tables)
+    (tmp_path / "my.yaml").write_text(OWN_SPACE + TABLES)
     command = ["--space", "my.yaml", "--table", "--name", "t"]
     status, _ = finish(launch(tmp_path, *command))
     results = tmp_path / "results/t"

@@ -808,6 +808,31 @@ def test_a_report_of_a_search_under_way_says_that_its_trials_run(run: Run, tmp_p
     assert "2 trials: 1 finished, 1 interrupted\n" in run("--report", str(results))[1]
 
 
+def test_a_module_that_changes_the_working_directory_moves_no_results(run: Run, tmp_path: Path) -> None:
+    """Research code often goes to its own folder, and reads its data there."""
+    there = tmp_path / "theirs"
+    there.mkdir()
+    code = """
+        import os
+        os.chdir(os.path.dirname(os.path.abspath(__file__)))
+
+        def train(trial):
+            yield {"loss": 0.0}
+
+        def prepare(config):
+            assert os.getcwd() == os.path.dirname(os.path.abspath(__file__))
+            os.makedirs("prepared", exist_ok=True)
+            raise RuntimeError("no further")
+        """
+    document = {**SPACE, "trainable": f"{write_family(there, code)}:train"}
+    (there / "own.yaml").write_text(yaml_file.dump(document))
+    for _ in range(2):  # the second time, the module has been imported already
+        status, _, told = run("--space", "theirs/own.yaml")
+        assert (status, "RuntimeError: no further" in told) == (2, True)
+        assert Path.cwd() == tmp_path
+    assert (there / "prepared").is_dir()
+
+
 @pytest.mark.slow
 def test_looking_starts_no_ray(tmp_path: Path) -> None:
     """In a process of its own, since another test may have started one."""

@@ -83,6 +83,9 @@ class TestDomain:
         ({"int": [-(2**53), 2**53]}, r"narrow the range \[-9007199254740992, 9007199254740992\]"),
         ({"int": [1, 10**400]}, r"narrow the range \[1, 10{400}\]"),
         ({"float": [1, 10**400]}, "`float` takes two numbers"),
+        ({"float": [-1.0e308, 1.0e308]}, r"may be 1\.8e\+308 at most; narrow the range \[-1e\+308, 1e\+308\]"),
+        ({"float": [-1.0e308, 1.0e308], "step": 1.0e308}, r"narrow the range \[-1e\+308, 1e\+308\]"),
+        ({"choice": [1, 10**400]}, r"a choice cannot hold 10{400}: samplers compute in floats, which end at 1\.8e"),
         ({"int": [False, 2]}, "`int` takes two whole numbers"),
         ({"int": [0, 10], "step": True}, "`step` of an int is a whole number, not True"),
         ({"log": [0.1, 1.0], 1: 2, "a": 3}, "`1` cannot be combined with `log`; allowed beside it: when"),
@@ -116,6 +119,14 @@ def test_a_choice_tells_whole_numbers_from_others() -> None:
     assert domain.contains(1)
     assert not domain.contains(1.0)
     assert not domain.contains(True)
+
+
+def test_the_widest_range_of_numbers_contains_what_is_drawn_and_suggested() -> None:
+    parameter = parse_domain("x", {"float": [-0.8e308, 0.9e308]})
+    study, rng = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)), random.Random(0)
+    drawn = [parameter.domain.sample(rng) for _ in range(300)]
+    suggested = [parameter.suggest(study.ask()) for _ in range(30)]
+    assert all(map(parameter.domain.contains, [*drawn, *suggested]))
 
 
 @pytest.mark.parametrize("low", [0, -(2**52)])

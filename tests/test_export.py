@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from s3 import Store
 from spaces import LOSS, space_of
 
 from search import yaml_file
-from search.export import export, export_trial
+from search.export import COPIES, export, export_trial
 from search.records.folder import TrialFolder
 from search.records.mirror import Mirror
 from search.results import read_results
@@ -147,6 +148,49 @@ def test_a_state_that_needs_trust_is_exported_and_said_so(results: Path, tmp_pat
     told = export(str(results), "best", str(tmp_path / "model"))
     assert told.endswith("torch.load needs weights_only=False")
     assert yaml.safe_load((tmp_path / "model/origin.yaml").read_text())["checkpoint"]["weights_only"] is False
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_state_with_tensors_that_have_no_meta_form_is_exported(plain: bool, results: Path, tmp_path: Path) -> None:
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided)
+    state = {"ragged": ragged, **({} if plain else {"where": tmp_path})}
+    TrialFolder(results, 1).write_checkpoint(2, save_state(state))
+    export(str(results), "best", str(tmp_path / "model"))
+    assert yaml.safe_load((tmp_path / "model/origin.yaml").read_text())["checkpoint"]["weights_only"] is plain
+
+
+def train_on(results: Path, monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
+    """Let trial 1 finish another epoch, up to `epochs` of them, whenever its checkpoint is about to be copied."""
+    folder, copyfile = TrialFolder(results, 1), shutil.copyfile
+
+    def copy(source: Path, target: Path) -> None:
+        epoch = folder.recorded()
+        if source.name == f"checkpoint-{epoch:04d}.pt" and epoch < 2 + epochs:
+            folder.write_checkpoint(epoch + 1, save_state({"epoch": epoch}))
+            folder.append_metrics({"epoch": epoch + 1, "metrics": {}})
+            folder.keep_checkpoint(epoch + 1)
+        copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+
+
+def test_of_a_trial_that_trains_on_meanwhile_the_newer_checkpoint_is_exported(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_on(results, monkeypatch, COPIES - 1)
+    told = export(str(results), "1", str(tmp_path / "model"))
+    assert told.startswith(f"trial 1, its checkpoint after epoch {COPIES + 1}: ")
+    assert torch.load(tmp_path / "model/checkpoint.pt", weights_only=True)["epoch"] == COPIES
+
+
+def test_a_checkpoint_that_is_deleted_again_and_again_is_no_traceback(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_on(results, monkeypatch, COPIES)
+    with pytest.raises(UserError, match=rf"0001: the trial runs, and deleted its checkpoint {COPIES} times before"):
+        export(str(results), "1", str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
 
 
 def test_of_several_objectives_the_first_decides_and_the_others_are_named(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import shutil
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +16,8 @@ import pytest
 import torch
 
 from search.files import replace_bytes, replace_text
-from search.records.folder import LONG_S, TrialFolder, is_running, last_checkpoint, running
+from search.records import folder as folder_module
+from search.records.folder import LOCK, LONG_S, TrialFolder, is_running, last_checkpoint, running
 from search.workers.states import save_state
 
 
@@ -141,6 +146,7 @@ def test_the_last_epoch_on_record_is_that_of_the_last_whole_line(folder: TrialFo
 
 
 def test_a_search_waits_for_somebody_who_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LOCK).touch()
     with ExitStack() as looking:
         looking.enter_context(running(tmp_path, only_look=True))
         monkeypatch.setattr(time, "sleep", lambda _: looking.close())
@@ -149,7 +155,9 @@ def test_a_search_waits_for_somebody_who_looks(tmp_path: Path, monkeypatch: pyte
 
 
 def test_those_who_look_whether_a_search_runs_are_not_in_each_others_way(tmp_path: Path) -> None:
-    with running(tmp_path, only_look=True):
+    (tmp_path / LOCK).touch()
+    with running(tmp_path, only_look=True) as locked:
+        assert locked
         assert not is_running(tmp_path)
     with running(tmp_path):
         assert is_running(tmp_path)
@@ -216,3 +224,91 @@ def test_a_folder_is_running_as_long_as_somebody_runs_its_search(tmp_path: Path)
         assert is_running(tmp_path)
     assert not is_running(tmp_path)
     assert not is_running(tmp_path / "nowhere")
+
+
+def test_what_is_locked_is_a_file_open_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS tells other machines of no other lock."""
+    flock, locked = fcntl.flock, list[str]()
+
+    def as_over_nfs(opened: int, kind: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{opened}")
+        writes = fcntl.fcntl(opened, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        assert os.path.isfile(path)
+        assert writes or kind & fcntl.LOCK_SH
+        locked.append(os.path.basename(path))
+        flock(opened, kind)
+
+    monkeypatch.setattr(fcntl, "flock", as_over_nfs)
+    with running(tmp_path) as alone:
+        assert alone
+        assert is_running(tmp_path)
+    assert locked == [LOCK, LOCK]
+
+
+def test_of_processes_that_start_at_the_same_moment_one_runs_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads here: a lock belongs to the file that was opened, not to the process."""
+    monkeypatch.setattr(folder_module, "LOOK_S", 0.0)
+    begun, refused = list[bool](), list[bool]()
+    ready, over = threading.Barrier(8), threading.Barrier(8)
+
+    def start() -> None:
+        ready.wait()
+        try:
+            with running(tmp_path) as alone:
+                begun.append(alone)
+                over.wait()
+        except BlockingIOError:
+            refused.append(True)
+            over.wait()
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (begun, len(refused)) == ([True], 7)
+
+
+def test_who_only_looks_leaves_nothing_in_the_folder(tmp_path: Path) -> None:
+    assert not is_running(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_of_a_folder_is_not_running(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with running(tmp_path / "run"):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        assert is_running(tmp_path / "run")
+        assert not is_running(tmp_path / "copy")
+        with running(tmp_path / "copy") as alone:
+            assert alone
+
+
+def test_in_a_folder_that_cannot_be_written_to_one_can_look_and_no_process_is_kept_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening = os.open
+
+    def read_only(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & (os.O_RDWR | os.O_CREAT):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opening(path, flags, mode)
+
+    def elsewhere() -> ExitStack:
+        with monkeypatch.context() as own, ExitStack() as held:
+            own.setattr(os, "open", opening)
+            held.enter_context(running(tmp_path))
+            return held.pop_all()
+
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(folder_module, "LOOK_S", 0.0)
+    with running(tmp_path) as alone:
+        assert not alone
+        assert not is_running(tmp_path)
+    with elsewhere():
+        assert is_running(tmp_path)
+        with pytest.raises(BlockingIOError), running(tmp_path):
+            pass
+    assert not is_running(tmp_path)

@@ -263,7 +263,20 @@ class TestFolder:
         place = told.index(f"{folder.path / 'output.txt'} ends:")
         assert told[place + 1 : place + 11] == [f"  line {number}" for number in range(10, 20)]
 
-    @pytest.mark.parametrize("number", ["9", "-1", "one"])
+    def test_why_of_a_failure_says_if_only_an_earlier_attempt_was_traced(self, results: Path, space: Space) -> None:
+        ledger = open_journal(space, results)
+        folder = TrialFolder(results, ask(ledger).number)
+        folder.write_error("KeyError: 'w' (my.py:3)", "Traceback")
+        ledger.end("slot", "failed", "the slot died")
+        told = why(results, "4")
+        assert "reason: the slot died\n" in told
+        assert f"{folder.path / 'error.txt'}, of an earlier attempt, ends:\n  KeyError: 'w' (my.py:3)\n" in told
+
+    @pytest.mark.parametrize("number", ["0", "000"])
+    def test_zeros_are_trial_0(self, number: str, results: Path) -> None:
+        assert why(results, number).startswith("trial 0: ")
+
+    @pytest.mark.parametrize("number", ["9", "-1", "one", "", "00one"])
     def test_why_of_an_unknown_trial_is_a_mistake(self, number: str, results: Path) -> None:
         with pytest.raises(UserError, match=r"there is none in .*; "):
             why(results, number)

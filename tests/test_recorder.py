@@ -129,6 +129,13 @@ def test_a_copy_that_diverges_before_its_first_report_has_its_own_values_and_che
     assert saved.path.read_bytes() == b"the other's"
 
 
+def test_a_trial_that_starts_over_and_ends_before_its_first_report_has_measured_nothing(tmp_path: Path) -> None:
+    run = watched(tmp_path)
+    run.report(1)  # its slot dies, and there is no checkpoint
+    record = run.end("diverged", 0)
+    assert (record.epochs, record.metrics) == (0, {})
+
+
 def test_a_search_that_is_killed_goes_on_with_the_values_that_a_copy_was_given(tmp_path: Path) -> None:
     run = watched(tmp_path)
     run.change(lr=0.75)

@@ -80,6 +80,18 @@ def test_it_goes_on_from_the_last_checkpoint(results: Path, space: Space) -> Non
     assert (afresh.number, afresh.epochs, TrialFolder(results, 4).read_metrics()) == (4, 0, [])
 
 
+def test_one_that_had_not_begun_when_the_search_was_interrupted_is_left(results: Path, space: Space) -> None:
+    retry_failed(results, space)
+    ledger = open_journal(space, results)
+    assert [ask(ledger, key).number for key in ("first", "second", "new")] == [3, 4, 5]
+    for key in ("second", "new"):
+        ledger.give_back(key)
+    _, found = read_results(results)
+    resumed = open_journal(space, results)
+    assert left_to_run(found, space.search.trials) == resumed.left == 3
+    assert [ask(resumed, key).number for key in ("first", "second", "new")] == [3, 4, 5]
+
+
 def test_nothing_is_run_again_twice_but_an_attempt_that_failed_too(results: Path, space: Space) -> None:
     retry_failed(results, space)
     nothing = "--retry-failed: no failed trial is left"

@@ -14,9 +14,10 @@ from optuna.trial import TrialState
 from spaces import LOSS, space_of
 
 from search.ledger import Ledger
-from search.sampler import grid_size, sampler_maker, unlearned
+from search.sampler import OWN_COURSE, grid_size, sampler_maker, unlearned
 from search.searcher import StudySearcher
 from search.space import Space
+from search.warm_start import Earlier, take_over
 from trainables.contract import UserError
 
 SAMPLERS = ["tpe", "gp", "cmaes", "nsga2", "qmc", "random", "grid"]
@@ -128,6 +129,44 @@ def test_a_line_says_which_samplers_learn_nothing_from_stopped_trials(sampler: s
     assert [f"search.sampler: {sampler} learns nothing" in line for line in unlearned(space)] == [True] * (not learns)
     assert learns == (sampler in ("tpe", "gp"))
     assert unlearned(space_of(tmp_path, CONFIG, search=search)) == []
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_line_says_which_samplers_learn_nothing_from_a_warm_start(sampler: str, tmp_path: Path) -> None:
+    drawn = space_of(tmp_path, config_for(sampler), search={"sampler": "random", "trials": 60, "survival": False})
+    space = space_of(tmp_path, config_for(sampler), search={"sampler": sampler, "trials": 8})
+
+    def proposals(better: int) -> list[dict[str, Any]]:
+        """After an earlier search in which large learning rates were better (1), or worse (-1)."""
+        earlier, ledger = open_ledger(drawn, InMemoryStorage()), open_ledger(space, InMemoryStorage())
+        for _ in range(60):
+            speed = better * (math.log10(ask(earlier).values["lr"]) + 2)
+            if speed > -1:
+                earlier.report("slot", 2, {"loss": -speed})
+            earlier.end("slot", "finished" if speed > -1 else "diverged", "")
+        said.append(take_over(ledger.study, space, Earlier("earlier", drawn, earlier.study)))
+        return [ask(ledger, str(key)).values for key in range(4)]
+
+    said: list[str] = []
+    learns = proposals(1) != proposals(-1)
+    told = "60 trials of earlier lie within this space"
+    assert said == [told if learns else f"{told}; {sampler} learns nothing from them"] * 2
+    assert learns == (sampler not in OWN_COURSE)
+
+
+def test_nsga2_breeds_from_known_settings_and_from_a_warm_start(tmp_path: Path) -> None:
+    known: list[dict[str, Any]] = [{"lr": 10.0**-i, "width": 8, "dropout": 0.1, "layers": [8, 16]} for i in (1, 2, 3)]
+    space = space_of(tmp_path, CONFIG, search={"sampler": "nsga2", "trials": 50}, try_first=known)
+    earlier = open_ledger(space, InMemoryStorage())
+    for _ in range(50):
+        end_toy(earlier, ask(earlier), "finished")
+    sampler = optuna.samplers.NSGAIISampler()
+    assert len(sampler.get_population(earlier.study, 0)) == 50, "one generation"
+    ledger = open_ledger(space_of(tmp_path, CONFIG, search={"sampler": "nsga2"}), InMemoryStorage())
+    take_over(ledger.study, ledger.space, Earlier("earlier", space, earlier.study))
+    assert len(sampler.get_population(ledger.study, 0)) == 50
+    end_toy(ledger, ask(ledger), "finished")
+    assert len(sampler.get_population(ledger.study, 1)) == 1
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "qmc", "random"])

@@ -182,6 +182,23 @@ def test_bad_trials_are_stopped_early_and_the_best_is_not(name: str, tmp_path: P
     assert min(epochs.values()) >= (2 if name != "hyperband" else 1)
 
 
+@pytest.mark.parametrize("ending", ["diverged", "bug"])
+def test_hyperband_goes_on_when_the_last_trial_of_a_later_comparison_ends_by_itself(
+    ending: str, tmp_path: Path
+) -> None:
+    """In its bracket of nine, three are left after the first epoch, and two of them wait at the third for the last."""
+    tune = tune_of(space_of(tmp_path, CONFIG, scheduler={"name": "hyperband", "reduction": 3}), 17, 17)
+
+    def script(trial: Trial, epoch: int) -> dict[str, Any] | None:
+        number = trial.config["number"]
+        if number == 16 and epoch == 3:
+            return None if ending == "bug" else end(2, ending)
+        return end(EPOCHS, "finished") if epoch > EPOCHS else {EPOCH: epoch, OBJECTIVE: 1.0 / (1 + number)}
+
+    tune.run(script)
+    assert [tune.epochs[trial] for trial in tune.trials[8:]] == [1] * 6 + [3, EPOCHS, 2]
+
+
 @pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize("name", ["asha", "median"])
 def test_a_search_that_goes_on_is_judged_as_if_it_had_not_been_left(name: str, mode: str, tmp_path: Path) -> None:

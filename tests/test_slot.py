@@ -11,7 +11,8 @@ from spaces import space_of
 
 from search import trial as trial_module
 from search.group import GroupDied, GroupSpec
-from search.trial import EPOCH, LOSSES, Job, Slot, TrialFailed
+from search.records.folder import Saved, TrialFolder
+from search.trial import EPOCH, LOSSES, METRICS, Job, Slot, TrialFailed
 from search.workers.messages import Advance, Answer, Begin, Command, Leave, Reported
 
 SPEC = GroupSpec("toys:descend", (), ("loss",), 1, 1, 0.0, None, None, "no scratch")
@@ -112,3 +113,103 @@ def test_a_trial_that_was_paused_has_each_of_its_reports_once(
     slot.save_checkpoint(str(tmp_path / "handed on"))
     slot.load_checkpoint(str(tmp_path / "handed on"))
     assert (slot._folder.path / "metrics.jsonl").read_bytes() == before
+
+
+def handed_on(slot: Slot, to: Path) -> str:
+    """Return the folder of a checkpoint that the scheduler had the slot save."""
+    to.mkdir()
+    slot.save_checkpoint(str(to))
+    return str(to)
+
+
+def assign(slot: Slot, number: int, lr: float = 0.2) -> None:
+    slot.reset_config({"number": number, "values": {"lr": lr}})
+
+
+def kept(folder: TrialFolder) -> list[Saved]:
+    return [Saved(int(path.stem[-4:]), path) for path in sorted(folder.path.glob("checkpoint-*.pt"))]
+
+
+def test_a_retry_goes_on_from_the_trial_s_own_last_checkpoint_and_not_from_where_it_was_paused(
+    slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(slot, "rrrd", monkeypatch)
+    paused = handed_on(slot, tmp_path / "paused")
+    for script, epochs in (("rrd", [4, 5]), ("rd", [6])):
+        assign(slot, 0, 0.1)
+        slot.load_checkpoint(paused)
+        assert play(slot, script, monkeypatch)[0][:-1] == epochs
+    assert [row[EPOCH] for row in slot._folder.read_metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("ahead", [0, 2, 3, 5])
+def test_a_retry_of_a_copy_goes_on_from_its_own_last_checkpoint(
+    ahead: int, slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ahead: the epochs of the trial when it became a copy of one after its third."""
+    play(slot, "rrrd", monkeypatch)
+    source = handed_on(slot, tmp_path / "source")
+    assign(slot, 1)
+    play(slot, "r" * ahead + "d", monkeypatch)
+    for script, epochs in (("rrd", [4, 5]), ("rd", [6])):
+        assign(slot, 1, 0.3)
+        slot.load_checkpoint(source)
+        assert play(slot, script, monkeypatch)[0][:-1] == epochs
+    assert [row[EPOCH] for row in slot._folder.read_metrics()][-4:] == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("again", ["later", "earlier", "the same"])
+def test_a_second_copy_replaces_what_the_trial_has_whether_from_a_later_an_earlier_or_the_same_epoch(
+    again: str, slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(slot, "rrd", monkeypatch)
+    sources = {"earlier": (2, handed_on(slot, tmp_path / "earlier"))}
+    for epoch, name in ((3, "the same"), (4, "later")):
+        assign(slot, 0, 0.1)
+        play(slot, "rd", monkeypatch)
+        sources[name] = (epoch, handed_on(slot, tmp_path / name))
+    assign(slot, 1)
+    slot.load_checkpoint(sources["the same"][1])
+    play(slot, "rrrd", monkeypatch)
+    epoch, source = sources[again]
+    assign(slot, 1, 0.3)
+    slot.load_checkpoint(source)
+    assert [saved.epoch for saved in kept(slot._folder)] == [epoch] == [slot._folder.recorded()]
+    assert play(slot, "rd", monkeypatch)[0][0] == epoch + 1
+
+
+def test_a_trial_that_was_copied_and_then_paused_goes_on_from_its_pause(
+    slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(slot, "rrd", monkeypatch)
+    source = handed_on(slot, tmp_path / "source")
+    assign(slot, 1)
+    slot.load_checkpoint(source)
+    play(slot, "rrd", monkeypatch)
+    slot.load_checkpoint(handed_on(slot, tmp_path / "paused"))
+    assert play(slot, "rd", monkeypatch)[0][0] == 5
+
+
+def test_a_copy_has_the_report_of_its_checkpoint_although_that_was_saved_before_it_was_on_record(
+    slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial_module, "Group", Scripted(iter("rr")))
+    for _ in range(2):
+        slot.step()
+    source = handed_on(slot, tmp_path / "source")
+    slot.cleanup()
+    assign(slot, 1)
+    slot.load_checkpoint(source)
+    (row,) = slot._folder.read_metrics()
+    assert (row[EPOCH], row[METRICS]) == (2, {"loss": 0.5})
+    assert play(slot, "rd", monkeypatch)[0][0] == 3
+
+
+def test_a_report_that_a_slot_died_before_giving_is_given_by_the_next_attempt(
+    slot: Slot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(slot, "rrd", monkeypatch)
+    slot._folder.write_checkpoint(3, STATE)  # and died
+    assign(slot, 0, 0.1)
+    epochs, group = play(slot, "rd", monkeypatch)
+    assert (epochs[0], group.begun) == (3, [True])

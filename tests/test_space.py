@@ -154,6 +154,43 @@ def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu:
         ({"run": {}}, "run: no such key; known: trainable, objective, "),
         ({"config": {"epochs": 2.5}}, "config.epochs: 2.5: a trial has a whole number of epochs; write 1 or more"),
         ({"config": {"epochs": True}}, "config.epochs: True: a trial has a whole number of epochs; write 1 or more"),
+        *(
+            (
+                {"config": {"epochs": domain}},
+                f"config.epochs: {wrong}: a trial has at least one epoch; write 1 or more",
+            )
+            for domain, wrong in (({"int": [0, 3]}, 0), ({"int": [-4, 8], "step": 4}, -4), ({"choice": [3, -1]}, -1))
+        ),
+        *(
+            (
+                {"config": {"epochs": domain}},
+                f"config.epochs: {domain}: a trial has a whole number of epochs; write {{int: [low, high]}}",
+            )
+            for domain in ({"log": [1, 10]}, {"float": [1.0, 3.0], "step": 1.0})
+        ),
+        *(
+            (
+                {"config": {"epochs": {"choice": [3, wrong]}}},
+                f"config.epochs: {wrong}: a trial has a whole number of epochs; write 1 or more",
+            )
+            for wrong in (2.5, True, "4", None)
+        ),
+        (
+            {"profiles": {"long": {"config": {"epochs": {"int": [0, 90]}}}}},
+            "profiles.long: config.epochs: 0: a trial has at least one epoch; write 1 or more",
+        ),
+        ({"config": {3: 1}}, "config.3: a key is a word without dots; write it in quotes"),
+        *(
+            (
+                {"config": {"data": {"splits": node}}},
+                "config.data.splits.2024-01-01: a key is a word without dots; write it in quotes",
+            )
+            for node in (
+                [{datetime.date(2024, 1, 1): "train"}],
+                ["a", [{"b": {datetime.date(2024, 1, 1): "train"}}]],
+                {"choice": ["all", {datetime.date(2024, 1, 1): "train"}]},
+            )
+        ),
         ({"profiles": ["laptop"]}, "profiles: expected a mapping of names, got ['laptop']"),
         ({"profiles": {"laptop": None}}, "profiles.laptop: expected a mapping, got None"),
         ({"profiles": {"laptop": {"confg": {}}}}, "profiles.laptop.confg: no such key; did you mean `config`?"),
@@ -317,6 +354,10 @@ class TestConfigClass:
     ) -> None:
         assert message_of(write_space(tmp_path, config, trainable=family)).startswith(message)
 
+    @pytest.mark.parametrize("epochs", [{"int": [0, 3]}, {"choice": [1, -1]}, {"log": [1, 10]}])
+    def test_a_length_that_no_trial_can_have_is_found(self, epochs: Any, family: str, tmp_path: Path) -> None:
+        assert message_of(write_space(tmp_path, {"epochs": epochs}, trainable=family)).startswith("config.epochs: ")
+
     def test_a_clash_in_a_corner_is_found_and_its_setting_is_told(self, family: str, tmp_path: Path) -> None:
         config = {"width": {"choice": [8, 16, 18]}, "heads": {"choice": [1, 2, 4]}}
         told = message_of(write_space(tmp_path, config, trainable=family))
@@ -419,6 +460,20 @@ class TestOverrides:
         assert load_space(file, ["constraints.size.min=null"])[0].constraints["size"].min is None
         assert load_space(file, ["constraints=null"])[0].constraints == {}
 
+    def test_a_constraint_is_found_by_its_whole_name_whatever_dots_are_in_it(self, tmp_path: Path) -> None:
+        def constraints(*overrides: str) -> dict[str, tuple[float | None, float | None]]:
+            limits = {"val": {"max": 3.0}, "val.acc": {"min": 0.5, "max": 0.7}, "val.acc.top": {"min": 0.6}}
+            space, _ = load_space(write_space(tmp_path, self.CONFIG, constraints=limits), overrides)
+            return {name: (limit.min, limit.max) for name, limit in space.constraints.items()}
+
+        before = {"val": (None, 3.0), "val.acc": (0.5, 0.7), "val.acc.top": (0.6, None)}
+        assert constraints() == before
+        assert constraints("constraints.val.acc.min=0.1") == {**before, "val.acc": (0.1, 0.7)}
+        assert constraints("constraints.val.acc.min=null") == {**before, "val.acc": (None, 0.7)}
+        assert constraints("constraints.val.acc={max: 0.9}") == {**before, "val.acc": (None, 0.9)}
+        assert constraints("constraints.val.acc.top.min=0.1") == {**before, "val.acc.top": (0.1, None)}
+        assert constraints("constraints.val.acc=null", "constraints.val.acc.top.min=null") == {"val": (None, 3.0)}
+
     def test_an_empty_section_can_be_set_into(self, tmp_path: Path) -> None:
         space, _ = load_space(write_space(tmp_path, self.CONFIG, search=None), ["search.trials=7"])
         assert space.search.trials == 7
@@ -449,13 +504,15 @@ class TestOverrides:
             ("profiles.laptop.config.width=3", "--set profiles.laptop.config.width: profiles say what is overridden, "),
             ("config.width=", "--set config.width: '' holds no value; write null for none, or quote what begins"),
             ("config.width=#fff", "--set config.width: '#fff' holds no value; write null for none, or quote what beg"),
+            ("constraints.val.acc.mni=3", "constraints.val.acc.mni: no such key; did you mean `min`?"),
             ("constraints.new=null", "constraints.new: {} is refused: name a `min`, a `max` or both"),
             ("tables.ablation.title=All", "--set tables.ablation.title: tables say what is overridden, "),
             ("title=All", "--set title: no such key; "),
         ],
     )
     def test_a_mistake_is_named(self, override: str, message: str, tmp_path: Path) -> None:
-        assert message_of(write_space(tmp_path, self.CONFIG), override).startswith(message)
+        file = write_space(tmp_path, self.CONFIG, constraints={"val.acc": {"min": 0.5}})
+        assert message_of(file, override).startswith(message)
 
 
 class TestProfiles:
@@ -655,11 +712,23 @@ class TestWithoutAConfigClass:
         ids=["list", "choice"],
     )
     def test_a_domain_where_nothing_is_searched_is_refused(self, node: Any, tmp_path: Path) -> None:
-        told = message_of(write_space(tmp_path, {"optim": {"betas": node}}))
-        assert told == (
-            "config.optim.betas: {'float': [0.8, 0.95]} would not be searched here; give it a key of its own, with "
-            "`when` perhaps"
-        )
+        any_config = """
+        from dataclasses import dataclass
+        from typing import Any
+
+        @dataclass(frozen=True)
+        class Config:
+            optim: Any
+
+        def train(trial):
+            yield {"loss": 0.0}
+        """
+        for trainable in ("toys:descend", f"{write_family(tmp_path, any_config)}:train"):
+            told = message_of(write_space(tmp_path, {"optim": {"betas": node}}, trainable=trainable))
+            assert told == (
+                "config.optim.betas: {'float': [0.8, 0.95]} would not be searched here; give it a key of its own, with "
+                "`when` perhaps"
+            )
 
     @pytest.mark.parametrize(
         "node",

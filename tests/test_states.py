@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,12 +26,26 @@ def test_a_nan_is_found_wherever_it_is_in_a_state() -> None:
         "model.bias": {"model": layer},
         "adam.state.0.exp_avg": {"adam": spoilt_optimizer()},
         "csr": {"csr": torch.tensor([[1.0, math.nan]]).to_sparse_csr()},
+        "opaque": {"opaque": torch.tensor([1.0, math.nan]).to_mkldnn()},
+        "own.w": within_itself({"w": nan}),
         "ragged": {"ragged": torch.nested.nested_tensor([torch.ones(2), nan[None]], layout=torch.jagged)},
     }
     for where, state in found.items():
         told = Watch().look(state)
         assert told is not None
         assert (told.where, str(told.value)) == (where, "nan")
+
+
+def within_itself(own: dict[str, Any]) -> dict[str, Any]:
+    """A state that holds itself, in a list and by an object of its own, before what else is in it."""
+    state: dict[str, Any] = {}
+
+    class Holder:
+        def state_dict(self) -> dict[str, Any]:
+            return {"holder": self, "state": state}
+
+    state.update(itself=state, parts=[state], holder=Holder(), own=own)
+    return state
 
 
 def spoilt_optimizer() -> torch.optim.Optimizer:
@@ -65,6 +80,10 @@ def test_infinities_that_were_always_there_are_no_sign_of_it() -> None:
         "blocks": torch.eye(2).to_sparse_bsc((1, 1)),
         "ragged": torch.nested.nested_tensor([torch.ones(2), torch.ones(1)]),
         "nowhere": torch.ones(2, device="meta"),
+        "never run": torch.nn.Sequential(torch.nn.LazyLinear(2), torch.nn.LazyBatchNorm1d()),
+        "opaque": torch.ones(2).to_mkldnn(),
+        "around": within_itself({"w": torch.ones(2)}),
+        "twice": [torch.ones(1)] * 2,
         "four bits": torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
         "last validation": math.nan,
         "mask": torch.full((3, 3), -inf).triu(1),

@@ -18,7 +18,7 @@ from search.learning.proposals import proposal_seed
 from search.ledger import Ledger
 from search.records.folder import TrialFolder
 from search.space import Space
-from search.study import open_study, records
+from search.study import is_begun, open_study, records
 from search.warm_start import Earlier, take_over
 from search.workers.states import save_state
 from trainables.contract import UserError
@@ -107,6 +107,38 @@ class TestJournal:
             ledger = open_journal(space, tmp_path)
             end_toy(ledger, ask(ledger), "finished")
         assert [record.status for record in records(ledger.study, space)] == ["finished"] * 3
+
+    @pytest.mark.parametrize(
+        "left", [b"", b'{"op_code": 0, "worker_id": "a machine tha'], ids=["nothing", "a torn entry"]
+    )
+    def test_a_file_without_an_entry_is_begun_as_a_new_one_is(self, left: bytes, space: Space, tmp_path: Path) -> None:
+        file = tmp_path / "study.journal"
+        assert not is_begun(file)
+        file.write_bytes(left)
+        assert not is_begun(file)
+        with pytest.raises(UserError, match=r"study\.journal: there is no search in it; name a results folder"):
+            open_study(file, space, create=False)
+        open_study(file, space, create=True)
+        assert is_begun(file)
+        assert len(play(open_journal(space, tmp_path), 6)) == 6
+
+    def test_what_cannot_be_read_is_taken_for_a_search(self, space: Space, tmp_path: Path) -> None:
+        (tmp_path / "study.journal").mkdir()
+        assert is_begun(tmp_path / "study.journal")
+
+    @pytest.mark.parametrize("lost", range(4))
+    def test_every_known_setting_is_tried_once_wherever_a_process_was_killed(self, lost: int, tmp_path: Path) -> None:
+        known = [{"name": str(number), "lr": 0.125 * number} for number in (1, 2, 3)]
+        space, file = space_of(tmp_path, CONFIG, try_first=known), tmp_path / "study.journal"
+        open_journal(space, tmp_path)
+        entries = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join(entries[: len(entries) - lost]))
+        for number in (1, 2, 3):
+            ledger = open_journal(space, tmp_path)
+            opened = ask(ledger)
+            assert (opened.name, opened.values["lr"]) == (str(number), 0.125 * number)
+            end_toy(ledger, opened, "finished")
+        assert ask(ledger).name is None
 
     def test_a_new_trial_takes_nothing_from_one_that_the_study_never_heard_of(
         self, space: Space, tmp_path: Path

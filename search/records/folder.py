@@ -23,6 +23,8 @@ from trainables.contract import UserError
 
 SPACE, STUDY, TRIALS_CSV, BEST, REPORT = "space.yaml", "study.journal", "trials.csv", "best.yaml", "report.html"
 ERROR, PRINTED = "error.txt", "output.txt"  # in a trial's folder
+_COPIED = ".copied"  # there, too
+LOCK = ".lock"  # locked while a process runs the search; stays when it has ended
 SCRATCH = ".ray"  # Ray's own files; removed when the search ends
 _CHECKPOINT = "checkpoint-{:04d}.pt"  # numbered by epochs completed; torch.load returns the trainable's own state
 CHECKPOINT_PATTERN = "checkpoint-*.pt"
@@ -160,6 +162,17 @@ class TrialFolder:
     def checkpoint(self) -> Saved | None:
         return last_checkpoint(self.path)
 
+    def write_copied(self, what: str) -> None:
+        """Note which checkpoint of another trial was last copied into this folder."""
+        replace_text(self.path / _COPIED, what)
+
+    def read_copied(self) -> str | None:
+        """Return what was last noted of a copied checkpoint, or None."""
+        try:
+            return (self.path / _COPIED).read_text()
+        except FileNotFoundError:
+            return None
+
     def set_torn_aside(self) -> list[str]:
         """Rename checkpoints that cannot be read, so that an earlier one is used; returns their former names."""
         torn = [item.path for item in _checkpoints(self.path) if not is_whole(item.path)]
@@ -188,25 +201,42 @@ class TrialFolder:
 def running(results: Path, only_look: bool = False) -> Iterator[bool]:
     """Lock a folder for the process that runs its search; raises BlockingIOError if another process keeps the lock.
 
-    The lock ends with the process. Yields False on a file system without locks, where no process is kept out.
-    only_look: take a shared lock, which does not conflict with others that only look.
+    The lock ends with the process. Yields False if no process is kept out: there is no file to lock and none can be
+    made, or the file system has no locks. only_look: take a shared lock, which does not conflict with others that only
+    look, and make no file.
     """
-    folder = os.open(results, os.O_RDONLY | os.O_DIRECTORY)
+    opened = _open_lock(results / LOCK, create=not only_look)
+    if opened is None:
+        yield False
+        return
     try:
-        yield _lock(folder, fcntl.LOCK_SH, wait_s=0.0) if only_look else _lock(folder, fcntl.LOCK_EX, wait_s=LOOK_S)
+        yield _lock(opened, fcntl.LOCK_SH, wait_s=0.0) if only_look else _lock(opened, fcntl.LOCK_EX, wait_s=LOOK_S)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
-def _lock(folder: int, kind: int, wait_s: float) -> bool:
-    """Lock an open folder; returns False on a file system without locks.
+def _open_lock(path: Path, create: bool) -> int | None:
+    """Open the file to lock; None if there is none, or it cannot be read.
+
+    NFS tells no other machine of a lock on a folder, and locks a file exclusively only if it is open for writing.
+    """
+    if create:
+        with contextlib.suppress(OSError):  # in a folder that cannot be written to, the search says so itself
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with contextlib.suppress(OSError):
+        return os.open(path, os.O_RDONLY)
+    return None
+
+
+def _lock(opened: int, kind: int, wait_s: float) -> bool:
+    """Lock an open file; returns False on a file system without locks.
 
     Raises BlockingIOError if somebody else holds the lock for longer than `wait_s` seconds.
     """
     until = time.monotonic() + wait_s
     while True:
         try:
-            fcntl.flock(folder, kind | fcntl.LOCK_NB)
+            fcntl.flock(opened, kind | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             if time.monotonic() >= until:
@@ -221,8 +251,8 @@ def is_running(results: Path) -> bool:
     try:
         with running(results, only_look=True):
             return False
-    except OSError as error:
-        return isinstance(error, BlockingIOError)
+    except BlockingIOError:
+        return True
 
 
 def last_checkpoint(folder: Path) -> Saved | None:

@@ -57,6 +57,11 @@ class Real:
 
     def __post_init__(self) -> None:
         _check_range(self.low, self.high, self.log)
+        if math.isinf(self.high - self.low):
+            raise UserError(
+                f"samplers compute the width of a range, which may be {sys.float_info.max:.2g} at most; narrow the "
+                f"range [{self.low}, {self.high}]"
+            )
         if self.step is not None:
             _check_step(self.low, self.high, self.step)
 
@@ -180,6 +185,11 @@ class Choice:
         for value in self.values:
             if not _is_plain(value):
                 raise UserError(f"a choice cannot hold {value!r}, a {type(value).__name__}; for the text, quote it")
+            if _is_whole(value) and not _is_number(value):
+                raise UserError(
+                    f"a choice cannot hold {value}: samplers compute in floats, which end at {sys.float_info.max:.2g}; "
+                    "write a smaller number"
+                )
             if json.loads(json.dumps(value)) != value:  # a NaN, or a mapping with numbers as keys
                 raise UserError(
                     f"a choice cannot hold {value!r}: it would be another value when read back from the study"

@@ -14,7 +14,16 @@ from search import yaml_file
 from search.space import KnownSetting, Space
 from search.space import tree as trees
 from search.space.decode import did_you_mean
-from search.space.domain import Integer, Parameter, Real, is_domain, nearly_domain, parse_domain, resembles_domain
+from search.space.domain import (
+    Choice,
+    Integer,
+    Parameter,
+    Real,
+    is_domain,
+    nearly_domain,
+    parse_domain,
+    resembles_domain,
+)
 from search.space.loading import Trainable, check_not_hidden, load, search_paths
 from search.space.overrides import SECTIONS, apply, check_spelling, leave_out
 from search.space.sections import (
@@ -33,6 +42,7 @@ from trainables.contract import UserError
 DRAWS = 200  # random settings that are built before anything starts
 _PROFILED = (*SECTIONS, "tables")
 _KEYS = (*_PROFILED, "profiles")
+_NO_TEXT = "a key is a word without dots; write it in quotes"
 
 
 def load_space(
@@ -58,7 +68,7 @@ def load_space(
         trainable = load(space.trainable, space.paths)
         if trainable.config_class is None:
             check_spelling(written, overrides)
-            _check_epochs(space.tree.get("epochs"))
+            _check_whole(space)
             _check_kinds(space.tree)
             left_out += tuple(_resembling(space.tree))
         space = _with_epochs(space, trainable)
@@ -125,8 +135,6 @@ def _check_kinds(tree: Mapping[str, Any], prefix: str = "config") -> None:
             )
         if isinstance(node, dict) and not is_domain(node):
             _check_kinds(node, f"{prefix}.{key}")
-        else:
-            _check_inside(node["choice"] if is_domain(node) and "choice" in node else node, f"{prefix}.{key}")
 
 
 def _resembling(tree: Mapping[str, Any], prefix: str = "config") -> list[str]:
@@ -142,10 +150,23 @@ def _resembling(tree: Mapping[str, Any], prefix: str = "config") -> list[str]:
     return lines
 
 
-def _check_epochs(epochs: Any) -> None:
+def _epochs(tree: Mapping[str, Any], parameters: Iterable[Parameter]) -> list[Any]:
+    """Return the fixed `epochs` of a config, all values of a choice of it, or the ends of a range of it."""
+    domain = next((item.domain for item in parameters if item.name == "epochs"), None)
+    if isinstance(domain, Choice):
+        return list(domain.values)
+    return [domain.low, domain.high] if isinstance(domain, (Integer, Real)) else [tree.get("epochs")]
+
+
+def _check_whole(space: Space) -> None:
     """Reject what would not count as the length of a trial, where no Config class says what it is."""
-    if isinstance(epochs, (bool, float)):
-        raise UserError(f"config.epochs: {epochs}: a trial has a whole number of epochs; write 1 or more")
+    whole = "a trial has a whole number of epochs"
+    node: Any = space.tree.get("epochs")
+    if is_domain(node) and not ("int" in node or "choice" in node):
+        raise UserError(f"config.epochs: {node}: {whole}; write {{int: [low, high]}}")
+    for value in _epochs(space.tree, space.parameters):
+        if isinstance(value, (bool, float)) or (is_domain(node) and not isinstance(value, int)):
+            raise UserError(f"config.epochs: {value}: {whole}; write 1 or more")
 
 
 def _with_epochs(space: Space, trainable: Trainable) -> Space:
@@ -158,8 +179,10 @@ def _with_epochs(space: Space, trainable: Trainable) -> Space:
 
 
 def _check_inside(node: Any, where: str) -> None:
-    """Reject a domain inside a list or a choice's value: it is searched only as the value of a key."""
-    for item in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+    """Reject, in a list or a choice's value, a key that JSON cannot hold, and a domain, as it is searched elsewhere."""
+    for key, item in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if isinstance(node, dict) and not isinstance(key, str):
+            raise UserError(f"{where}.{key}: {_NO_TEXT}")
         if is_domain(item):
             raise UserError(
                 f"{where}: {item} would not be searched here; give it a key of its own, with `when` perhaps"
@@ -176,9 +199,10 @@ def _build(document: dict[str, Any], file: Path, profile: str | None, left_out: 
     tree, ran = document.get("config") or {}, section(Ran, document.get("ran"), "ran")
     if not isinstance(tree, dict):
         raise UserError(f"config: expected a mapping, got {tree!r}")
-    if isinstance(epochs := tree.get("epochs"), int) and epochs < 1:
-        raise UserError(f"config.epochs: {epochs}: a trial has at least one epoch; write 1 or more")
     parameters = _ordered(_parameters(tree))
+    for epochs in _epochs(tree, parameters):
+        if isinstance(epochs, int) and epochs < 1:
+            raise UserError(f"config.epochs: {epochs}: a trial has at least one epoch; write 1 or more")
     return Space(
         name=ran.space or file.stem,
         trainable=document["trainable"],
@@ -223,8 +247,12 @@ def _constraints(node: Any) -> dict[str, Limit]:
 def _parameters(tree: Mapping[str, Any], prefix: str = "") -> list[Parameter]:
     found = []
     for key, node in tree.items():
-        if not isinstance(key, str) or "." in key:
+        if not isinstance(key, str):
+            raise UserError(f"config.{prefix}{key}: {_NO_TEXT}")
+        if "." in key:
             raise UserError(f"config.{prefix}{key}: a key is a word without dots; nest mappings instead")
+        if isinstance(node, list) or is_domain(node):
+            _check_inside(node.get("choice") if isinstance(node, dict) else node, f"config.{prefix}{key}")
         if is_domain(node):
             try:
                 found.append(parse_domain(f"{prefix}{key}", node))

@@ -21,6 +21,7 @@ from search.space.decode import decode, did_you_mean
 from search.text import one_line, said
 from trainables.contract import UserError
 
+_FOLDERS: dict[str, str] = {}  # the working directory after a module's first import
 _JOBS_COPIES = "working_dir_files"  # where Ray unpacks the folder of `ray job submit --working-dir`
 
 
@@ -31,12 +32,14 @@ class Trainable:
     config_class: the module's `Config` dataclass, or None for plain dicts.
     prepare: the module's `prepare(config)`, or None; it returns a description of the data, or None.
     memory_need: the module's `memory_need(trial)`, or None.
+    folder: the working directory that its import left, where `prepare` is called.
     """
 
     train: Callable[[Any], Any]
     config_class: type | None
     prepare: Callable[[Any], str | None] | None
     memory_need: Callable[[Any], int] | None
+    folder: str
 
     def config(self, tree: dict[str, Any]) -> Any:
         """Return `tree` in the form that `train` takes; raises UserError for what does not fit."""
@@ -46,6 +49,7 @@ class Trainable:
 def load(name: str, paths: Sequence[str]) -> Trainable:
     """Import `package.module:function`, searching `paths` before the rest of sys.path.
 
+    A module may change the working directory as it is imported. A worker stays there.
     Raises UserError if it cannot be imported, with the reason and the line that failed, and for a `Config` class that
     is not a dataclass.
     """
@@ -73,12 +77,14 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
         _check_meant(module, paths)
         functions = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType)]
         raise UserError(f"trainable: {module_name} has no function {function!r}; {did_you_mean(function, functions)}")
+    folder = _FOLDERS.setdefault(module_name, os.getcwd())
     home = _home(train, module, function)
     return Trainable(
         train,
         _config_class(module) or _config_class(home),
         _of_one_argument(module, "prepare") or _of_one_argument(home, "prepare"),
         _of_one_argument(module, "memory_need") or _of_one_argument(home, "memory_need"),
+        folder,
     )
 
 

@@ -44,10 +44,21 @@ def apply(document: dict[str, Any], text: str) -> None:
     value = yaml_file.parse(value_text, f"--set {key}")
     if value is None and value_text.strip() not in _NULLS:  # empty, as of a variable that is not set, or a comment
         raise UserError(f"--set {key}: {value_text!r} holds no value; write null for none, or quote what begins with #")
-    if value is None and section_of == "constraints" and trees.get(document, key) is not trees.MISSING:
-        trees.drop(document, key)
+    path = _constraint(key, document.get("constraints")) if section_of == "constraints" else key
+    if value is None and section_of == "constraints" and trees.get(document, path) is not trees.MISSING:
+        trees.drop(document, path)
     else:
-        trees.put(document, key, value)
+        trees.put(document, path, value)
+
+
+def _constraint(key: str, constraints: Any) -> trees.Path:
+    """Return the path that `key` means, in which the longest name of a constraint is one key, dots and all."""
+    names = [name for name in constraints if isinstance(name, str)] if isinstance(constraints, dict) else []
+    for name in sorted(names, key=len, reverse=True):
+        if f"{key}.".startswith(f"constraints.{name}."):
+            rest = key.removeprefix(f"constraints.{name}").split(".")[1:]
+            return ("constraints", name, *rest)
+    return key
 
 
 def _meant(key: str, document: Mapping[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""Nested mappings addressed by dotted paths. A domain is a leaf; a space's `config` never is one."""
+"""Nested mappings addressed by dotted paths. A domain is a leaf; a space's `config` never is one.
+
+A path is text, or the keys themselves where one of them has dots of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from search.space.domain import is_domain
 from trainables.contract import UserError
 
 MISSING: Any = object()
+Path = str | tuple[str, ...]
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -30,33 +34,37 @@ def _is_tree(node: Any, path: str) -> TypeGuard[dict[str, Any]]:
     return isinstance(node, dict) and (path == "config" or not is_domain(node))
 
 
-def get(tree: Mapping[str, Any], path: str) -> Any:
+def _keys(path: Path) -> tuple[str, ...]:
+    return tuple(path.split(".")) if isinstance(path, str) else path
+
+
+def get(tree: Mapping[str, Any], path: Path) -> Any:
     node: Any = tree
-    for key in path.split("."):
+    for key in _keys(path):
         if not isinstance(node, Mapping) or key not in node:
             return MISSING
         node = node[key]
     return node
 
 
-def put(tree: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
+def put(tree: dict[str, Any], path: Path, value: Any) -> None:
+    *parents, last = _keys(path)
     node = tree
     for i, key in enumerate(parents):
         if node.get(key) is None:  # a key without a value yet
             node[key] = {}
         child, above = node[key], ".".join(parents[: i + 1])
         if not _is_tree(child, above):
-            raise UserError(f"{path}: {above} is a value, not a mapping of further keys")
+            raise UserError(f"{'.'.join(_keys(path))}: {above} is a value, not a mapping of further keys")
         node = child
     node[last] = value
 
 
-def drop(tree: dict[str, Any], path: str) -> None:
+def drop(tree: dict[str, Any], path: Path) -> None:
     """Remove an entry, along with enclosing mappings that held nothing else."""
-    key, _, rest = path.partition(".")
+    key, *rest = _keys(path)
     if rest:
-        drop(tree[key], rest)
+        drop(tree[key], tuple(rest))
     if not rest or not tree[key]:
         del tree[key]
 

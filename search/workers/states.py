@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from trainables.contract import State
 
@@ -45,12 +46,17 @@ class Watch:
         return None
 
 
-def numbers_in(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def numbers_in(state: Any, path: str = "", around: tuple[int, ...] = ()) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the keys to each tensor or array of real or complex numbers in a state, and the numbers as a dense tensor.
 
     Looks into mappings, sequences, and objects with a `state_dict`, such as modules and optimizers. Plain numbers are
     no weights, and may be NaN: a metric among them, say.
+
+    around: the ids of what contains this state; what contains itself is looked into once.
     """
+    if id(state) in around:  # of these only: the id of anything else may be that of an earlier object that is gone
+        return
+    around = (*around, id(state))
     if isinstance(state, torch.Tensor):
         if (state.is_floating_point() or state.is_complex()) and state.dtype is not torch.float4_e2m1fn_x2:
             yield from ((path, numbers) for numbers in _dense(state))
@@ -68,13 +74,15 @@ def numbers_in(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]
     else:
         return
     for key, item in items:
-        yield from numbers_in(item, f"{path}.{key}" if path else str(key))
+        yield from numbers_in(item, f"{path}.{key}" if path else str(key), around)
 
 
 def _dense(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return a tensor's numbers in layouts and types that torch can compare; a meta tensor has none."""
-    if tensor.is_meta:
+    """Return a tensor's numbers in layouts and types that torch can compare; a meta or a lazy tensor has none."""
+    if tensor.is_meta or is_lazy(tensor):
         return []
+    if tensor.is_mkldnn:
+        return _dense(tensor.to_dense())
     if tensor.is_nested:
         return [numbers for part in tensor.unbind() for numbers in _dense(part)]
     if tensor.layout == torch.sparse_coo:

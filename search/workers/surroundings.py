@@ -90,7 +90,11 @@ def _put_fatal(fatal: list[Any]) -> None:
 
 
 def _autocast(kind: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    return lambda: torch.is_autocast_enabled(kind), lambda on: torch.set_autocast_enabled(kind, on)
+    def put(mode: tuple[bool, torch.dtype]) -> None:
+        torch.set_autocast_enabled(kind, mode[0])
+        torch.set_autocast_dtype(kind, mode[1])
+
+    return lambda: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)), put
 
 
 def _deterministic() -> tuple[bool, bool]:
@@ -108,8 +112,10 @@ _MODES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "device": (torch.get_default_device, lambda device: torch.set_default_device(None if device == _CPU else device)),
     "deterministic": (_deterministic, lambda on: torch.use_deterministic_algorithms(on[0], warn_only=on[1])),
     **{f"autocast.{kind}": _autocast(kind) for kind in ("cpu", "cuda")},
+    "autocast.cache": (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     "denormals": (_flushes_denormals, torch.set_flush_denormal),
     "mkldnn": _attribute(_MKLDNN, "enabled"),
+    "mha": (_BACKENDS.mha.get_fastpath_enabled, _BACKENDS.mha.set_fastpath_enabled),
     "opt_einsum": _attribute(_BACKENDS.opt_einsum, "enabled"),
     "fill": _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),
     "numpy": (np.geterr, lambda how: np.seterr(**how)),
@@ -131,6 +137,8 @@ _MODES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "mem_efficient": (_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp),
     "math": (_CUDA.math_sdp_enabled, _CUDA.enable_math_sdp),
     "cudnn_attention": (_CUDA.cudnn_sdp_enabled, _CUDA.enable_cudnn_sdp),
+    # Each of these two reads without an argument, and sets with one.
+    **{name: (getattr(_CUDA, name),) * 2 for name in ("preferred_blas_library", "preferred_linalg_library")},
 }
 
 

@@ -94,8 +94,8 @@ def unseen_settings(config: HasNetwork) -> dict[str, Any]:
 def given_weights(name: str, path: str, config: HasNetwork) -> Weights:
     """Load the weights of the fusion checkpoint `path`, given in the setting `name`, for networks of `config`.
 
-    Raises `UserError` if it is no such checkpoint, was trained with other `unseen_settings` (but training may go on with
-    the adaptation set), or has seen what is held out here, as when the window file has changed since.
+    Raises `UserError` if it is no such checkpoint, was trained with other `unseen_settings` (but training may go on
+    with the adaptation set), or has seen what is held out here, as when the window file has changed since.
     """
     what = f"{name} = {path}"
     file = Path(path).expanduser()

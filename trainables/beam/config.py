@@ -167,8 +167,8 @@ class Model:
     tokens: Literal["present", "all"] = "present"
     dropout: float = 0.1
     time_fusion: Literal["sum", "v1", "v2"] = "v2"
-    # legacy: N(0, 0.02) for every Linear of the fusion stages, those inside Mamba included, and zeros for their position
-    # tables. A transformer's Linears always start so; with it, this affects only the tables.
+    # legacy: N(0, 0.02) for every Linear of the fusion stages, those inside Mamba included, and zeros for their
+    # position tables. A transformer's Linears always start so; with it, this affects only the tables.
     mamba_init: Literal["mamba", "legacy"] = "mamba"
     # The next three are ignored by block transformer, which always has residuals and LayerNorms over channels. A space
     # may still search it beside the other blocks.
