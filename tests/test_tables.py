@@ -265,7 +265,7 @@ def test_tables_and_a_search_do_not_share_a_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results/night").mkdir(parents=True)
-    (tmp_path / "results/night/study.journal").touch()
+    (tmp_path / "results/night/study.journal").write_text("{}\n")
     assert main(["--space", str(file), "--table", "--name", "night"]) == 2
     assert "results/night holds a search already; " in capsys.readouterr().err
     (tmp_path / "results/day").mkdir()
