@@ -223,6 +223,7 @@ def test_a_folder_is_running_as_long_as_somebody_runs_its_search(tmp_path: Path)
     with running(tmp_path):
         assert is_running(tmp_path)
     assert not is_running(tmp_path)
+    assert not list(tmp_path.iterdir())
     assert not is_running(tmp_path / "nowhere")
 
 
@@ -269,6 +270,24 @@ def test_of_processes_that_start_at_the_same_moment_one_runs_the_search(
     for thread in threads:
         thread.join()
     assert (begun, len(refused)) == ([True], 7)
+
+
+def test_who_waited_for_a_lock_that_was_removed_keeps_others_out(tmp_path: Path) -> None:
+    """The file that it had opened is gone, and a lock on it would keep nobody out."""
+    waiting, told = threading.Event(), list[bool]()
+
+    def wait() -> None:
+        waiting.set()
+        with running(tmp_path) as alone:
+            told.append(alone and is_running(tmp_path))
+
+    thread = threading.Thread(target=wait)
+    with running(tmp_path):
+        thread.start()
+        waiting.wait()
+        time.sleep(0.2)
+    thread.join()
+    assert told == [True]
 
 
 def test_who_only_looks_leaves_nothing_in_the_folder(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from trainables.contract import UserError
 SPACE, STUDY, TRIALS_CSV, BEST, REPORT = "space.yaml", "study.journal", "trials.csv", "best.yaml", "report.html"
 ERROR, PRINTED = "error.txt", "output.txt"  # in a trial's folder
 _COPIED = ".copied"  # there, too
-LOCK = ".lock"  # locked while a process runs the search; stays when it has ended
+LOCK = ".lock"  # there, and locked, while a process runs the search; one that was killed leaves it there
 SCRATCH = ".ray"  # Ray's own files; removed when the search ends
 _CHECKPOINT = "checkpoint-{:04d}.pt"  # numbered by epochs completed; torch.load returns the trainable's own state
 CHECKPOINT_PATTERN = "checkpoint-*.pt"
@@ -205,14 +205,20 @@ def running(results: Path, only_look: bool = False) -> Iterator[bool]:
     made, or the file system has no locks. only_look: take a shared lock, which does not conflict with others that only
     look, and make no file.
     """
-    opened = _open_lock(results / LOCK, create=not only_look)
-    if opened is None:
-        yield False
-        return
-    try:
-        yield _lock(opened, fcntl.LOCK_SH, wait_s=0.0) if only_look else _lock(opened, fcntl.LOCK_EX, wait_s=LOOK_S)
-    finally:
-        os.close(opened)
+    path, kind, wait_s = results / LOCK, *((fcntl.LOCK_SH, 0.0) if only_look else (fcntl.LOCK_EX, LOOK_S))
+    with contextlib.ExitStack() as held:
+        alone = again = True
+        while again:
+            opened = _open_lock(path, create=not only_look)
+            if opened is None:
+                yield False
+                return
+            held.callback(os.close, opened)
+            alone = _lock(opened, kind, wait_s)
+            again = alone and not only_look and not _is_at(path, opened)  # who held it before has removed it since
+        if alone and not only_look:
+            held.callback(_remove, path)
+        yield alone
 
 
 def _open_lock(path: Path, create: bool) -> int | None:
@@ -226,6 +232,19 @@ def _open_lock(path: Path, create: bool) -> int | None:
     with contextlib.suppress(OSError):
         return os.open(path, os.O_RDONLY)
     return None
+
+
+def _is_at(path: Path, opened: int) -> bool:
+    """Return whether the open file is still the one at this path."""
+    try:
+        return os.path.samestat(os.fstat(opened), path.stat())
+    except OSError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _lock(opened: int, kind: int, wait_s: float) -> bool:
