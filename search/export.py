@@ -124,7 +124,7 @@ def is_plain(checkpoint: Path) -> bool:
             return True
         except pickle.UnpicklingError:
             return False
-        except Exception:
+        except RuntimeError:
             continue
     return False
 

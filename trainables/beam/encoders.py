@@ -19,7 +19,7 @@ from trainables.beam.config import Modality, Model
 from trainables.beam.files import MAX_COUNT
 from trainables.contract import UserError
 
-if TYPE_CHECKING:  # imported where a network is built: it takes three seconds, and the driver builds none
+if TYPE_CHECKING:  # imported where a network is built: it takes three seconds, and the driver seldom builds one
     from transformers import ResNetConfig
 
 # Per channel, the offset subtracted from raw values and the scale that then divides them. The camera's are ImageNet's.
