@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import random
 import shlex
@@ -48,7 +47,7 @@ class Resolved(NamedTuple):
 
     space: Space
     trainable: Trainable
-    alone: Unmeasured | None  # why the slots cannot share a GPU; None if they can
+    unshared: Unmeasured | None  # why the slots cannot share a GPU; None if they can
     plan: Plan
 
 
@@ -91,15 +90,15 @@ def resolve(options: Options, nodes: Sequence[Node]) -> Resolved:
             options.file, options.overrides, options.profile, has_gpu=any(node.gpus for node in nodes)
         )
     check_folders(options, space)
-    alone = cannot_share(space, trainable, nodes)
+    unshared = cannot_share(space, trainable, nodes)
     try:
         space = cap_to_grid(space)
         sampler_maker(space)
         make_scheduler(space)
-        plan = make_plan(space, nodes, alone or AT_THE_START)
+        plan = make_plan(space, nodes, unshared or AT_THE_START)
     except UserError as error:
         raise UserError(f"{options.file}: {error}") from None
-    return Resolved(space, trainable, alone, plan)
+    return Resolved(space, trainable, unshared, plan)
 
 
 def search(
@@ -111,7 +110,7 @@ def search(
     signal that came too late to interrupt this search.
     """
     nodes = nodes_for(options)
-    space, trainable, alone, plan = resolve(options, nodes)
+    space, trainable, unshared, plan = resolve(options, nodes)
     told = [
         f"{space.name}: {describe(space)}",
         *space.left_out,
@@ -129,13 +128,18 @@ def search(
     interruption = interruption or Interruption()
     with interruption.heeded(), contextlib.ExitStack() as held:  # from here on there is a folder to resume from
         results = folder_of(options, space)
-        mirror = open_mirror(options, results)
+        try:
+            mirror = open_mirror(options, results)
+        except UserError:
+            with contextlib.suppress(OSError):
+                results.rmdir()  # made just now, and empty; no other is
+            raise
         open_results(options, space, results, held, mirror)
         if mirror is not None:
             mirror.begin()
         if not options.address:
             cluster.start_ray(None)
-        if space.resources.gpus_per_worker == "auto" and alone is None and not interruption.pressed:
+        if space.resources.gpus_per_worker == "auto" and unshared is None and not interruption.pressed:
             plan = make_plan(space, nodes, measure(space, nodes, interruption))
             print(f"plan: {plan}", flush=True)
         outcome = engine.run(space, plan, results, options.cold, mirror or mirror_of_all, interruption)
@@ -233,17 +237,30 @@ def check_unused(results: Path) -> None:
 
 
 def folder_of(options: Options, space: Space) -> Path:
-    """Return the path of the results folder; for a new search it does not exist yet."""
-    return options.resume or named_folder(options, space.name)
+    """Return the results folder. One that `--name` names may not exist yet; raises UserError if none can be made."""
+    if options.resume is not None:
+        return options.resume
+    folder = named_folder(options, space.name)
+    return folder if options.name is not None else made_anew(folder)
 
 
 def named_folder(options: Options, kind: str) -> Path:
-    """Return the folder that `--name` names; without it, one named after `kind` and the time that does not exist."""
-    if options.name is not None:
-        return options.results / options.name
-    now = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = itertools.chain([now], (f"{now}-{count}" for count in itertools.count(2)))
-    return next(folder for name in names if not is_there(folder := options.results / name))
+    """Return the folder that `--name` names; without it, one named after `kind` and the time, for `made_anew`."""
+    return options.results / (options.name or f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def made_anew(folder: Path) -> Path:
+    """Make a folder, or the next one that does not exist: another search may have begun in the same second."""
+    made, count = folder, 1
+    while True:
+        try:
+            made.mkdir(parents=True)
+            return made
+        except OSError as error:
+            if not os.path.lexists(made):
+                raise UserError(f"--results {folder}: cannot make a folder here: {error.strerror}") from None
+        count += 1
+        made = folder.with_name(f"{folder.name}-{count}")
 
 
 def open_mirror(options: Options, results: Path) -> Mirror | None:

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from search import run as engine
-from search.command import cap_to_grid, check_unused, named_folder, nodes_for, prepare, resolve, search
+from search.command import cap_to_grid, check_unused, made_anew, named_folder, nodes_for, prepare, resolve, search
 from search.interruption import Interruption
 from search.options import Options
 from search.records.folder import SPACE, STUDY
 from search.records.mirror import Mirror, below, fetch, folders_at, holds_search
 from search.records.record import INTERRUPTED, best_of
 from search.results import read_results
+from search.space.decode import did_you_mean
 from search.space.file import load_space
 from search.space.sections import Table
 from search.study import ended_after, is_begun, open_study
@@ -34,8 +35,9 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
         raise UserError("--table continues by --name; it cannot be combined with --resume or --warm-start")
     nodes = nodes_for(options)
     has_gpu = any(node.gpus for node in nodes)
-    tables = read_tables(options.file, options.profile, has_gpu, "all")
-    read_tables(options.file, options.profile, has_gpu, wanted)  # raises UserError for an unknown one
+    tables = read_tables(options.file, options.profile, has_gpu)
+    if wanted != "all" and wanted not in tables:
+        raise UserError(f"{options.file}: --table {wanted}: there is none; {did_you_mean(wanted, tables)}")
     results = named_folder(options, f"{options.file.stem}-tables")
     everything = cells_of(tables)
     cells = [cell for cell in everything if wanted in ("all", cell.table)]
@@ -46,6 +48,8 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
         resolved = resolve(_of_cell(options, results, cell), nodes)
         if not options.dry_run:
             prepare(resolved.space, resolved.trainable)
+    if options.name is None and not options.dry_run:
+        results = made_anew(results)
     mirror = None if options.uri is None or options.dry_run else _mirror(below(options.uri, results.name), results)
     outcomes: list[engine.Outcome] = []
     for number, cell in enumerate(cells, start=1):

@@ -12,9 +12,9 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from search.cluster import alive, gone
 from search.text import LONGEST_REASON, short_line
 from search.workers.mailbox import Mailbox
-from search.workers.messages import Answer, Begin, Blew, Broke, Command, Leave, Quit, RanOut, Reported
+from search.workers.messages import Answer, Blew, Broke, Command, GroupSpec, Leave, Quit, RanOut
 from search.workers.printed import Printed
 from search.workers.ranks import RankLoop
 from search.workers.watchdog import answered_within
@@ -49,25 +49,6 @@ class GroupDied(RuntimeError):
     def __init__(self, reason: str, with_machine: bool = False) -> None:
         super().__init__(reason)
         self.with_machine = with_machine
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """What a group consists of and what it runs.
-
-    required: metrics that every report must contain with finite values; others may be missing or NaN.
-    report_timeout_s: after this long without a report, a rank is considered hung; None: never.
-    """
-
-    trainable: str
-    paths: tuple[str, ...]
-    required: tuple[str, ...]
-    workers: int
-    cpus_per_worker: int
-    gpus_per_worker: float
-    memory_limit_mb: float | None
-    report_timeout_s: float | None
-    scratch: str
 
 
 def worst_of(answers: Mapping[int, Answer], ranks: int) -> Answer:
@@ -125,11 +106,11 @@ def _serve(job: Mapping[str, Any]) -> None:
 
     def say(answer: Answer) -> None:
         answer = replace(answer, printed=printed.take(answer.ends))
-        ray.get(mailbox.answer.remote(rank, _packed(answer)))
+        ray.get(mailbox.answer.remote(rank, _with_state(answer, ray.put)))
 
     while not isinstance(command := ray.get(mailbox.take.remote(rank)), Quit):
         with answered_within(job["spec"].report_timeout_s, say):
-            answer = loop.handle(_unpacked(command))
+            answer = loop.handle(_with_state(command, ray.get))
         say(answer)
 
 
@@ -153,20 +134,11 @@ def _more_of_torchrun(rank: int, world_size: int, machine: int, machines: int, n
     return {key: str(value) for key, value in said.items()}
 
 
-# States are large: they go through the object store, and only references through the mailbox.
-def _packed(message: Any) -> Any:
-    if isinstance(message, Begin) and message.resume is not None:
-        return replace(message, resume=ray.put(message.resume))
-    if isinstance(message, Reported) and message.state is not None:
-        return replace(message, state=ray.put(message.state))
-    return message
-
-
-def _unpacked(message: Any) -> Any:
-    if isinstance(message, Begin) and message.resume is not None:
-        return replace(message, resume=ray.get(message.resume))
-    if isinstance(message, Reported) and message.state is not None:
-        return replace(message, state=ray.get(message.state))
+def _with_state(message: Any, move: Callable[[Any], Any]) -> Any:
+    """Return a message with its state moved: states are large, and go through the object store, not the mailbox."""
+    for name in ("resume", "state"):
+        if getattr(message, name, None) is not None:
+            return replace(message, **{name: move(getattr(message, name))})
     return message
 
 
@@ -200,7 +172,7 @@ class Group:
             raise GroupDied("the state that rank 0 reported is lost", self._has_lost_a_machine()) from None
 
     def _ask(self, command: Command) -> Answer:
-        ray.get(self._mailbox.post.remote(_packed(command)))
+        ray.get(self._mailbox.post.remote(_with_state(command, ray.put)))
         answers: dict[int, Answer] = {}
         polls = math.inf  # that may yet bring nothing; a clock would also count a pause of the whole machine
         while len(answers) < self._workers and polls > 0:
@@ -211,7 +183,7 @@ class Group:
                 polls -= 1
                 continue
             rank, answer = received
-            answers[rank] = _unpacked(answer)
+            answers[rank] = _with_state(answer, ray.get)
             if answer.ends:
                 grace_s = GRACE_S if isinstance(answer, FAILURES) or isinstance(command, Leave) else LAST_WORK_S
                 polls = min(polls, grace_s / POLL_S)
@@ -246,7 +218,6 @@ class Group:
             return self._ranks
 
     def _fit(self, spec: GroupSpec) -> None:
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         resources: dict[str, float] = {"CPU": spec.cpus_per_worker}
         if spec.gpus_per_worker:
             resources["GPU"] = spec.gpus_per_worker

@@ -17,6 +17,7 @@ from typing import Any
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
+from threadpoolctl import threadpool_limits
 
 from search.learning.lessons import constraints_told, is_penalised, limits_told, penalties
 from search.learning.proposals import ASKED_AGAIN, proposal_seed, surviving
@@ -104,8 +105,9 @@ class Ledger:
         else:
             place = unfinished.number
             given = bool(unfinished.params) or "fixed_params" in unfinished.system_attrs
-        self.study.sampler = self._sampler(place, given)
-        with quiet_optuna():
+        # Models of a few hundred trials need one thread; more would wait for cores that the trials keep busy.
+        with quiet_optuna(), threadpool_limits(limits=1, user_api="blas"):
+            self.study.sampler = self._sampler(place, given)
             study = _AsKnown(self.study, self.space)
             trial = study.ask() if unfinished is None else optuna.Trial(study, unfinished._trial_id)
             attrs = trial.user_attrs

@@ -29,7 +29,7 @@ LOOK_S = 0.5  # how often to check for Ctrl-C meanwhile
 
 
 @dataclass(frozen=True)
-class Job:
+class Measurement:
     """What a machine is to measure: `configs` as trees. limit_mb: the search's own limit of a GPU in MiB, or None."""
 
     trainable: str
@@ -53,7 +53,7 @@ def measure(space: Space, nodes: Sequence[Node], interruption: Interruption) -> 
     The GPUs of one machine are assumed to be alike. Any failure, and the interruption, is returned as the reason why
     nothing was measured.
     """
-    job = Job(
+    job = Measurement(
         trainable=space.trainable,
         paths=space.paths,
         configs=[space.config(values) for values in large_settings(space)],
@@ -102,7 +102,7 @@ def on_every_machine(found: Sequence[Measured | Unmeasured]) -> Measured | Unmea
     )
 
 
-def needs(job: Job) -> Measured | Unmeasured:
+def needs(job: Measurement) -> Measured | Unmeasured:
     """Return the largest need of the settings, measured in this process on its GPU, or on a simulated one."""
     device = default_device()
     cache: dict[Any, Any] = {}

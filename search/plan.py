@@ -65,11 +65,6 @@ class Plan:
     limit: str  # what keeps the plan from having more slots
     memory_limit_mb: float | None = None
 
-    @property
-    def gpus(self) -> float:
-        """GPUs in use when every slot is busy."""
-        return self.slots * self.workers * self.gpus_per_worker
-
     def __str__(self) -> str:
         workers = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
         each = f"{self.cpus_per_worker} CPU" + (f" and {self.gpus_per_worker:g} GPU" if self.gpus_per_worker else "")
@@ -230,9 +225,7 @@ def expected_epochs(space: Space) -> float:
     assert space.epochs is not None
     if space.scheduler.name != "asha":
         return space.epochs
-    total, share, done, rung = 0.0, 1.0, 0, space.scheduler.grace_epochs
-    while done < space.epochs:
-        upto = min(rung, space.epochs)
-        total += share * (upto - done)
-        done, rung, share = upto, rung * space.scheduler.reduction, share / space.scheduler.reduction
+    total, share, done = 0.0, 1.0, 0
+    for rung in space.scheduler.rungs(space.epochs):
+        total, done, share = total + share * (rung - done), rung, share / space.scheduler.reduction
     return total

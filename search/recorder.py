@@ -148,9 +148,8 @@ class Recorder(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         _check_room(trial)
         if trial.trial_id in self._ledger.open:
-            # The slot saves the reason of its last attempt, unless it died itself; Tune's may be that of an earlier
-            # one.
-            error, told = trial.get_pickled_error(), self._folder(trial).read_error()
+            # The slot saves the reason of its last attempt, unless it died itself.
+            error, told = _last_error(trial), self._folder(trial).read_error()
             if told is None or isinstance(error, RayActorError):
                 told = "the slot died" if error is None else _reason(error)
             self._end(trial.trial_id, "failed", told.split("\n", 1)[0])
@@ -250,10 +249,15 @@ def _write_hparams(writer: SummaryWriter, record: Record) -> None:
 
 def _check_room(trial: Any) -> None:
     """Raise the error of the trial's last attempt if its slot's disk was full, as the next attempt's would be."""
-    file = trial.pickled_error_file
-    error = None if file is None else pickle.loads(Path(file).read_bytes())
+    error = _last_error(trial)
     if isinstance(error, RayTaskError) and is_full(error.cause):
         raise error.cause
+
+
+def _last_error(trial: Any) -> BaseException | None:
+    """Return the error of the trial's last attempt; Tune's `get_pickled_error` reads a copy that is made later."""
+    file = trial.pickled_error_file
+    return None if file is None else pickle.loads(Path(file).read_bytes())
 
 
 def _reason(error: BaseException) -> str:

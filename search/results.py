@@ -60,7 +60,7 @@ def write_results(results: Path, space: Space, found: Sequence[Record]) -> None:
     replace_text(results / TRIALS_CSV, trials_table(space, found))
     best = best_of(found, space)
     if best:
-        replace_text(results / BEST, yaml_file.dump(best_document(results, space, best)))
+        yaml_file.write(results / BEST, best_document(results, space, best))
     else:
         (results / BEST).unlink(missing_ok=True)
     replace_text(results / REPORT, report_page(results, space, found))

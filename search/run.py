@@ -16,7 +16,6 @@ import ray
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
-from search.group import GroupSpec
 from search.interruption import Interruption, own_handler
 from search.ledger import Ledger
 from search.lookout import Lookout
@@ -33,6 +32,7 @@ from search.searcher import StudySearcher
 from search.space import Space
 from search.study import mark_ended, open_study, records
 from search.trial import Job, Slot
+from search.workers.messages import GroupSpec
 
 LAST_FILES_S = 30.0  # at most, for which Ray's processes may write into their folder after a search
 

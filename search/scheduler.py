@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +44,7 @@ class _Earlier:
     """Stands in for a Tune trial of an earlier run, with the only attribute that these schedulers use."""
 
     trial_id: str
+    config: Mapping[str, Any] = field(hash=False)
 
 
 class _Lenient(TrialScheduler):
@@ -52,12 +53,13 @@ class _Lenient(TrialScheduler):
     epochs: of every trial; None if a space does not fix them.
     """
 
-    def __init__(self, epochs: int | None, **arguments: Any) -> None:
-        self._epochs = epochs
+    def __init__(self, space: Space, **arguments: Any) -> None:
+        self._space = space
         super().__init__(**arguments)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if self._epochs is not None and result[EPOCH] >= self._epochs:
+        epochs = self._space.epochs_of(trial.config["values"])
+        if epochs is not None and result[EPOCH] >= epochs:
             decision: str = TrialScheduler.CONTINUE
         else:
             decision = super().on_trial_result(tune_controller, trial, result)
@@ -73,7 +75,7 @@ class _Recalling(_Lenient):
         self._unfinished = {item.number: item for item in reported if not item.over}
         for item in reported:
             if item.over:
-                earlier = _Earlier(f"earlier-{item.number}")
+                earlier = _Earlier(f"earlier-{item.number}", {"values": {}})
                 super().on_trial_add(None, earlier)
                 self._tell(earlier, item)
 
@@ -113,9 +115,17 @@ class _HyperBand(_Lenient, HyperBandScheduler):
         """
         try:
             action: str = super()._process_bracket(tune_controller, bracket)
+            # A trial that was retried or resumed joins another bracket, and may be ahead of several comparisons there.
+            while action == TrialScheduler.PAUSE and _is_due(bracket):
+                action = super()._process_bracket(tune_controller, bracket)
             return action
         finally:
             bracket.is_being_processed = False
+
+
+def _is_due(bracket: Any) -> bool:
+    """Return whether all trials of a HyperBand bracket have come to its next comparison."""
+    return bool(bracket._halves and bracket._live_trials and bracket.cur_iter_done())
 
 
 class _Pbt(_Lenient, PopulationBasedTraining):
@@ -125,9 +135,8 @@ class _Pbt(_Lenient, PopulationBasedTraining):
     """
 
     def __init__(self, space: Space, seed: int, **arguments: Any) -> None:
-        self._space = space
         self._rng = random.Random(seed)
-        super().__init__(space.epochs, custom_explore_fn=lambda config: config, log_config=False, **arguments)
+        super().__init__(space, custom_explore_fn=lambda config: config, log_config=False, **arguments)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         # Ray refuses PBT together with a searcher, which is not told that a trial's setting has changed. Here the
@@ -190,7 +199,7 @@ def make_scheduler(space: Space, past: Sequence[Past] = ()) -> TrialScheduler:
     if wanted.name == "asha":
         return _Asha(
             past,
-            epochs=space.epochs,
+            space=space,
             **common,
             max_t=max(longest, wanted.grace_epochs),
             grace_period=wanted.grace_epochs,
@@ -200,10 +209,8 @@ def make_scheduler(space: Space, past: Sequence[Past] = ()) -> TrialScheduler:
     if wanted.name == "hyperband":
         if space.epochs is None:
             raise UserError("scheduler.name: hyperband needs a known number of epochs; fix config.epochs")
-        return _HyperBand(
-            space.epochs, **common, max_t=longest, reduction_factor=wanted.reduction, stop_last_trials=False
-        )
+        return _HyperBand(space, **common, max_t=longest, reduction_factor=wanted.reduction, stop_last_trials=False)
     if wanted.name == "median":
         # By default, Ray's rule pauses a trial while another waits to start, and not every trainable can resume.
-        return _Median(past, epochs=space.epochs, **common, grace_period=wanted.grace_epochs, min_time_slice=math.inf)
+        return _Median(past, space=space, **common, grace_period=wanted.grace_epochs, min_time_slice=math.inf)
     return _Pbt(space, space.search.seed, perturbation_interval=wanted.grace_epochs, **common)

@@ -17,10 +17,6 @@ class StudySearcher(Searcher):
         super().__init__()
         self._ledger = ledger
 
-    def set_search_properties(self, metric: Any, mode: Any, config: dict[str, Any], **spec: Any) -> bool:
-        self._metric, self._mode = metric, mode
-        return True
-
     def suggest(self, trial_id: str) -> Any:
         opened = self._ledger.ask(trial_id)
         if opened is None:
@@ -33,6 +29,3 @@ class StudySearcher(Searcher):
     def save(self, checkpoint_path: str) -> None:
         """Write an empty file, as Tune expects a snapshot of its searcher; the study is ours."""
         Path(checkpoint_path).touch()
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Do nothing, see `save`."""

@@ -25,7 +25,6 @@ from typing import Any
 from search import yaml_file
 from search.files import replace_text
 from search.records.folder import BEST, REPORT
-from search.space.decode import did_you_mean
 from search.space.file import profiled
 from search.space.sections import Table, tables_in
 from trainables.contract import UserError
@@ -49,21 +48,16 @@ class Cell:
         return "-".join(name for name in names if name)
 
 
-def read_tables(file: Path, profile: str | None, has_gpu: bool, wanted: str) -> dict[str, Table]:
-    """Return the tables of a space file by name; raises UserError if there are none, or not the one wanted.
-
-    wanted: a table's name or "all".
-    """
+def read_tables(file: Path, profile: str | None, has_gpu: bool) -> dict[str, Table]:
+    """Return the tables of a space file by name; raises UserError if there are none."""
     try:
         document, _ = profiled(yaml_file.read(file), profile, has_gpu)
         tables = tables_in(document.get("tables"))
         if not tables:
             raise UserError("tables: there are none; --table needs a space that has some")
-        if wanted != "all" and wanted not in tables:
-            raise UserError(f"--table {wanted}: there is none; {did_you_mean(wanted, tables)}")
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    return tables if wanted == "all" else {wanted: tables[wanted]}
+    return tables
 
 
 def cells_of(tables: Mapping[str, Table]) -> list[Cell]:
@@ -82,15 +76,18 @@ def _overrides(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 def write_tables(results: Path, title: str, tables: Mapping[str, Table], cells: Sequence[Cell]) -> str:
     """Write tables.md and report.html from the best trials of the cells so far; returns the Markdown."""
-    texts = []
+    texts, parts = list[str](), list[str]()
     for name, table in tables.items():
         best = {(cell.row, cell.column): _best(results / cell.folder) for cell in cells if cell.table == name}
-        texts.append(markdown(table, {place: document.get("metrics", {}) for place, document in best.items()}))
-        texts += [f"Data: {line}" for line in dict.fromkeys(document.get("data") for document in best.values()) if line]
+        lines = table_lines(table, {place: document.get("metrics", {}) for place, document in best.items()})
+        notes = [f"In brackets: {table.source}"] if table.source else []
+        notes += [f"Data: {line}" for line in dict.fromkeys(document.get("data") for document in best.values()) if line]
+        texts += [_markdown(lines), *notes]
+        parts += [_html(lines), *(f"<p>{html.escape(note)}</p>" for note in notes)]
     text = "\n\n".join(texts) + "\n"
     replace_text(results / MARKDOWN, text)
     links = [f'<li><a href="{html.escape(cell.folder)}/{REPORT}">{html.escape(cell.folder)}</a></li>' for cell in cells]
-    page = _PAGE.format(title=html.escape(title), tables=_html(text), links="\n".join(links))
+    page = _PAGE.format(title=html.escape(title), tables="\n".join(parts), links="\n".join(links))
     replace_text(results / REPORT, page)
     return text
 
@@ -103,24 +100,26 @@ def _best(folder: Path) -> Mapping[str, Any]:
     return document
 
 
-def markdown(table: Table, best: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
-    """Return a table as Markdown; a cell is `measured (reference)`, a dash if no trial finished within the constraints.
+def table_lines(table: Table, best: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[list[str]]:
+    """Return the cells of a table, its headings first.
 
+    A cell is `measured (reference)`, with a dash for what no trial that finished within the constraints measured.
     best: metrics of the best trial by row and column.
     """
     several = len(table.columns) > 1
     headings = [f"{heading}, {column}" if several else heading for column in table.columns for heading in table.metrics]
-    lines = [f"| {' | '.join([table.title, *headings])} |", "|---" * (len(headings) + 1) + "|"]
-    for row in table.rows:
-        told = [
-            _cell(best.get((row, column), {}).get(metric), _reference(table, row, column, heading))
-            for column in table.columns
-            for heading, metric in table.metrics.items()
-        ]
-        lines.append(f"| {' | '.join([row, *told])} |")
-    if table.source:
-        lines.append(f"\nIn brackets: {table.source}")
-    return "\n".join(lines)
+    return [
+        [table.title, *headings],
+        *(
+            [row]
+            + [
+                _cell(best.get((row, column), {}).get(metric), _reference(table, row, column, heading))
+                for column in table.columns
+                for heading, metric in table.metrics.items()
+            ]
+            for row in table.rows
+        ),
+    ]
 
 
 def _reference(table: Table, row: str, column: str, heading: str) -> float | None:
@@ -136,19 +135,17 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if 0.1 <= abs(value) < 10 or value == 0 else f"{value:.4g}"
 
 
-def _html(text: str) -> str:
-    """Convert the Markdown of these tables to HTML."""
-    out: list[str] = []
-    for block in text.strip().split("\n\n"):
-        lines = block.split("\n")
-        if not lines[0].startswith("|"):
-            out.append(f"<p>{html.escape(block)}</p>")
-            continue
-        rows = [[html.escape(cell) for cell in line.strip("| ").split(" | ")] for line in (lines[0], *lines[2:])]
-        head = "".join(f"<th>{cell}</th>" for cell in rows[0])
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[1:])
-        out.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-    return "\n".join(out)
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *rows = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *rows])
+
+
+def _html(lines: Sequence[Sequence[str]]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line("td", cells) for cells in lines[1:])
+    return f"<table><thead>{line('th', lines[0])}</thead><tbody>{body}</tbody></table>"
 
 
 _PAGE = """<!doctype html>

@@ -18,13 +18,25 @@ from typing import Any
 from ray import tune
 
 from search.files import is_full
-from search.group import Group, GroupDied, GroupSpec
+from search.group import Group, GroupDied
 from search.records.folder import TrialFolder, last_checkpoint
 from search.records.health import compared
 from search.records.record import RAN_TO_END
 from search.space import Space
 from search.text import short_line
-from search.workers.messages import Advance, Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
+from search.workers.messages import (
+    Advance,
+    Answer,
+    Begin,
+    Blew,
+    Broke,
+    Command,
+    Ended,
+    GroupSpec,
+    Leave,
+    RanOut,
+    Reported,
+)
 
 LOSSES = 2  # machines a trial may lose after the same epoch; beyond that, the trial itself may be bringing them down
 # Result keys. OBJECTIVE holds what schedulers compare (search.records.health); no metric can have the same name.

@@ -270,11 +270,18 @@ def test_a_results_folder_is_not_used_twice(run: Run, tmp_path: Path) -> None:
 
 def test_searches_begun_in_one_second_have_folders_of_their_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "strftime", lambda form: "now")
+    monkeypatch.setattr(command, "is_there", lambda path: False)  # both look before either has made its folder
     monkeypatch.setattr(cluster, "start_ray", lambda address: ())
     monkeypatch.setattr(engine, "run", lambda *arguments: engine.Outcome((), (), interrupted=False))
     for _ in range(3):
         run(*TOY)
     assert sorted(path.name for path in Path("results").iterdir()) == ["toy-now", "toy-now-2", "toy-now-3"]
+
+
+def test_results_on_a_disk_that_is_not_there_are_refused(run: Run) -> None:
+    Path("results").symlink_to("no such disk")
+    status, _, told = run(*TOY)
+    assert (status, "cannot make a folder here: File exists" in told) == (2, True)
 
 
 def test_results_in_a_file_are_refused_before_anything_runs(run: Run) -> None:

@@ -25,7 +25,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from search import run as engine
 from search.command import folder_of, open_results
-from search.group import Group, GroupDied, GroupSpec
+from search.group import Group, GroupDied
 from search.interruption import Interruption
 from search.options import Options
 from search.plan import Node, make_plan
@@ -36,7 +36,7 @@ from search.scheduler import make_scheduler
 from search.space.file import load_space
 from search.study import ended_after, open_study
 from search.trial import METRICS
-from search.workers.messages import Advance, Begin, Reported
+from search.workers.messages import Advance, Begin, GroupSpec, Reported
 from search.workers.states import load_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

@@ -81,21 +81,17 @@ def test_what_takes_a_checkpoint_s_place_is_on_the_disk_before_that_goes(
     monkeypatch.setattr(os, "replace", renaming)
     monkeypatch.setattr(Path, "unlink", removing)
     folder.write_checkpoint(2, b"state")
-    folder.append_metrics({"epoch": 2})
+    folder.append_metrics({"epoch": 2, "seconds": LONG_S + 1})
     folder.keep_checkpoint(2)
     assert removed == ["checkpoint-0001.pt"]
 
 
 def test_nothing_is_forced_of_a_trial_that_has_just_begun(folder: TrialFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     forced: list[int] = []
-    now = time.time()
     monkeypatch.setattr(os, "fsync", forced.append)
-    monkeypatch.setattr(time, "time", lambda: now)
-    folder.write_config({})
-    for epoch, age_s in ((1, 0.0), (2, 0.0), (3, LONG_S - 9), (4, LONG_S + 9)):
-        os.utime(folder.path / "config.json", (now, now - age_s))
+    for epoch, seconds in ((1, 0.5), (2, 1.0), (3, LONG_S - 9), (4, LONG_S + 9)):
         folder.write_checkpoint(epoch, b"state")
-        folder.append_metrics({"epoch": epoch})
+        folder.append_metrics({"epoch": epoch, "seconds": seconds})
         assert not forced
         folder.keep_checkpoint(epoch)
     assert len(forced) == 3, "the checkpoint, the report, their names"

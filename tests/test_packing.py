@@ -13,7 +13,7 @@ from toy_task import CPU, TOY, Config
 
 from search import run as engine
 from search.interruption import Interruption
-from search.packing import DRAWS, LARGEST, Job, cannot_share, large_settings, measure, needs, on_every_machine
+from search.packing import DRAWS, LARGEST, Measurement, cannot_share, large_settings, measure, needs, on_every_machine
 from search.plan import MIB, Measured, Node, Unmeasured, make_plan
 from search.records.folder import STUDY
 from search.space import Space
@@ -85,9 +85,9 @@ class TestTheSettingsThatAreMeasured:
 
 
 class TestWhatOneMachineSays:
-    def job(self, folder: Path, family: str, limit_mb: float | None = 1.0) -> Job:
+    def job(self, folder: Path, family: str, limit_mb: float | None = 1.0) -> Measurement:
         configs = [{"optim": {"lr": 0.01, "batch_size": size}, "samples": 96} for size in SIZES]
-        return Job(f"{write_family(folder, family)}:train", (str(folder),), configs, 0, 1, limit_mb)
+        return Measurement(f"{write_family(folder, family)}:train", (str(folder),), configs, 0, 1, limit_mb)
 
     def test_is_the_largest_need_beside_the_limit(self, tmp_path: Path) -> None:
         assert needs(self.job(tmp_path, FAMILY)) == Measured(4, need_bytes(48), 0, MIB)

@@ -65,7 +65,7 @@ def test_as_many_groups_as_the_nodes_hold(
         plan = make_plan(space, nodes)
         assert (plan.slots, plan.workers, plan.cpus_per_worker) == (slots, workers, cpus)
         # What is handed out is there.
-        assert plan.gpus <= sum(node.gpus for node in nodes)
+        assert plan.slots * plan.workers * plan.gpus_per_worker <= sum(node.gpus for node in nodes)
         assert slots * workers * cpus <= sum(node.cpus for node in nodes)
     else:
         with pytest.raises(UserError, match="does not fit"):

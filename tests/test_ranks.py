@@ -7,7 +7,7 @@ import re
 import sys
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from spaces import write_family
 
-from search.workers.messages import Advance, Answer, Begin, Blew, Broke, Ended, Leave, RanOut, Reported
+from search.workers.messages import Advance, Answer, Begin, Blew, Broke, Ended, GroupSpec, Leave, RanOut, Reported
 from search.workers.ranks import RankLoop, numbers, storages_of
 from search.workers.states import load_state
 from search.workers.surroundings import Surroundings
@@ -218,20 +218,12 @@ CONFIG_FAMILY = """
 """
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What a rank is told of its group."""
-
-    trainable: str
-    paths: tuple[str, ...]
-    required: tuple[str, ...] = ("loss",)
-    cpus_per_worker: int = 1
-    gpus_per_worker: float = 0.0
-    memory_limit_mb: float | None = None
+def spec_of(trainable: str, folder: Path, **more: Any) -> GroupSpec:
+    return replace(GroupSpec(trainable, (str(folder),), ("loss",), 1, 1, 0.0, None, None, "no scratch"), **more)
 
 
 def rank_of(folder: Path, function: str, rank: int = 0, family: str = FAMILY, **more: Any) -> RankLoop:
-    return RankLoop(Spec(f"{write_family(folder, family)}:{function}", (str(folder),), **more), rank, 2)
+    return RankLoop(spec_of(f"{write_family(folder, family)}:{function}", folder, **more), rank, 2)
 
 
 def begin(ending: str, seed: int = 3) -> Begin:
@@ -412,7 +404,7 @@ def test_a_config_class_is_given_and_checked(tmp_path: Path) -> None:
 
 
 def test_a_trainable_that_is_missing_on_a_node_is_told(tmp_path: Path) -> None:
-    answer = RankLoop(Spec("no_such_module:train", (str(tmp_path),)), 0, 1).handle(Begin({}, 0))
+    answer = RankLoop(spec_of("no_such_module:train", tmp_path), 0, 1).handle(Begin({}, 0))
     assert isinstance(answer, Broke)
     assert answer.reason.startswith("trainable: no module 'no_such_module' in ")
 
@@ -462,7 +454,7 @@ def test_a_trial_is_gone_when_its_memory_is_counted(tmp_path: Path) -> None:
             alive.append(model() is not None)
             return True
 
-    loop = Watched(Spec(f"{write_family(tmp_path, FAMILY)}:big", (str(tmp_path),)), 0, 1)
+    loop = Watched(spec_of(f"{write_family(tmp_path, FAMILY)}:big", tmp_path), 0, 1)
     assert run(loop, Begin({}, 0))[-1] == Blew(reason="it does not matter why")
     assert alive
     assert not any(alive)
@@ -527,7 +519,8 @@ def test_a_trial_prints_where_its_process_does_whatever_the_trial_before_did(tmp
     for _ in range(2):
         assert loop.handle(begin("")) == Reported(metrics={"loss": 1.0})
         assert run_on(loop)[-1] == Ended()
-    Surroundings.restore(loop._surroundings)
+    assert loop._loaded is not None
+    loop._loaded[1].restore()
     assert sys.stdout is before
 
 

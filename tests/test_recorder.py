@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import pickle
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +61,7 @@ def watched(folder: Path, epochs: Any = 3, **space: Any) -> Watched:
     opened, told, interruption = ask(ledger), list[Record](), Interruption()
     recorder = Recorder(ledger, folder / "run", told.append, lambda: None, interruption)
     config = {"number": opened.number, "values": opened.values}
-    trial = SimpleNamespace(
-        trial_id="slot", config=config, pickled_error_file=None, get_pickled_error=lambda: ValueError("of an attempt")
-    )
+    trial = SimpleNamespace(trial_id="slot", config=config, pickled_error_file=None)
     return Watched(folder, ledger, recorder, trial, told, interruption)
 
 
@@ -219,7 +218,8 @@ def test_a_trial_failed_for_the_reason_of_its_last_attempt(tmp_path: Path) -> No
 def test_a_slot_that_died_left_no_reason_of_its_own(tmp_path: Path) -> None:
     run = watched(tmp_path)
     run.files.write_error("ValueError: an earlier attempt")
-    run.trial.get_pickled_error = lambda: ActorUnavailableError("the node is gone", None)
+    run.trial.pickled_error_file = str(tmp_path / "error.pkl")
+    Path(run.trial.pickled_error_file).write_bytes(pickle.dumps(ActorUnavailableError("the node is gone", None)))
     run.recorder.on_trial_error(0, [], run.trial)
     assert "the node is gone" in run.told[0].reason
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,12 @@ class Tune:
     trial's last one, and a trial is completed, removed or failed according to the state it is in.
     """
 
-    def __init__(self, scheduler: TrialScheduler, search_alg: SearchGenerator, slots: int) -> None:
+    def __init__(self, scheduler: TrialScheduler, search_alg: SearchGenerator, slots: int, retries: int) -> None:
         self.scheduler = scheduler
         self.search_alg = search_alg
         self.slots = slots
+        self.retries = retries
+        self.bugs: Counter[Trial] = Counter()
         self.trials: list[Trial] = []
         self.epochs: dict[Trial, int] = {}
         self.paused: set[Trial] = set()
@@ -97,6 +100,10 @@ class Tune:
         if result is None:
             self.scheduler.on_trial_error(self, trial)
             trial.set_status(Trial.ERROR)
+            self.bugs[trial] += 1
+            if self.bugs[trial] <= self.retries:  # from its last report on
+                trial.set_status(Trial.PENDING)
+                self.scheduler.on_trial_add(self, trial)
             return
         self.epochs[trial] = result[EPOCH]
         decision = TrialScheduler.STOP
@@ -124,9 +131,9 @@ def toy_script(trial: Trial, epoch: int) -> dict[str, Any] | None:
     return {EPOCH: epoch, OBJECTIVE: 1.0 / (1 + number) + 0.01 / epoch}
 
 
-def tune_of(space: Space, trials: int, slots: int, past: Sequence[Past] = ()) -> Tune:
+def tune_of(space: Space, trials: int, slots: int, past: Sequence[Past] = (), retries: int = 0) -> Tune:
     ledger = open_ledger(space, InMemoryStorage())
-    tune = Tune(make_scheduler(space, past), SearchGenerator(StudySearcher(ledger)), slots)
+    tune = Tune(make_scheduler(space, past), SearchGenerator(StudySearcher(ledger)), slots, retries)
     rng = random.Random(0)
     for number in range(trials):
         config = {"number": number, "values": space.draw(rng)}
@@ -148,6 +155,28 @@ class TestScheduler:
     def test_every_trial_comes_to_its_end(self, space: Space) -> None:
         for slots in (1, 3, 24):
             tune = tune_of(space, 24, slots)
+            tune.run(toy_script)
+            assert all(trial.is_finished() for trial in tune.trials)
+
+    def test_a_trial_that_fails_once_comes_to_its_end_whenever_that_is(self, space: Space) -> None:
+        for failing in range(EPOCHS):
+            tune = tune_of(space, 8, 8, retries=1)
+
+            def script(trial: Trial, epoch: int, failing: int = failing) -> dict[str, Any] | None:
+                if trial.config["number"] == failing and epoch == failing + 1 and not tune.bugs[trial]:
+                    return None
+                if epoch > EPOCHS:
+                    return end(EPOCHS, "finished")
+                return {EPOCH: epoch, OBJECTIVE: 1.0 / (1 + trial.config["number"])}
+
+            tune.run(script)
+            assert all(trial.is_finished() for trial in tune.trials)
+
+    def test_trials_that_have_begun_before_come_to_their_end(self, space: Space) -> None:
+        """As after an interruption: each goes on from its own epoch."""
+        for epoch in range(1, EPOCHS):
+            tune = tune_of(space, 17, 4)
+            tune.epochs = dict.fromkeys(tune.trials, epoch)
             tune.run(toy_script)
             assert all(trial.is_finished() for trial in tune.trials)
 
@@ -180,6 +209,23 @@ def test_bad_trials_are_stopped_early_and_the_best_is_not(name: str, tmp_path: P
     assert epochs[17] < EPOCHS
     assert sum(epochs.values()) < 0.8 * 18 * EPOCHS
     assert min(epochs.values()) >= (2 if name != "hyperband" else 1)
+
+
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_a_trial_at_its_last_epoch_ends_by_itself_also_where_the_length_is_searched(name: str, tmp_path: Path) -> None:
+    space = space_of(tmp_path, {**CONFIG, "epochs": {"choice": [3, 9]}}, scheduler={"name": name, "reduction": 3})
+    tune = tune_of(space, 18, 18)
+    ended = set[Trial]()
+
+    def script(trial: Trial, epoch: int) -> dict[str, Any]:
+        longest = trial.config["values"]["epochs"]
+        if epoch > longest:
+            ended.add(trial)
+            return end(longest, "finished")
+        return {EPOCH: epoch, OBJECTIVE: 9.0 if epoch == longest else 1.0}
+
+    tune.run(script)
+    assert ended == set(tune.trials)
 
 
 @pytest.mark.parametrize("ending", ["diverged", "bug"])

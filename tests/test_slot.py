@@ -10,10 +10,10 @@ import pytest
 from spaces import space_of
 
 from search import trial as trial_module
-from search.group import GroupDied, GroupSpec
+from search.group import GroupDied
 from search.records.folder import Saved, TrialFolder
 from search.trial import EPOCH, LOSSES, METRICS, Job, Slot, TrialFailed
-from search.workers.messages import Advance, Answer, Begin, Command, Leave, Reported
+from search.workers.messages import Advance, Answer, Begin, Command, GroupSpec, Leave, Reported
 
 SPEC = GroupSpec("toys:descend", (), ("loss",), 1, 1, 0.0, None, None, "no scratch")
 STATE = b"the state after an epoch"

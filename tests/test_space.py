@@ -669,6 +669,15 @@ class TestWhen:
         told = load_space(file, ["config.block=uni"])[0].left_out
         assert told == ("never searched: state, as block is never bi",)
 
+    def test_a_condition_on_a_number_of_another_type_can_hold(self, tmp_path: Path) -> None:
+        config = {"x": {"choice": [1.0, 2.0]}, "y": {"int": [1, 9], "when": {"x": [1]}}}
+        space = load_space(write_space(tmp_path, config))[0]
+        assert space.left_out == ()
+        assert {("y" in values, values["x"]) for values in map(space.draw, map(random.Random, range(20)))} == {
+            (True, 1.0),
+            (False, 2.0),
+        }
+
 
 class TestWithoutAConfigClass:
     def test_a_search_of_nothing_is_told(self, tmp_path: Path) -> None:

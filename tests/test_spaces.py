@@ -87,7 +87,7 @@ def test_every_cell_of_every_table_is_a_search(subtests: pytest.Subtests) -> Non
     for file, profile in CASES:
         if not yaml_file.read(file).get("tables"):
             continue
-        for cell in cells_of(read_tables(file, profile, has_gpu=True, wanted="all")):
+        for cell in cells_of(read_tables(file, profile, has_gpu=True)):
             with subtests.test(f"{file.stem}, {profile}: {cell.table}, {cell.row}, {cell.column}"):
                 space, _ = load_space(file, cell.overrides, profile, has_gpu=True)
                 for key, _, value in (override.partition("=") for override in cell.overrides):
@@ -101,7 +101,7 @@ def test_the_notes_chain_stands_in_the_table_as_the_notes_had_it(profile: str | 
     rates = {"R-P1": 1e-4, "R-S1": 1e-3, "R-S2": 1e-4, "R-S3": 1e-3, "R-S4": 1e-4, "R-S5": 1e-4, "R-S6": 1e-4}
     batches = {"R-S4": 2, "R-S5": 8, "R-S6": 8}
     chain = {}
-    for cell in cells_of(read_tables(file, profile, has_gpu=True, wanted="chain")):
+    for cell in cells_of({"chain": read_tables(file, profile, has_gpu=True)["chain"]}):
         space, trainable = load_space(file, cell.overrides, profile, has_gpu=True)
         if not space.parameters:
             chain[cell.row.split()[0]] = trainable.config(space.config({}))

@@ -12,7 +12,9 @@ from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from spaces import LOSS, space_of
+from threadpoolctl import threadpool_info
 
+from search import ledger
 from search.learning.lessons import penalties, severity
 from search.learning.proposals import proposal_seed
 from search.ledger import Ledger
@@ -467,3 +469,15 @@ class TestWarmStart:
     ) -> None:
         with pytest.raises(UserError, match="earlier: searched loss and not, in the same directions, "):
             self.begin(space_of(tmp_path, CONFIG, objective=objective), earlier)
+
+
+def test_a_proposal_takes_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More would wait for cores that trials keep busy."""
+    threads = list[int]()
+
+    def learn(*_: object) -> None:
+        threads.extend(item["num_threads"] for item in threadpool_info() if item["user_api"] == "blas")
+
+    monkeypatch.setattr(ledger, "learn", learn)
+    assert ask(open_ledger(space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}, "epochs": 2}), InMemoryStorage()))
+    assert set(threads) == {1}

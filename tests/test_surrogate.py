@@ -18,7 +18,7 @@ from spaces import LOSS, space_of
 from timing import thread_s
 
 from search.learning.features import feature_rows
-from search.learning.ladder import Ladder, rungs, scores_of
+from search.learning.ladder import Ladder, scores_of
 from search.learning.surrogate import judge, log_expected_improvement, nearby
 from search.learning.survival import MAPPED
 from search.ledger import Ledger
@@ -60,7 +60,7 @@ class TestLadder:
         self, grace: int, reduction: int, longest: int, expected: list[int], tmp_path: Path
     ) -> None:
         space = space_of(tmp_path, CONFIG, scheduler={"grace_epochs": grace, "reduction": reduction})
-        assert rungs(space, longest) == expected
+        assert space.scheduler.rungs(longest) == expected
 
     def test_stopped_trials_tell_of_what_whole_ones_would_score(self, tmp_path: Path) -> None:
         """Curves that fall at a rate of their own; a third goes on at each rung."""

@@ -16,7 +16,7 @@ from search.options import Options
 from search.retry import retry_failed
 from search.space.file import load_space
 from search.study import mark_ended
-from search.tables import cells_of, markdown, read_tables, write_tables
+from search.tables import cells_of, read_tables, table_lines, write_tables
 from trainables.contract import UserError
 
 SPACES = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))
@@ -59,7 +59,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_cell_overrides_what_its_row_and_column_say(file: Path) -> None:
-    cells = cells_of(read_tables(file, None, True, "starts"))
+    cells = [cell for cell in cells_of(read_tables(file, None, True)) if cell.table == "starts"]
     assert [(cell.row, cell.column) for cell in cells] == [
         ("near", "few"),
         ("near", "more"),
@@ -71,10 +71,10 @@ def test_a_cell_overrides_what_its_row_and_column_say(file: Path) -> None:
     assert cells[2].folder == "starts-far_known-few"
 
 
-def test_all_tables_or_one_and_a_profile_changes_them(file: Path) -> None:
-    assert list(read_tables(file, None, True, "all")) == ["starts", "alone"]
-    assert [cell.folder for cell in cells_of(read_tables(file, None, True, "alone"))] == ["alone-one"]
-    assert read_tables(file, "short", True, "starts")["starts"].columns["few"] == {"search.trials": 1}
+def test_every_table_is_read_and_a_profile_changes_them(file: Path) -> None:
+    assert list(read_tables(file, None, True)) == ["starts", "alone"]
+    assert [cell.folder for cell in cells_of(read_tables(file, None, True))][-1:] == ["alone-one"]
+    assert read_tables(file, "short", True)["starts"].columns["few"] == {"search.trials": 1}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_mistakes_are_named(file: Path, old: str, new: str, match: str) -> None:
     assert old in SPACE
     file.write_text(SPACE.replace(old, new))
     with pytest.raises(UserError, match=match):
-        read_tables(file, None, True, "all")
+        read_tables(file, None, True)
     with pytest.raises(UserError, match=match):
         load_space(file)  # and in a search that fills none of them
 
@@ -107,17 +107,17 @@ def test_a_mistake_in_a_profile_that_is_not_taken_is_named_as_well(file: Path) -
         load_space(file, profile=None)
 
 
-def test_an_unknown_table_and_a_space_without_any(file: Path) -> None:
-    with pytest.raises(UserError, match="--table strats: there is none; did you mean `starts`"):
-        read_tables(file, None, True, "strats")
+def test_an_unknown_table_and_a_space_without_any(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--space", str(file), "--table", "strats"]) == 2
+    assert "--table strats: there is none; did you mean `starts`" in capsys.readouterr().err
     file.write_text(SPACE[: SPACE.index("tables:")])
     with pytest.raises(UserError, match="tables: there are none"):
-        read_tables(file, None, True, "all")
+        read_tables(file, None, True)
 
 
 def test_a_row_may_have_any_number_and_any_domain(file: Path) -> None:
     file.write_text(SPACE.replace("{config.start: 2.0}", "{config.start: {log: [1.0e-5, 2.0]}, config.lr: 1.0e-6}"))
-    (cell,) = cells_of(read_tables(file, None, True, "alone"))
+    cell = cells_of(read_tables(file, None, True))[-1]
     space, _ = load_space(file, cell.overrides)
     assert [str(parameter.domain) for parameter in space.parameters] == ["[1e-05, 2]"]
     assert space.tree["lr"] == 1e-6
@@ -125,25 +125,22 @@ def test_a_row_may_have_any_number_and_any_domain(file: Path) -> None:
 
 @pytest.mark.parametrize(("value", "told"), [(3.2e-5, "3.2e-05"), (0.0512, "0.0512"), (0.5, "0.5000"), (0.0, "0.0000")])
 def test_a_cell_has_four_digits_that_count(value: float, told: str, file: Path) -> None:
-    table = read_tables(file, None, True, "alone")["alone"]
-    assert f"| {told} |" in markdown(table, {("one", ""): {"loss": value}})
+    table = read_tables(file, None, True)["alone"]
+    assert table_lines(table, {("one", ""): {"loss": value}}) == [["Only one", "loss"], ["one", told]]
 
 
 def test_what_a_table_says(file: Path) -> None:
-    table = read_tables(file, None, True, "starts")["starts"]
+    table = read_tables(file, None, True)["starts"]
     best = {("near", "few"): {"loss": 0.5, "epochs": 3}, ("far, known", "few"): {}}
-    assert markdown(table, best).splitlines() == [
-        "| Where it starts | loss, few | epochs run, few | loss, more | epochs run, more |",
-        "|---|---|---|---|---|",
-        "| near | 0.5000 (0.2500) | 3.0000 | - | - |",
-        "| far, known | - | - | - | - |",
-        "",
-        "In brackets: a textbook",
+    assert table_lines(table, best) == [
+        ["Where it starts", "loss, few", "epochs run, few", "loss, more", "epochs run, more"],
+        ["near", "0.5000 (0.2500)", "3.0000", "-", "-"],
+        ["far, known", "-", "-", "-", "-"],
     ]
 
 
 def test_the_page_links_to_every_search(file: Path, tmp_path: Path) -> None:
-    tables = read_tables(file, None, True, "all")
+    tables = read_tables(file, None, True)
     cells = cells_of(tables)
     found = {"trial": 1, "metrics": {"loss": 0.125, "epochs": 3}}
     yaml_file.write(tmp_path / "starts-near-few" / "best.yaml", {**found, "data": "real, honest split"})
@@ -157,6 +154,17 @@ def test_the_page_links_to_every_search(file: Path, tmp_path: Path) -> None:
     assert "<p>Data: real, honest split</p>" in page
     assert all(f'href="{cell.folder}/report.html"' in page for cell in cells)
     assert (tmp_path / "tables.md").read_text() == text
+    assert "| near | 0.1250 (0.2500) |" in text
+    assert "In brackets: a textbook" in text.splitlines()
+
+
+def test_a_name_may_be_empty_or_have_a_bar(file: Path, tmp_path: Path) -> None:
+    file.write_text(SPACE.replace("rows: {one: ", "rows: {'': {}, a | b: "))
+    tables = read_tables(file, None, True)
+    text = write_tables(tmp_path, "starts", {"alone": tables["alone"]}, cells_of(tables))
+    page = (tmp_path / "report.html").read_text()
+    assert text.splitlines() == ["| Only one | loss |", "|---|---|", "|  | - |", r"| a \| b | - |"]
+    assert "<tr><td></td><td>-</td></tr><tr><td>a | b</td><td>-</td></tr>" in page
 
 
 def test_the_tables_of_a_bucket_go_on_on_a_machine_that_has_none_of_them(tmp_path: Path) -> None:
@@ -175,7 +183,7 @@ def test_the_tables_of_a_bucket_go_on_on_a_machine_that_has_none_of_them(tmp_pat
 
 def test_a_search_that_ended_is_run_again_for_more_trials_alone(file: Path, tmp_path: Path) -> None:
     """Its time may have been over before all of them had been begun."""
-    (cell,) = cells_of(read_tables(file, None, True, "alone"))
+    cell = cells_of(read_tables(file, None, True))[-1]
     space, _ = load_space(file, (*cell.overrides, "search.trials=3"))
     results = tmp_path / "t" / cell.folder
     ledger = open_journal(space, results)
@@ -277,4 +285,4 @@ def test_tables_and_a_search_do_not_share_a_folder(
 @pytest.mark.parametrize("space", WITH_TABLES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("has_gpu", [True, False])
 def test_the_tables_of_our_spaces_hold_together(space: Path, has_gpu: bool) -> None:
-    assert cells_of(read_tables(space, None, has_gpu, "all"))
+    assert cells_of(read_tables(space, None, has_gpu))

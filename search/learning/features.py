@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.space import Space
-from search.space.domain import Choice, Integer, Parameter, Real
+from search.space.domain import Choice, Integer, Parameter, Real, part
 
 Array = NDArray[np.float64]
 
@@ -38,4 +38,4 @@ def _features(parameter: Parameter, values: Mapping[str, Any]) -> list[float]:
     assert isinstance(domain, (Real, Integer))
     if not active or domain.low == domain.high:
         return [*flag, 0.0]
-    return [*flag, 2 * domain.part(values[parameter.name]) - 1]
+    return [*flag, 2 * part(domain, values[parameter.name]) - 1]

@@ -8,7 +8,7 @@ The scores of a stopped trial at the rungs above are unknown. They are assumed t
 best. If left open, its setting would stay the most promising of all: whatever is tried there is stopped again, and
 shows nothing of its end.
 
-Shapes: N trials, K of them on a rung, G stopped before it, M settings, D features.
+Shapes: N trials, K of them on a rung, G stopped before it, M settings, D features, J objectives.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial
 
 from search.learning.features import Array
 from search.learning.regression import Regression, within_reach
-from search.records.health import CHANCE, compared
+from search.records.health import CHANCE_SUFFIX, compared
 from search.space import Space
 
 ENOUGH = 3  # trials on a rung above the first before it is modelled
@@ -79,14 +79,6 @@ def _slope(x_K: Array, y_K: Array) -> float:
     return max(0.0, (float(x_K @ y_K) + one) / (float(x_K @ x_K) + one))
 
 
-def rungs(space: Space, longest: int) -> list[int]:
-    """Return the epochs after which scores are compared, up to the last one."""
-    found = [min(space.scheduler.grace_epochs, longest)]
-    while found[-1] < longest:
-        found.append(min(found[-1] * space.scheduler.reduction, longest))
-    return found
-
-
 def scores_of(
     space: Space, trials: Sequence[FrozenTrial], longest: int, rng: random.Random
 ) -> Iterator[tuple[Mapping[str, Any], Scores]]:
@@ -105,7 +97,7 @@ def scores_of(
         reports = _compared(space, item)
         early = item.user_attrs["status"] == "finished" and _own(item)
         last = reports[max(reports)] if early and reports else None
-        scores = {rung: reports.get(rung, last) for rung in rungs(space, longest)}
+        scores = {rung: reports.get(rung, last) for rung in space.scheduler.rungs(longest)}
         reached = {rung: score for rung, score in scores.items() if score is not None}
         if reached:
             yield item.user_attrs["values"], reached
@@ -120,7 +112,9 @@ def _compared(space: Space, trial: FrozenTrial) -> Scores:
     """Return scores by epoch, as schedulers see them; lower is better."""
     objective = space.objectives[0]
     sign = 1.0 if objective.mode == "min" else -1.0
-    chance = {key: value for key, value in trial.user_attrs["metrics"].items() if key == objective.metric + CHANCE}
+    chance = {
+        key: value for key, value in trial.user_attrs["metrics"].items() if key == objective.metric + CHANCE_SUFFIX
+    }
     seen = {
         epoch: compared({objective.metric: value, **chance}, objective)
         for epoch, value in trial.intermediate_values.items()
@@ -133,9 +127,9 @@ def _traded_off(space: Space, trials: Sequence[FrozenTrial], rng: random.Random)
     if not trials:
         return []
     signs = [1.0 if item.mode == "min" else -1.0 for item in space.objectives]
-    y_NK = np.apply_along_axis(within_reach, 0, np.array([item.values for item in trials]) * signs)
-    span_K = np.ptp(y_NK, axis=0)
+    y_NJ = np.apply_along_axis(within_reach, 0, np.array([item.values for item in trials]) * signs)
+    span_J = np.ptp(y_NJ, axis=0)
     weights = np.array([rng.expovariate(1.0) for _ in signs])
-    away_NK = (y_NK - y_NK.min(axis=0)) / np.where(span_K > 0, span_K, 1.0) * weights / weights.sum()
-    scores: list[float] = (away_NK.max(axis=1) + ALL * away_NK.sum(axis=1)).tolist()
+    away_NJ = (y_NJ - y_NJ.min(axis=0)) / np.where(span_J > 0, span_J, 1.0) * weights / weights.sum()
+    scores: list[float] = (away_NJ.max(axis=1) + ALL * away_NJ.sum(axis=1)).tolist()
     return scores

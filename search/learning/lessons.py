@@ -13,6 +13,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from search.space import Space
+from search.space.sections import OWN_CONSTRAINTS
 
 FEASIBLE = -1.0  # the constraint of a trial that neither diverged nor ran out of memory
 
@@ -63,4 +64,4 @@ def penalties(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection
 
 def is_penalised(trial: FrozenTrial) -> bool:
     """Return whether the values of a trial are penalties and not measurements."""
-    return trial.user_attrs.get("status") in ("diverged", "out_of_memory")
+    return trial.user_attrs.get("status") in OWN_CONSTRAINTS

@@ -7,7 +7,7 @@ Optimization Performs Great in High Dimensions, 2024), so that ten scores in sev
 
 theta holds the logarithms of D length scales, of the amplitude and of the noise.
 
-Shapes: N known rows, M others, D features, T = D + 2.
+Shapes: N known rows, K new ones, M others, D features, T = D + 2.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ It proposes, among settings likely enough to survive, the one with the largest e
 whole trial (in logarithms: Ament et al., Unexpected Improvements to Expected Improvement, 2023). A smooth model that is
 wrong is sure of itself, and would propose the same place again and again; so every other proposal is TPE's.
 
-Shapes: N scored trials, M candidates, D features.
+Shapes: N scored trials, K settings under way, M candidates, D features.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.special import log_ndtr, ndtr
 
 from search.learning.features import Array, feature_rows
-from search.learning.ladder import Ladder, rungs, scores_of
+from search.learning.ladder import Ladder, scores_of
 from search.learning.proposals import WholeSampler, proposal_seed, propose, surviving
 from search.learning.regression import FAR, Regression
 from search.learning.survival import MAPPED, SURVIVED, Survival, demanded, learn, remembered, tells
 from search.records.record import longest_of, read_record
 from search.space import Space, Values
-from search.space.domain import Choice, Domain, Integer, Real
+from search.space.domain import Choice, Domain, Integer, Real, at, part
+from search.space.sections import OWN_CONSTRAINTS
 
 ANYWHERE, NEARBY, NEARER = 500, 500, 150  # candidates: anywhere; near the best settings; twice, near the best so far
 BEST = 5  # settings, or candidates, around which others are drawn
@@ -158,7 +159,7 @@ def judge(space: Space, others: Sequence[FrozenTrial], survival: Survival | None
     if len(tried) < MAPPED or not scored or not space.parameters:
         return None
     settings = [values for values, _ in scored]
-    ladder = Ladder(feature_rows(space, settings), [scores for _, scores in scored], rungs(space, longest))
+    ladder = Ladder(feature_rows(space, settings), [scores for _, scores in scored], space.scheduler.rungs(longest))
     worth = Worth(space, settings, ladder, _limits(space, ended, measured), survival)
     running = [item for item in others if item.state == TrialState.RUNNING]
     worth.expect(_settings(space, running))
@@ -188,7 +189,7 @@ def _limits(space: Space, ended: Sequence[FrozenTrial], measured: Sequence[Froze
     Excess is clipped at `FAR` times the median violation, on both sides: a few trials a thousandfold within a limit
     would hide all differences near it.
     """
-    failures = () if space.search.survival else ("diverged", "out_of_memory")
+    failures = () if space.search.survival else OWN_CONSTRAINTS
     told_of = {name: [item for item in ended if name in item.constraints] for name in failures}
     for name in space.constraints:
         told_of[name] = [item for item in measured if item.user_attrs["status"] == "finished"]
@@ -226,5 +227,7 @@ def _moved(domain: Domain, value: Any, step: float, rng: random.Random) -> Any:
     if isinstance(domain, Choice):
         return domain.sample(rng) if rng.random() < step else value
     assert isinstance(domain, (Real, Integer))
-    part = abs(domain.part(value) + rng.gauss(0.0, step)) % 2.0
-    return domain.at(min(part, 2.0 - part))  # reflected at the ends of the range, which clipping would draw most often
+    place = abs(part(domain, value) + rng.gauss(0.0, step)) % 2.0
+    return at(
+        domain, min(place, 2.0 - place)
+    )  # reflected at the ends of the range, which clipping would draw most often

@@ -4,7 +4,7 @@ It is Gaussian-process classification with the Laplace approximation (Rasmussen 
 Machine Learning, 2006, algorithms 3.1 and 3.2). Its kernel is the sum of a linear one, which extends a learned edge to
 untried regions, and a squared exponential, which lets the edge bend.
 
-Shapes: N tried settings, D features.
+Shapes: N tried settings, M others, D features.
 """
 
 from __future__ import annotations

@@ -130,11 +130,15 @@ class TrialFolder:
 
     def recorded(self) -> int:
         """Return the last reported epoch that is on record; 0 before the first."""
+        return int(self._last_row().get("epoch", 0))
+
+    def _last_row(self) -> dict[str, Any]:
         with contextlib.suppress(FileNotFoundError):
             for line in reversed((self.path / "metrics.jsonl").read_bytes().splitlines()):
                 with contextlib.suppress(ValueError):  # torn
-                    return int(json.loads(line)["epoch"])
-        return 0
+                    row: dict[str, Any] = json.loads(line)
+                    return row
+        return {}
 
     def keep_checkpoint(self, epochs: int) -> None:
         """Delete all checkpoints except the newest that has completed at most `epochs` epochs."""
@@ -155,9 +159,7 @@ class TrialFolder:
 
     def _is_long(self) -> bool:
         """Return whether the trial has run so long that a power loss would cost more than forcing each checkpoint."""
-        with contextlib.suppress(FileNotFoundError):
-            return time.time() - (self.path / "config.json").stat().st_mtime > LONG_S
-        return True
+        return bool(self._last_row().get("seconds", 0.0) > LONG_S)
 
     def checkpoint(self) -> Saved | None:
         return last_checkpoint(self.path)

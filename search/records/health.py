@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from search.space.sections import Objective
 
-CHANCE = "_chance"
+CHANCE_SUFFIX = "_chance"
 PATIENCE = 3  # epochs before a trial is said to learn nothing
 NEAR = 0.2  # an objective this close to chance, as a fraction of chance, counts as chance
 AT = 0.02  # so does any other metric this close to its own chance level
@@ -25,7 +25,7 @@ def remarks(epochs: Sequence[Metrics], objective: Objective) -> list[str]:
     if stuck := _stuck(epochs, objective):
         said.append(stuck + _fall([row.get("loss") for row in epochs]))
     for name, value in last.items():
-        chance = last.get(name + CHANCE)
+        chance = last.get(name + CHANCE_SUFFIX)
         if name != objective.metric and value is not None and chance and abs(value - chance) <= AT * abs(chance):
             said.append(f"{name} is at its chance level of {chance:.4g}")
     return said
@@ -33,7 +33,7 @@ def remarks(epochs: Sequence[Metrics], objective: Objective) -> list[str]:
 
 def _stuck(epochs: Sequence[Metrics], objective: Objective) -> str:
     values = [value for row in epochs if (value := row.get(objective.metric)) is not None]
-    chance = epochs[-1].get(objective.metric + CHANCE)
+    chance = epochs[-1].get(objective.metric + CHANCE_SUFFIX)
     if not values or chance is None:
         return ""
     better = max if objective.mode == "max" else min
@@ -49,7 +49,7 @@ def compared(metrics: Metrics, objective: Objective) -> float | None:
     A network that will learn often scores below chance first, and one that learns nothing stays at chance: halving by
     the raw scores would keep the latter. None if the objective was not measured.
     """
-    value, chance = metrics.get(objective.metric), metrics.get(objective.metric + CHANCE)
+    value, chance = metrics.get(objective.metric), metrics.get(objective.metric + CHANCE_SUFFIX)
     return value if value is None or chance is None or _learnt(value, chance, objective) else chance
 
 

@@ -1,6 +1,6 @@
 """Where in the space trials fail: which values the failed ones have in common.
 
-Shapes: P parts of the space, N tried settings.
+Shapes: P parts of the space.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from search.space.domain import Choice, Parameter
 
 FAILURES = {"diverged": "diverged", "out_of_memory": "ran out of memory"}
 TRIED = ("finished", "stopped", *FAILURES)  # a failed trial tells nothing about its setting
-CHANCE = 0.05  # a pattern more likely than this to arise by chance is not reported
+SIGNIFICANT = 0.05  # a pattern more likely than this to arise by chance is not reported
 MOST = 3  # patterns reported for each failure
 
 
@@ -47,7 +47,7 @@ def patterns(space: Space, found: Sequence[Record]) -> list[str]:
         seen = [
             max(uneven, key=lambda item: -item.chance)
             for parameter in space.parameters
-            if (uneven := [item for item in _splits(parameter, tried, status) if item.chance < CHANCE])
+            if (uneven := [item for item in _splits(parameter, tried, status) if item.chance < SIGNIFICANT])
         ]
         lines += [item.told(failure) for item in sorted(seen, key=lambda item: item.chance)[:MOST]]
     return lines
@@ -58,26 +58,30 @@ def _splits(parameter: Parameter, tried: Sequence[Record], status: str) -> list[
     name = parameter.name
     having = [record for record in tried if name in record.values]
     values = [record.values[name] for record in having]
+    failed = [record.values[name] for record in having if record.status == status]
     if isinstance(parameter.domain, Choice):
         told = [f"{name} = {chosen}" for chosen in parameter.domain.values]
-        inside_PN = np.array([[value == chosen for value in values] for chosen in parameter.domain.values])
+        count_P, failed_P = ([these.count(chosen) for chosen in parameter.domain.values] for these in (values, failed))
     else:
         cuts = [_cut(low, high) for low, high in itertools.pairwise(sorted(set(values)))]
         told = [f"{name} {side} {cut}" for side in ("above", "below") for cut in cuts]
-        above_PN = np.array([[value > float(cut) for value in values] for cut in cuts], dtype=bool)
-        inside_PN = np.concatenate([above_PN, ~above_PN])
-    if not inside_PN.size:
+        count_P, failed_P = (_above_and_below(these, cuts) for these in (values, failed))
+    if not told or not values:
         return []
-    failed_N = np.array([record.status == status for record in having])
-    count_P, failed_P = inside_PN.sum(axis=1), (inside_PN & failed_N).sum(axis=1)
     from scipy.stats import hypergeom  # takes most of a second, and only a report of failures needs it
 
     # Fisher's exact test, one-sided.
-    chance_P = hypergeom.sf(failed_P - 1, len(having), failed_N.sum(), count_P) * len(told)
+    chance_P = hypergeom.sf(np.array(failed_P) - 1, len(values), len(failed), count_P) * len(told)
     return [
-        Pattern(where, int(count), int(failed), int(len(having) - count), int(failed_N.sum() - failed), float(chance))
-        for where, count, failed, chance in zip(told, count_P, failed_P, chance_P, strict=True)
+        Pattern(where, count, failed_inside, len(values) - count, len(failed) - failed_inside, float(chance))
+        for where, count, failed_inside, chance in zip(told, count_P, failed_P, chance_P, strict=True)
     ]
+
+
+def _above_and_below(values: Sequence[float], cuts: Sequence[str]) -> list[int]:
+    """Return how many values lie above each cut, then how many below."""
+    below: list[int] = np.searchsorted(sorted(values), [float(cut) for cut in cuts], side="right").tolist()
+    return [*(len(values) - count for count in below), *below]
 
 
 def _cut(low: float, high: float) -> str:

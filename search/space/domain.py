@@ -28,7 +28,8 @@ _OPTIONS = {"log": {"when"}, "float": {"when", "step"}, "int": {"when", "log", "
 class Domain(Protocol):
     """A set of values with a way to draw from it."""
 
-    def contains(self, value: Any) -> bool: ...
+    def contains(self, value: Any) -> bool:
+        """Return whether a value is in the domain; in a choice, 1 is neither 1.0 nor True."""
 
     def sample(self, rng: random.Random) -> Any: ...
 
@@ -37,7 +38,8 @@ class Domain(Protocol):
     def encode(self, value: Any) -> Any:
         """Return the value as Optuna stores it."""
 
-    def decode(self, stored: Any) -> Any: ...
+    def decode(self, stored: Any) -> Any:
+        """Return the value that Optuna stored; the inverse of `encode`."""
 
     def size(self) -> int | None:
         """Return the number of values; None if there are infinitely many."""
@@ -81,18 +83,10 @@ class Real:
             return inside
         return min(_stepped(self.low, self.step, round((inside - self.low) / self.step)), self.high)
 
-    def part(self, value: float) -> float:
-        """Return the position of a value in the range, from 0 at the low end to 1 at the high end."""
-        return _part(self, value)
-
-    def at(self, part: float) -> float:
-        """Return the value of this domain nearest to that position in the range."""
-        return self.nearest(_at(self, part))
-
     def sample(self, rng: random.Random) -> float:
         if self.step is not None:
             return self.nearest(self.low + self.step * rng.randint(0, _steps(self.low, self.high, self.step)))
-        return self.at(rng.random())
+        return float(at(self, rng.random()))
 
     def distribution(self) -> BaseDistribution:
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
@@ -101,9 +95,8 @@ class Real:
         return float(value)
 
     def decode(self, stored: Any) -> Any:
-        return (
-            stored if self.step is None else self.nearest(stored)
-        )  # Optuna's third step of 0.1 is 0.30000000000000004
+        # Optuna's third step of 0.1 is 0.30000000000000004.
+        return stored if self.step is None else self.nearest(stored)
 
     def size(self) -> int | None:
         return None if self.step is None else _steps(self.low, self.high, self.step) + 1
@@ -143,14 +136,6 @@ class Integer:
         """Return the nearest value of this domain."""
         inside = min(max(value, self.low), self.high)
         return self.low + self.step * round((inside - self.low) / self.step)
-
-    def part(self, value: float) -> float:
-        """Return the position of a value in the range, from 0 at the low end to 1 at the high end."""
-        return _part(self, value)
-
-    def at(self, part: float) -> int:
-        """Return the value of this domain nearest to that position in the range."""
-        return self.nearest(_at(self, part))
 
     def sample(self, rng: random.Random) -> int:
         if self.log:  # as Optuna draws, so that both ends get their full share
@@ -292,15 +277,16 @@ def resembles_domain(node: Any) -> bool:
 
 def is_domain(node: Any) -> bool:
     """Return whether a mapping of the config tree is a domain: one of its keys names a kind and has a list."""
-    if not isinstance(node, dict):
-        return False
-    kinds = [key for key in node if key in KINDS and isinstance(node[key], list)]
-    return len(kinds) >= 1
+    return isinstance(node, dict) and bool(_kinds(node))
+
+
+def _kinds(node: Mapping[str, Any]) -> list[str]:
+    return [key for key in node if key in KINDS and isinstance(node[key], list)]
 
 
 def parse_domain(name: str, node: Mapping[str, Any]) -> Parameter:
     """Return the parameter that a domain mapping describes; raises UserError for what is wrong with it."""
-    kinds = [key for key in node if key in KINDS and isinstance(node[key], list)]
+    kinds = _kinds(node)
     if len(kinds) > 1:
         raise UserError(f"{name}: a domain has one kind, not {' and '.join(kinds)}")
     kind = kinds[0]
@@ -368,7 +354,8 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def _part(domain: Real | Integer, value: float) -> float:
+def part(domain: Real | Integer, value: float) -> float:
+    """Return the position of a value in a range, from 0 at the low end to 1 at the high end."""
     if domain.low == domain.high:
         return 0.0
     low, high = float(domain.low), float(domain.high)
@@ -377,11 +364,12 @@ def _part(domain: Real | Integer, value: float) -> float:
     return (value - low) / (high - low)
 
 
-def _at(domain: Real | Integer, part: float) -> float:
+def at(domain: Real | Integer, part: float) -> float | int:
+    """Return the value of a domain nearest to that position in its range."""
     low, high = float(domain.low), float(domain.high)
     if domain.log:
-        return math.exp(math.log(low) + (math.log(high) - math.log(low)) * part)
-    return low + (high - low) * part
+        return domain.nearest(math.exp(math.log(low) + (math.log(high) - math.log(low)) * part))
+    return domain.nearest(low + (high - low) * part)
 
 
 def _check_range(low: float, high: float, log: bool) -> None:

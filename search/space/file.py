@@ -16,6 +16,7 @@ from search.space import tree as trees
 from search.space.decode import did_you_mean
 from search.space.domain import (
     Choice,
+    Domain,
     Integer,
     Parameter,
     Real,
@@ -340,12 +341,17 @@ def _never_searched(space: Space) -> list[str]:
     for parameter in space.parameters:
         for name, allowed in parameter.when.items():
             fixed = trees.get(space.tree, name)
-            never = [value for value in allowed if name in searched and not searched[name].contains(value)]
+            never = [value for value in allowed if name in searched and not _can_be(searched[name], value)]
             if len(never) == len(allowed) or (name not in searched and fixed not in allowed):
                 lines.append(f"never searched: {parameter.name}, as {name} is never {' or '.join(map(str, allowed))}")
             elif never:
                 lines.append(f"never searched: {parameter.name} at {name} = {' or '.join(map(str, never))}")
     return lines
+
+
+def _can_be(domain: Domain, value: Any) -> bool:
+    """Return whether a condition on this value can hold: it compares a choice as Python does, 1 with 1.0."""
+    return value in domain.values if isinstance(domain, Choice) else domain.contains(value)
 
 
 def _check_other_profiles(document: Mapping[str, Any], file: Path, chosen: str | None) -> None:

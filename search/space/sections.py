@@ -83,6 +83,13 @@ class Scheduler(_Section):
     grace_epochs: int = Field(1, ge=1)  # no trial is stopped earlier; pbt: epochs between two exchanges
     reduction: int = Field(3, ge=2)  # one trial in this many goes on at each rung
 
+    def rungs(self, longest: int) -> list[int]:
+        """Return the epochs after which trials of `longest` epochs are compared, up to the last one."""
+        found = [min(self.grace_epochs, longest)]
+        while found[-1] < longest:
+            found.append(min(found[-1] * self.reduction, longest))
+        return found
+
 
 class Resources(_Section):
     """What the worker group of one slot requires."""

@@ -39,6 +39,7 @@ def _keys(path: Path) -> tuple[str, ...]:
 
 
 def get(tree: Mapping[str, Any], path: Path) -> Any:
+    """Return the entry at a path, or MISSING."""
     node: Any = tree
     for key in _keys(path):
         if not isinstance(node, Mapping) or key not in node:
@@ -48,6 +49,7 @@ def get(tree: Mapping[str, Any], path: Path) -> Any:
 
 
 def put(tree: dict[str, Any], path: Path, value: Any) -> None:
+    """Set an entry, making the mappings around it; raises UserError if one of them is a value."""
     *parents, last = _keys(path)
     node = tree
     for i, key in enumerate(parents):
@@ -70,6 +72,7 @@ def drop(tree: dict[str, Any], path: Path) -> None:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted paths of all entries that are not mappings; an empty one, and a domain, are leaves."""
     found = []
     for key, node in tree.items():
         path = f"{prefix}{key}"

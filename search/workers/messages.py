@@ -11,6 +11,25 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class GroupSpec:
+    """What a group consists of and what it runs.
+
+    required: metrics that every report must contain with finite values; others may be missing or NaN.
+    report_timeout_s: after this long without a report, a rank is considered hung; None: never.
+    """
+
+    trainable: str
+    paths: tuple[str, ...]
+    required: tuple[str, ...]
+    workers: int
+    cpus_per_worker: int
+    gpus_per_worker: float
+    memory_limit_mb: float | None
+    report_timeout_s: float | None
+    scratch: str
+
+
+@dataclass(frozen=True)
 class Begin:
     """Run a trial up to its first report. `resume`: a saved state as bytes, or None."""
 

@@ -9,14 +9,14 @@ import traceback
 import types
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from search.space.loading import Trainable, load
 from search.text import LONGEST_REASON, encodable, one_line, plain, said, short_line
-from search.workers.messages import Answer, Begin, Blew, Broke, Command, Ended, Leave, RanOut, Reported
+from search.workers.messages import Answer, Begin, Blew, Broke, Command, Ended, GroupSpec, Leave, RanOut, Reported
 from search.workers.states import Watch, load_state, save_state
 from search.workers.surroundings import Surroundings, settle
 from trainables.contract import Diverged, Report, Trial, UserError, default_device, memory_error
@@ -27,38 +27,20 @@ ALLOCATOR_ROOM = 1.1
 LEAK_BYTES = 256 * 2**20  # GPU memory that an ended trial may leave behind: allocator rounding, cuDNN, cuBLASLt
 
 
-class Runs(Protocol):
-    """The part of a group's spec that its ranks need."""
-
-    @property
-    def trainable(self) -> str: ...
-    @property
-    def paths(self) -> tuple[str, ...]: ...
-    @property
-    def required(self) -> tuple[str, ...]: ...
-    @property
-    def cpus_per_worker(self) -> int: ...
-    @property
-    def gpus_per_worker(self) -> float: ...
-    @property
-    def memory_limit_mb(self) -> float | None: ...
-
-
 class RankLoop:
     """One rank: keeps the trainable's module and cache from one trial to the next, and nothing else."""
 
-    def __init__(self, spec: Runs, rank: int, world_size: int, device: torch.device | None = None) -> None:
+    def __init__(self, spec: GroupSpec, rank: int, world_size: int, device: torch.device | None = None) -> None:
         self.rank = rank
         self._spec = spec
         self._world_size = world_size
         # Ray does not hide GPUs from a worker that was given none.
         self._device = (device or default_device()) if spec.gpus_per_worker else torch.device("cpu")
         self._cache: dict[Any, Any] = {}
-        self._trainable: Trainable | None = None
+        self._loaded: tuple[Trainable, Surroundings] | None = None  # with what its import left to put back
         self._reports: Generator[Any, None, None] | None = None
         self._watch = Watch()
         self._joined = torch.distributed.is_initialized()
-        self._surroundings = Surroundings()
         if self._device.type == "cuda" and spec.memory_limit_mb is not None:
             bound(self._device, spec.memory_limit_mb)
 
@@ -102,15 +84,16 @@ class RankLoop:
         return getattr(self._reports, "gi_frame", None) is not None
 
     def _begin(self, begin: Begin) -> None:
-        if self._trainable is None:
-            self._trainable = load(self._spec.trainable, self._spec.paths)
+        if self._loaded is None:
+            trainable = load(self._spec.trainable, self._spec.paths)
             gc.freeze()  # imports stay; scanning them after every trial would take a fifth of a second
-            self._surroundings = Surroundings()
-        self._surroundings.restore()
+            self._loaded = trainable, Surroundings()
+        trainable, surroundings = self._loaded
+        surroundings.restore()
         settle(begin.seed, self._spec.cpus_per_worker)
-        reports = self._trainable.train(
+        reports = trainable.train(
             Trial(
-                config=self._trainable.config(begin.config),
+                config=trainable.config(begin.config),
                 seed=begin.seed,
                 rank=self.rank,
                 world_size=self._world_size,

@@ -24,8 +24,8 @@ class BlownUp(NamedTuple):
 class Watch:
     """Checks the states of one trial for values that training has blown up.
 
-    These are a NaN, and an infinity where all values were finite in an earlier state. Other infinities may be
-    legitimate: masks, bin edges and distances contain some, and so does a running minimum before its first value.
+    These are a NaN, and an infinity among real numbers that were all finite in an earlier state. Other infinities may
+    be legitimate: masks, bin edges and distances contain some, and so does a running minimum before its first value.
     """
 
     def __init__(self) -> None:
