@@ -360,15 +360,15 @@ def seconds_per_epoch(results: Path, found: Sequence[Record]) -> float | None:
 
     First epochs count only if there are no others: their time includes the start of a group and any pre-training.
     """
-    every, later = list[tuple[int, float]](), list[tuple[int, float]]()
+    firsts, later = list[tuple[int, float]](), list[tuple[int, float]]()
     for record in found:
-        every.append((record.epochs, record.seconds))
         first = TrialFolder(results, record.number).row(1)
-        if first is not None and record.epochs > 1:
-            later.append((record.epochs - 1, record.seconds - first.get("seconds", 0.0)))
-    timed = later or every
-    epochs = sum(count for count, _ in timed)
-    return sum(seconds for _, seconds in timed) / epochs if epochs else None
+        if first is not None:
+            before = first.get("seconds", 0.0)
+            firsts.append((1, before))
+            later += [(record.epochs - 1, record.seconds - before)] if record.epochs > 1 else []
+    timed = later or firsts
+    return sum(seconds for _, seconds in timed) / sum(epochs for epochs, _ in timed) if timed else None
 
 
 def measured_before(results: Path, space: Space) -> float | None:

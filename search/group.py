@@ -251,5 +251,10 @@ class Group:
 
 
 def _last_lines(text: str, count: int) -> str:
-    lines: Sequence[str] = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    """Return the last lines, but for those with an address and those of carets, which point at the one above."""
+    lines: Sequence[str] = [
+        line.strip()
+        for line in text.splitlines()
+        if line.strip(" \t^~") and not line.strip().startswith(("namespace: ", "ip: "))
+    ]
     return " | ".join(lines[-count:])

@@ -53,6 +53,8 @@ class Options:
                 raise UserError(
                     f"--{option.replace('_', '-')} cannot be combined with --resume: the folder determines it"
                 )
+        if given.name is not None and (given.name in ("", ".", "..") or "/" in given.name):
+            raise UserError(f"--name {given.name}: it must be the name of a folder, in the one that --results names")
         if given.epochs is not None and given.epochs < 1:
             raise UserError(f"--epochs {given.epochs}: a trial has at least one epoch; write 1 or more")
         shorthand = {

@@ -85,7 +85,7 @@ def _table(space: Space, found: Sequence[Record]) -> list[list[Any]]:
     for record in found:
         values = [NULL if (value := record.values.get(name, "")) is None else value for name in parameters]
         measured = ["" if (value := record.metrics.get(name)) is None else value for name in metrics]
-        head = [record.number, record.status, record.reason, record.name or ""]
+        head = [record.number, record.status, reason_of(space, record), record.name or ""]
         rows.append([*head, *values, *measured, record.epochs, round(record.seconds, 2)])
     return rows
 
@@ -145,7 +145,8 @@ def trial_line(record: Record, space: Space) -> str:
     values = " ".join(f"{name.rpartition('.')[2]}={_short(value)}" for name, value in record.values.items())
     name = f" [{record.name}]" if record.name else ""
     head = f"trial {record.number:>3}  {record.status:<13} {scores}  {record.epochs} epochs  {record.seconds:.1f} s"
-    ending = "" if (record.status, record.reason) == ("finished", RAN_TO_END) else f"\n           {record.reason}"
+    reason = reason_of(space, record)
+    ending = "" if (record.status, reason) == ("finished", RAN_TO_END) else f"\n           {reason}"
     return f"{head}  {values}{name}{ending}"
 
 
@@ -169,12 +170,7 @@ def why(results: Path, number: str) -> str:
         *(f"run again as trial {other.number}" for other in found if other.again == record.number),
         *([] if record.again is None else [f"another attempt at trial {record.again}"]),
     ]
-    for name, limit in space.constraints.items():
-        value = record.metrics.get(name)
-        if value is None and record.epochs:
-            lines.append(f"constraint broken: {name} was not finite, or missing, in the last report")
-        elif value is not None and limit.excess(value) > 0:
-            lines.append(f"constraint broken: {name} = {value!r}, limit {limit.model_dump(exclude_none=True)}")
+    lines += broken(space, record)
     lines += post_mortem(results, record)
     folder = TrialFolder(results, record.number)
     if record.status == "failed" and (error := folder.read_error()):
@@ -189,6 +185,23 @@ def why(results: Path, number: str) -> str:
     history = folder.read_metrics()
     lines += [f"  epoch {row['epoch']}: {metric} {_short(row['metrics'].get(metric))}" for row in history]
     return "\n".join(lines)
+
+
+def broken(space: Space, record: Record) -> list[str]:
+    """Return a line for each of the space's constraints that the trial's last report does not meet."""
+    lines = []
+    for name, limit in space.constraints.items():
+        value = record.metrics.get(name)
+        if value is None and record.epochs:
+            lines.append(f"constraint broken: {name} was not finite, or missing, in the last report")
+        elif value is not None and limit.excess(value) > 0:
+            lines.append(f"constraint broken: {name} = {value!r}, limit {limit}")
+    return lines
+
+
+def reason_of(space: Space, record: Record) -> str:
+    """Return why a trial ended and, if it finished, why it cannot be the best all the same."""
+    return "; ".join([record.reason, *(broken(space, record) if record.status == "finished" else [])])
 
 
 def post_mortem(results: Path, record: Record) -> list[str]:

@@ -19,7 +19,7 @@ from search.sampler import OWN_COURSE
 from search.space import Space, Values
 from search.space import tree as trees
 from search.space.file import read_space
-from search.study import directions_of, distributions_of, open_study, params_of
+from search.study import distributions_of, open_study, params_of
 from trainables.contract import UserError
 
 
@@ -41,11 +41,11 @@ def read_earlier(folder: Path) -> Earlier:
 
 def check_comparable(earlier: Earlier, space: Space) -> None:
     """Raise UserError if the objectives of an earlier study differ from those of the space."""
-    names = [item.metric for item in space.objectives]
-    if (earlier.study.metric_names, earlier.study.directions) != (names, directions_of(space)):
+    before, now = ([f"{item.mode} {item.metric}" for item in each.objectives] for each in (earlier.space, space))
+    if before != now:
         raise UserError(
-            f"{earlier.source}: searched {', '.join(earlier.study.metric_names or [])} and not, in the same "
-            f"directions, {', '.join(names)}; its scores cannot be used here"
+            f"{earlier.source}: its objective was {', '.join(before)}, and here it is {', '.join(now)}; its scores "
+            "cannot be used here"
         )
 
 

@@ -82,6 +82,7 @@ def finished_search(folder: Path) -> Path:
     ledger = open_journal(space, results)
     yaml_file.write(results / "space.yaml", space.document())
     end_toy(ledger, ask(ledger), "finished")
+    TrialFolder(results, 0).append_metrics({"epoch": 1, "seconds": 0.5, "metrics": {"loss": 0.5}})
     return results
 
 
@@ -97,6 +98,11 @@ TOY = ("--space", "toy")
         ([*TOY, "--resume", "results/x"], "name a space with --space, or a results folder"),
         (["--resume", "results/x"], "--resume results/x: there is no space.yaml here"),
         (["--resume", "results/x", "--name", "y"], "--name cannot be combined with --resume: the folder determines it"),
+        (
+            [*TOY, "--name", "../mine"],
+            "--name ../mine: it must be the name of a folder, in the one",
+        ),
+        ([*TOY, "--name", ".."], "--name ..: it must be the name of a folder"),
         (["--why", "3"], "--why needs --report RESULTS_DIR"),
         (["--report", "results/x"], "results/x: there is no space.yaml here"),
         (["--report", "results/x", "--seed", "0"], "--seed cannot be combined with --report"),
@@ -445,7 +451,7 @@ def test_results_that_cannot_be_a_folder_are_a_mistake(run: Run, tmp_path: Path)
 def test_a_warm_start_from_another_objective_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:
     results = finished_search(tmp_path)
     status, _, told = run(*TOY, "--set", "objective.mode=max", "--warm-start", str(results), "--name", "new")
-    assert (status, "searched loss and not, in the same directions" in told) == (2, True)
+    assert (status, "its objective was min loss, and here it is max loss" in told) == (2, True)
     assert not (tmp_path / "results" / "new").exists()
 
 
@@ -636,6 +642,7 @@ def test_what_comes_before_the_first_epoch_is_not_counted_for_the_others(tmp_pat
         found.append(Record(number, "finished", "", None, {}, {}, epochs, seconds))
     assert command.seconds_per_epoch(tmp_path, []) is None
     assert command.seconds_per_epoch(tmp_path, found[:1]) == 100.0
+    assert command.seconds_per_epoch(tmp_path, [Record(9, "failed", "", None, {}, {}, 0, 30.0)]) is None
     assert command.seconds_per_epoch(tmp_path, found) == (8.0 + 4.0) / 3
 
 
@@ -643,7 +650,10 @@ def test_what_comes_before_the_first_epoch_is_not_counted_for_the_others(tmp_pat
     ("arguments", "message"),
     [
         ([*TOY, "--warm-start", "nowhere"], "--warm-start nowhere: there is no space.yaml here"),
-        ([*TOY, "--set", "objective.mode=max", "--warm-start", "results/done"], "not, in the same directions, loss"),
+        (
+            [*TOY, "--set", "objective.mode=max", "--warm-start", "results/done"],
+            "was min loss, and here it is max loss",
+        ),
         (["--resume", "results/done", "--epochs", "9"], "config.epochs cannot change, because its trials have run"),
         ([*TOY, "--name", "done"], "results/done holds a search already"),
     ],

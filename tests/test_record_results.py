@@ -112,7 +112,7 @@ class TestTable:
             {
                 "trial": "7",
                 "status": "finished",
-                "reason": "ran to its end",
+                "reason": "ran to its end; constraint broken: acc was not finite, or missing, in the last report",
                 "name": 'the "notes", 4',
                 "optim.lr": "0.001",
                 "loss": "l1",
@@ -215,7 +215,7 @@ class TestFolder:
             ("1", ["trial 1: diverged", "reason: loss <b>trans</b> is not finite at step 812", "epoch 1: loss 0.65"]),
             ("0001", ["trial 1: diverged"]),
             ("2", ["asha stopped it after epoch 1"]),
-            ("3", ["trial 3: finished", "constraint broken: acc = 0.25, limit {'min': 0.5}"]),
+            ("3", ["trial 3: finished", "constraint broken: acc = 0.25, limit min 0.5"]),
             ("4", ["trial 4: interrupted", "it has not ended; if no process runs", "--resume continues it"]),
             ("0", ["trial 0: finished", "after 1 epochs"]),
         ],
@@ -306,8 +306,9 @@ class TestFolder:
         (record(3, loss=0.12345), ["trial   3", "finished", "loss 0.1235", "4 epochs", "1.2 s", "lr=0.001"]),
         (record(3, "diverged"), ["diverged", "loss -", "ran to its end"]),
         (replace(record(3, loss=0.5), name="notes"), ["[notes]"]),
+        (record(3, loss=0.5, acc=0.25), ["ran to its end; constraint broken: acc = 0.25, limit min 0.5"]),
     ],
-    ids=["finished", "diverged", "named"],
+    ids=["finished", "diverged", "named", "a limit broken"],
 )
 def test_a_trial_is_told_in_a_line(told: Record, words: list[str], space: Space) -> None:
     line = trial_line(told, space)

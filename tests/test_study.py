@@ -286,6 +286,12 @@ class TestPenalty:
         seen = [self.trial(1.0), self.trial(3.0), exploded]
         assert penalties(seen, [StudyDirection.MINIMIZE]) == pytest.approx([3.2])
 
+    def test_it_counts_while_nothing_else_was_measured(self) -> None:
+        """Else the first trial of a search would look like its best to whoever reads the study without its limits."""
+        alone = [self.trial(0.0, status="diverged", first=-5.0)]
+        assert penalties(alone, [StudyDirection.MAXIMIZE]) == pytest.approx([-5.005])
+        assert penalties([*alone, self.trial(-1.0)], [StudyDirection.MAXIMIZE]) == pytest.approx([-1.001])
+
     @pytest.mark.parametrize("mode", ["min", "max"])
     def test_one_told_before_anything_was_measured_is_bad_to_the_sampler_all_the_same(
         self, mode: str, tmp_path: Path
@@ -467,7 +473,7 @@ class TestWarmStart:
     def test_a_search_for_something_else_is_refused(
         self, objective: dict[str, str], tmp_path: Path, earlier: Earlier
     ) -> None:
-        with pytest.raises(UserError, match="earlier: searched loss and not, in the same directions, "):
+        with pytest.raises(UserError, match="earlier: its objective was min loss, and here it is "):
             self.begin(space_of(tmp_path, CONFIG, objective=objective), earlier)
 
 

@@ -46,14 +46,15 @@ def severity(epochs: int, longest: int) -> float:
 def penalties(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> list[float]:
     """Return for each objective a finite value worse than any measured one: the worst plus a tenth of the span.
 
-    Reports of a diverged trial do not count: a loss of 1e30 before the NaN would make all other values look alike to a
-    sampler that models them.
+    Reports of a diverged trial count only while there are no others: a loss of 1e30 before the NaN would make all other
+    values look alike to a sampler that models them.
     """
     found = []
-    measured = [trial for trial in trials if not is_penalised(trial)]
+    sound = [trial for trial in trials if not is_penalised(trial)]
+    measured = sound if any(trial.values or trial.intermediate_values for trial in sound) else trials
     for i, direction in enumerate(directions):
         sign = 1.0 if direction == StudyDirection.MINIMIZE else -1.0
-        seen = [sign * trial.values[i] for trial in measured if trial.values]
+        seen = [sign * trial.values[i] for trial in measured if trial.values and not is_penalised(trial)]
         if len(directions) == 1:
             seen += [sign * value for trial in measured for value in trial.intermediate_values.values()]
         worst, best = (max(seen), min(seen)) if seen else (0.0, 0.0)

@@ -304,6 +304,9 @@ def _try_first(node: Any, tree: Mapping[str, Any], parameters: tuple[Parameter, 
 
 
 def _check_known(where: str, value: Any, parameter: Parameter | None, fixed: Any) -> None:
+    if parameter is None and fixed != value and isinstance(fixed, Mapping) and isinstance(value, Mapping) and value:
+        section = where.split(".", 2)[2]
+        raise UserError(f"{where}: a section is not tried as a whole; write {section}.{trees.leaves(value)[0]}")
     if parameter is None and fixed != value:
         raise UserError(f"{where}: {value!r} cannot be tried, the config fixes it to {fixed!r}; leave it out")
     if parameter is None or parameter.domain.contains(value):

@@ -77,6 +77,8 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
         _check_meant(module, paths)
         functions = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType)]
         raise UserError(f"trainable: {module_name} has no function {function!r}; {did_you_mean(function, functions)}")
+    if isinstance(train, type):
+        raise UserError(f"trainable: {name} is a class; name a function that yields a report after every epoch")
     folder = _FOLDERS.setdefault(module_name, os.getcwd())
     home = _home(train, module, function)
     return Trainable(
@@ -179,4 +181,7 @@ def search_paths(space_file: Path, earlier: Sequence[str]) -> tuple[str, ...]:
 def where(error: BaseException) -> str:
     """Describe an error and the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {one_line(said(error), 'no message')} ({frame.filename}:{frame.lineno})"
+    file, line = frame.filename, frame.lineno
+    if isinstance(error, SyntaxError):
+        file, line = error.filename or file, error.lineno
+    return f"{type(error).__name__}: {one_line(said(error), 'no message')} ({file}:{line})"

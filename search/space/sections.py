@@ -39,6 +39,9 @@ class Limit(_Section):
             raise ValueError(f"the range is reversed; write {{min: {self.max}, max: {self.min}}}")
         return self
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {bound:g}" for name, bound in self.model_dump(exclude_none=True).items())
+
     def excess(self, value: float) -> float:
         """Return how far `value` lies outside the bounds; at most 0 if it meets them."""
         return max(
