@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -110,6 +110,9 @@ def test_patience_refuses() -> None:
         Plateau("loss", "min", floor_ratio=1)
     with pytest.raises(UserError, match=r"^optim.early_stop.patience = 0 must be at least 1$"):
         EarlyStop("loss", "min", patience=0)
+    for name, rule in (("plateau", Plateau), ("early_stop", EarlyStop)):
+        with pytest.raises(UserError, match=rf"^optim.{name}.mode = maximize must be one of min, max$"):
+            rule("f1", cast(Any, "maximize"))
 
 
 def test_restarts_refuse() -> None:

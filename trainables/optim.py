@@ -75,6 +75,7 @@ class Plateau:
     floor_ratio: float = 0.0
 
     def __post_init__(self) -> None:
+        require(self.mode in ("min", "max"), "optim.plateau.mode", self.mode, "be one of min, max")
         require(0 < self.factor < 1, "optim.plateau.factor", self.factor, "lie between 0 and 1")
         require(self.patience >= 0, "optim.plateau.patience", self.patience, "not be negative")
         require(0 <= self.floor_ratio < 1, "optim.plateau.floor_ratio", self.floor_ratio, "lie in [0, 1)")
@@ -92,6 +93,7 @@ class EarlyStop:
     patience: int = 15
 
     def __post_init__(self) -> None:
+        require(self.mode in ("min", "max"), "optim.early_stop.mode", self.mode, "be one of min, max")
         require(self.patience >= 1, "optim.early_stop.patience", self.patience, "be at least 1")
 
 
