@@ -28,9 +28,18 @@ def cache_folder(chosen: str | None) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`, waiting for it. The kernel releases it however the process ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold an exclusive lock on the file `path`, waiting for it. The kernel releases it however the process ends.
+
+    Raises `UserError` if the file or its folder cannot be made, or if the file system has no locks.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context(path.open("w")), fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be made and locked: {error.strerror}; set data.prepared to a folder elsewhere"
+            ) from None
         yield
 
 
@@ -57,7 +66,6 @@ def make_once(target: Path, make: Callable[[Path], None], resumes: bool = False)
     """
     if target.exists():
         return False
-    target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_name(f"{target.name}.lock")):
         if target.exists():
             return False
