@@ -84,6 +84,13 @@ def test_the_challenge_layout(tmp_path: Path) -> None:
     assert names == ["investigation", "mount", "attack", "other"]  # the higher class holds, the stop frame is outside
 
 
+def test_an_annotation_without_events_labels_every_frame_other(tmp_path: Path) -> None:
+    """What writes an empty table gives its columns the type null."""
+    root = write_challenge(tmp_path / "a", [row()], tracking(), {name: [] for name in annotation()})
+    (video,) = challenge.read(root)
+    assert video.read()[1].tolist() == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("cell", "known"),
     [

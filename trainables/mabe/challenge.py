@@ -213,6 +213,8 @@ def _table(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> Any:
 
 
 def _numbers(table: Any, column: str, path: Path) -> NDArray[np.float64]:
+    if not table.num_rows:  # then a column may well be of the type null
+        return np.zeros(0)
     kind = table.schema.field(column).type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         raise UserError(f"{path}: the column {column} is of type {kind}, it must hold numbers")
