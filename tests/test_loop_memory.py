@@ -48,7 +48,7 @@ class Family:
             return toy_loss(network, batch, config)
 
         trial = Trial(config, seed=SEED, device=CPU, cache={} if cache is None else cache, memory_limit_mb=limit_mb)
-        (report,) = fit(replace(TOY, model=model, loss=loss), trial)
+        *_, report = fit(replace(TOY, model=model, loss=loss), trial)
         return dict(report.metrics)
 
 
@@ -110,6 +110,8 @@ def test_a_shape_is_probed_once_in_a_search(limit_mb: float) -> None:
     assert family.passes == [4] * 24, "what is searched is no other shape"
     family.run(replace(config_of(48), loudness=0.5), limit_mb, cache)
     assert family.passes == [4] * 24, "nor is a weight of the loss"
+    family.run(replace(config_of(48), epochs=2), limit_mb, cache)
+    assert family.passes == [4] * 48, "nor is a longer training"
 
 
 @pytest.mark.parametrize("change", [{"loudness": 0.0}, {"lengths": True}])

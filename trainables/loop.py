@@ -200,7 +200,8 @@ def probe_of(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks, limit_byt
     copies = 3 + (optim.ema is not None) + (ranks.size > 1)
     memory = Memory(trial.device, limit_bytes, copies * trained_bytes)
     shape = shape_key(loss, samples[torch.arange(1)], optim.precision, memory, ranks)
-    key = shape, tuple((name, switches(value)) for name, value in vars(trial.config).items() if name != "optim")
+    others = (item for item in vars(trial.config).items() if item[0] not in ("optim", "epochs"))
+    key = shape, tuple((name, switches(value)) for name, value in others)
 
     def step(size: int) -> None:
         indices = torch.arange(size)
