@@ -307,11 +307,20 @@ def test_steps_are_counted_from_the_start_of_the_trial_when_it_was_resumed() -> 
 def test_weights_that_are_not_finite_are_never_reported() -> None:
     done = run(Config(Optim(lr=3e38, batch_size=27)))
     assert done.diverged is not None
-    assert "the weights are not finite after an update at lr 3e+38" in str(done.diverged)
+    assert str(done.diverged).startswith("0.weight and 5 more parameters are not finite after an update at lr 3e+38")
+    assert done.diverged.details["parameter"] == "0.weight"
     assert done.diverged.step == 0, "the only one"
     assert math.isfinite(done.diverged.details["losses"][-1])
     assert sorted(done.diverged.details["batch"]) == list(range(27))
     assert not done.states
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    optim = Optim(lr=3e38, batch_size=27, weight_decay=0.0)
+    done = run(Config(optim), replace(TOY, lr_scale=lambda name: 3.0 if name == "3.bias" else 0.0))
+    assert str(done.diverged) == "3.bias is not finite after an update at lr 3e+38 (step 0)"
+    done = run(Config(optim), replace(TOY, lr_scale=lambda name: 0.01 if name == "3.bias" else 0.0))
+    assert str(done.diverged) == "the norm of the weights is not finite after an update at lr 3e+38 (step 0)"
 
 
 def test_a_state_of_other_settings_is_taken_over() -> None:

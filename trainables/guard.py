@@ -152,12 +152,17 @@ class Guard:
         if asked.diverged:
             raise self._post_mortem(asked)
 
-    def weights_blown_up(self) -> Diverged:
-        """Return the error to raise if the last followed step, itself healthy, left weights that are not finite."""
+    def weights_blown_up(self, names: Sequence[str]) -> Diverged:
+        """Return the error to raise if the last followed step, itself healthy, left weights that are not finite.
+
+        names: the parameters that are not finite; none if only the norm of all weights is not.
+        """
         assert self._latest is not None, "a step comes first"
         step, details = self._latest.step, self._details(self._latest)
-        details |= self._told(self._everyones_samples(step))
-        return Diverged(f"the weights are not finite after an update at lr {step.lr:.3g}", step.number, details)
+        details |= {"parameter": names[0] if names else None, **self._told(self._everyones_samples(step))}
+        first = names[0] if names else "the norm of the weights"
+        what = f"{first} and {len(names) - 1} more parameters are" if names[1:] else f"{first} is"
+        return Diverged(f"{what} not finite after an update at lr {step.lr:.3g}", step.number, details)
 
     def _post_mortem(self, asked: Asked) -> Diverged:
         step, details = asked.step, self._details(asked)

@@ -136,7 +136,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             guard.follow(Step(step, epoch, lr, scale, share, drawn, summed, count))
         guard.check()
         if not get_total_norm(trained.values()).isfinite():
-            raise guard.weights_blown_up()
+            raise guard.weights_blown_up([name for name, x in trained.items() if not x.isfinite().all()])
         speed = {"samples_per_s": sum(share.effective for share in shares) / (time.perf_counter() - began_s)}
 
         metrics = train_means(summed.terms, records, ranks) | {"update_ratio": update_ratio(before, trained)}
