@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from toy_task import TOY, Config, Run, SpoilGradient, assert_same, order, run, toy_data, toy_loss, toy_model
 
-from trainables.guard import SETTLED, _nanmedian
+from trainables.guard import KEPT, SETTLED, usual_loss
 from trainables.optim import Optim, Spike
 from trainables.samples import Batch, Ranks, TensorSamples
 from trainables.step import Pairs
@@ -204,6 +205,27 @@ def test_the_spike_rule_waits_for_a_median_that_means_something() -> None:
     assert run(config, loud_from(SETTLED - 2, 100.0)).diverged is None
 
 
+@pytest.mark.parametrize("first", [SETTLED, KEPT + 5])
+@pytest.mark.parametrize("patience", [5, 12, 20])
+def test_a_spike_that_lasts_does_not_become_the_measure_of_itself(first: int, patience: int) -> None:
+    """Where half of the losses are those of the spike."""
+    done = run(Config(Optim(lr=1e-4, batch_size=8, spike=Spike(8.0, patience)), epochs=27), loud_from(first, 30.0))
+    assert done.diverged is not None
+    assert done.diverged.step == first + patience - 1
+
+
+def test_a_loss_that_changes_its_sign_is_no_spike() -> None:
+    """As a likelihood's may, which is near zero in most steps and far from it in some."""
+    losses = itertools.cycle([0.01] * 20 + [-0.01] + [1.0] * 9)
+
+    def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+        square, count = toy_loss(network, batch, config)["square"]
+        return {"likelihood": (0 * square + next(losses) * count, count)}
+
+    config = Config(Optim(lr=1e-4, batch_size=8, spike=Spike(factor=8.0, patience=5)), epochs=30)
+    assert run(config, replace(TOY, loss=loss)).diverged is None
+
+
 def test_a_resumed_trial_is_judged_as_if_it_had_not_stopped() -> None:
     config = Config(Optim(lr=1e-4, batch_size=8, spike=Spike(factor=8.0, patience=4)), epochs=8)
     whole = run(config, loud_from(16, 30.0))  # two steps before an epoch ends
@@ -245,9 +267,10 @@ def test_a_step_is_run_again_at_the_scale_at_which_it_failed() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 10])
-@pytest.mark.parametrize("nans", [0, 1, 9])
-def test_the_running_median_is_that_of_torch(count: int, nans: int) -> None:
+@pytest.mark.parametrize("streak", [0, 1, 20])
+def test_the_usual_loss_is_the_median_before_a_streak(count: int, streak: int) -> None:
     torch.manual_seed(count)
-    values = torch.randn(count)
-    values[torch.randperm(count)[:nans]] = math.nan
-    torch.testing.assert_close(_nanmedian(values), values.nanmedian(), equal_nan=True)
+    losses = torch.rand(count + streak)
+    torch.testing.assert_close(usual_loss(losses, torch.tensor(streak)), losses[:count].median())
+    losses[0] = 0.0
+    assert usual_loss(losses, torch.tensor(streak)) == math.inf

@@ -124,9 +124,8 @@ class Guard:
         blown_up = bad & ~overflow
         self._diverged = self._diverged | blown_up
         if self._spike is not None and len(self._losses) >= SETTLED:
-            median = _nanmedian(torch.stack(tuple(self._losses)))
-            above = (median > 0) & (loss > self._spike.factor * median)
-            self._streak = (self._streak + 1) * above
+            usual = usual_loss(torch.stack(tuple(self._losses)), self._streak)
+            self._streak = (self._streak + 1) * (loss > self._spike.factor * usual)
             self._spiked = (self._streak >= self._spike.patience) & ~blown_up
             self._diverged = self._diverged | self._spiked
         self._losses.append(loss)
@@ -234,11 +233,16 @@ class Guard:
         self._streak = state["streak"].to(device)
 
 
-def _nanmedian(values_S: Tensor) -> Tensor:
-    """As `Tensor.nanmedian`, but without a host synchronisation."""
-    sorted_S = values_S.sort().values  # NaN comes last
-    middle = ((~sorted_S.isnan()).sum() - 1).clamp(min=0) // 2
-    return sorted_S.gather(0, middle.view(1))[0]
+def usual_loss(losses_S: Tensor, streak: Tensor) -> Tensor:
+    """Return the median of all losses but the last `streak`, as `Tensor.median` does; infinity if one is not positive.
+
+    Where losses change their sign, as a likelihood may, no multiple of one is a measure of another.
+    """
+    before = len(losses_S) - streak  # stays on the device: the host does not wait for it
+    numbers_S = torch.arange(len(losses_S), device=losses_S.device)
+    sorted_S = torch.where(numbers_S < before, losses_S, math.inf).sort().values
+    median = sorted_S.gather(0, (before.view(1) - 1) // 2)[0]
+    return torch.where((losses_S > 0).all(), median, math.inf)
 
 
 def _settings_of_loss(config: Any) -> str:

@@ -49,7 +49,11 @@ class Restarts:
 
 @dataclass(frozen=True)
 class Spike:
-    """Ends a trial as diverged if its loss exceeds `factor` times its running median for `patience` steps in a row."""
+    """Ends a trial as diverged if its loss exceeds `factor` times its running median for `patience` steps in a row.
+
+    The median is that of the 50 steps before these, or of as many as there were, from ten on. The rule is suspended
+    while one of the losses is zero or negative.
+    """
 
     factor: float = 10.0
     patience: int = 5
