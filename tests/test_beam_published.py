@@ -100,7 +100,7 @@ def test_after_a_validation_nothing_returns_to_training_mode(config: rebuild.Con
         return any(part.training for root in (model.heads, model.translators, model.fusion) for part in root.modules())
 
     def validate() -> None:
-        with evaluating(model, Ema({}, Optim())):
+        with evaluating(model, Ema(model, Optim())):
             rebuild.score(model, batch_of(config, "val"), config)
 
     loss_of(model, config)
@@ -118,7 +118,7 @@ def test_after_a_validation_nothing_returns_to_training_mode(config: rebuild.Con
 def test_without_the_mistake_training_goes_on_in_training_mode(config: rebuild.Config) -> None:
     config = without(config)
     model = network(config)
-    with evaluating(model, Ema({}, Optim())):
+    with evaluating(model, Ema(model, Optim())):
         rebuild.score(model, batch_of(config, "val"), config)
     loss_of(model, config)
     assert model.heads.training

@@ -31,6 +31,7 @@ from toy_task import (
 
 from search.workers.states import Watch
 from trainables.contract import State, Trial, UserError
+from trainables.exported import load_weights
 from trainables.loop import Task, fit
 from trainables.optim import EarlyStop, Optim, Plateau
 from trainables.resume import seed_everything
@@ -226,6 +227,30 @@ def test_scores_are_those_of_the_shadow_and_the_state_holds_both(warmup: bool) -
     val = toy_data(config, "val", Ranks())
     for name, (total, count) in toy_score(model, val[torch.arange(len(val))], config).items():
         assert done.metrics[-1][name] == pytest.approx(float(total.detach() / count), rel=1e-5)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
+        self.second.weight = self.first.weight
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        return self.second(self.first(x_BC).tanh())
+
+
+def test_a_tied_weight_has_one_shadow_that_is_loaded_under_every_name(tmp_path: Path) -> None:
+    config = Config(Optim(lr=0.05, batch_size=8, ema=0.9))
+    tied = replace(TOY, model=lambda config: Tied())
+    whole = run(config, tied)
+    state = whole.states[-1]
+    assert not torch.equal(state["ema"]["first.weight"], state["model"]["first.weight"])
+    model = Tied()
+    load_weights(model, state, tmp_path)
+    assert torch.equal(model.first.weight, state["ema"]["first.weight"])
+    assert run(config, tied, resume=whole.states[0]).metrics == whole.metrics[1:]
 
 
 LAYERS = {"first": 0, "second": 3}  # parts of the toy's model; its last layer is of none

@@ -93,7 +93,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     micro_batch = micro_batch_that_fits(plain, train, trial, ranks)
     optimizer = adamw(model, task.lr_scale, optim)
     scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
-    ema = Ema(trained, optim)
+    ema = Ema(model, optim)
     guard = Guard(Replay(plain, train, optim, device, ranks), functools.partial(task.names, config))
     patience, best = Patience(optim), Best({"model": kept, "ema": ema})
     parts = {"model": kept, "optimizer": optimizer, "scaler": scaler, "ema": ema, "guard": guard, "patience": patience}

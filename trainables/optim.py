@@ -271,14 +271,16 @@ def fused_step(optimizer: torch.optim.AdamW, divisor: Tensor, skip: Tensor) -> N
 
 
 class Ema:
-    """An exponential moving average (the shadow) of the parameters, by `Optim.ema` and `Optim.ema_warmup`.
+    """An exponential moving average (the shadow) of a model's trained parameters, by `Optim.ema`, `Optim.ema_warmup`.
 
-    Without `Optim.ema` it keeps no shadow.
+    Without `Optim.ema` it keeps no shadow. A parameter that a model has under several names has one shadow, which a
+    state holds under all of them, as the model's own state does.
     """
 
-    def __init__(self, trained: Mapping[str, nn.Parameter], optim: Optim) -> None:
-        self._trained = dict(trained) if optim.ema is not None else {}
-        self._shadow = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
+    def __init__(self, model: nn.Module, optim: Optim) -> None:
+        named = model.named_parameters(remove_duplicate=False) if optim.ema is not None else ()
+        self._trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+        self._shadow = {parameter: parameter.detach().clone() for parameter in self._trained.values()}
         self._decay, self._warms_up = optim.ema or 0.0, optim.ema_warmup
 
     def update(self, step: int) -> None:
@@ -286,23 +288,23 @@ class Ema:
         if self._shadow:
             decay = min(self._decay, (2 + step) / (11 + step)) if self._warms_up else self._decay
             follow = get_ema_multi_avg_fn(decay)
-            follow(list(self._shadow.values()), list(self._trained.values()), 0)  # 0: a count that is not used
+            follow(list(self._shadow.values()), list(self._shadow), 0)  # 0: a count that is not used
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the parameters and their shadow; a second call restores both."""
-        for name, parameter in self._trained.items():
+        for parameter, shadow in self._shadow.items():
             kept = parameter.clone()
-            parameter.copy_(self._shadow[name])
-            self._shadow[name].copy_(kept)
+            parameter.copy_(shadow)
+            shadow.copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(self._shadow)
+        return {name: self._shadow[parameter] for name, parameter in self._trained.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load the shadow; call after loading the parameters, whose values stand in for a missing shadow."""
-        for name, shadow in self._shadow.items():
-            shadow.copy_(state.get(name, self._trained[name].detach()))
+        for name, parameter in self._trained.items():
+            self._shadow[parameter].copy_(state.get(name, parameter.detach()))
 
 
 class Patience:
