@@ -38,7 +38,7 @@ SPACE = Path(__file__).parents[1] / "search_spaces" / "fusion.yaml"
 class NoGuard(Guard):
     """A guard that judges nothing."""
 
-    def judge(self, loss: Tensor, norm: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def judge(self, loss: Tensor, norm: Tensor, scale: Tensor, next_scale: Tensor) -> tuple[Tensor, Tensor]:
         return self._diverged, self._diverged
 
     def follow(self, step: Any) -> None:
@@ -53,8 +53,8 @@ class TimedGuard(Guard):
 
     spent_s = 0.0
 
-    def judge(self, loss: Tensor, norm: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return self._timed(super().judge, loss, norm, scale)
+    def judge(self, loss: Tensor, norm: Tensor, scale: Tensor, next_scale: Tensor) -> tuple[Tensor, Tensor]:
+        return self._timed(super().judge, loss, norm, scale, next_scale)
 
     def follow(self, step: Step) -> None:
         self._timed(super().follow, step)

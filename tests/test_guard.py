@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_task import TOY, Config, Run, SpoilGradient, assert_same, order, run, toy_data, toy_loss, toy_model
+from toy_task import TOY, Config, Run, SpoilGradient, assert_same, order, run, toy_data, toy_loss, toy_model, weights_of
 
 from trainables.guard import KEPT, SETTLED, usual_loss
 from trainables.optim import Optim, Spike
@@ -252,6 +252,20 @@ def test_a_loss_scale_that_keeps_collapsing_is_a_divergence() -> None:
     assert details["loss_scale"] <= 1.0
     assert done.diverged is not None
     assert (done.diverged.step or 0) > 3, "every step before halved the scale"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_finite_gradient_whose_norm_overflows_is_no_overflow_that_a_smaller_scale_cures(precision: Any) -> None:
+    def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+        steep = sum(parameter.sum() * 1e24 for parameter in network.parameters()) - 1e24 * weights_of(network).sum()
+        return {"steep": (steep, len(batch["x"]))}
+
+    config = Config(Optim(lr=1e-4, batch_size=8, precision=precision))
+    done = run(config, replace(TOY, loss=loss))
+    details = diverged(done)
+    assert done.diverged is not None
+    assert done.diverged.step == 0
+    assert "was finite but too large for a norm" in details["found"]["sentence"]
 
 
 def test_a_step_is_run_again_at_the_scale_at_which_it_failed() -> None:

@@ -113,14 +113,16 @@ class Guard:
         self._asked: Asked | None = None
         self._latest: Asked | None = None
 
-    def judge(self, loss: Tensor, norm: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def judge(self, loss: Tensor, norm: Tensor, scale: Tensor, next_scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return whether to skip the step, and whether it is an fp16 overflow that a smaller loss scale may cure.
 
-        loss, norm: the whole batch's loss and gradient norm, the same on every rank. scale: the loss scale, or 1.
+        loss, norm: the whole batch's loss and gradient norm, the same on every rank.
+        scale, next_scale: the loss scale of this step and of the next, which is smaller if any element of the gradient
+            was not finite; both 1 without fp16.
         """
         # A loss that is not finite may still have a finite gradient, where `clamp` or `where` cuts the gradient off.
         bad = ~(norm.isfinite() & loss.isfinite())
-        overflow = bad & loss.isfinite() & (scale > 1)
+        overflow = bad & loss.isfinite() & (scale > 1) & (next_scale < scale)
         blown_up = bad & ~overflow
         self._diverged = self._diverged | blown_up
         if self._spike is not None and len(self._losses) >= SETTLED:

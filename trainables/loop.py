@@ -122,13 +122,14 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             # Gradients are of the summed loss, divided by the number of ranks (DDP) and the batch size (`backward`).
             divisor, scale = divisor_of(count) / (ranks.size * share.effective), scaler.scale(torch.ones_like(count))
             scaler.unscale_(optimizer)
+            scaler.update()
             norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None]) / divisor
-            skip, overflow = guard.judge(plain.global_loss() / (scale * divisor), norm, scale)
+            next_scale = scaler.scale(torch.ones_like(count))
+            skip, overflow = guard.judge(plain.global_loss() / (scale * divisor), norm, scale, next_scale)
             if index == len(shares) - 1:
                 before = [parameter.detach().clone() for parameter in trained.values()]
                 by_part = part_norms(task.part, trained, divisor)
             fused_step(optimizer, divisor * clip_divisor(norm, optim.clip_norm), skip)
-            scaler.update()
             ema.update(step)
 
             records.append(StepRecord(summed.sums_T, count, norm, overflow))
