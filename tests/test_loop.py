@@ -519,8 +519,6 @@ def test_scores_without_a_sample_are_left_out() -> None:
     ("wrong", "message"),
     [
         ({"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), 8), "b": (m(b["x"]).sum(), 4)}}, "a, b must share one count"),
-        ({"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), 3)}}, "counts 3 for 8 samples"),
-        ({"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), 0)}}, "counts 0 for 8 samples"),
         ({"score": lambda m, b, c: {"loss": (torch.tensor(1.0), 1)}}, "name of a training metric: loss"),
         ({"data": lambda c, split, ranks: []}, "the split 'train' holds no sample"),
         (

@@ -14,13 +14,17 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 from toy_task import TOY, WIDTH, Config, Run, assert_same, order, run
 
+from trainables.loop import Task
 from trainables.optim import Optim
+from trainables.samples import Batch
+from trainables.step import Pairs
 
 pytestmark = pytest.mark.slow  # two processes start, once for all
 PAIRED = {
     "plain": Config(Optim(lr=0.01, batch_size=8)),
     "odd share": Config(Optim(lr=0.01, batch_size=7, micro_batch=3, clip_norm=0.1, ema=0.9)),
     "lengths": Config(Optim(lr=0.01, batch_size=9, micro_batch=2), lengths=True),
+    "lengths as ints": Config(Optim(lr=0.01, batch_size=9, micro_batch=2), lengths=True),
     "one sample a batch": Config(Optim(lr=0.01, batch_size=1, clip_norm=1.0), samples=4),
     "one sample a batch, lengths": Config(Optim(lr=0.01, batch_size=1, ema=0.9), samples=4, lengths=True),
     "fp16": Config(Optim(lr=0.01, batch_size=8, precision="fp16"), loudness=0.1),  # too quiet to overflow anywhere
@@ -35,6 +39,15 @@ PARTED = replace(TOY, part=lambda name: f"layer_{name[0]}")  # whose gradients a
 BATCH_NORM = Config(Optim(lr=0.01, batch_size=8), epochs=3)
 
 
+def loss_of_ints(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+    """Whose count differs between ranks, and from step to step."""
+    return {name: (total, int(count)) for name, (total, count) in TOY.loss(model, batch, config).items()}
+
+
+def task_of(name: str) -> Task:
+    return replace(PARTED, loss=loss_of_ints) if name == "lengths as ints" else PARTED
+
+
 def with_batch_norm(config: Config) -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, 16), nn.BatchNorm1d(16), nn.Linear(16, WIDTH))
 
@@ -43,7 +56,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    done = {name: run(config, PARTED, rank=rank, world_size=2) for name, config in (PAIRED | BAD).items()}
+    done = {name: run(config, task_of(name), rank=rank, world_size=2) for name, config in (PAIRED | BAD).items()}
     normed = replace(TOY, model=with_batch_norm)
     done["batch norm"] = run(BATCH_NORM, normed, rank=rank, world_size=2)
     state = done["batch norm"].states[0] if rank == 0 else None
@@ -65,7 +78,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Run]]:
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_two_ranks_train_as_one(name: str, both: list[dict[str, Run]]) -> None:
-    alone, (rank0, rank1) = run(PAIRED[name], PARTED), (ranks[name] for ranks in both)
+    alone, (rank0, rank1) = run(PAIRED[name], task_of(name)), (ranks[name] for ranks in both)
     assert_same(rank0.states, rank1.states)
     assert rank0.metrics == rank1.metrics
     loose = 20 if name == "fp16" else 1

@@ -4,7 +4,7 @@ The verdict is computed on the device before a weight changes, from values that 
 all-reduce. The host reads it one step late, so that it never waits for the step it has just queued; this is safe,
 because once `diverged` is true the device skips every further step.
 
-Shape suffixes: S the newest steps, at most KEPT.
+Shape suffixes: S the newest steps, at most KEPT; U as in `trainables.step`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ class Step:
     share: Share
     generators: Generators
     summed: Summed
-    count: Tensor
 
 
 class Asked(NamedTuple):
@@ -178,10 +177,10 @@ class Guard:
 
     def _details(self, asked: Asked) -> dict[str, Any]:
         """Return what is known of a step without running it again. A collective: every rank must call it."""
-        step, sums_T = asked.step, asked.step.summed.sums_T.clone()
+        step, sums_U = asked.step, asked.step.summed.sums_U.clone()
         if self._ranks.size > 1:
-            dist.all_reduce(sums_T)
-        terms = dict(zip(step.summed.terms, (sums_T / divisor_of(step.count)).tolist(), strict=True))
+            dist.all_reduce(sums_U)
+        terms = dict(zip(step.summed.terms, (sums_U[:-1] / divisor_of(sums_U[-1])).tolist(), strict=True))
         return {
             "epoch": step.epoch,
             "lr": step.lr,

@@ -30,7 +30,7 @@ from trainables.memory import MIB, Memory, Tried, fitting_micro_batch, shape_key
 from trainables.optim import Ema, Patience, adamw, clip_divisor, fused_step, lr_factor, set_lr
 from trainables.resume import Best, StoredModel, generators, restore, seed_everything, seed_from, state_of
 from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, on_device, ranks_of, share_of
-from trainables.step import Loss, Pairs, autocast, backward, compiled, divisor_of, global_count, over_ranks
+from trainables.step import Loss, Pairs, autocast, backward, compiled, divisor_of, over_ranks
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,8 @@ class Task:
     data: opens the whole split "train" or "val" on every rank; the loop shuffles and divides it. Called in every trial:
         cache slow loading yourself, with `functools.cache` or on disk. `TensorSamples` suits tensors in memory.
     loss: returns the weighted loss terms of a batch by name; their sum is minimised. All terms share one count: the
-        same int, or the very same tensor. An int means that every sample counts equally, so that each rank knows the
-        total; a tensor (the number of valid tokens, say) is summed over the ranks, one small collective per step. If
-        the count of a whole batch is zero, the sum itself is minimised.
+        same int, such as the number of samples, or the very same scalar tensor, such as that of the valid tokens. It is
+        added up over micro-batches and ranks. If the count of a whole batch is zero, the sum itself is minimised.
     score: returns the validation scores of a batch by name, each with its own count. The names must not depend on the
         batch; a score whose count is zero over the whole split is omitted.
     lr_scale: the learning rate of the named parameter, as a ratio of `optim.lr`.
@@ -115,26 +114,27 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             lr = patience.lr_ratio * optim.lr * lr_factor(optim, epoch + (index + 0.5) / len(shares), config.epochs)
             set_lr(optimizer, lr)
             optimizer.zero_grad(set_to_none=True)
-            plain.carried.grad = None
+            plain.carried_2.grad = None
             summed = backward(loss, batches, share, scaler, autocast(device, optim))
-            count = global_count(summed, share, ranks)
 
             # Gradients are of the summed loss, divided by the number of ranks (DDP) and the batch size (`backward`).
-            divisor, scale = divisor_of(count) / (ranks.size * share.effective), scaler.scale(torch.ones_like(count))
+            scale, pieces = scaler.scale(torch.ones((), device=device)), ranks.size * share.effective
+            total, count = (value / scale * pieces for value in plain.global_loss())
+            divisor = divisor_of(count) / pieces
             scaler.unscale_(optimizer)
             scaler.update()
             norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None]) / divisor
-            next_scale = scaler.scale(torch.ones_like(count))
-            skip, overflow = guard.judge(plain.global_loss() / (scale * divisor), norm, scale, next_scale)
+            next_scale = scaler.scale(torch.ones_like(scale))
+            skip, overflow = guard.judge(total / divisor_of(count), norm, scale, next_scale)
             if index == len(shares) - 1:
                 before = [parameter.detach().clone() for parameter in trained.values()]
                 by_part = part_norms(task.part, trained, divisor)
             fused_step(optimizer, divisor * clip_divisor(norm, optim.clip_norm), skip)
             ema.update(step)
 
-            records.append(StepRecord(summed.sums_T, count, norm, overflow))
+            records.append(StepRecord(summed.sums_U, norm, overflow))
             guard.check()  # the previous step's verdict
-            guard.follow(Step(step, epoch, lr, scale, share, drawn, summed, count))
+            guard.follow(Step(step, epoch, lr, scale, share, drawn, summed))
         guard.check()
         if not get_total_norm(trained.values()).isfinite():
             raise guard.weights_blown_up([name for name, x in trained.items() if not x.isfinite().all()])
@@ -222,8 +222,7 @@ def wanted_share(samples: Samples, trial: Trial, ranks: Ranks) -> int:
 class StepRecord(NamedTuple):
     """What one step contributes to the means of its epoch."""
 
-    sums_T: Tensor
-    counted: Tensor
+    sums_U: Tensor
     norm: Tensor
     overflow: Tensor
 
@@ -234,13 +233,13 @@ def train_means(terms: Sequence[str], records: Sequence[StepRecord], ranks: Rank
     If fp16 skipped every step of a short epoch, the losses, which are finite, are averaged over all of them and the
     gradient norm is omitted.
     """
-    sums_ST, count_S, norm_S, overflow_S = (torch.stack(column) for column in zip(*records, strict=True))
+    sums_SU, norm_S, overflow_S = (torch.stack(column) for column in zip(*records, strict=True))
     none_taken = bool(overflow_S.all())
     counts_S = overflow_S if none_taken else ~overflow_S
-    sums_T = sums_ST[counts_S].double().sum(0)
+    sums_U = sums_SU[counts_S].double().sum(0)
     if ranks.size > 1:
-        dist.all_reduce(sums_T)
-    means_T = sums_T / divisor_of(count_S[counts_S].double().sum())
+        dist.all_reduce(sums_U)
+    means_T = sums_U[:-1] / divisor_of(sums_U[-1])
     means = {f"loss_{term}": mean for term, mean in zip(terms, means_T.tolist(), strict=True)}
     norm = {} if none_taken else {"grad_norm": float(norm_S[counts_S].double().mean())}
     return {"loss": float(means_T.sum()), **means, **norm}

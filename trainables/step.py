@@ -1,4 +1,7 @@
-"""One training step up to its gradient: forward and backward over a share's micro-batches, on one or several ranks."""
+"""One training step up to its gradient: forward and backward over a share's micro-batches, on one or several ranks.
+
+Shape suffixes: U the sums of the loss terms and, at last, their common count.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,14 +27,14 @@ Cast = contextlib.AbstractContextManager[None]
 class Loss(nn.Module):
     """A family's loss as a module, so that DDP wraps the loss while the family gets its plain model.
 
-    carried: a parameter that stays 0 and is never trained. Its gradient is the loss itself, so that the loss reaches
-        every rank with the gradients and needs no collective of its own.
+    carried_2: a parameter that stays 0 and is never trained. Its gradient is the loss itself and its count, so that
+        both reach every rank with the gradients and need no collective of their own.
     """
 
     def __init__(self, loss: Callable[[nn.Module, Batch, Any], Pairs], model: nn.Module, config: Any) -> None:
         super().__init__()
         self.loss, self.model, self.config = loss, model, config
-        self.carried = nn.Parameter(torch.zeros(()))
+        self.carried_2 = nn.Parameter(torch.zeros(2))
 
     def forward(self, batch: Batch) -> tuple[Pairs, Tensor]:
         """Return the loss terms of a batch and their sum, a scalar, which is minimised."""
@@ -41,12 +43,14 @@ class Loss(nn.Module):
             for name, (term_sum, count) in self.loss(self.model, batch, self.config).items()
         }
         total = functools.reduce(operator.add, [term_sum for term_sum, _ in pairs.values()])
-        return pairs, total + self.carried * total.detach()
+        known_2 = torch.stack([total, torch.ones_like(total) * shared_count(pairs)]).detach()
+        return pairs, total + (self.carried_2 * known_2).sum()
 
-    def global_loss(self) -> Tensor:
-        """Return the loss of the last backward pass, accumulated and averaged over ranks as its gradients are."""
-        assert self.carried.grad is not None, "backward comes first"
-        return self.carried.grad
+    def global_loss(self) -> tuple[Tensor, Tensor]:
+        """Return loss and count of the last backward pass, accumulated and averaged over ranks as its gradients are."""
+        assert self.carried_2.grad is not None, "backward comes first"
+        loss, count = self.carried_2.grad
+        return loss, count
 
 
 def compiled(loss: Loss) -> nn.Module:
@@ -75,14 +79,13 @@ def over_ranks(loss: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module
 
 @dataclass(frozen=True)
 class Summed:
-    """The loss terms of a batch, summed over this rank's samples, and their common count."""
+    """The loss terms of a batch and their common count, both summed over this rank's samples."""
 
     terms: tuple[str, ...]
-    sums_T: Tensor
-    count: Tensor | int
+    sums_U: Tensor
 
     def __add__(self, other: Summed) -> Summed:
-        return Summed(self.terms, self.sums_T + other.sums_T, self.count + other.count)
+        return Summed(self.terms, self.sums_U + other.sums_U)
 
 
 def backward(
@@ -90,8 +93,7 @@ def backward(
 ) -> Summed:
     """Accumulate in `.grad` the gradient of the summed loss divided by the effective batch size; return the loss.
 
-    Dividing by a constant keeps fp16 in range. If a loss is not finite, its backward pass starts from NaN, so that
-    after the all-reduce no rank's gradient is finite.
+    Dividing by a constant keeps fp16 in range.
     """
     parts: list[Summed] = []
     for last in [False] * (len(share.micros) - 1) + [True]:
@@ -100,9 +102,9 @@ def backward(
                 stack.enter_context(loss.no_sync())
             with cast:
                 pairs, total = loss(next(batches))
-            total.backward(scaler.scale(0 * total.detach() + share.weight / share.effective))
-        sums_T = torch.stack([term_sum.detach() for term_sum, _ in pairs.values()]) * share.weight
-        parts.append(Summed(tuple(pairs), sums_T, shared_count(pairs)))
+            total.backward(scaler.scale(torch.full_like(total, share.weight / share.effective)))
+        sums = [*(term_sum for term_sum, _ in pairs.values()), torch.ones_like(total) * shared_count(pairs)]
+        parts.append(Summed(tuple(pairs), torch.stack(sums).detach() * share.weight))
     return functools.reduce(operator.add, parts)
 
 
@@ -112,21 +114,6 @@ def shared_count(pairs: Pairs) -> Tensor | int:
     if any(not (other is first or (isinstance(other, int) and other == first)) for other in others):
         raise ValueError(f"the loss terms {', '.join(pairs)} must share one count: one int, or the very same tensor")
     return first
-
-
-def global_count(summed: Summed, share: Share, ranks: Ranks) -> Tensor:
-    """Return the batch's count over all ranks; an int count is computed without a collective.
-
-    Raises ValueError if an int count is 0 or no multiple of the number of samples.
-    """
-    if isinstance(summed.count, int):
-        if not summed.count or summed.count % share.size:
-            raise ValueError(f"a loss counts {summed.count} for {share.size} samples: return such a count as a tensor")
-        return summed.sums_T.new_full((), summed.count // share.size * share.effective)
-    count = summed.count * share.weight
-    if ranks.size > 1:
-        dist.all_reduce(count)
-    return count
 
 
 def divisor_of(count: Tensor) -> Tensor:
