@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -519,6 +520,12 @@ def test_scores_without_a_sample_are_left_out() -> None:
     ("wrong", "message"),
     [
         ({"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), 8), "b": (m(b["x"]).sum(), 4)}}, "a, b must share one count"),
+        ({"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), 8.0)}}, "a must count in an int or a .*, not float"),
+        ({"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), np.int64(8))}}, "a must count in an int or a .*, not int64"),
+        (
+            {"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), torch.ones(1))}},
+            r"a must count in an int or a scalar tensor, not a tensor of shape \(1,\)",
+        ),
         ({"score": lambda m, b, c: {"loss": (torch.tensor(1.0), 1)}}, "name of a training metric: loss"),
         ({"data": lambda c, split, ranks: []}, "the split 'train' holds no sample"),
         (

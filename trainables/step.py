@@ -109,7 +109,11 @@ def backward(
 
 
 def shared_count(pairs: Pairs) -> Tensor | int:
+    """Return the count of all terms; raises ValueError if they have several, or one that is no int or scalar tensor."""
     first, *others = (count for _, count in pairs.values())
+    if not isinstance(first, int) and not (isinstance(first, Tensor) and first.ndim == 0):
+        found = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+        raise ValueError(f"the loss terms {', '.join(pairs)} must count in an int or a scalar tensor, not {found}")
     # Tensors are compared by identity: comparing their values would make the host wait for the GPU.
     if any(not (other is first or (isinstance(other, int) and other == first)) for other in others):
         raise ValueError(f"the loss terms {', '.join(pairs)} must share one count: one int, or the very same tensor")
