@@ -30,7 +30,7 @@ from trainables.guard import Guard, Step
 from trainables.loop import fit
 from trainables.resume import generators
 from trainables.samples import Batch
-from trainables.step import Pairs
+from trainables.step import Pairs, Summed
 
 SPACE = Path(__file__).parents[1] / "search_spaces" / "fusion.yaml"
 
@@ -41,7 +41,7 @@ class NoGuard(Guard):
     def judge(self, loss: Tensor, norm: Tensor, scale: Tensor, next_scale: Tensor) -> tuple[Tensor, Tensor]:
         return self._diverged, self._diverged
 
-    def follow(self, step: Any) -> None:
+    def follow(self, step: Step, summed: Summed) -> None:
         pass
 
     def check(self) -> None:
@@ -56,8 +56,8 @@ class TimedGuard(Guard):
     def judge(self, loss: Tensor, norm: Tensor, scale: Tensor, next_scale: Tensor) -> tuple[Tensor, Tensor]:
         return self._timed(super().judge, loss, norm, scale, next_scale)
 
-    def follow(self, step: Step) -> None:
-        self._timed(super().follow, step)
+    def follow(self, step: Step, summed: Summed) -> None:
+        self._timed(super().follow, step, summed)
 
     def check(self) -> None:
         self._timed(super().check)

@@ -14,9 +14,24 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_task import TOY, Config, Run, SpoilGradient, assert_same, order, run, toy_data, toy_loss, toy_model, weights_of
+from toy_task import (
+    CPU,
+    TOY,
+    Config,
+    Run,
+    SpoilGradient,
+    assert_same,
+    order,
+    run,
+    toy_data,
+    toy_loss,
+    toy_model,
+    weights_of,
+)
 
+from trainables.contract import Diverged, Trial, UserError
 from trainables.guard import KEPT, SETTLED, usual_loss
+from trainables.loop import Task, fit
 from trainables.optim import Optim, Spike
 from trainables.samples import Batch, Ranks, TensorSamples
 from trainables.step import Pairs
@@ -118,6 +133,80 @@ def test_a_replay_that_raises_ends_the_trial_all_the_same() -> None:
     assert done.diverged is not None
     assert done.diverged.step == 0
     assert done.diverged.reason.endswith("running the step again raised KeyError: 'seen before'")
+
+
+def refusing(task: Task) -> Task:
+    """The task, whose loss and gradients raise where they are not finite."""
+
+    def refuse(x: Tensor) -> None:
+        if not x.isfinite().all():
+            raise ArithmeticError("no finite number\nbut another")
+
+    def model(config: Config) -> nn.Module:
+        network = task.model(config)
+        for parameter in network.parameters():
+            parameter.register_hook(refuse)
+        return network
+
+    def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+        pairs = task.loss(network, batch, config)
+        for total, _ in pairs.values():
+            refuse(total)
+        return pairs
+
+    return replace(task, model=model, loss=loss)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_step_that_refuses_what_is_not_finite_is_a_divergence_of_its_module(where: str) -> None:
+    config = replace(BATCH, optim=replace(BATCH.optim, micro_batch=3), dropout=0.3)
+    done = run(config, refusing(poisoned(3, where, int(order(config)[2][4]))))
+    details = diverged(done)
+    assert done.diverged is not None
+    assert done.diverged.step == 2
+    assert done.diverged.reason.startswith("the loss raised ArithmeticError at lr 0.01; ")
+    assert isinstance(done.diverged.__cause__, ArithmeticError)
+    assert details["raised"] == "ArithmeticError: no finite number"
+    assert details["found"]["module" if where == "forward" else "gradient_module"] == "3"
+    assert len(details["losses"]) == 2
+    assert sorted(details["batch"]) == sorted(order(config)[2].tolist())
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (KeyError("a bug"), 2),
+        (UserError("a mistake"), 1),
+        (Diverged("says the family"), 1),
+        (torch.OutOfMemoryError("no room"), 1),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), 1),
+    ],
+)
+def test_what_a_healthy_step_raises_propagates(error: Exception, passes: int) -> None:
+    """And is not run again where that could tell nothing."""
+    calls: list[int] = []
+
+    def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+        calls.append(len(batch["x"]))
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        list(fit(replace(TOY, loss=loss), Trial(BATCH, device=CPU)))
+    assert caught.value is error
+    assert len(calls) == passes
+
+
+def test_a_step_that_raises_after_one_that_diverged_is_not_the_culprit() -> None:
+    task, calls = poisoned(3, "forward", int(order(BATCH)[1][0])), itertools.count()
+
+    def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+        if next(calls) == 2:
+            raise KeyError("a bug")
+        return task.loss(network, batch, config)
+
+    done = run(BATCH, replace(task, loss=loss))
+    assert done.diverged is not None
+    assert done.diverged.step == 1
 
 
 def test_a_batch_that_is_not_finite_is_told_from_a_loss_that_is_not() -> None:

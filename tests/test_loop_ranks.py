@@ -102,6 +102,35 @@ def test_both_ranks_raise_for_the_same_step_when_one_of_them_diverges(name: str,
         assert torch.equal(done.weights[-1], done.weights[1])
 
 
+def refuse_on(rank: int, refuser: int, folder: Path) -> None:
+    """Train on two ranks, of which one has a loss that refuses what is not finite; note what each of them raised."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    bad = int(order(BAD_LOSS)[1][refuser])
+
+    def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        model(batch["x"].masked_fill((batch["index"] == bad)[:, None], torch.inf))
+        if bad in batch["index"]:
+            raise ArithmeticError("not finite")
+        return TOY.loss(model, batch, config)
+
+    try:
+        outcome = str(run(BATCH_NORM, replace(TOY, loss=loss), rank=rank, world_size=2).diverged)
+    except RuntimeError as error:
+        outcome = type(error).__name__
+    (folder / f"{rank}.txt").write_text(outcome)
+    dist.destroy_process_group()  # without a barrier: the other rank may be waiting in the step for this one
+
+
+@pytest.mark.parametrize("refuser", [0, 1])
+def test_a_rank_whose_loss_refuses_explains_it_without_the_others(refuser: int, tmp_path: Path) -> None:
+    """They wait in the step, and are told by its leaving."""
+    spawn(refuse_on, args=(refuser, tmp_path), nprocs=2)
+    told = [(tmp_path / f"{rank}.txt").read_text() for rank in (refuser, 1 - refuser)]
+    sentence = "a value that the loss function passed to the model itself (Sequential) was first not finite (step 1)"
+    assert told == [f"the loss raised ArithmeticError at lr 0.01; {sentence}", "RuntimeError"]
+
+
 def test_all_ranks_hold_the_same_buffers_when_an_epoch_ends(both: list[dict[str, Run]]) -> None:
     rank0, rank1 = (ranks["batch norm"] for ranks in both)
     assert_same(rank0.states, rank1.states)

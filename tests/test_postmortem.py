@@ -501,6 +501,19 @@ def test_what_the_step_raises_is_raised_and_no_hook_stays() -> None:
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_what_was_not_finite_before_the_step_raised_is_found() -> None:
+    net = Net()
+
+    def replay(witness: Witness) -> None:
+        with torch.no_grad():
+            net.get_parameter("stem.conv.weight")[0] = math.nan
+        loss_of(net, batch_of())
+        raise ValueError("refused")
+
+    assert examine(net, replay).module == "stem.conv"
+    assert hooks_of(net) == []
+
+
 def test_nothing_of_the_step_is_kept_alive() -> None:
     net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
     kept: list[weakref.ref[Any]] = []

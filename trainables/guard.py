@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainables.contract import Diverged
+from trainables.contract import Diverged, UserError, memory_error
 from trainables.optim import Optim
 from trainables.postmortem import Findings, Witness, examine
 from trainables.resume import Generators, set_generators
@@ -45,13 +45,13 @@ class Step:
     scale: Tensor
     share: Share
     generators: Generators
-    summed: Summed
 
 
 class Asked(NamedTuple):
-    """A step whose verdict is being copied to the host, with the losses and gradient norms up to it."""
+    """A step whose verdict is being copied to the host, with its loss, and the losses and gradient norms up to it."""
 
     step: Step
+    summed: Summed
     diverged: Tensor  # on the host, once `ready`
     spiked: Tensor  # whether the spike rule caused it
     ready: torch.cuda.Event | None
@@ -74,7 +74,7 @@ class Replay:
         """Whether losses are scaled, as in fp16."""
         return self.optim.precision == "fp16"
 
-    def findings(self, step: Step) -> Findings:
+    def findings(self, step: Step, forward_only: bool = False) -> Findings:
         def again(witness: Witness) -> None:
             set_generators(step.generators, self.device)
             batches = on_device(self.samples, step.share.micros, self.device)
@@ -82,7 +82,12 @@ class Replay:
             before = self.loss.register_forward_pre_hook(lambda loss, args: witness.see_batch(*args))
             after = self.loss.register_forward_hook(lambda loss, args, result: witness.see_loss(result[1].detach()))
             try:
-                backward(self.loss, batches, step.share, scaler, autocast(self.device, self.optim))
+                if not forward_only:
+                    backward(self.loss, batches, step.share, scaler, autocast(self.device, self.optim))
+                    return
+                for batch in batches:
+                    with autocast(self.device, self.optim):
+                        self.loss(batch)
             finally:
                 before.remove()
                 after.remove()
@@ -134,13 +139,14 @@ class Guard:
         self._norms.append(torch.where(overflow, math.inf, norm))
         return self._diverged | bad, overflow
 
-    def follow(self, step: Step) -> None:
+    def follow(self, step: Step, summed: Summed) -> None:
         """Start copying the verdict on `step` to the host, where `check` reads it."""
         on_host = self._diverged.to("cpu", non_blocking=True)
         ready = torch.cuda.Event() if self._diverged.is_cuda else None
         if ready is not None:
             ready.record()
-        self._asked = self._latest = Asked(step, on_host, self._spiked, ready, tuple(self._losses), tuple(self._norms))
+        history = tuple(self._losses), tuple(self._norms)
+        self._asked = self._latest = Asked(step, summed, on_host, self._spiked, ready, *history)
 
     def check(self) -> None:
         """Raise `Diverged`, with the same reason and post-mortem on every rank, if the followed step diverged."""
@@ -151,6 +157,29 @@ class Guard:
             asked.ready.synchronize()
         if asked.diverged:
             raise self._post_mortem(asked)
+
+    def explain(self, error: Exception, step: Step) -> None:
+        """Raise `Diverged` if a step raised `error` after something in it was not finite.
+
+        A loss may refuse NaN itself, as a distribution or a matching does. With several ranks this calls no collective,
+        because others may be waiting in one that is part of the step.
+        """
+        passed = UserError, Diverged, torch.OutOfMemoryError, MemoryError
+        if isinstance(error, passed) or memory_error(str(error)) is not None:
+            return
+        if self._ranks.size == 1:
+            self.check()
+        # After an exception DDP may still take a gradient for one of its step, and call a collective with it.
+        findings = self._replay.findings(step, forward_only=self._ranks.size > 1)
+        if not findings.reproduced:
+            return
+        details = self._circumstances(step, self._losses, self._norms)
+        said, *_ = str(error).splitlines() or [""]
+        details["raised"] = f"{type(error).__name__}: {said}"
+        details |= {"found": dataclasses.asdict(findings), "rank": self._ranks.rank}
+        details |= self._told(sample_indices(step))
+        reason = f"the loss raised {type(error).__name__} at lr {step.lr:.3g}; {findings.sentence}"
+        raise Diverged(reason, step.number, details) from error
 
     def weights_blown_up(self, names: Sequence[str]) -> Diverged:
         """Return the error to raise if the last followed step, itself healthy, left weights that are not finite.
@@ -177,16 +206,19 @@ class Guard:
 
     def _details(self, asked: Asked) -> dict[str, Any]:
         """Return what is known of a step without running it again. A collective: every rank must call it."""
-        step, sums_U = asked.step, asked.step.summed.sums_U.clone()
+        sums_U = asked.summed.sums_U.clone()
         if self._ranks.size > 1:
             dist.all_reduce(sums_U)
-        terms = dict(zip(step.summed.terms, (sums_U[:-1] / divisor_of(sums_U[-1])).tolist(), strict=True))
+        terms = zip(asked.summed.terms, (sums_U[:-1] / divisor_of(sums_U[-1])).tolist(), strict=True)
+        details = self._circumstances(asked.step, asked.losses, asked.norms)
+        return details | {"terms": {name: readable(value) for name, value in terms}}
+
+    def _circumstances(self, step: Step, losses: Iterable[Tensor], norms: Iterable[Tensor]) -> dict[str, Any]:
         return {
             "epoch": step.epoch,
             "lr": step.lr,
-            "terms": {name: readable(value) for name, value in terms.items()},
-            "losses": [readable(value) for value in torch.stack(asked.losses).tolist()],
-            "grad_norms": [readable(value) for value in torch.stack(asked.norms).tolist()],
+            "losses": [readable(float(value)) for value in losses],
+            "grad_norms": [readable(float(value)) for value in norms],
             "loss_scale": float(step.scale) if self._replay.scales else None,
         }
 

@@ -76,8 +76,9 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     """Train `task` with the settings of `trial`; yield one report per epoch.
 
     Raises `Diverged` on all ranks if a step's loss or gradient is not finite, before that step changes a weight; also
-    if weights are not finite at the end of an epoch, or by the rule `optim.spike`. Raises torch.OutOfMemoryError if not
-    even one sample fits. On a CPU, a trial resumed from a state continues bit for bit as if uninterrupted.
+    if weights are not finite at the end of an epoch, or by the rule `optim.spike`. If the loss refuses what is not
+    finite by raising, only the ranks where it does raise `Diverged`. Raises torch.OutOfMemoryError if not even one
+    sample fits. On a CPU, a trial resumed from a state continues bit for bit as if uninterrupted.
     """
     config, device, ranks = config_of(task, trial), trial.device, ranks_of(trial)
     optim = config.optim
@@ -109,16 +110,20 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         batches = on_device(train, [micro for share in shares for micro in share.micros], device)
         records = list[StepRecord]()
         for index, share in enumerate(shares):
-            step = epoch * len(shares) + index
-            drawn = generators(device)
             lr = patience.lr_ratio * optim.lr * lr_factor(optim, epoch + (index + 0.5) / len(shares), config.epochs)
+            scale = scaler.scale(torch.ones((), device=device))
+            step = Step(epoch * len(shares) + index, epoch, lr, scale, share, generators(device))
             set_lr(optimizer, lr)
             optimizer.zero_grad(set_to_none=True)
             plain.carried_2.grad = None
-            summed = backward(loss, batches, share, scaler, autocast(device, optim))
+            try:
+                summed = backward(loss, batches, share, scaler, autocast(device, optim))
+            except Exception as error:
+                guard.explain(error, step)
+                raise
 
             # Gradients are of the summed loss, divided by the number of ranks (DDP) and the batch size (`backward`).
-            scale, pieces = scaler.scale(torch.ones((), device=device)), ranks.size * share.effective
+            pieces = ranks.size * share.effective
             total, count = (value / scale * pieces for value in plain.global_loss())
             divisor = divisor_of(count) / pieces
             scaler.unscale_(optimizer)
@@ -130,11 +135,11 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
                 before = [parameter.detach().clone() for parameter in trained.values()]
                 by_part = part_norms(task.part, trained, divisor)
             fused_step(optimizer, divisor * clip_divisor(norm, optim.clip_norm), skip)
-            ema.update(step)
+            ema.update(step.number)
 
             records.append(StepRecord(summed.sums_U, norm, overflow))
             guard.check()  # the previous step's verdict
-            guard.follow(Step(step, epoch, lr, scale, share, drawn, summed))
+            guard.follow(step, summed)
         guard.check()
         if not get_total_norm(trained.values()).isfinite():
             raise guard.weights_blown_up([name for name, x in trained.items() if not x.isfinite().all()])

@@ -49,8 +49,9 @@ def examine(module: nn.Module, replay: Callable[[Witness], object], whole: bool 
     whole: never interrupt `replay`. Needed with several ranks: others run it too, may find nothing in it, and may wait
         for this one inside it.
 
-    Gradients are cleared before and after, and buffers restored. Exceptions raised by `replay` propagate. A constant of
-    only 0 and -inf is a mask and counts as finite; so does a -inf input that a module turns into finite output.
+    Gradients are cleared before and after, and buffers restored. An exception raised by `replay` propagates unless
+    something was not finite before it. A constant of only 0 and -inf is a mask and counts as finite; so does a -inf
+    input that a module turns into finite output.
     """
     witness = Witness(module, whole)
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
@@ -60,6 +61,9 @@ def examine(module: nn.Module, replay: Callable[[Witness], object], whole: bool 
         with contextlib.suppress(_Found):
             replay(witness)
             witness.see_gradients()
+    except Exception:
+        if not witness.findings().reproduced:
+            raise
     finally:
         for handle in witness.handles:
             handle.remove()
