@@ -48,7 +48,7 @@ def search(budget: Budget, sampler: str, survival: bool = True) -> None:
     while budget.left:
         opened = ledger.ask("slot")
         assert opened is not None
-        trial = Trial("edge", stub=True, trial_id=f"trial-{opened.number}")
+        trial = Trial("edge", stub=True, config={"values": opened.values}, trial_id=f"trial-{opened.number}")
         scheduler.on_trial_add(None, trial)
         status = _run(budget, ledger, scheduler, trial)
         if status is not None:
