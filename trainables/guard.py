@@ -9,6 +9,7 @@ Shape suffixes: S the newest steps, at most KEPT; U as in `trainables.step`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections import deque
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainables.contract import Diverged, UserError, memory_error
 from trainables.optim import Optim
@@ -59,6 +61,15 @@ class Asked(NamedTuple):
     norms: tuple[Tensor, ...]
 
 
+class NoCollectives(TorchDispatchMode):
+    """Raises RuntimeError at a collective, which might wait for ever: other ranks are elsewhere."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            raise RuntimeError(f"{func} needs the other ranks")
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass(frozen=True)
 class Replay:
     """Runs a step again with the current weights, on each rank independently."""
@@ -74,7 +85,9 @@ class Replay:
         """Whether losses are scaled, as in fp16."""
         return self.optim.precision == "fp16"
 
-    def findings(self, step: Step, forward_only: bool = False) -> Findings:
+    def findings(self, step: Step, alone: bool = False) -> Findings:
+        """Return what is found in the step. alone: not on all ranks, so it ends at a collective."""
+
         def again(witness: Witness) -> None:
             set_generators(step.generators, self.device)
             batches = on_device(self.samples, step.share.micros, self.device)
@@ -82,12 +95,8 @@ class Replay:
             before = self.loss.register_forward_pre_hook(lambda loss, args: witness.see_batch(*args))
             after = self.loss.register_forward_hook(lambda loss, args, result: witness.see_loss(result[1].detach()))
             try:
-                if not forward_only:
+                with NoCollectives() if alone else contextlib.nullcontext():
                     backward(self.loss, batches, step.share, scaler, autocast(self.device, self.optim))
-                    return
-                for batch in batches:
-                    with autocast(self.device, self.optim):
-                        self.loss(batch)
             finally:
                 before.remove()
                 after.remove()
@@ -169,8 +178,7 @@ class Guard:
             return
         if self._ranks.size == 1:
             self.check()
-        # After an exception DDP may still take a gradient for one of its step, and call a collective with it.
-        findings = self._replay.findings(step, forward_only=self._ranks.size > 1)
+        findings = self._replay.findings(step, alone=self._ranks.size > 1)
         if not findings.reproduced:
             return
         details = self._circumstances(step, self._losses, self._norms)
