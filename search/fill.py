@@ -81,6 +81,7 @@ def _mirror(uri: str, results: Path) -> Mirror:
         if holds_search(below(uri, name)):
             fetch(below(uri, name), results)
     mirror = Mirror(results, uri)
+    mirror.check()
     mirror.begin()
     return mirror
 

@@ -10,8 +10,10 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
@@ -33,6 +35,7 @@ def _unchunked(stream: IO[bytes] | BufferedIOBase) -> bytes:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or an answer's body would wait 40 ms for its head to arrive
     server: Store
 
     def log_message(self, format: str, *args: object) -> None:
@@ -41,6 +44,7 @@ class Handler(BaseHTTPRequestHandler):
     def _ask(self) -> tuple[Path, dict[str, str]]:
         """The file of the object, or the folder of the bucket, and the query."""
         url = urlsplit(self.path)
+        self.server.asked.append((self.command, unquote(url.path).lstrip("/")))
         query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
         return self.server.folder / unquote(url.path).lstrip("/"), query
 
@@ -75,7 +79,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         path, _ = self._ask()
         if path.is_file():
-            self._answer(200, length=str(path.stat().st_size), Last_Modified="Sat, 01 Jan 2000 00:00:00 GMT")
+            self._answer(
+                200, length=str(path.stat().st_size), Last_Modified=formatdate(path.stat().st_mtime, usegmt=True)
+            )
         elif path.parent == self.server.folder and path.is_dir():
             self._answer(200)
         else:
@@ -108,7 +114,8 @@ class Handler(BaseHTTPRequestHandler):
                 common[prefix + key[len(prefix) :].partition(delimiter)[0] + delimiter] = None
                 continue
             found += f"<Contents><Key>{escape(key)}</Key><Size>{path.stat().st_size}</Size>"
-            found += "<LastModified>2000-01-01T00:00:00.000Z</LastModified></Contents>"
+            changed = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(path.stat().st_mtime))  # S3 cuts seconds, too
+            found += f"<LastModified>{changed}</LastModified></Contents>"
         found += "".join(f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>" for name in common)
         count = found.count("<Contents>") + len(common)
         return self._xml(
@@ -157,11 +164,15 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Store(ThreadingHTTPServer):
-    """A server of the buckets in `folder` on a free port. sent: the objects that were read, by their names."""
+    """A server of the buckets in `folder` on a free port.
+
+    sent: the objects that were read, by their names. asked: all requests, by their methods and paths.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.sent: list[str] = []
+        self.asked: list[tuple[str, str]] = []
         self.uploads = itertools.count()
         self.parts: dict[str, dict[int, bytes]] = {}  # of the uploads under way, by their id
         super().__init__(("127.0.0.1", 0), Handler)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,7 @@ from spaces import space_of
 from search.interruption import Interruption
 from search.recorder import Recorder
 from search.records.folder import SCRATCH, TrialFolder
-from search.records.mirror import Mirror, above, below, fetch, local
+from search.records.mirror import Mirror, above, below, fetch, local, pause_s
 from search.trial import EPOCH, METRICS
 from trainables.contract import UserError
 
@@ -116,13 +118,13 @@ def test_a_search_that_is_there_is_not_overwritten(results: Path, disk: Path, tm
         with pytest.raises(
             UserError, match=r"/run holds a search already; go on with it by --resume, or choose anothe"
         ):
-            Mirror(tmp_path / "new", f"file://{disk}/run").begin()
+            Mirror(tmp_path / "new", f"file://{disk}/run").check()
         assert tree(disk / "run") == before
     (tmp_path / "new/study.journal").write_bytes(b"on")
     with pytest.raises(
         UserError, match=r"/run has more of this search than .*/new; go on from there, with --resume fi"
     ):
-        Mirror(tmp_path / "new", f"file://{disk}/run").begin()
+        Mirror(tmp_path / "new", f"file://{disk}/run").check()
     assert tree(disk / "run") == before
     (results / "study.journal").write_bytes(b"one more")
     Mirror(results, f"file://{disk}/run").begin()
@@ -219,10 +221,10 @@ def test_a_superseded_checkpoint_has_gone_when_the_study_comes_that_ended_its_tr
     (results / "study.journal").write_bytes(b"one, ended")
     send, there = mirror._send, list[set[str]]()
 
-    def seen(path: Path, *arguments: Any) -> None:
-        if path.name == "study.journal":
+    def seen(name: str, *arguments: Any) -> None:
+        if name == "study.journal":
             there.append(set(tree(disk / "run/trials")))
-        send(path, *arguments)
+        send(name, *arguments)
 
     monkeypatch.setattr(mirror, "_send", seen)
     mirror.push()
@@ -288,16 +290,169 @@ def test_a_resumed_search_does_not_send_its_checkpoints_again(results: Path, dis
     uri, sent = f"file://{disk}/run", disk / "run/trials/0000/checkpoint-0001.pt"
     Mirror(results, uri).begin()
     sent.write_bytes(bytes(256))  # as long as the one here: it would be replaced if it were sent
-    mirror = Mirror(results, uri)
-    mirror.begin()
+    mirror = resumed(results, uri)
     assert sent.read_bytes() == bytes(256)
     sent.write_bytes(b"cut off in the middle")
-    Mirror(results, uri).begin()
+    resumed(results, uri)
     assert sent.read_bytes() == bytes(range(256))
     TrialFolder(results, 0).write_checkpoint(2, b"newer")
     TrialFolder(results, 0).keep_checkpoint(2)
     mirror.push()
     assert not sent.exists()
+
+
+OF_A_TRIAL = ("checkpoint-0001.pt", "config.json", "error.txt", "events.out.tfevents.1.host", "metrics.jsonl")
+
+
+def resumed(results: Path, uri: str) -> Mirror:
+    mirror = Mirror(results, uri)
+    mirror.check()
+    mirror.begin()
+    return mirror
+
+
+def run_trial(results: Path, number: int, age_s: float = 3600.0) -> None:
+    """Write what a trial leaves, `age_s` seconds ago."""
+    folder = results / f"trials/{number:04d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in OF_A_TRIAL:
+        (folder / name).write_bytes(b"content")
+        os.utime(folder / name, (time.time() - age_s,) * 2)
+
+
+def written(store: Store) -> set[str]:
+    """The objects and folders written since the last call, below the search's folder."""
+    asked = {path.removeprefix("bucket/searches/run/") for method, path in store.asked if method == "PUT"}
+    store.asked.clear()
+    return asked
+
+
+def test_what_has_not_changed_while_the_search_was_down_is_not_sent_again(results: Path, store: Store) -> None:
+    for number in range(12):
+        run_trial(results, number)
+    resumed(results, "s3://bucket/searches/run")
+    written(store)
+    resumed(results, "s3://bucket/searches/run")
+    assert len(store.asked) <= 16
+    assert written(store) == {"bucket/searches/", "", "space.yaml", "study.journal"}
+
+
+@pytest.mark.parametrize("name", OF_A_TRIAL)
+def test_what_has_changed_while_the_search_was_down_is_sent(name: str, results: Path, store: Store) -> None:
+    """Though it is as long as before."""
+    for number in range(2):
+        run_trial(results, number)
+    resumed(results, "s3://bucket/searches/run")
+    written(store)
+    (results / "trials/0001" / name).write_bytes(b"changed")
+    os.utime(results / "trials/0001" / name, (time.time() + 1,) * 2)  # the store tells whole seconds
+    resumed(results, "s3://bucket/searches/run")
+    assert {path for path in written(store) if path.startswith("trials/")} == {f"trials/0001/{name}"}
+    assert (store.folder / "bucket/searches/run/trials/0001" / name).read_bytes() == b"changed"
+
+
+def test_what_the_store_has_lost_or_half_of_is_sent(results: Path, disk: Path) -> None:
+    run_trial(results, 0)
+    resumed(results, f"file://{disk}/run")
+    (disk / "run/trials/0000/config.json").unlink()
+    (disk / "run/trials/0000/metrics.jsonl").write_bytes(b"half")
+    resumed(results, f"file://{disk}/run")
+    assert tree(disk / "run") == tree(results)
+
+
+@pytest.mark.parametrize("name", ["config.json", "error.txt"])
+def test_a_file_that_is_replaced_is_sent_even_where_the_clock_here_is_behind(
+    name: str, results: Path, disk: Path
+) -> None:
+    """Population-based training changes a setting by a digit, and the search dies before it is sent."""
+    run_trial(results, 0)
+    resumed(results, f"file://{disk}/run")
+    (results / "trials/0000" / name).write_bytes(b"changed")
+    os.utime(results / "trials/0000" / name, (time.time() - 20,) * 2)
+    resumed(results, f"file://{disk}/run")
+    assert (disk / "run/trials/0000" / name).read_bytes() == b"changed"
+
+
+def test_what_was_fetched_is_not_sent_again_unless_it_changes(results: Path, tmp_path: Path, store: Store) -> None:
+    uri = "s3://bucket/searches/run"
+    for number in range(3):
+        run_trial(results, number)
+    resumed(results, uri)
+    fetched = fetch(uri, tmp_path / "elsewhere")
+    assert tree(fetched) == tree(results)
+    written(store)
+    resumed(fetched, uri)
+    assert not any(path.startswith("trials/") for path in written(store))
+    (fetched / "trials/0001/config.json").write_bytes(b"changed")
+    resumed(fetched, uri)
+    assert {path for path in written(store) if path.startswith("trials/")} == {"trials/0001/config.json"}
+
+
+def test_of_tables_what_has_not_changed_is_not_sent_again(results: Path, store: Store) -> None:
+    """Their folder holds a search in each of its folders."""
+    run_trial(results, 0)
+    resumed(results.parent, "s3://bucket/searches")
+    written(store)
+    resumed(results.parent, "s3://bucket/searches")
+    assert not any(path.startswith("trials/") for path in written(store))
+
+
+def test_a_folder_is_made_once(results: Path, store: Store) -> None:
+    mirror = resumed(results, "s3://bucket/searches/run")
+    written(store)
+    run_trial(results, 7)
+    mirror.push()
+    assert (
+        sum(method == "PUT" and path.endswith("/") for method, path in store.asked) == 4
+    )  # the trial's and those above
+    assert {path for path in written(store) if path[-1:] != "/"} - {""} == {
+        f"trials/0007/{name}" for name in OF_A_TRIAL
+    }
+    (results / "trials/0007/metrics.jsonl").write_bytes(b"content, and more")
+    mirror.push()
+    assert written(store) == {"trials/0007/metrics.jsonl"}
+
+
+def test_a_folder_that_the_store_has_lost_is_made_again(
+    results: Path, disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror = resumed(results, f"file://{disk}/run")
+    shutil.rmtree(disk / "run/trials/0000")
+    run_trial(results, 0)
+    mirror.push()
+    assert "will try again after the next trial" in capsys.readouterr().out
+    mirror.push()
+    assert tree(disk / "run") == tree(results)
+
+
+def test_a_study_is_read_before_its_trials_are_looked_for(
+    results: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it might call a trial finished that ended after its files had been listed."""
+    read_bytes = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        content = read_bytes(path)
+        if path == results / "study.journal":
+            run_trial(results, 1)
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    Mirror(results, f"file://{disk}/run").push()
+    assert set(OF_A_TRIAL) == set(tree(disk / "run/trials/0001"))
+
+
+def test_the_study_s_lock_is_not_sent(results: Path, disk: Path) -> None:
+    """A search that is fetched with it would wait for whoever holds it."""
+    (results / "study.journal.lock").symlink_to(results / "study.journal")
+    Mirror(results, f"file://{disk}/run").push()
+    assert not (disk / "run/study.journal.lock").exists()
+
+
+def test_a_folder_linked_to_is_not_sent(results: Path, disk: Path, tmp_path: Path) -> None:
+    (results / "data").symlink_to(tmp_path)
+    resumed(results, f"file://{disk}/run")
+    assert not (disk / "run/data").exists()
 
 
 def test_a_long_trial_is_sent_now_and_then(results: Path, disk: Path) -> None:
@@ -327,6 +482,67 @@ def test_while_trials_run_nobody_waits_for_an_upload(
         open_for_business.set()
     mirror.push()
     assert tree(disk / "run") == tree(results)
+
+
+@pytest.mark.parametrize(
+    ("took_s", "every_s", "pause"),
+    [(0.0, 300.0, 0.0), (2.0, 300.0, 20.0), (60.0, 300.0, 240.0), (400.0, 300.0, 0.0), (2.0, 0.0, 0.0)],
+)
+def test_the_pause_after_an_upload_is_ten_times_as_long_but_lets_a_long_trial_be_sent_in_time(
+    took_s: float, every_s: float, pause: float
+) -> None:
+    assert pause_s(took_s, every_s) == pause
+
+
+def wait_for(path: Path, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """For less than the pause after an upload of a second."""
+    until = time.monotonic() + 8.0
+    while not path.exists():
+        assert time.monotonic() < until
+        meanwhile()
+        time.sleep(0.01)
+
+
+def test_trials_that_end_soon_after_an_upload_share_the_next_one(
+    results: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror, copy_files = Mirror(results, f"file://{disk}/run"), fs.copy_files
+
+    def slowly(*arguments: Any, **named: Any) -> None:
+        time.sleep(0.5)
+        copy_files(*arguments, **named)
+
+    monkeypatch.setattr(fs, "copy_files", slowly)
+    with mirror.following():
+        mirror.push()
+        wait_for(disk / "run/study.journal")
+        for number in range(1, 4):
+            (results / "study.journal").write_bytes(b"one" * (number + 1))
+            mirror.push()
+            time.sleep(0.2)
+        assert (disk / "run/study.journal").read_bytes() == b"one"
+        over = time.monotonic()
+    assert time.monotonic() - over < 5.0, "the pause, of ten seconds, ends with the search"
+    mirror.push_last()
+    assert tree(disk / "run") == tree(results)
+
+
+def test_between_uploads_that_are_due_at_once_there_is_no_pause(
+    results: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`every_s` seconds after one began, the next can begin."""
+    mirror, copy_files = Mirror(results, f"file://{disk}/run", every_s=1.0), fs.copy_files
+
+    def slowly(*arguments: Any, **named: Any) -> None:
+        time.sleep(0.5)
+        copy_files(*arguments, **named)
+
+    monkeypatch.setattr(fs, "copy_files", slowly)
+    with mirror.following():
+        mirror.push()
+        wait_for(disk / "run/study.journal")
+        TrialFolder(results, 1).write_checkpoint(1, b"of a long trial")
+        wait_for(disk / "run/trials/0001", mirror.push_if_due)
 
 
 def test_a_copy_of_a_mirror_that_follows_is_one_that_does_not(results: Path, disk: Path) -> None:

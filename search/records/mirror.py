@@ -1,8 +1,9 @@
 """A copy of a results folder at a URI, for a machine that may be taken away.
 
 The search always works on a local folder (the study is a file that is locked and appended to). If `--results` is a URI,
-new content is uploaded after every trial, and every few minutes during a long one, through pyarrow's filesystems:
-s3://, gs://, hdfs://. While trials run, a separate thread uploads it, so that no slot waits.
+new content is uploaded after a trial, and every few minutes during a long one, through pyarrow's filesystems: s3://,
+gs://, hdfs://. While trials run, a separate thread uploads it, so that no slot waits; trials that end soon after an
+upload share the next one.
 """
 
 from __future__ import annotations
@@ -12,19 +13,27 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pyarrow import fs
 
 from search.files import replace_bytes
-from search.records.folder import CHECKPOINT_PATTERN, SCRATCH, SPACE, STUDY
+from search.records.folder import CHECKPOINT_PATTERN, PRINTED, SCRATCH, SPACE, STUDY
 from trainables.contract import UserError
 
 LAST_TRIES = 3  # attempts at the last push of a search
 PAUSE_S = 5.0  # between two of them
+SELDOM = 10  # ratio of the pause between uploads to an upload's duration: each looks at all files, and sends the study
+NOT_SENT = (".", f"{STUDY}.")  # beginnings of names: files being written, and the study's lock
+# Files of a trial whose content their size tells: they only grow, or their name says the epoch. Others are replaced.
+SIZE_TELLS = (CHECKPOINT_PATTERN, "events.out.tfevents.*", "metrics.jsonl", PRINTED)
+CLOCKS_S = 60  # by which the clock here may be behind the store's
+
+Version = tuple[int, int]  # of a file: the time of its last change in ns, and its size
 
 
 def local(text: str) -> Path | None:
@@ -69,7 +78,8 @@ class Mirror:
 
     def __post_init__(self) -> None:
         self._filesystem, self._root = _open(self.uri)
-        self._sent: dict[str, tuple[int, int]] = {}  # by relative path: `_changed` of the version sent last
+        self._sent: dict[str, Version] = {}  # by relative path: the version sent last
+        self._made: set[str] = set()  # folders that the store has
         self._tried = time.monotonic()
         self._wanted, self._follows = threading.Event(), False
 
@@ -80,49 +90,57 @@ class Mirror:
     def check(self) -> None:
         """Raise UserError if the URI cannot be written to, or a push would overwrite what is there."""
         try:
-            self._filesystem.create_dir(self._root, recursive=True)
+            self._make(self._root)
             self._recognise()
         except OSError as error:
             raise UserError(f"{self.uri}: cannot be written to: {error}") from None
 
     def begin(self) -> None:
-        """Push for the first time; raises UserError if that fails, before any trial has run in vain."""
-        self.check()
+        """Push for the first time, after `check`; raises UserError if it fails, before a trial has run in vain."""
         try:
             self._push()
         except OSError as error:
             raise UserError(f"{self.uri}: cannot be written to: {error}") from None
 
     def _recognise(self) -> None:
-        """Mark checkpoints stored before an interruption as sent, since they are most of the bytes.
+        """Mark as sent what trials stored before an interruption, if it has not changed here since.
 
         Raises UserError if the store has another search, or more of this one, which a push would overwrite.
         """
+        here = dict(self._files())
         for found in self._filesystem.get_file_info(fs.FileSelector(self._root, allow_not_found=True, recursive=True)):
-            path = self.results / found.path.removeprefix(f"{self._root}/")
-            if path.name == STUDY:
-                here = _length(fs.LocalFileSystem(), str(path))
-                if found.size > here > 0 and _same_begin(self._filesystem, found.path, path, here):
-                    raise UserError(
-                        f"{self.uri} has more of this search than {self.results}; go on from there, with --resume "
-                        f"{self.uri}"
-                    )
-                if found.size > here or not _same_begin(self._filesystem, found.path, path, found.size):
-                    raise UserError(
-                        f"{self.uri} holds a search already; go on with it by --resume, or choose another --name"
-                    )
-            if path.match(CHECKPOINT_PATTERN) and path.exists() and path.stat().st_size == found.size:
-                self._sent[path.relative_to(self.results).as_posix()] = _changed(path)
+            name = found.path.removeprefix(f"{self._root}/")
+            if found.type == fs.FileType.Directory:
+                self._made.add(found.path)
+            elif found.base_name == STUDY:
+                self._check_study(found, self.results / name)
+            elif name in here and _is_sent(name, here[name], found):
+                self._sent[name] = here[name]
+
+    def _check_study(self, found: fs.FileInfo, path: Path) -> None:
+        """Raise UserError if a stored study is not the beginning of the one at `path`."""
+        here = _length(fs.LocalFileSystem(), str(path))
+        if found.size > here > 0 and _same_begin(self._filesystem, found.path, path, here):
+            raise UserError(
+                f"{self.uri} has more of this search than {self.results}; go on from there, with --resume {self.uri}"
+            )
+        if found.size > here or not _same_begin(self._filesystem, found.path, path, found.size):
+            raise UserError(f"{self.uri} holds a search already; go on with it by --resume, or choose another --name")
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
-        """Make `push` return at once in this context, while another thread uploads; the thread has ended on exit."""
+        """Make `push` return at once in this context, while another thread uploads; the thread has ended on exit.
+
+        That may be before the last of what was pushed has been sent.
+        """
         over = threading.Event()
 
         def follow() -> None:
             while self._wanted.wait() and not over.is_set():
                 self._wanted.clear()
+                began = time.monotonic()
                 self._send_new()
+                over.wait(pause_s(time.monotonic() - began, self.every_s))
 
         sender = threading.Thread(target=follow, daemon=True, name="mirror")
         sender.start()
@@ -156,6 +174,7 @@ class Mirror:
         try:
             self._push()
         except OSError as error:
+            self._made.clear()  # the store may have lost some
             print(f"{self.uri}: not up to date, {error}; {then}", flush=True)
             return False
         return True
@@ -169,61 +188,103 @@ class Mirror:
         self._tried = time.monotonic()
         # The study is read first and sent last, as it was then: if the machine dies in between, every trial that the
         # stored study calls finished is complete, and none of its superseded checkpoints is left there.
-        studies = {path: (_changed(path), path.read_bytes()) for path in self._files() if path.name == STUDY}
-        here = {path for path in self._files() if path not in studies}
-        for path in sorted(here):
+        here, studies = dict[str, Version](), dict[str, tuple[Version, bytes]]()
+        for name, version in self._files():
+            if _base(name) != STUDY:
+                here[name] = version
+            elif self._sent.get(name) != version:
+                studies[name] = version, (self.results / name).read_bytes()
+        for name in sorted(name for name, version in here.items() if self._sent.get(name) != version):
             try:
-                self._send(path, _changed(path))
+                self._send(name, here[name])
             except FileNotFoundError:
-                if path.exists():
+                if (self.results / name).exists():
                     raise
                 continue  # a slot has replaced it with a newer checkpoint
         try:
             self._drop_superseded(here)
         finally:  # a store may refuse to delete anything
-            for path, (changed, content) in studies.items():
-                self._send(path, changed, content)
+            for name, (version, content) in studies.items():
+                self._send(name, version, content)
 
-    def _files(self) -> Iterator[Path]:
-        """Yield all files except Ray's, whose folders come and go, and those being written."""
-        for folder, inside, names in os.walk(self.results):
-            inside[:] = [name for name in inside if name != SCRATCH]
-            yield from (Path(folder, name) for name in names if not name.startswith("."))
+    def _files(self) -> Iterator[tuple[str, Version]]:
+        """Yield all files by their relative paths, except Ray's, whose folders come and go, and `NOT_SENT`.
 
-    def _send(self, path: Path, changed: tuple[int, int], content: bytes | None = None) -> None:
-        """Send a file unless its version `changed` was sent already. content: what to send in its place."""
-        name = path.relative_to(self.results).as_posix()
-        if self._sent.get(name) == changed:
-            return
+        A folder's files come before its folders are looked into: a study before its trials.
+        """
+        folders = [""]
+        while folders:
+            folder = folders.pop()
+            try:
+                with os.scandir(self.results / folder) as found:
+                    entries = list(found)
+            except FileNotFoundError:
+                continue
+            for entry in entries:
+                if entry.is_dir():
+                    if entry.name != SCRATCH and not entry.is_symlink():
+                        folders.append(f"{folder}{entry.name}/")
+                elif not entry.name.startswith(NOT_SENT):
+                    try:
+                        now = entry.stat()
+                    except FileNotFoundError:
+                        continue
+                    yield f"{folder}{entry.name}", (now.st_mtime_ns, now.st_size)
+
+    def _send(self, name: str, version: Version, content: bytes | None = None) -> None:
+        """Send a file. version: of the file, or an earlier one; content: what to send in its place."""
         target = f"{self._root}/{name}"
-        self._filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        self._make(target.rpartition("/")[0])
         if content is None:
-            fs.copy_files(str(path), target, destination_filesystem=self._filesystem)
+            fs.copy_files(str(self.results / name), target, destination_filesystem=self._filesystem)
         else:
             with self._filesystem.open_output_stream(target) as there:
                 there.write(content)
-        self._sent[name] = changed
+        self._sent[name] = version
 
-    def _drop_superseded(self, here: Set[Path]) -> None:
+    def _make(self, folder: str) -> None:
+        """Make a folder in the store, once: a bucket takes a request for each folder above it, too."""
+        if folder not in self._made:
+            self._filesystem.create_dir(folder, recursive=True)
+            self._made.add(folder)
+
+    def _drop_superseded(self, here: Container[str]) -> None:
         """Delete from the store the sent checkpoints that are not `here`, except the last one sent of each trial.
 
         here: the files as listed before the metrics were sent, which therefore tell of what superseded the others.
         """
-        sent = [name for name in self._sent if Path(name).match(CHECKPOINT_PATTERN)]
-        of_trial = Counter(Path(name).parent for name in sent)
+        sent = [name for name in self._sent if fnmatchcase(_base(name), CHECKPOINT_PATTERN)]
+        of_trial = Counter(name.rpartition("/")[0] for name in sent)
         for name in sent:
-            trial = Path(name).parent
-            if of_trial[trial] > 1 and self.results / name not in here:
+            trial = name.rpartition("/")[0]
+            if of_trial[trial] > 1 and name not in here:
                 with contextlib.suppress(FileNotFoundError):
                     self._filesystem.delete_file(f"{self._root}/{name}")
                 del self._sent[name]
                 of_trial[trial] -= 1
 
 
-def _changed(path: Path) -> tuple[int, int]:
-    """Return what differs between two versions of a file: the time of its last change, and its size."""
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size
+def pause_s(took_s: float, every_s: float) -> float:
+    """Return the seconds to wait after an upload; the next can begin `every_s` seconds after this one began."""
+    return max(0.0, min(SELDOM * took_s, every_s - took_s))
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _is_sent(name: str, here: Version, there: fs.FileInfo) -> bool:
+    """Return whether a file of a trial is in the store as it is here, judged by size and time; if in doubt, False.
+
+    A file that is replaced may keep its size, as config.json does in population-based training: it must have been sent
+    `CLOCKS_S` after its last change. For the others whole seconds suffice, since stores tell no more. `fetch` makes the
+    times equal.
+    """
+    parts, (changed_ns, size) = name.split("/"), here
+    if parts[-3:-2] != ["trials"] or size != there.size or there.mtime_ns is None:
+        return False
+    after_s = 0 if any(fnmatchcase(parts[-1], pattern) for pattern in SIZE_TELLS) else CLOCKS_S
+    return changed_ns == there.mtime_ns or changed_ns // 10**9 + after_s <= there.mtime_ns // 10**9
 
 
 def folders_at(uri: str) -> list[str]:
@@ -273,12 +334,23 @@ def fetch(uri: str, into: Path, parts: Sequence[str] = ()) -> Path:
 
 
 def _copy_all(filesystem: fs.FileSystem, root: str, results: Path) -> None:
-    """Copy a results folder. Its study is read first and written last, so that all it mentions is there when it is."""
+    """Copy a results folder. Its study is read first and written last, so that all it mentions is there when it is.
+
+    The copies get the times of what is in the store, by which a mirror recognises them.
+    """
     with filesystem.open_input_stream(f"{root}/{STUDY}") as there:
         study = there.read()
-    for found in filesystem.get_file_info(fs.FileSelector(root)):
-        if found.base_name != STUDY:
-            _copy(filesystem, found.path, results / found.base_name)
+    stored = {
+        found.path.removeprefix(f"{root}/"): found
+        for found in filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+    }
+    for name, found in stored.items():
+        if "/" not in name and name != STUDY:
+            _copy(filesystem, found.path, results / name)
+    for name, found in stored.items():
+        if found.type == fs.FileType.File and found.mtime_ns is not None:
+            with contextlib.suppress(OSError):
+                os.utime(results / name, ns=(found.mtime_ns, found.mtime_ns))
     replace_bytes(results / STUDY, study)
 
 
