@@ -63,7 +63,7 @@ def export_trial(results: Path, what: str, target: Path, source: str | None = No
         with _filled(target) as folder:
             saved = _copy_last(trial, folder / CHECKPOINT)
             if saved is None:
-                kept = "its reports have no state" if chosen.epochs else "it gave no report"
+                kept = "its reports have no state, or it was deleted" if chosen.epochs else "it gave no report"
                 raise UserError(f"--export {what}: trial {chosen.number} ({chosen.status}) has no checkpoint: {kept}")
             if not is_whole(folder / CHECKPOINT):
                 torn = f"{saved.path.name} of trial {chosen.number}"
