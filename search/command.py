@@ -128,12 +128,7 @@ def search(
     interruption = interruption or Interruption()
     with interruption.heeded(), contextlib.ExitStack() as held:  # from here on there is a folder to resume from
         results = folder_of(options, space)
-        try:
-            mirror = open_mirror(options, results)
-        except UserError:
-            with contextlib.suppress(OSError):
-                results.rmdir()  # made just now, and empty; no other is
-            raise
+        mirror = open_mirror(options, results)
         open_results(options, space, results, held, mirror)
         if mirror is not None:
             mirror.begin()
@@ -266,12 +261,17 @@ def made_anew(folder: Path) -> Path:
 def open_mirror(options: Options, results: Path) -> Mirror | None:
     """Return the mirror of the results folder, including one set up before a resume; None if it has no mirror.
 
-    Call this before creating the folder, which would otherwise block the corrected command. Raises UserError if the
-    mirror cannot be used.
+    Call this while a new folder does not exist or is empty. Raises UserError, and removes such a folder, if the mirror
+    cannot be used.
     """
     if options.uri is not None:
-        mirror = Mirror(results, below(options.uri, results.name))
-        mirror.check()
+        try:
+            mirror = Mirror(results, below(options.uri, results.name))
+            mirror.check()
+        except UserError:
+            with contextlib.suppress(OSError):
+                results.rmdir()
+            raise
         return mirror
     before = how_it_ran(results).get("mirror") if options.resume is not None else None
     if before is None:
