@@ -41,17 +41,14 @@ class Past:
 
 @dataclass(frozen=True)
 class _Earlier:
-    """Stands in for a Tune trial of an earlier run, with the only attribute that these schedulers use."""
+    """Stands in for a Tune trial of an earlier run, with the only attributes that these schedulers use."""
 
     trial_id: str
     config: Mapping[str, Any] = field(hash=False)
 
 
 class _Lenient(TrialScheduler):
-    """Judges no trial after its last epoch: it ends by itself, and the code after its loop runs, too.
-
-    epochs: of every trial; None if a space does not fix them.
-    """
+    """Judges no trial after its last epoch: it ends by itself, and the code after its loop runs, too."""
 
     def __init__(self, space: Space, **arguments: Any) -> None:
         self._space = space
