@@ -524,8 +524,14 @@ def test_scores_without_a_sample_are_left_out() -> None:
         ({"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), np.int64(8))}}, "a must count in an int or a .*, not int64"),
         (
             {"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), torch.ones(1))}},
-            r"a must count in an int or a scalar tensor, not a tensor of shape \(1,\)",
+            r"both scalar, and in 'a' there is a tensor of shape \(1,\)",
         ),
+        # Not summed, it would scale the gradient by a wrong number, or be broadcast to one that has no sum.
+        ({"loss": lambda m, b, c: {"a": (m(b["x"])[:, :1], 8)}}, r"loss must .* in 'a' there is a tensor of shape \(8, 1"),
+        ({"loss": lambda m, b, c: {"a": m(b["x"]).sum()}}, r"loss must return, by .*'a' is a tensor of shape \(\)"),
+        ({"loss": lambda m, b, c: m(b["x"]).sum()}, r"loss must return, by .* and returned a tensor of shape \(\)"),
+        ({"score": lambda m, b, c: {"a": (torch.ones(3), 8)}}, r"score must .* in 'a' there is a tensor of shape \(3,"),
+        ({"score": lambda m, b, c: {"a": 0.5}}, "score must return, by name, pairs .* 'a' is a float"),
         ({"score": lambda m, b, c: {"loss": (torch.tensor(1.0), 1)}}, "name of a training metric: loss"),
         ({"data": lambda c, split, ranks: []}, "the split 'train' holds no sample"),
         (

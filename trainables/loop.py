@@ -30,7 +30,7 @@ from trainables.memory import MIB, Memory, Tried, fitting_micro_batch, shape_key
 from trainables.optim import Ema, Patience, adamw, clip_divisor, fused_step, lr_factor, set_lr
 from trainables.resume import Best, StoredModel, generators, restore, seed_everything, seed_from, state_of
 from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, on_device, ranks_of, share_of
-from trainables.step import Loss, Pairs, autocast, backward, compiled, divisor_of, over_ranks
+from trainables.step import Loss, Pairs, autocast, backward, checked, compiled, divisor_of, over_ranks
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def evaluate(
     totals: dict[str, Tensor] = {}
     for batch in on_device(samples, mine.split(micro_batch), device):
         with autocast(device, optim):
-            pairs = task.score(model, batch, trial.config)
+            pairs = checked(task.score(model, batch, trial.config), "score")
         for name, pair in pairs.items():
             pair_2 = torch.stack([as_float64(part, device) for part in pair])
             totals[name] = totals.get(name, 0) + share.weight * pair_2

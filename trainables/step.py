@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainables.contract import UserError
 from trainables.optim import Optim
 from trainables.samples import Batch, Ranks, Share
 
@@ -40,7 +41,7 @@ class Loss(nn.Module):
         """Return the loss terms of a batch and their sum, a scalar, which is minimised."""
         pairs = {
             name: (term_sum.to(torch.promote_types(term_sum.dtype, torch.float32)), count)
-            for name, (term_sum, count) in self.loss(self.model, batch, self.config).items()
+            for name, (term_sum, count) in checked(self.loss(self.model, batch, self.config), "loss").items()
         }
         total = functools.reduce(operator.add, [term_sum for term_sum, _ in pairs.values()])
         known_2 = torch.stack([total, torch.ones_like(total) * shared_count(pairs)]).detach()
@@ -108,11 +109,29 @@ def backward(
     return functools.reduce(operator.add, parts)
 
 
+def checked(returned: Any, function: str) -> Pairs:
+    """Return what a task's `function`, its loss or its score, returned; raises UserError if that is no `Pairs`."""
+    rule = f"{function} must return, by name, pairs of a sum and the count it was taken over, both scalar"
+    if not isinstance(returned, Mapping):
+        raise UserError(f"{rule}, and returned {described(returned)}")
+    for name, pair in returned.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise UserError(f"{rule}, and {name!r} is {described(pair)}")
+        for part in pair:
+            if isinstance(part, Tensor) and part.ndim > 0:
+                raise UserError(f"{rule}, and in {name!r} there is {described(part)}")
+    return returned
+
+
+def described(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
 def shared_count(pairs: Pairs) -> Tensor | int:
-    """Return the count of all terms; raises ValueError if they have several, or one that is no int or scalar tensor."""
+    """Return the count of all terms; raises ValueError if they have several, or one that is no int or tensor."""
     first, *others = (count for _, count in pairs.values())
-    if not isinstance(first, int) and not (isinstance(first, Tensor) and first.ndim == 0):
-        found = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+    if not isinstance(first, int | Tensor):
+        found = type(first).__name__
         raise ValueError(f"the loss terms {', '.join(pairs)} must count in an int or a scalar tensor, not {found}")
     # Tensors are compared by identity: comparing their values would make the host wait for the GPU.
     if any(not (other is first or (isinstance(other, int) and other == first)) for other in others):
