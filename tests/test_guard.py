@@ -104,7 +104,7 @@ def test_a_loss_that_is_nan_ends_the_trial_where_its_gradient_is_cut_off(precisi
     details = diverged(done)
     assert done.diverged is not None
     assert done.diverged.step == 2
-    assert done.diverged.reason.startswith("loss_square and loss_size are not finite at lr 0.01; ")
+    assert done.diverged.reason.startswith("loss_size and loss_square are not finite at lr 0.01; ")
     assert details["found"]["module"] == "5"
     assert math.isfinite(details["grad_norms"][-1])
     assert torch.equal(done.weights[-1], done.weights[2]), "not even this step was taken"

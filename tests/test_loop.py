@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -516,6 +516,28 @@ def test_scores_without_a_sample_are_left_out() -> None:
     assert "absent" not in metrics
 
 
+def terms_of(names: Callable[[Batch], Sequence[str]]) -> Callable[..., Pairs]:
+    """A loss with these terms, each as large as its name is long."""
+    return lambda model, batch, config: {
+        name: (0 * model(batch["x"]).sum() + len(name) * len(batch["x"]), len(batch["x"])) for name in names(batch)
+    }
+
+
+@pytest.mark.parametrize("config", [Config(), Config(Optim(batch_size=8, micro_batch=1))])
+def test_the_terms_of_a_loss_may_come_in_any_order(config: Config) -> None:
+    loss = terms_of(lambda batch: ["a", "four"][:: 1 if batch["index"][0] % 2 else -1])
+    (metrics, *_) = run(config, replace(TOY, loss=loss)).metrics
+    assert (metrics["loss_a"], metrics["loss_four"], metrics["loss"]) == (1, 4, 5)
+
+
+@pytest.mark.parametrize("config", [Config(), Config(Optim(batch_size=8, micro_batch=1))])
+@pytest.mark.parametrize("other", [["a"], ["a", "five"]])
+def test_the_terms_of_a_loss_are_those_of_every_batch(other: list[str], config: Config) -> None:
+    loss = terms_of(lambda batch: ["a", "four"] if batch["index"][0] % 2 else other)
+    with pytest.raises(UserError, match=r"terms of a batch are a.*, and of another a.*: they must be the same"):
+        run(config, replace(TOY, loss=loss))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -527,7 +549,10 @@ def test_scores_without_a_sample_are_left_out() -> None:
             r"both scalar, and in 'a' there is a tensor of shape \(1,\)",
         ),
         # Not summed, it would scale the gradient by a wrong number, or be broadcast to one that has no sum.
-        ({"loss": lambda m, b, c: {"a": (m(b["x"])[:, :1], 8)}}, r"loss must .* in 'a' there is a tensor of shape \(8, 1"),
+        (
+            {"loss": lambda m, b, c: {"a": (m(b["x"])[:, :1], 8)}},
+            r"loss must .* in 'a' there is a tensor of shape \(8, 1",
+        ),
         ({"loss": lambda m, b, c: {"a": m(b["x"]).sum()}}, r"loss must return, by .*'a' is a tensor of shape \(\)"),
         ({"loss": lambda m, b, c: m(b["x"]).sum()}, r"loss must return, by .* and returned a tensor of shape \(\)"),
         ({"score": lambda m, b, c: {"a": (torch.ones(3), 8)}}, r"score must .* in 'a' there is a tensor of shape \(3,"),

@@ -45,7 +45,8 @@ class Task:
         cache slow loading yourself, with `functools.cache` or on disk. `TensorSamples` suits tensors in memory.
     loss: returns the weighted loss terms of a batch by name; their sum is minimised. All terms share one count: the
         same int, such as the number of samples, or the very same scalar tensor, such as that of the valid tokens. It is
-        added up over micro-batches and ranks. If the count of a whole batch is zero, the sum itself is minimised.
+        added up over micro-batches and ranks. If the count of a whole batch is zero, the sum itself is minimised. The
+        names must be the same in every batch.
     score: returns the validation scores of a batch by name, each with its own count. The names must not depend on the
         batch; a score whose count is zero over the whole split is omitted.
     lr_scale: the learning rate of the named parameter, as a ratio of `optim.lr`.
@@ -108,7 +109,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         began_s = time.perf_counter()
         shares = epoch_shares(len(train), optim.batch_size, micro_batch, ranks, seed_from(trial.seed, "order", epoch))
         batches = on_device(train, [micro for share in shares for micro in share.micros], device)
-        records = list[StepRecord]()
+        records, terms = list[StepRecord](), tuple[str, ...]()
         for index, share in enumerate(shares):
             lr = patience.lr_ratio * optim.lr * lr_factor(optim, epoch + (index + 0.5) / len(shares), config.epochs)
             scale = scaler.scale(torch.ones((), device=device))
@@ -121,6 +122,8 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             except Exception as error:
                 guard.explain(error, step)
                 raise
+            summed.require(terms or summed.terms)
+            terms = summed.terms
 
             # Gradients are of the summed loss, divided by the number of ranks (DDP) and the batch size (`backward`).
             pieces = ranks.size * share.effective
@@ -145,7 +148,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             raise guard.weights_blown_up([name for name, x in trained.items() if not x.isfinite().all()])
         speed = {"samples_per_s": sum(share.effective for share in shares) / (time.perf_counter() - began_s)}
 
-        metrics = train_means(summed.terms, records, ranks) | {"update_ratio": update_ratio(before, trained)}
+        metrics = train_means(terms, records, ranks) | {"update_ratio": update_ratio(before, trained)}
         metrics |= {} if overflow else {name: float(part_norm) for name, part_norm in by_part.items()}
         metrics |= {"lr": lr, "micro_batch": micro_batch}
         broadcast_buffers(model, ranks)

@@ -80,13 +80,22 @@ def over_ranks(loss: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module
 
 @dataclass(frozen=True)
 class Summed:
-    """The loss terms of a batch and their common count, both summed over this rank's samples."""
+    """The loss terms of a batch, in alphabetical order, and their common count, summed over this rank's samples."""
 
     terms: tuple[str, ...]
     sums_U: Tensor
 
     def __add__(self, other: Summed) -> Summed:
+        other.require(self.terms)
         return Summed(self.terms, self.sums_U + other.sums_U)
+
+    def require(self, terms: tuple[str, ...]) -> None:
+        """Raise UserError unless its terms are these, which another batch had."""
+        if self.terms != terms:
+            raise UserError(
+                f"the loss terms of a batch are {', '.join(self.terms)}, and of another {', '.join(terms)}: they must "
+                "be the same in every batch; a term that has nothing to add returns a sum of zero"
+            )
 
 
 def backward(
@@ -104,8 +113,9 @@ def backward(
             with cast:
                 pairs, total = loss(next(batches))
             total.backward(scaler.scale(torch.full_like(total, share.weight / share.effective)))
-        sums = [*(term_sum for term_sum, _ in pairs.values()), torch.ones_like(total) * shared_count(pairs)]
-        parts.append(Summed(tuple(pairs), torch.stack(sums).detach() * share.weight))
+        terms = tuple(sorted(pairs))
+        sums = [*(pairs[term][0] for term in terms), torch.ones_like(total) * shared_count(pairs)]
+        parts.append(Summed(terms, torch.stack(sums).detach() * share.weight))
     return functools.reduce(operator.add, parts)
 
 
