@@ -27,6 +27,7 @@ PAIRED = {
     "lengths as ints": Config(Optim(lr=0.01, batch_size=9, micro_batch=2), lengths=True),
     "one sample a batch": Config(Optim(lr=0.01, batch_size=1, clip_norm=1.0), samples=4),
     "one sample a batch, lengths": Config(Optim(lr=0.01, batch_size=1, ema=0.9), samples=4, lengths=True),
+    "scores": Config(Optim(lr=0.01, batch_size=8, eval_batch=1)),
     "fp16": Config(Optim(lr=0.01, batch_size=8, precision="fp16"), loudness=0.1),  # too quiet to overflow anywhere
 }
 # Places 0 and 1 of a batch go to ranks 0 and 1.
@@ -44,8 +45,17 @@ def loss_of_ints(model: nn.Module, batch: Batch, config: Config) -> Pairs:
     return {name: (total, int(count)) for name, (total, count) in TOY.loss(model, batch, config).items()}
 
 
+def scores_of_some(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+    """Whose names and order depend on the batch. Validation samples have odd places on rank 1."""
+    odd = [(f"odd_{index % 4}", (torch.tensor(float(index)), 1)) for index in batch["index"].tolist() if index % 2]
+    return {**dict(odd[::-1]), **TOY.score(model, batch, config)}
+
+
+TASKS = {"lengths as ints": replace(PARTED, loss=loss_of_ints), "scores": replace(PARTED, score=scores_of_some)}
+
+
 def task_of(name: str) -> Task:
-    return replace(PARTED, loss=loss_of_ints) if name == "lengths as ints" else PARTED
+    return TASKS.get(name, PARTED)
 
 
 def with_batch_norm(config: Config) -> nn.Module:

@@ -15,7 +15,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,12 +26,11 @@ from trainables.contract import Diverged, UserError, memory_error
 from trainables.optim import Optim
 from trainables.postmortem import Findings, Witness, examine
 from trainables.resume import Generators, set_generators
-from trainables.samples import Ranks, Samples, Share, on_device
+from trainables.samples import Ranks, Samples, Share, everyones, on_device
 from trainables.step import Loss, Summed, autocast, backward, divisor_of
 
 KEPT = 50  # steps in the running median, and in a post-mortem's history of losses and gradient norms
 SETTLED = 10  # steps before the running median is meaningful
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -237,7 +236,8 @@ class Guard:
 
     def _culprit(self, step: Step) -> tuple[int, Findings, list[int]]:
         """Run the step again; return the first rank on which it fails, that rank's findings and its sample indices."""
-        everyone = self._everyones((self._ranks.rank, self._replay.findings(step), sample_indices(step)))
+        mine = self._ranks.rank, self._replay.findings(step), sample_indices(step)
+        everyone = everyones(mine, self._ranks)
         return next((item for item in everyone if item[1].reproduced), everyone[0])
 
     def _told(self, batch: list[int]) -> dict[str, Any]:
@@ -249,15 +249,7 @@ class Guard:
         return {"batch": batch, "names": names} if names else {"batch": batch}
 
     def _everyones_samples(self, step: Step) -> list[int]:
-        return [index for samples in self._everyones(sample_indices(step)) for index in samples]
-
-    def _everyones(self, own: T) -> list[T]:
-        """Return every rank's value, in rank order."""
-        if self._ranks.size == 1:
-            return [own]
-        everyone: list[Any] = [None] * self._ranks.size
-        dist.all_gather_object(everyone, own)
-        return everyone
+        return [index for samples in everyones(sample_indices(step), self._ranks) for index in samples]
 
     def state_dict(self) -> dict[str, Any]:
         # Numbers, not tensors: a norm that was infinite once does not mean that the state has blown up.

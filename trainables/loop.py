@@ -29,7 +29,7 @@ from trainables.guard import Guard, Replay, Step
 from trainables.memory import MIB, Memory, Tried, fitting_micro_batch, shape_key, switches, try_step
 from trainables.optim import Ema, Patience, adamw, clip_divisor, fused_step, lr_factor, set_lr
 from trainables.resume import Best, StoredModel, generators, restore, seed_everything, seed_from, state_of
-from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, on_device, ranks_of, share_of
+from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, everyones, on_device, ranks_of, share_of
 from trainables.step import Loss, Pairs, autocast, backward, checked, compiled, divisor_of, over_ranks
 
 
@@ -47,8 +47,8 @@ class Task:
         same int, such as the number of samples, or the very same scalar tensor, such as that of the valid tokens. It is
         added up over micro-batches and ranks. If the count of a whole batch is zero, the sum itself is minimised. The
         names must be the same in every batch.
-    score: returns the validation scores of a batch by name, each with its own count. The names must not depend on the
-        batch; a score whose count is zero over the whole split is omitted.
+    score: returns the validation scores of a batch by name, each with its own count. A batch need not have every
+        score; one whose count is zero over the whole split is omitted.
     lr_scale: the learning rate of the named parameter, as a ratio of `optim.lr`.
     derived: metrics computed from the whole split's scores, e.g. macro F1. Map a score's name to None to drop it from
         the report.
@@ -315,12 +315,14 @@ def evaluate(
         for name, pair in pairs.items():
             pair_2 = torch.stack([as_float64(part, device) for part in pair])
             totals[name] = totals.get(name, 0) + share.weight * pair_2
-    if not totals:
+    names = list(dict.fromkeys(name for theirs in everyones(list(totals), ranks) for name in theirs))
+    if not names:
         return {}
-    table_N2 = torch.stack(list(totals.values()))
+    nothing_2 = torch.zeros(2, dtype=torch.float64, device=device)
+    table_N2 = torch.stack([totals.get(name, nothing_2) for name in names])
     if ranks.size > 1:
         dist.all_reduce(table_N2)
-    scores = {name: total / count for name, (total, count) in zip(totals, table_N2.tolist(), strict=True) if count}
+    scores = {name: total / count for name, (total, count) in zip(names, table_N2.tolist(), strict=True) if count}
     reported = {**scores, **task.derived(scores)}
     return {name: value for name, value in reported.items() if value is not None}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 from trainables.contract import Trial, UserError
 
 Batch = dict[str, Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,15 @@ def ranks_of(trial: Trial) -> Ranks:
             "call torch.distributed.init_process_group before the trial"
         )
     return Ranks(trial.rank, trial.world_size)
+
+
+def everyones(own: T, ranks: Ranks) -> list[T]:
+    """Return every rank's value, in rank order. A collective: every rank must call it."""
+    if ranks.size == 1:
+        return [own]
+    everyone: list[Any] = [None] * ranks.size
+    dist.all_gather_object(everyone, own)
+    return everyone
 
 
 class Samples(Protocol):
