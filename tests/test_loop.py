@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -516,6 +516,24 @@ def test_scores_without_a_sample_are_left_out() -> None:
     assert "absent" not in metrics
 
 
+@dataclass(frozen=True)
+class With:
+    """The toy's samples, and something more."""
+
+    more: dict[str, Any]
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return {**toy_data(Config(), "train", Ranks())[indices], **self.more}
+
+
+class Tuples(With):
+    def __getitem__(self, indices: Tensor) -> Any:
+        return torch.ones(len(indices), 6), torch.ones(len(indices), 6)
+
+
 def terms_of(names: Callable[[Batch], Sequence[str]]) -> Callable[..., Pairs]:
     """A loss with these terms, each as large as its name is long."""
     return lambda model, batch, config: {
@@ -559,6 +577,14 @@ def test_the_terms_of_a_loss_are_those_of_every_batch(other: list[str], config: 
         ({"score": lambda m, b, c: {"a": 0.5}}, "score must return, by name, pairs .* 'a' is a float"),
         ({"score": lambda m, b, c: {"loss": (torch.tensor(1.0), 1)}}, "name of a training metric: loss"),
         ({"data": lambda c, split, ranks: []}, "the split 'train' holds no sample"),
+        (
+            {"data": lambda c, split, ranks: Tuples({})},
+            r"samples\[indices\] must return a flat dict of tensors, not a tuple",
+        ),
+        (
+            {"data": lambda c, split, ranks: With({"map": {"x": torch.ones(6)}})},
+            "must return a flat dict of tensors: 'map' is a dict; make tensors of it, or leave it out",
+        ),
         (
             {"data": lambda c, split, ranks: TensorSamples({"x": torch.ones(3, 6), "y": torch.ones(2, 6)})},
             "must hold the same number of samples: x holds 3, y holds 2",

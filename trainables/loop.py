@@ -29,7 +29,18 @@ from trainables.guard import Guard, Replay, Step
 from trainables.memory import MIB, Memory, Tried, fitting_micro_batch, shape_key, switches, try_step
 from trainables.optim import Ema, Patience, adamw, clip_divisor, fused_step, lr_factor, set_lr
 from trainables.resume import Best, StoredModel, generators, restore, seed_everything, seed_from, state_of
-from trainables.samples import Batch, Ranks, Samples, Share, epoch_shares, everyones, on_device, ranks_of, share_of
+from trainables.samples import (
+    Batch,
+    Ranks,
+    Samples,
+    Share,
+    epoch_shares,
+    everyones,
+    gathered,
+    on_device,
+    ranks_of,
+    share_of,
+)
 from trainables.step import Loss, Pairs, autocast, backward, checked, compiled, divisor_of, over_ranks
 
 
@@ -208,7 +219,7 @@ def probe_of(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks, limit_byt
     # gradients of all micro-batches but the last.
     copies = 3 + (optim.ema is not None) + (ranks.size > 1)
     memory = Memory(trial.device, limit_bytes, copies * trained_bytes)
-    shape = shape_key(loss, samples[torch.arange(1)], optim.precision, memory, ranks)
+    shape = shape_key(loss, gathered(samples, torch.arange(1)), optim.precision, memory, ranks)
     others = (item for item in vars(trial.config).items() if item[0] not in ("optim", "epochs"))
     key = shape, tuple((name, switches(value)) for name, value in others)
 

@@ -111,15 +111,27 @@ def epoch_shares(samples: int, batch_size: int, micro_batch: int | None, ranks: 
     return [share_of(batch, ranks, micro_batch) for batch in whole]
 
 
+def gathered(samples: Samples, indices: Tensor) -> Batch:
+    """Return the samples with these indices; raises UserError unless they are a flat dict of tensors."""
+    batch: Any = samples[indices]
+    rule = "samples[indices] must return a flat dict of tensors"
+    if not isinstance(batch, Mapping):
+        raise UserError(f"{rule}, not a {type(batch).__name__}")
+    for name, tensor in batch.items():
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{rule}: {name!r} is a {type(tensor).__name__}; make tensors of it, or leave it out")
+    return dict(batch)
+
+
 def on_device(samples: Samples, micros: Sequence[Tensor], device: torch.device) -> Iterator[Batch]:
     """Yield these micro-batches on the device; for a GPU, another thread gathers one batch ahead."""
     if device.type != "cuda":
         for micro in micros:
-            yield {name: tensor.to(device) for name, tensor in samples[micro].items()}
+            yield {name: tensor.to(device) for name, tensor in gathered(samples, micro).items()}
         return
 
     def gather(micro: Tensor) -> Batch:
-        return {name: tensor.pin_memory() for name, tensor in samples[micro].items()}
+        return {name: tensor.pin_memory() for name, tensor in gathered(samples, micro).items()}
 
     # The thread pins memory for this device: without set_device it would also create a context on the first GPU.
     with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
