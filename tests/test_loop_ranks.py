@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from toy_task import TOY, WIDTH, Config, Run, assert_same, order, run
 
+from trainables.contract import UserError
 from trainables.loop import Task
 from trainables.optim import Optim
 from trainables.samples import Batch
@@ -140,6 +141,45 @@ def test_a_rank_whose_loss_refuses_explains_it_without_the_others(refuser: int, 
     told = [(tmp_path / f"{rank}.txt").read_text() for rank in (refuser, 1 - refuser)]
     sentence = "a value that the loss function passed to the model itself (Sequential) was first not finite (step 1)"
     assert told == [f"the loss raised ArithmeticError at lr 0.01; {sentence}", "RuntimeError"]
+
+
+class Spare(nn.Module):
+    """A part for samples of one kind."""
+
+    def __init__(self, kind: int) -> None:
+        super().__init__()
+        self.all, self.some = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.kind = kind
+
+    def forward(self, x_BC: Tensor, index_B: Tensor) -> Tensor:
+        y_BC: Tensor = self.all(x_BC)
+        return y_BC + self.some(x_BC) if self.kind in index_B else y_BC
+
+
+def spare_on(rank: int, folder: Path) -> None:
+    """Train on two ranks for one step, on a batch of which only rank 0 has a sample that uses all of the model."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    config = Config(Optim(batch_size=8), epochs=1, samples=8)
+    kind = int(order(config)[0][0])
+
+    def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        return {"square": (model(batch["x"], batch["index"]).square().sum(), len(batch["x"]))}
+
+    try:
+        run(config, replace(TOY, model=lambda config: Spare(kind), loss=loss), rank=rank, world_size=2)
+    except (UserError, RuntimeError) as error:
+        (folder / f"{rank}.txt").write_text(str(error) if isinstance(error, UserError) else type(error).__name__)
+    dist.destroy_process_group()
+
+
+def test_a_parameter_that_a_ranks_batch_does_not_use_is_named(tmp_path: Path) -> None:
+    spawn(spare_on, args=(tmp_path,), nprocs=2)
+    told = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert told[0] == "RuntimeError"
+    assert told[1].startswith(
+        "some.weight and 1 more parameters had no part in the loss of step 0: with several ranks,"
+    )
 
 
 def test_all_ranks_hold_the_same_buffers_when_an_epoch_ends(both: list[dict[str, Run]]) -> None:

@@ -51,7 +51,8 @@ class Task:
     config: the class of `Trial.config`, a frozen dataclass with the fields `optim: Optim` and `epochs: int`. A search
         looks for it under the name `Config` in the trainable's module.
     model: builds the module on the CPU, drawing from the seeded global generator. A parameter with `requires_grad`
-        False is not trained, every other one must be used in every batch; a submodule left in eval mode stays in it.
+        False is not trained; with several ranks, the loss of every batch must use every other one. A submodule left
+        in eval mode stays in it.
     data: opens the whole split "train" or "val" on every rank; the loop shuffles and divides it. Called in every trial:
         cache slow loading yourself, with `functools.cache` or on disk. `TensorSamples` suits tensors in memory.
     loss: returns the weighted loss terms of a batch by name; their sum is minimised. All terms share one count: the
@@ -142,6 +143,8 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             divisor = divisor_of(count) / pieces
             scaler.unscale_(optimizer)
             scaler.update()
+            if ranks.size > 1 and (names := [name for name, p in trained.items() if p.grad is None]):
+                raise unused(names, step)
             norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None]) / divisor
             next_scale = scaler.scale(torch.ones_like(scale))
             skip, overflow = guard.judge(total / divisor_of(count), norm, scale, next_scale)
@@ -262,6 +265,15 @@ def train_means(terms: Sequence[str], records: Sequence[StepRecord], ranks: Rank
     means = {f"loss_{term}": mean for term, mean in zip(terms, means_T.tolist(), strict=True)}
     norm = {} if none_taken else {"grad_norm": float(norm_S[counts_S].double().mean())}
     return {"loss": float(means_T.sum()), **means, **norm}
+
+
+def unused(names: Sequence[str], step: Step) -> UserError:
+    """Return the error for parameters without a gradient: DDP then leaves the ranks with different ones for others."""
+    these = f"{names[0]} and {len(names) - 1} more parameters" if names[1:] else names[0]
+    return UserError(
+        f"{these} had no part in the loss of step {step.number}: with several ranks, each that is trained must have a "
+        "part in every batch; add it times zero where it has none, or let it require no gradient"
+    )
 
 
 def joined(metrics: Mapping[str, float], scores: Mapping[str, float]) -> dict[str, float]:
