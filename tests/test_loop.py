@@ -330,6 +330,43 @@ def test_steps_are_counted_from_the_start_of_the_trial_when_it_was_resumed() -> 
     assert done.diverged.step == 5
 
 
+def louder(config: Config, epoch: int) -> Config:
+    return replace(config, loudness=config.loudness + epoch)
+
+
+def test_the_loss_may_change_from_epoch_to_epoch_and_a_resumed_trial_goes_on_with_its_own() -> None:
+    seen = list[float]()
+
+    def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        seen.append(config.loudness)
+        return toy_loss(model, batch, config)
+
+    def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        assert config.loudness == 1, "scores of different epochs are comparable"
+        return toy_score(model, batch, config)
+
+    task, config = replace(TOY, loss=loss, score=score, annealed=louder), replace(EVERYTHING, epochs=3)
+    whole = run(config, task)
+    assert seen == sorted(seen)
+    assert set(seen) == {1.0, 2.0, 3.0}
+    resumed = run(config, task, resume=whole.states[0])
+    assert resumed.metrics == whole.metrics[1:]
+    assert_same(resumed.states, whole.states[1:])
+
+
+@pytest.mark.parametrize("place", [0, 2])  # in the first step of an epoch, and in its last
+def test_a_step_is_run_again_as_its_epoch_had_it(place: int) -> None:
+    bad = int(order(Config(), epoch=1)[place][0])
+
+    def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        return toy_loss(model, batch, replace(config, nan_loss_of=bad if config.loudness == 2 else None))
+
+    done = run(replace(Config(), epochs=3), replace(TOY, loss=loss, annealed=louder))
+    assert done.diverged is not None
+    assert done.diverged.step == 3 + place
+    assert done.diverged.details["found"]["reproduced"]
+
+
 def test_weights_that_are_not_finite_are_never_reported() -> None:
     done = run(Config(Optim(lr=3e38, batch_size=27)))
     assert done.diverged is not None

@@ -46,7 +46,7 @@ from trainables.step import Loss, Pairs, autocast, backward, checked, compiled, 
 
 @dataclass(frozen=True)
 class Task:
-    """A family as the loop sees it: a config class, four required functions and five optional ones.
+    """A family as the loop sees it: a config class, four required functions and six optional ones.
 
     config: the class of `Trial.config`, a frozen dataclass with the fields `optim: Optim` and `epochs: int`. A search
         looks for it under the name `Config` in the trainable's module.
@@ -66,6 +66,9 @@ class Task:
         the report.
     part: the part of the model that the named parameter belongs to, or None. The gradient norm of each part in the
         last step of an epoch is reported as grad_norm_<part>, unless fp16 skipped that step.
+    annealed: the config that the loss gets in an epoch, counted from 0, for what changes as training proceeds: teacher
+        forcing, a term's weight. Everything else gets the trial's own, and memory is probed with it. `optim.compile`
+        compiles anew for each, and after eight no more.
     names: describes where the training samples with these indices come from, for the post-mortem of a step.
     saved: whether a checkpoint holds the named parameter or buffer. The others must never change, and `model` must
         build them identically in every trial: a frozen backbone need not be in every checkpoint.
@@ -81,6 +84,7 @@ class Task:
     lr_scale: Callable[[str], float] = lambda name: 1.0
     derived: Callable[[Mapping[str, float]], Mapping[str, float | None]] = lambda scores: {}
     part: Callable[[str], str | None] = lambda name: None
+    annealed: Callable[[Any, int], Any] = lambda config, epoch: config
     names: Callable[[Any, Sequence[int]], list[str]] = lambda config, indices: []
     saved: Callable[[str], bool] = lambda name: True
 
@@ -118,6 +122,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         if patience.over:
             return
         seed_everything(trial.seed, epoch, ranks.rank)
+        plain.config = task.annealed(config, epoch)
         began_s = time.perf_counter()
         shares = epoch_shares(len(train), optim.batch_size, micro_batch, ranks, seed_from(trial.seed, "order", epoch))
         batches = on_device(train, [micro for share in shares for micro in share.micros], device)
