@@ -544,6 +544,15 @@ def test_a_small_data_set_is_one_ragged_batch_and_else_the_ragged_one_is_dropped
     assert len(set(torch.cat(order(Config(samples=27))).tolist())) == 24
 
 
+def test_an_epoch_of_some_samples_has_so_many_steps_and_is_resumed_as_it_was() -> None:
+    config = replace(EVERYTHING, optim=replace(EVERYTHING.optim, micro_batch=None, epoch_samples=17))
+    whole = run(config)
+    assert len(whole.weights) == 4 * 2 + 1
+    assert_same(run(config, resume=whole.states[1]).states, whole.states[2:])
+    tiny = replace(config, optim=replace(config.optim, epoch_samples=3))
+    assert [metrics["micro_batch"] for metrics in run(tiny).metrics] == [3] * 4
+
+
 def test_scores_without_a_sample_are_left_out() -> None:
     def absent(model: nn.Module, batch: Batch, config: Config) -> Pairs:
         return {"there": (torch.tensor(3.0), 2), "absent": (torch.tensor(0.0), 0)}

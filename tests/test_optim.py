@@ -47,6 +47,7 @@ def test_constant_and_cosine_schedules(schedule: Any, warmup_epochs: float, fact
         ("batch_size", 0, "be at least 1"),
         ("micro_batch", 0, "be at least 1"),
         ("eval_batch", 0, "be at least 1"),
+        ("epoch_samples", 0, "be at least 1"),
         ("decayed", "none", "be one of all, weights"),
         ("weight_decay", -0.1, "be 0 or a positive number"),
         ("schedule", "linear", "be one of constant, cosine, notes"),

@@ -30,3 +30,13 @@ def test_none_is_left_over_for_a_micro_batch_of_its_own() -> None:
 def test_a_rank_without_a_sample_passes_another_ranks_through_and_does_not_count_it() -> None:
     share = share_of(torch.tensor([5, 3]), Ranks(2, 3), 8)
     assert ([micro.tolist() for micro in share.micros], share.weight, share.effective) == ([[5]], 0.0, 2)
+
+
+def test_an_epoch_may_have_only_some_of_the_samples_and_each_has_its_own() -> None:
+    epochs = [epoch_shares(40, 4, None, Ranks(), seed, 10) for seed in range(40)]
+    drawn = [torch.cat([micro for share in shares for micro in share.micros]).tolist() for shares in epochs]
+    assert all(len(shares) == 2 and len(set(samples)) == 8 for shares, samples in zip(epochs, drawn, strict=True))
+    assert {sample for samples in drawn for sample in samples} == set(range(40))
+    (share,) = epoch_shares(40, 24, None, Ranks(), 0, 10)
+    assert share.effective == 10
+    assert len(epoch_shares(10, 4, None, Ranks(), 0, 40)) == 2

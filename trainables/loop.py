@@ -124,7 +124,8 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         seed_everything(trial.seed, epoch, ranks.rank)
         plain.config = task.annealed(config, epoch)
         began_s = time.perf_counter()
-        shares = epoch_shares(len(train), optim.batch_size, micro_batch, ranks, seed_from(trial.seed, "order", epoch))
+        order = seed_from(trial.seed, "order", epoch)
+        shares = epoch_shares(len(train), optim.batch_size, micro_batch, ranks, order, optim.epoch_samples)
         batches = on_device(train, [micro for share in shares for micro in share.micros], device)
         records, terms = list[StepRecord](), tuple[str, ...]()
         for index, share in enumerate(shares):
@@ -242,7 +243,7 @@ def probe_of(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks, limit_byt
 
 def wanted_share(samples: Samples, trial: Trial, ranks: Ranks) -> int:
     optim = trial.config.optim
-    share = -(-min(optim.batch_size, len(samples)) // ranks.size)
+    share = -(-min(optim.batch_size, optim.epoch_samples or len(samples), len(samples)) // ranks.size)
     return min(share, optim.micro_batch or share)
 
 

@@ -111,6 +111,8 @@ class Optim:
     micro_batch: most samples that one rank passes through the model at once; None: its whole share of the batch.
     eval_batch: the same in validation, where scores do not depend on it; None: as many as in training. Memory is
         probed for training alone: if too large, it makes a trial run out of memory.
+    epoch_samples: training samples in an epoch, drawn anew for each; None: the whole split. For a split so large that
+        the search should not wait for all of it between two reports.
     schedule: "constant"; "cosine", to zero at the last epoch; "notes", the lab notes' cosine with `restarts`, constant
         within each epoch. All start with a warm-up: linear, or half a cosine in "notes".
     decayed: what weight decay applies to. "all": every parameter, as torch's AdamW does. "weights": not biases, the
@@ -130,6 +132,7 @@ class Optim:
     batch_size: int = 24
     micro_batch: int | None = None
     eval_batch: int | None = None
+    epoch_samples: int | None = None
     weight_decay: float = 0.01
     decayed: Literal["all", "weights"] = "all"
     schedule: Literal["constant", "cosine", "notes"] = "constant"
@@ -148,7 +151,7 @@ class Optim:
         require(0 < self.lr < math.inf, "optim.lr", self.lr, positive)
         require(self.clip_norm is None or 0 < self.clip_norm < math.inf, "optim.clip_norm", self.clip_norm, positive)
         require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "be at least 1")
-        for name in ("micro_batch", "eval_batch"):
+        for name in ("micro_batch", "eval_batch", "epoch_samples"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"optim.{name}", value, "be at least 1")
         require(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "be 0 or a positive number")

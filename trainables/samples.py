@@ -103,9 +103,14 @@ def share_of(batch: Tensor, ranks: Ranks, micro_batch: int | None) -> Share:
     return Share(mine.tensor_split(parts), len(batch), weight)
 
 
-def epoch_shares(samples: int, batch_size: int, micro_batch: int | None, ranks: Ranks, seed: int) -> list[Share]:
-    """Return this rank's shares of an epoch's batches; a ragged last batch is dropped unless it is the only one."""
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+def epoch_shares(
+    samples: int, batch_size: int, micro_batch: int | None, ranks: Ranks, seed: int, drawn: int | None = None
+) -> list[Share]:
+    """Return this rank's shares of an epoch's batches; a ragged last batch is dropped unless it is the only one.
+
+    drawn: how many of the samples the epoch has; None: all.
+    """
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))[:drawn]
     batches = order.split(batch_size)
     whole = [batch for batch in batches if len(batch) == batch_size] or batches
     return [share_of(batch, ranks, micro_batch) for batch in whole]
