@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from trainables.samples import Ranks, epoch_shares, share_of
+from trainables.samples import Batch, Ranks, epoch_shares, on_device, share_of
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -40,3 +46,38 @@ def test_an_epoch_may_have_only_some_of_the_samples_and_each_has_its_own() -> No
     (share,) = epoch_shares(40, 24, None, Ranks(), 0, 10)
     assert share.effective == 10
     assert len(epoch_shares(10, 4, None, Ranks(), 0, 40)) == 2
+
+
+class Busy:
+    """Samples that take a while to read, and note how many threads read at once."""
+
+    def __init__(self) -> None:
+        self.readers, self.most = 0, 0
+        self.counting = threading.Lock()
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        with self.counting:
+            self.readers += 1
+            self.most = max(self.most, self.readers)
+        time.sleep(0.05)
+        with self.counting:
+            self.readers -= 1
+        return {"index": indices}
+
+
+def test_one_thread_reads_at_a_time_also_while_a_step_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A post-mortem reads a step's samples while the batch after it is on its way. As on a GPU, but without one."""
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch.Tensor.pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr("torch.Tensor.to", lambda tensor, *args, **kwargs: tensor)
+    gpu: Any = SimpleNamespace(type="cuda")
+    samples, micros = Busy(), torch.arange(9).split(3)
+    batches = on_device(samples, micros, gpu)
+    next(batches)
+    again = on_device(samples, micros[:1], gpu)
+    assert next(again)["index"].tolist() == [0, 1, 2]
+    assert [batch["index"][0].item() for batch in batches] == [3, 6]
+    assert samples.most == 1

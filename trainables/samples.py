@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from trainables.contract import Trial, UserError
 
 Batch = dict[str, Tensor]
 T = TypeVar("T")
+READING = threading.Lock()  # a post-mortem reads a step's samples while another thread may be gathering a later batch
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ def everyones(own: T, ranks: Ranks) -> list[T]:
 
 
 class Samples(Protocol):
-    """A split of a data set, gathered by index. It must not draw from the global random generators.
+    """A split of a data set, gathered by index. The same indices always give the same samples.
 
-    When training on a GPU, another thread gathers the next batch during the current step.
+    It must not draw from the global random generators. When training on a GPU, another thread gathers the next batch
+    during the current step; no two threads do at once.
     """
 
     def __len__(self) -> int:
@@ -118,7 +121,8 @@ def epoch_shares(
 
 def gathered(samples: Samples, indices: Tensor) -> Batch:
     """Return the samples with these indices; raises UserError unless they are a flat dict of tensors."""
-    batch: Any = samples[indices]
+    with READING:
+        batch: Any = samples[indices]
     rule = "samples[indices] must return a flat dict of tensors"
     if not isinstance(batch, Mapping):
         raise UserError(f"{rule}, not a {type(batch).__name__}")
