@@ -7,7 +7,6 @@ import pickle
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -494,54 +493,42 @@ def test_the_pause_after_an_upload_is_ten_times_as_long_but_lets_a_long_trial_be
     assert pause_s(took_s, every_s) == pause
 
 
-def wait_for(path: Path, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """For less than the pause after an upload of a second."""
-    until = time.monotonic() + 8.0
-    while not path.exists():
-        assert time.monotonic() < until
-        meanwhile()
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def slow_disk(disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    copy_files = fs.copy_files
-
-    def slowly(*arguments: Any, **named: Any) -> None:
-        time.sleep(0.5)
-        copy_files(*arguments, **named)
-
-    monkeypatch.setattr(fs, "copy_files", slowly)
-    return disk
-
-
 def test_trials_that_end_soon_after_an_upload_share_the_next_one(
-    results: Path, slow_disk: Path, monkeypatch: pytest.MonkeyPatch
+    results: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("search.records.mirror.SELDOM", 100)
-    mirror = Mirror(results, f"file://{slow_disk}/run")
+    mirror, waits, asked = Mirror(results, f"file://{disk}/run", 200.0), threading.Event(), list[tuple[float, float]]()
+
+    def pause_s(took_s: float, every_s: float) -> float:
+        asked.append((took_s, every_s))
+        waits.set()
+        return 100.0
+
+    monkeypatch.setattr("search.records.mirror.pause_s", pause_s)
     with mirror.following():
         mirror.push()
-        wait_for(slow_disk / "run/study.journal")
+        assert waits.wait(300)
         for number in range(1, 4):
             (results / "study.journal").write_bytes(b"one" * (number + 1))
             mirror.push()
-            time.sleep(0.2)
-        assert (slow_disk / "run/study.journal").read_bytes() == b"one"
+        time.sleep(0.2)
         over = time.monotonic()
     assert time.monotonic() - over < 50.0, "the pause, of a hundred seconds, ends with the search"
+    assert (disk / "run/study.journal").read_bytes() == b"one"
+    [(took_s, every_s)] = asked
+    assert took_s < every_s == 200.0
     mirror.push_last()
-    assert tree(slow_disk / "run") == tree(results)
+    assert tree(disk / "run") == tree(results)
 
 
-def test_between_uploads_that_are_due_at_once_there_is_no_pause(results: Path, slow_disk: Path) -> None:
-    """`every_s` seconds after one began, the next can begin."""
-    mirror = Mirror(results, f"file://{slow_disk}/run", every_s=1.0)
+def test_what_was_pushed_during_an_upload_follows_it(results: Path, disk: Path) -> None:
+    mirror, until = Mirror(results, f"file://{disk}/run", every_s=0.0), time.monotonic() + 300
     with mirror.following():
         mirror.push()
-        wait_for(slow_disk / "run/study.journal")
         TrialFolder(results, 1).write_checkpoint(1, b"of a long trial")
-        wait_for(slow_disk / "run/trials/0001", mirror.push_if_due)
+        mirror.push_if_due()
+        while not (disk / "run/trials/0001/checkpoint-0001.pt").exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
 
 
 def test_a_copy_of_a_mirror_that_follows_is_one_that_does_not(results: Path, disk: Path) -> None:
