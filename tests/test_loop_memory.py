@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy_task import CPU, SEED, TOY, Config, toy_loss
+from toy_task import CPU, SEED, TOY, WIDTH, Config, toy_loss
 
 from trainables.contract import Trial
 from trainables.loop import fit, step_memory
-from trainables.memory import MIB
+from trainables.memory import MIB, LiveBytes
 from trainables.optim import Optim
 from trainables.samples import Batch
 from trainables.step import Pairs
@@ -134,6 +134,32 @@ def test_what_a_step_is_said_to_take_is_the_least_limit_that_leaves_it_whole(bat
     for limit_bytes, whole in ((said_bytes, True), (said_bytes - 1, False)):
         (report,) = fit(TOY, replace(trial, cache={}, memory_limit_mb=limit_bytes / MIB))
         assert (report.metrics["micro_batch"] == batch_size) == whole
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_training_takes_no_more_than_a_step_is_said_to_take(ema: float | None) -> None:
+    """Not even at the end of an epoch, where a network's weights are most of what it takes."""
+
+    def model(config: Config) -> nn.Module:
+        return nn.Sequential(*(nn.Linear(size, 300) for size in (WIDTH, *[300] * 9)), nn.Linear(300, WIDTH))
+
+    def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+        return {"square": ((network(batch["x"]) - batch["y"]).square().sum(), len(batch["x"]))}
+
+    task = replace(TOY, model=model, loss=loss)
+    trial = Trial(Config(Optim(lr=1e-3, batch_size=9, ema=ema)), seed=SEED, device=CPU)
+    said_bytes = step_memory(task, trial)
+    with LiveBytes(nn.Identity()) as live:
+        assert len(list(fit(task, trial))) == 2
+    assert live.peak <= said_bytes
+
+
+@pytest.mark.parametrize("optim", [Optim(batch_size=48), Optim(batch_size=8, micro_batch=48)])
+def test_no_more_samples_are_probed_than_a_batch_can_hold(optim: Optim) -> None:
+    family = Family()
+    metrics = family.run(Config(optim, epochs=1, samples=8), limit_mb=1024.0)
+    assert metrics["micro_batch"] == 8
+    assert set(family.passes) == {8}
 
 
 def test_what_a_step_takes_is_tried_once_for_each_shape() -> None:

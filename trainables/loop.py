@@ -169,6 +169,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         speed = {"samples_per_s": sum(share.effective for share in shares) / (time.perf_counter() - began_s)}
 
         metrics = train_means(terms, records, ranks) | {"update_ratio": update_ratio(before, trained)}
+        del before  # or there would be two copies of the weights at the end of the next epoch
         metrics |= {} if overflow else {name: float(part_norm) for name, part_norm in by_part.items()}
         metrics |= {"lr": lr, "micro_batch": micro_batch}
         broadcast_buffers(model, ranks)
@@ -289,9 +290,14 @@ def joined(metrics: Mapping[str, float], scores: Mapping[str, float]) -> dict[st
 
 
 def update_ratio(before: Sequence[Tensor], trained: Mapping[str, Tensor]) -> float:
-    """Return the norm of a step's weight update relative to the weights' norm; about 1e-3 in healthy training."""
-    moved = [now.detach() - then for now, then in zip(trained.values(), before, strict=True)]
-    return float(get_total_norm(moved) / get_total_norm(before).clamp(min=1e-30))
+    """Return the norm of a step's weight update relative to the weights' norm; about 1e-3 in healthy training.
+
+    before: the weights before the step; overwritten, because memory may have no room for another copy.
+    """
+    size = get_total_norm(before).clamp(min=1e-30)
+    for then, now in zip(before, trained.values(), strict=True):
+        then.sub_(now.detach())
+    return float(get_total_norm(before) / size)
 
 
 def part_norms(part: Callable[[str], str | None], trained: Mapping[str, Tensor], divisor: Tensor) -> dict[str, Tensor]:
