@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -84,6 +84,7 @@ def test_a_module_whose_output_is_nan_is_named(layer: int, precision: Any) -> No
     assert details["found"]["module"] == str(layer)
     assert f"{layer}" in done.diverged.reason
     assert details["terms"]["square"] == "nan"
+    assert (details["loss_scale"] is None) == (precision != "fp16")
     assert len(details["losses"]) == len(details["grad_norms"]) == 3
     assert all(isinstance(value, float) for value in details["losses"][:-1])
     assert sorted(details["batch"]) == sorted(order(config)[2].tolist())
@@ -303,16 +304,36 @@ def test_a_spike_that_lasts_does_not_become_the_measure_of_itself(first: int, pa
     assert done.diverged.step == first + patience - 1
 
 
-def test_a_loss_that_changes_its_sign_is_no_spike() -> None:
-    """As a likelihood's may, which is near zero in most steps and far from it in some."""
-    losses = itertools.cycle([0.01] * 20 + [-0.01] + [1.0] * 9)
+def losing(losses: Iterable[float]) -> Task:
+    """The toy task with these losses, step by step."""
+    to_come = iter(losses)
 
     def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
         square, count = toy_loss(network, batch, config)["square"]
-        return {"likelihood": (0 * square + next(losses) * count, count)}
+        return {"likelihood": (0 * square + next(to_come) * count, count)}
 
+    return replace(TOY, loss=loss)
+
+
+def test_a_loss_that_changes_its_sign_is_no_spike() -> None:
+    """As a likelihood's may, which is near zero in most steps and far from it in some."""
     config = Config(Optim(lr=1e-4, batch_size=8, spike=Spike(factor=8.0, patience=5)), epochs=30)
-    assert run(config, replace(TOY, loss=loss)).diverged is None
+    assert run(config, losing(itertools.cycle([0.01] * 20 + [-0.01] + [1.0] * 9))).diverged is None
+
+
+def test_a_spike_is_measured_by_the_latest_losses_alone() -> None:
+    config = Config(Optim(lr=1e-4, batch_size=8, spike=Spike(factor=8.0, patience=1)), epochs=40)
+    done = run(config, losing([100.0] * (KEPT + 10) + [1.0] * KEPT + [20.0]))
+    assert done.diverged is not None
+    assert done.diverged.step == 2 * KEPT + 10
+
+
+def test_a_loss_that_is_infinite_is_no_spike_but_told_with_its_culprit() -> None:
+    config = Config(Optim(lr=1e-4, batch_size=8, spike=Spike(factor=8.0, patience=1)), epochs=8)
+    details = diverged(done := run(config, loud_from(15, math.inf)))
+    assert done.diverged is not None
+    assert done.diverged.reason.startswith("loss_square and loss_size are not finite at lr 0.0001; ")
+    assert details["found"]["reproduced"]
 
 
 def test_a_resumed_trial_is_judged_as_if_it_had_not_stopped() -> None:

@@ -516,6 +516,17 @@ def test_a_state_must_hold_what_is_saved_and_may_hold_the_rest() -> None:
             run(EVERYTHING, LEFT_OUT, resume=wrong)
 
 
+def test_scores_take_no_gradient_and_no_dropout() -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        seen.append((torch.is_grad_enabled(), any(module.training for module in model.modules())))
+        return toy_score(model, batch, config)
+
+    run(Config(), replace(TOY, score=score))
+    assert set(seen) == {(False, False)}
+
+
 def test_validation_samples_are_scored_in_whole_micro_batches() -> None:
     """Figures were published of a network that, by a mistake, scores windows by what stands beside them."""
     sizes: list[int] = []
@@ -536,6 +547,12 @@ def test_lr_scale_is_a_parameters_own_ratio() -> None:
     # AdamW's first step is the learning rate itself, wherever there is a gradient to speak of.
     assert float(moved[:scaled].median()) == pytest.approx(0.001, rel=1e-3)
     assert float(moved[scaled:].median()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_rate_of_a_step_is_that_of_its_middle() -> None:
+    config = Config(Optim(lr=0.01, batch_size=9, schedule="cosine", warmup_epochs=1.0))  # three steps an epoch
+    last = [metrics["lr"] for metrics in run(config).metrics]
+    assert last == pytest.approx([0.01 * 2.5 / 3, 0.01 * (1 + math.cos(math.pi * 2.5 / 3)) / 2])
 
 
 def test_a_small_data_set_is_one_ragged_batch_and_else_the_ragged_one_is_dropped() -> None:
@@ -667,10 +684,11 @@ def test_what_is_derived_is_reported_and_can_end_a_trial_and_lower_its_rate() ->
 
 @pytest.mark.parametrize("epochs", [9, 3, 1])
 def test_a_trial_that_may_stop_early_ends_with_its_best_epoch(epochs: int) -> None:
-    done = run(replace(PATIENT, epochs=epochs), STALLING)
+    done = run(replace(PATIENT, epochs=epochs, optim=replace(PATIENT.optim, ema=0.9)), STALLING)
     assert len(done.metrics) == min(epochs, 4)
     assert done.metrics[-1] == {**done.metrics[0], "best_epoch": 1}
-    assert_same(done.states[-1]["model"], done.states[0]["model"])
+    for part in ("model", "ema"):
+        assert_same(done.states[-1][part], done.states[0][part])
     assert done.states[-1]["epoch"] == len(done.metrics) - 1
 
 
