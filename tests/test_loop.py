@@ -300,6 +300,12 @@ def test_train_metrics_are_means_over_the_samples_of_the_epoch() -> None:
     )
 
 
+def test_the_update_ratio_is_that_of_the_last_step_to_the_weights_before_it() -> None:
+    done = run(Config(Optim(lr=0.5, batch_size=8), epochs=1))
+    *_, before, after = done.weights
+    assert done.metrics[0]["update_ratio"] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-5)
+
+
 @pytest.mark.parametrize("step", [0, 1, 2])  # of 3 in an epoch
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_loss_that_is_not_finite_ends_the_trial_before_the_update(step: int, precision: Any) -> None:

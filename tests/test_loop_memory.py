@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -134,6 +135,13 @@ def test_what_a_step_is_said_to_take_is_the_least_limit_that_leaves_it_whole(bat
     for limit_bytes, whole in ((said_bytes, True), (said_bytes - 1, False)):
         (report,) = fit(TOY, replace(trial, cache={}, memory_limit_mb=limit_bytes / MIB))
         assert (report.metrics["micro_batch"] == batch_size) == whole
+
+
+def test_a_step_for_which_memory_runs_out_is_said_to_take_all_of_it() -> None:
+    def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+        raise torch.OutOfMemoryError("no room")
+
+    assert step_memory(replace(TOY, loss=loss), Trial(config_of(8), device=CPU)) == sys.maxsize
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
