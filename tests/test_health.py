@@ -16,10 +16,12 @@ def course(metric: str, values: list[float], chance: float) -> list[dict[str, fl
 
 
 def test_a_score_that_stays_at_chance_while_the_loss_falls_is_said_to() -> None:
-    (said,) = remarks(course("dba", [0.17, 0.19, 0.16], 0.168), DBA)
+    (said,) = remarks(course("dba", [0.17, 0.19, 0.168], 0.168), DBA)
     assert said == "dba stayed at chance, 0.19 at best where guessing gives 0.168, while the loss fell from 4 to 2"
     (said,) = remarks(course("error", [0.98, 0.95, 1.2], 1.0), ERROR)
     assert said.startswith("error stayed at chance, 0.95 at best where guessing gives 1, while")
+    (said,) = remarks([{"dba": 0.17, "dba_chance": 0.168, "loss": 4.0}] * 3, DBA)
+    assert said == "dba stayed at chance, 0.17 at best where guessing gives 0.168"
 
 
 @pytest.mark.parametrize(
@@ -47,5 +49,7 @@ def test_what_is_no_better_than_guessing_is_compared_as_guessing() -> None:
     assert compared({"dba": 0.4, "dba_chance": 0.2}, DBA) == 0.4
     assert compared({"error": 1.3, "error_chance": 1.0}, ERROR) == 1.0
     assert compared({"error": 0.5, "error_chance": 1.0}, ERROR) == 0.5
+    assert compared({"dba": -2.1, "dba_chance": -2.0}, DBA) == -2.0  # a likelihood's, perhaps
+    assert compared({"dba": -1.5, "dba_chance": -2.0}, DBA) == -1.5
     assert compared({"dba": 0.1}, DBA) == 0.1  # nobody knows what chance is
     assert compared({"dba": None, "dba_chance": 0.2}, DBA) is None

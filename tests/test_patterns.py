@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,22 @@ def test_chance_is_no_pattern(tmp_path: Path) -> None:
         coin = random.Random(seed)
         told += bool(patterns(space, searched(space, 20, lambda values, coin=coin: coin.random() < 0.3, seed)))
     assert told <= 15  # three parameters, each with a chance of at most 0.05
+
+
+@pytest.mark.parametrize(("each", "told"), [(3, 0), (4, 1)])
+def test_a_split_that_chance_makes_in_one_search_of_ten_is_no_pattern(each: int, told: int, tmp_path: Path) -> None:
+    """Three of three against none of three is one of twenty splits, and so is the reverse."""
+    space = space_of(tmp_path, {"block": {"choice": ["uni", "bi"]}})
+    found = [record(i, "diverged", {"block": "uni"}) for i in range(each)]
+    found += [record(each + i, "finished", {"block": "bi"}) for i in range(each)]
+    assert len(patterns(space, found)) == told
+
+
+def test_of_many_patterns_the_three_clearest_are_told(tmp_path: Path) -> None:
+    space = space_of(tmp_path, {name: {"float": [0.0, 9.0]} for name in "abcde"})
+    found = [record(i, "diverged" if i < 8 else "finished", dict.fromkeys("acde", i / 2)) for i in range(16)]
+    found = [replace(item, values={**item.values, "b": (i + 2) % 16 / 2}) for i, item in enumerate(found)]
+    assert [line.split()[5] for line in patterns(space, found)] == ["a", "c", "d"]
 
 
 def test_a_failed_trial_says_nothing_and_memory_is_told_apart(tmp_path: Path) -> None:

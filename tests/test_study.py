@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,18 @@ class TestJournal:
             ledger = open_journal(space, tmp_path)
             end_toy(ledger, ask(ledger), "finished")
         assert [record.status for record in records(ledger.study, space)] == ["finished"] * 3
+
+    def test_the_end_of_a_trial_is_forced_to_disk_and_nothing_before_it(
+        self, space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It takes milliseconds, and an entry without it survives all but a power loss."""
+        forced, ledger = list[int](), open_journal(space, tmp_path)
+        monkeypatch.setattr(os, "fsync", lambda opened: forced.append(os.fstat(opened).st_size))
+        ask(ledger)
+        ledger.report("slot", 1, {"loss": 0.5, "acc": 0.75})
+        assert not forced
+        ledger.end("slot", "finished", "ran to its end")
+        assert forced == [(tmp_path / "study.journal").stat().st_size]
 
     @pytest.mark.parametrize(
         "left", [b"", b'{"op_code": 0, "worker_id": "a machine tha'], ids=["nothing", "a torn entry"]
