@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,9 @@ class TestJournal:
     def test_an_interrupted_trial_keeps_what_it_had(self, space: Space, tmp_path: Path) -> None:
         ledger = open_journal(space, tmp_path)
         opened = ask(ledger)
-        opened.seconds_before = 100.0
-        ledger.report("slot", 3, {"loss": 0.5, "acc": 0.75})
+        opened.seconds_before = 100.0  # of which 40 are of the epoch that was interrupted
+        ledger.report("slot", 3, metrics := {"loss": 0.5, "acc": 0.75})
+        TrialFolder(tmp_path, opened.number).append_metrics({"epoch": 3, "metrics": metrics, "seconds": 60.0})
         ledger.interrupt("slot")
         (record,) = records(ledger.study, space)
         assert (record.status, record.epochs, record.metrics["loss"]) == ("interrupted", 3, 0.5)
@@ -211,7 +214,9 @@ class TestJournal:
 class TestConstraints:
     """What the sampler is told beside the score."""
 
-    def excess(self, space: Space, status: str, metrics: dict[str, float] | None, epochs: int = 1) -> dict[str, float]:
+    def excess(
+        self, space: Space, status: str, metrics: Mapping[str, float | None] | None, epochs: int = 1
+    ) -> dict[str, float]:
         ledger = open_ledger(space, InMemoryStorage())
         ask(ledger)
         if metrics is not None:
@@ -225,6 +230,7 @@ class TestConstraints:
 
     def test_a_limit_that_was_not_measured_is_broken(self, space: Space) -> None:
         assert self.excess(space, "diverged", None)["acc"] == 1.0
+        assert self.excess(space, "stopped", {"loss": 1.0, "acc": None})["acc"] == 1.0, "it was no number"
 
     def test_a_trial_that_was_stopped_before_it_reported_has_broken_no_limit(self, space: Space) -> None:
         assert max(self.excess(space, "stopped", None).values()) < 0
@@ -238,11 +244,13 @@ class TestConstraints:
 
     def test_where_the_epochs_are_not_known_the_longest_trial_says_what_is_early(self, tmp_path: Path) -> None:
         ledger = open_ledger(space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}}), InMemoryStorage())
-        for status, epochs in (("finished", 8), ("diverged", 2), ("diverged", 6)):
+        for status, epochs in (("diverged", 0), ("finished", 8), ("diverged", 2), ("diverged", 6)):
             ask(ledger)
-            ledger.report("slot", epochs, {"loss": 1.0})
+            if epochs:
+                ledger.report("slot", epochs, {"loss": 1.0})
             ledger.end("slot", status, "")
-        assert [trial.constraints["diverged"] for trial in told(ledger)[1:]] == [severity(2, 8), severity(6, 8)]
+        worst, _, *others = [trial.constraints["diverged"] for trial in told(ledger)]
+        assert (worst, others) == (2.0, [severity(2, 8), severity(6, 8)])
 
     def test_a_search_that_goes_on_with_other_limits_tells_the_sampler_of_those(
         self, space: Space, tmp_path: Path
@@ -333,10 +341,11 @@ class TestPenalty:
         directions = [StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE]
         assert penalties(seen, directions) == pytest.approx([2.1, 8.0])
 
-    @pytest.mark.parametrize("values", [[], [5.0], [5.0, 5.0], [0.0], [-1e9]])
+    @pytest.mark.parametrize("values", [[], [5.0], [5.0, 5.0], [0.0], [-1e9], [-1.7e308, 1.7e308]])
     def test_it_is_finite_and_worse_than_all_that_was_seen(self, values: list[float]) -> None:
         for direction, sign in ((StudyDirection.MINIMIZE, 1), (StudyDirection.MAXIMIZE, -1)):
             (penalty,) = penalties([self.trial(value) for value in values], [direction])
+            assert math.isfinite(penalty)
             assert all(sign * penalty > sign * value for value in values)
 
 
@@ -353,7 +362,7 @@ class TestWarmStart:
         ledger = open_ledger(space, InMemoryStorage())
         for number, status in enumerate(["finished", "stopped", "diverged", "out_of_memory", "failed", "finished"]):
             opened = ask(ledger)
-            if number < 2:
+            if number < 3:
                 ledger.report("slot", 1, {"loss": 0.5, "acc": 0.4})
             if number == 5:
                 ledger.report("slot", 1, {"loss": 0.25, "acc": 0.9})
