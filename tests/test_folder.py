@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from search.files import replace_bytes, replace_text
+from search.files import is_full, replace_bytes, replace_text, says_full
 from search.records import folder as folder_module
 from search.records.folder import LOCK, LONG_S, TrialFolder, is_running, last_checkpoint, running
 from search.workers.states import save_state
@@ -41,6 +41,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path], "a full disk is not filled further"
     replace_bytes(path, b"n", b"ew")
     assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_quota_that_is_used_up_is_a_full_disk(code: int) -> None:
+    error = OSError(code, os.strerror(code), "checkpoint-0001.pt")
+    assert is_full(error)
+    assert says_full(f"RuntimeError: {error}")
 
 
 def test_the_newest_checkpoint_counts_and_the_one_before_stays_until_it_is_let_go(folder: TrialFolder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from ledgers import ask, open_journal
 from ray.exceptions import ActorUnavailableError
+from ray.tune.experiment import Trial
 from spaces import space_of
 
 from search.interruption import Interruption
@@ -144,13 +146,29 @@ def test_a_search_that_is_killed_goes_on_with_the_values_that_a_copy_was_given(t
 
 
 def test_the_time_that_a_trial_is_paused_for_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = watched(tmp_path)
-    for epoch, (start, report) in enumerate([(100.0, 110.0), (500.0, 530.0)], start=1):
+    run, epochs = watched(tmp_path), itertools.count(1)
+    for start, reports in ((100.0, (110.0, 125.0)), (500.0, (530.0,))):
         monkeypatch.setattr(time, "monotonic", lambda at=start: at)
         run.recorder.on_trial_start(0, [], run.trial)
-        monkeypatch.setattr(time, "monotonic", lambda at=report: at)
-        run.report(epoch)
-    assert [row["seconds"] for row in run.files.read_metrics()] == [10.0, 40.0]
+        for report in reports:
+            monkeypatch.setattr(time, "monotonic", lambda at=report: at)
+            run.report(next(epochs))
+    assert [row["seconds"] for row in run.files.read_metrics()] == [10.0, 25.0, 55.0]
+
+
+def test_a_trial_that_is_paused_when_the_search_ends_has_run_up_to_its_last_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = watched(tmp_path)
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    run.recorder.on_trial_start(0, [], run.trial)
+    monkeypatch.setattr(time, "monotonic", lambda: 110.0)
+    run.report(1)
+    run.trial.status = Trial.PAUSED
+    run.recorder.on_step_end(0, [run.trial])
+    monkeypatch.setattr(time, "monotonic", lambda: 500.0)
+    run.recorder.close(None)
+    assert [record.seconds for record in records(run.ledger.study, run.ledger.space)] == [10.0]
 
 
 @pytest.mark.parametrize(
@@ -167,6 +185,13 @@ def test_a_constraint_that_is_never_measured_is_a_mistake_and_no_bad_setting(tmp
     record = ended(tmp_path, [{"loss": 0.5, "full": 0.9}], {"ful": {"min": 0.85}})
     assert record.status == "failed"
     assert record.reason == "the last report has no metric `ful`, a constraint; it has loss, full; did you mean `full`?"
+
+
+@pytest.mark.parametrize("status", ["diverged", "out_of_memory", "stopped"])
+def test_a_trial_that_has_not_finished_does_not_fail_for_want_of_a_constraint_s_metric(
+    status: str, tmp_path: Path
+) -> None:
+    assert watched(tmp_path, constraints={"full": {"min": 0.85}}).end(status, 0).status == status
 
 
 def test_the_first_report_tells_of_a_constraint_that_it_knows_no_metric_for(
