@@ -100,6 +100,13 @@ def test_when_the_time_is_over_a_trial_of_which_nothing_is_left_has_finished(
     assert [path.name for path in run.files.path.glob("checkpoint*")] == [f"checkpoint-{reports:04d}.pt"]
 
 
+def test_a_trial_that_has_begun_and_not_reported_when_the_time_is_over_is_stopped(tmp_path: Path) -> None:
+    run = watched(tmp_path)
+    run.recorder.on_trial_start(0, [], run.trial)
+    run.recorder.close("the time budget ran out")
+    assert (run.told[0].status, run.told[0].reason) == ("stopped", "the time budget ran out after epoch 0")
+
+
 @pytest.mark.parametrize("ending", ["the time budget ran out", None], ids=["out of time", "interrupted"])
 def test_what_was_drawn_and_has_not_begun_is_begun_by_a_resume(ending: str | None, tmp_path: Path) -> None:
     """Schedulers that pause trials have all of them drawn before the first begins."""
@@ -206,6 +213,16 @@ def test_the_first_report_tells_of_a_constraint_that_it_knows_no_metric_for(
     ]
     run.report(2, {"loss": 0.5})
     assert capsys.readouterr().out == ""
+
+
+def test_a_trainable_that_reports_more_often_than_its_space_says_is_told_of_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, told = watched(tmp_path), list[str]()
+    for epoch in range(1, 6):
+        run.report(epoch)
+        told.append(capsys.readouterr().out.partition(", which")[0])
+    assert told == ["", "", "", "trial 0 has given report 4, and config.epochs is 3", ""]
 
 
 def test_a_metric_that_comes_with_the_last_report_alone_is_told_of_and_is_no_mistake(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""What a slot does when its group dies, without Ray: the group is one of this file."""
+"""What a slot makes of what its group says, and of its death, without Ray: the group is one of this file."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,32 @@ from spaces import space_of
 from search import trial as trial_module
 from search.group import GroupDied
 from search.records.folder import Saved, TrialFolder
-from search.trial import EPOCH, LOSSES, METRICS, Job, Slot, TrialFailed
-from search.workers.messages import Advance, Answer, Begin, Command, GroupSpec, Leave, Reported
+from search.trial import EPOCH, LOSSES, METRICS, REASON, STATUS, Job, Slot, TrialFailed
+from search.workers.messages import (
+    Advance,
+    Answer,
+    Begin,
+    Blew,
+    Broke,
+    Command,
+    Ended,
+    GroupSpec,
+    Leave,
+    RanOut,
+    Reported,
+)
 
 SPEC = GroupSpec("toys:descend", (), ("loss",), 1, 1, 0.0, None, None, "no scratch")
 STATE = b"the state after an epoch"
 
 
 class Scripted:
-    """A group that does what comes next in a script: `r` reports, `m` dies with its machine, `d` dies alone."""
+    """A group that does what comes next in a script: `r` reports, `m` dies with its machine, `d` dies alone.
 
-    def __init__(self, script: Iterator[str]) -> None:
+    It gives any other answer that stands there.
+    """
+
+    def __init__(self, script: Iterator[str | Answer]) -> None:
         self.script, self.begun, self.stopped = script, list[bool](), 0
 
     def __call__(self, spec: GroupSpec) -> Scripted:
@@ -33,6 +50,8 @@ class Scripted:
         if isinstance(command, Begin):
             self.begun.append(command.resume is not None)
         does = next(self.script)
+        if isinstance(does, Answer):
+            return does
         if does == "r":
             return Reported(metrics={"loss": 0.5}, state=STATE)
         raise GroupDied("the worker group died", with_machine=does == "m")
@@ -60,6 +79,60 @@ def play(slot: Slot, script: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list
     except TrialFailed as failed:
         epochs.append(str(failed))
     return epochs, group
+
+
+BLEW = Blew(reason="loss is nan", step=7, details={"reason": "its own", "step": 99, "epochs": 99, "lr": 0.1})
+NO_REPORT = "ended without a report; a trainable yields one after every epoch"
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "reason"),
+    [
+        (["r", Ended()], "finished", "ran to its end"),
+        ([Ended()], "failed", NO_REPORT),
+        (["r", BLEW], "diverged", "loss is nan at step 7"),
+        (["r", RanOut(reason="2 GiB")], "out_of_memory", "2 GiB"),
+        ([Broke(reason="no such file", final=True)], "failed", "no such file"),
+    ],
+)
+def test_a_trial_ends_with_what_its_group_says_last(
+    script: list[str | Answer], status: str, reason: str, slot: Slot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial_module, "Group", group := Scripted(iter(script)))
+    *_, last = [slot.step() for _ in script]
+    assert last == {"done": True, EPOCH: len(script) - 1, STATUS: status, REASON: reason}
+    assert group.stopped == 0, "it can take another trial"
+    told = {"reason": "loss is nan", "step": 7, "epochs": 1, "lr": 0.1}
+    assert slot._folder.read_divergence() == (told if status == "diverged" else None)
+
+
+def test_a_group_that_is_not_clean_takes_no_other_trial(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug = Broke(clean=False, reason="KeyError: 'w' (my.py:3)", trace="Traceback ...")
+    monkeypatch.setattr(trial_module, "Group", group := Scripted(iter([bug, Ended(clean=False)])))
+    with pytest.raises(TrialFailed, match="KeyError: 'w'"):
+        slot.step()
+    assert slot._folder.read_error() == "KeyError: 'w' (my.py:3)\n\nTraceback ..."
+    assign(slot, 1)
+    slot.step()
+    assert group.stopped == 2
+
+
+def test_a_metric_that_is_no_number_is_reported_as_none(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported = Reported(metrics={"loss": 0.5, "acc": math.nan, "far": -math.inf})
+    monkeypatch.setattr(trial_module, "Group", Scripted(iter([reported])))
+    assert slot.step()[METRICS] == {"loss": 0.5, "acc": None, "far": None}
+
+
+def test_what_a_trial_prints_as_it_is_left_is_its_own(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Reported(metrics={"loss": 0.5}, printed="first\n")
+    script = [report, Ended(printed="closed\n"), replace(report, printed="second\n")]
+    monkeypatch.setattr(trial_module, "Group", Scripted(iter(script)))
+    printed = []
+    for number in (0, 1):
+        assign(slot, number)
+        slot.step()
+        printed.append(slot._folder)
+    assert [folder.last_printed(9) for folder in printed] == [["first", "closed"], ["second"]]
 
 
 def test_a_trial_whose_machine_goes_goes_on_from_its_last_checkpoint_in_the_same_step(
