@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from ledgers import ask, open_journal
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.tune.experiment import Trial
 from spaces import space_of
 
@@ -266,6 +266,25 @@ def test_a_slot_that_died_left_no_reason_of_its_own(tmp_path: Path) -> None:
     assert "the node is gone" in run.told[0].reason
 
 
+@pytest.mark.parametrize("heard", ["on_trial_recover", "on_trial_error"])
+def test_a_slot_whose_disk_is_full_ends_the_search_before_another_attempt(heard: str, tmp_path: Path) -> None:
+    run, full = watched(tmp_path), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    run.trial.pickled_error_file = str(tmp_path / "error.pkl")
+    Path(run.trial.pickled_error_file).write_bytes(pickle.dumps(RayTaskError("step", "Traceback ...", full)))
+    getattr(run.recorder, heard)(0, [], run.trial)
+    assert run.interruption.reason == "the disk is full ([Errno 28] No space left on device)"
+    assert not run.told
+
+
+@pytest.mark.parametrize("status", ["finished", "stopped"])
+def test_a_reason_says_what_the_metrics_reveal(status: str, tmp_path: Path) -> None:
+    run = watched(tmp_path)
+    for epoch in (1, 2, 3):
+        run.report(epoch, {"loss": 1.0, "loss_chance": 1.0})
+    told = "as the test says; loss stayed at chance, 1 at best where guessing gives 1"
+    assert run.end(status, 3).reason == told
+
+
 def test_a_search_whose_trials_all_fail_ends_before_it_has_used_up_its_settings(tmp_path: Path) -> None:
     run = watched(tmp_path, search={"trials": 2 * HOPELESS + 1})
     run.recorder.on_trial_error(0, [], run.trial)
@@ -339,19 +358,28 @@ def test_what_cannot_be_recorded_interrupts_the_search_and_nothing_is_recorded_a
 ) -> None:
     """Tune takes the trial for one that failed, and starts it again."""
     run = watched(tmp_path)
-    run.report(1)
 
-    def broken(record: Record) -> None:
+    def broken() -> None:
         raise RuntimeError("first")
 
-    monkeypatch.setattr(run.recorder, "_tell", broken)
-    run.trial.last_result = {STATUS: "finished", REASON: "as the test says", EPOCH: 1}
-    run.recorder.on_trial_complete(0, [], run.trial)
+    monkeypatch.setattr(run.recorder, "_keep", broken)
+    run.report(1)
     run.recorder.on_trial_start(0, [], run.trial)
     run.report(2)
+    run.trial.last_result = {STATUS: "finished", REASON: "as the test says", EPOCH: 2}
+    run.recorder.on_trial_complete(0, [], run.trial)
     assert run.interruption.came
     assert (run.interruption.reason or "").startswith(f"RuntimeError: first ({__file__}:")
     assert [row["epoch"] for row in run.files.read_metrics()] == [1]
+    assert not run.told
+
+
+def test_of_several_exceptions_the_first_is_the_cause() -> None:
+    interruption = Interruption()
+    for words in ("first", "second"):
+        with interruption.kept():
+            raise RuntimeError(words)
+    assert (interruption.reason or "").startswith("RuntimeError: first ")
 
 
 def test_a_trial_whose_end_found_no_room_is_still_open(small_disk: Path) -> None:
