@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, cast
+import re
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from trainables.contract import UserError
-from trainables.optim import EarlyStop, Optim, Patience, Plateau, Restarts, adamw, lr_factor, mark_undecayed
+from trainables.optim import EarlyStop, Optim, Patience, Plateau, Restarts, Spike, adamw, lr_factor, mark_undecayed
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,7 @@ def test_constant_and_cosine_schedules(schedule: Any, warmup_epochs: float, fact
         ("schedule", "linear", "be one of constant, cosine, notes"),
         ("warmup_epochs", -1, "be 0 or a positive number"),
         ("precision", "fp8", "be one of fp32, bf16, fp16"),
+        ("ema", 0.0, "lie between 0 and 1"),
         ("ema", 1.0, "lie between 0 and 1"),
     ],
 )
@@ -104,23 +106,29 @@ def test_a_metric_that_nobody_reports_is_named() -> None:
         patience.look({"loss": 1.0, "dba": 0.5})
 
 
-def test_patience_refuses() -> None:
-    with pytest.raises(UserError, match=r"^optim.plateau.factor = 1.0 must lie between 0 and 1$"):
-        Plateau("loss", "min", factor=1.0)
-    with pytest.raises(UserError, match=r"^optim.plateau.floor_ratio = 1 must lie in"):
-        Plateau("loss", "min", floor_ratio=1)
-    with pytest.raises(UserError, match=r"^optim.early_stop.patience = 0 must be at least 1$"):
-        EarlyStop("loss", "min", patience=0)
-    for name, rule in (("plateau", Plateau), ("early_stop", EarlyStop)):
-        with pytest.raises(UserError, match=rf"^optim.{name}.mode = maximize must be one of min, max$"):
-            rule("f1", cast(Any, "maximize"))
-
-
-def test_restarts_refuse() -> None:
-    with pytest.raises(UserError, match=r"^optim.restarts.every_epochs = 0 must be at least 1$"):
-        Restarts(every_epochs=0)
-    with pytest.raises(UserError, match=r"^optim.restarts.floor_ratio = 1.0 must lie in"):
-        Restarts(floor_ratio=1.0)
+@pytest.mark.parametrize(
+    ("rule", "name", "value", "told"),
+    [
+        (Plateau, "factor", 1.0, "lie between 0 and 1"),
+        (Plateau, "patience", -1, "not be negative"),
+        (Plateau, "floor_ratio", 1, "lie in [0, 1)"),
+        (Plateau, "mode", "maximize", "be one of min, max"),
+        (EarlyStop, "patience", 0, "be at least 1"),
+        (EarlyStop, "mode", "maximize", "be one of min, max"),
+        (Spike, "factor", 1.0, "be a number above 1"),
+        (Spike, "patience", 0, "lie in 1..20"),
+        (Spike, "patience", 21, "lie in 1..20"),
+        (Restarts, "first_epochs", 0, "be at least 1"),
+        (Restarts, "every_epochs", 0, "be at least 1"),
+        (Restarts, "restart_ratio", 0.0, "be a positive number"),
+        (Restarts, "floor_ratio", 1.0, "lie in [0, 1)"),
+    ],
+)
+def test_the_rules_refuse(rule: Any, name: str, value: Any, told: str) -> None:
+    section = {Plateau: "plateau", EarlyStop: "early_stop", Spike: "spike", Restarts: "restarts"}[rule]
+    watched = {"metric": "loss", "mode": "min"} if rule in (Plateau, EarlyStop) else {}
+    with pytest.raises(UserError, match=re.escape(f"optim.{section}.{name} = {value} must {told}") + "$"):
+        rule(**{**watched, name: value})
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(0.5, 0.25), (0.5, 1.0), (1.0, 0.5)])
