@@ -12,7 +12,7 @@ from torch import nn
 from toy_task import CPU, SEED, TOY, WIDTH, Config, toy_loss
 
 from trainables.contract import Trial
-from trainables.loop import fit, step_memory
+from trainables.loop import Task, fit, step_memory
 from trainables.memory import MIB, LiveBytes
 from trainables.optim import Optim
 from trainables.samples import Batch
@@ -32,10 +32,8 @@ class Family:
         self.passes: list[int] = []
         self.gradients: list[torch.Tensor] = []
 
-    def run(self, config: Config, limit_mb: float | None, cache: dict[Any, Any] | None = None) -> dict[str, float]:
-        self.passes.clear()
-        self.gradients.clear()
-
+    @property
+    def task(self) -> Task:
         def model(config: Config) -> nn.Module:
             network = TOY.model(config)
             for parameter in network.parameters():
@@ -48,28 +46,24 @@ class Family:
             self.passes.append(len(batch["index"]))
             return toy_loss(network, batch, config)
 
+        return replace(TOY, model=model, loss=loss)
+
+    def run(self, config: Config, limit_mb: float | None, cache: dict[Any, Any] | None = None) -> dict[str, float]:
+        self.passes.clear()
+        self.gradients.clear()
         trial = Trial(config, seed=SEED, device=CPU, cache={} if cache is None else cache, memory_limit_mb=limit_mb)
-        *_, report = fit(replace(TOY, model=model, loss=loss), trial)
+        *_, report = fit(self.task, trial)
         return dict(report.metrics)
 
 
 def need_mb(samples: int) -> float:
-    """What a step on so many samples takes: the least limit under which they stay together, to ten bytes."""
-    low, high = 0.0, 1.0
-    while high - low > 1e-5:
-        middle = (low + high) / 2
-        try:
-            fits = Family().run(config_of(samples), middle)["micro_batch"] == samples
-        except torch.OutOfMemoryError:
-            fits = False
-        low, high = (low, middle) if fits else (middle, high)
-    return high
+    """What a step on so many samples takes: the least limit under which they stay together."""
+    return step_memory(Family().task, Trial(config_of(samples), device=CPU)) / MIB
 
 
 @pytest.fixture(scope="module")
 def limit_mb() -> float:
     """So that four samples fit, and not five."""
-    torch.set_num_threads(1)
     limit = need_mb(4)
     assert need_mb(5) > limit
     return limit
