@@ -152,6 +152,12 @@ def test_what_training_will_hold_is_set_aside() -> None:
     assert need_bytes(4, reserve_bytes=1_000) == need_bytes(4) + 1_000
 
 
+def test_what_is_frozen_takes_no_gradient() -> None:
+    model = nn.Sequential(nn.Linear(100, 100, bias=False).requires_grad_(False), nn.Linear(100, 1, bias=False))
+    tried = try_step(model, lambda samples: model(torch.ones(samples, 100)).sum().backward(), 1, MEMORY)
+    assert 100 * 100 * FLOAT < tried.need_bytes < 1.1 * 100 * 100 * FLOAT
+
+
 def test_on_a_cpu_without_a_limit_no_step_is_run() -> None:
     assert probe(48, None) == (48, [])
 
