@@ -84,10 +84,10 @@ Poll = tuple[int, Answer] | None
 
 
 class Polled(Group):
-    """A group of two ranks whose mailbox has in it what each poll brings, in turn."""
+    """A group whose mailbox has in it what each poll brings, in turn."""
 
-    def __init__(self, brings: Iterable[Poll]) -> None:
-        self._workers, self._ranks, self._error = 2, [], None
+    def __init__(self, brings: Iterable[Poll], ranks: int = 2) -> None:
+        self._workers, self._ranks, self._error = ranks, [], None
         self._thread = SimpleNamespace(is_alive=lambda: True)  # type: ignore[assignment]
         self.polls, brought = 0, iter(brings)
 
@@ -120,6 +120,13 @@ def test_who_stays_silent_is_given_up_after_so_many_polls(command: Command, firs
     group = Polled(chain([None] * 1000, [(1, first)], repeat(None)))
     assert not group.ask(command).clean
     assert group.polls == 1000 + 1 + grace_s / POLL_S, "as long as nobody has ended there is no hurry"
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_who_stays_silent_is_not_waited_for_longer_as_a_third_has_ended() -> None:
+    group = Polled(chain([(1, Blew(reason="nan")), (2, ENDED)], repeat(None)), ranks=3)
+    assert not group.ask(Advance()).clean
+    assert group.polls == 1 + GRACE_S / POLL_S + 1
 
 
 @pytest.mark.usefixtures("without_ray")

@@ -159,6 +159,14 @@ FAMILY = """
         for last in (1.0, float("inf")):
             yield Report({"loss": 0.5}, state=lambda: {"model": {"w": torch.tensor([1.0, last])}})
 
+    def least_so_far(trial):
+        for least in (float("inf"), 2.0):
+            yield Report({"loss": 0.5}, state=lambda: {"least": torch.tensor(least)})
+
+    def joins(trial):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        yield {"loss": 0.5}
+
     def lines(trial):
         yield {"loss": 0.5}
         raise RuntimeError("Error(s) in loading state_dict:\\n\\tMissing key: " + "w " * 300)
@@ -286,6 +294,7 @@ def loop(tmp_path: Path) -> RankLoop:
         ("allocator", RanOut(reason="[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")),
         ("nan_state", Blew(reason="model.w of the state is nan")),
         ("infinite_state", Blew(reason="model.w of the state is inf")),
+        ("least_so_far", Ended()),
         ("mistake", Broke(reason="data.root: there is nothing in /data; name the folder", final=True)),
         ("without", Broke(reason="the report has no metric `loss`; it has lost", final=True)),
         ("not_numbers", Broke(reason="the metric `loss` is 'low'; a metric is a number", final=True)),
@@ -320,6 +329,12 @@ def test_a_bug_costs_the_process_its_trust_and_nothing_else(loop: RankLoop, endi
     assert re.fullmatch(reason, answer.reason)
     assert "Traceback" in answer.trace
     assert run(loop, begin("more"))[-1] == Ended()
+
+
+def test_a_process_group_that_a_trial_leaves_behind_costs_the_process_its_trust(loop: RankLoop) -> None:
+    answer = run(loop, begin("joins"))[-1]
+    torch.distributed.destroy_process_group()
+    assert answer == Ended(clean=False)
 
 
 def test_what_fails_while_it_is_cleaned_up_is_answered_too(loop: RankLoop) -> None:

@@ -117,6 +117,25 @@ def test_a_group_that_is_not_clean_takes_no_other_trial(slot: Slot, monkeypatch:
     assert group.stopped == 2
 
 
+def test_a_cold_slot_has_a_group_for_every_trial(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    slot._job = replace(slot._job, cold=True)
+    monkeypatch.setattr(trial_module, "Group", group := Scripted(iter("rr")))
+    for number in (0, 1):
+        assign(slot, number)
+        slot.step()
+        assert group.stopped == number
+
+
+def test_a_checkpoint_stays_until_a_newer_report_is_on_record(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk the search is about to end, and its slots go on until then."""
+    monkeypatch.setattr(trial_module, "Group", Scripted(iter("rrr")))
+    slot.step()
+    slot._folder.append_metrics({"epoch": 1, "metrics": {"loss": 0.5}})
+    for _ in range(2):
+        slot.step()
+    assert [saved.epoch for saved in kept(slot._folder)] == [1, 3]
+
+
 def test_a_metric_that_is_no_number_is_reported_as_none(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
     reported = Reported(metrics={"loss": 0.5, "acc": math.nan, "far": -math.inf})
     monkeypatch.setattr(trial_module, "Group", Scripted(iter([reported])))
