@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from datetime import date
 from typing import Any
@@ -136,6 +137,22 @@ def test_the_widest_range_of_whole_numbers_contains_what_is_drawn_and_suggested(
     drawn = [parameter.domain.sample(rng) for _ in range(300)]
     suggested = [parameter.suggest(study.ask()) for _ in range(30)]
     assert all(map(parameter.domain.contains, [*drawn, *suggested]))
+
+
+@pytest.mark.parametrize(
+    "node",
+    [{"int": [1, 4]}, {"int": [2, 14], "step": 4}, {"int": [1, 4], "log": True}, {"float": [0.0, 0.3], "step": 0.1}],
+    ids=str,
+)
+def test_every_value_of_a_finite_range_is_drawn(node: dict[str, Any]) -> None:
+    domain, rng = parse_domain("x", node).domain, random.Random(0)
+    assert {domain.sample(rng) for _ in range(300)} == set(domain.grid())
+
+
+def test_both_ends_of_whole_numbers_on_a_log_scale_have_their_full_share() -> None:
+    domain, rng = parse_domain("x", {"int": [1, 2], "log": True}).domain, random.Random(0)
+    twos = sum(domain.sample(rng) == 2 for _ in range(3000))
+    assert twos / 3000 == pytest.approx(math.log(2.5 / 1.5) / math.log(2.5 / 0.5), abs=0.03)
 
 
 def test_a_stepped_range_contains_its_steps_alone() -> None:
