@@ -438,6 +438,22 @@ def test_half_precision_trains(precision: Any) -> None:
     assert all(value.dtype == torch.float32 for value in done.states[-1]["model"].values())
 
 
+def test_half_precision_is_not_for_what_the_samples_compute() -> None:
+    gathered: list[torch.dtype] = []
+
+    class Turned(TensorSamples):
+        def __getitem__(self, indices: Tensor) -> Batch:
+            batch = super().__getitem__(indices)
+            gathered.append((batch["x"] @ torch.eye(WIDTH)).dtype)
+            return batch
+
+    def turned(config: Config, split: str, ranks: Ranks) -> Turned:
+        return Turned(toy_data(config, split, ranks).tensors)
+
+    run(Config(Optim(lr=0.01, batch_size=9, micro_batch=4, precision="bf16")), replace(TOY, data=turned))
+    assert set(gathered) == {torch.float32}
+
+
 def test_frozen_parameters_and_modules_in_eval_mode_stay_as_the_family_left_them() -> None:
     modes: list[tuple[bool, bool]] = []
 

@@ -110,8 +110,9 @@ def backward(
         with contextlib.ExitStack() as stack:
             if isinstance(loss, DistributedDataParallel) and not last:
                 stack.enter_context(loss.no_sync())
+            batch = next(batches)  # outside autocast, as in the thread that gathers it for a GPU
             with cast:
-                pairs, total = loss(next(batches))
+                pairs, total = loss(batch)
             total.backward(scaler.scale(torch.full_like(total, share.weight / share.effective)))
         terms = tuple(sorted(pairs))
         sums = [*(pairs[term][0] for term in terms), torch.ones_like(total) * shared_count(pairs)]
