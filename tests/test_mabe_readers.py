@@ -305,6 +305,17 @@ def test_mistakes_in_an_extract(tmp_path: Path, arrays: dict[str, Any], message:
         calms21.read([tmp_path / "a.npz"], trust_pickle=False)
 
 
+@pytest.mark.parametrize(
+    "spoil", [lambda whole: b"", lambda whole: whole[:-10], lambda whole: whole.replace(b"~", b"-")]
+)
+def test_an_extract_that_is_not_whole_is_refused(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, keypoints_0=np.full((3, 2, 2, 7), ord("~"), dtype=np.uint8), labels_0=np.zeros(3, dtype=int))
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(UserError, match=r"a.npz.* cannot be read"):
+        calms21.read([path], trust_pickle=False)
+
+
 def test_a_folder_of_nothing_known_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.root = .* holds neither train.csv \(MABe challenge\) nor calms21"):
         prepare_data(Data(root=str(tmp_path), prepared=str(tmp_path / "cache")))

@@ -6,9 +6,12 @@ Multi-Agent Behavior Dataset: Mouse Dyadic Social Interactions", 2021, and its d
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ from trainables.mabe.video import UNLABELLED, Labels, Points, Video
 PARTS = ("nose", "left_ear", "right_ear", "neck", "left_hip", "right_hip", "tail_base")
 VOCABULARY = {"attack": 0, "investigation": 1, "mount": 2, "other": 3}
 FPS, WIDTH_PX = 30.0, 1024.0
+# What reading a file raises that was cut off, or is of another kind.
+BROKEN = (OSError, EOFError, ValueError, AttributeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 def found(root: Path) -> list[Path]:
@@ -68,15 +73,15 @@ def _tree(path: Path, trust_pickle: bool) -> Any:
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=True).item()
         return json.loads(path.read_text())
-    except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except BROKEN as error:
         raise UserError(f"{path} cannot be read: {error}; download it again") from None
 
 
 def _extract(path: Path, unlabelled: bool) -> Iterator[Video]:
     try:
-        arrays = np.load(path)
+        arrays = np.load(io.BytesIO(path.read_bytes()))  # given a path, it leaves a broken archive's file open
         names = list(arrays.files)
-    except (OSError, ValueError, AttributeError) as error:
+    except BROKEN as error:
         raise UserError(f"{path} cannot be read: {error}; download it again") from None
     numbers = sorted(int(name.removeprefix("keypoints_")) for name in names if re.fullmatch(r"keypoints_\d+", name))
     if not numbers:
@@ -87,7 +92,7 @@ def _extract(path: Path, unlabelled: bool) -> Iterator[Video]:
             raise UserError(f"{path} holds neither annotations_{i} nor labels_{i}, but {_listed(names)}")
         try:
             given = arrays[f"keypoints_{i}"], None if labels is None else arrays[labels]
-        except ValueError as error:  # an object array is a pickle
+        except BROKEN as error:  # an object array is a pickle
             raise UserError(f"{path}: sequence {i} cannot be read: {error}; it must hold plain arrays") from None
         yield _video(f"{path}: sequence {i}", (f"keypoints_{i}", f"{path.name}/{i}"), given, VOCABULARY)
 
