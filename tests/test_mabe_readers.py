@@ -316,6 +316,14 @@ def test_an_extract_that_is_not_whole_is_refused(tmp_path: Path, spoil: Callable
         calms21.read([path], trust_pickle=False)
 
 
+def test_a_byte_order_mark_before_a_text_is_no_part_of_it(tmp_path: Path) -> None:
+    root = write_challenge(tmp_path / "a", [row()], tracking(), annotation())
+    path = write_calms21(tmp_path / "b", {"mouse001": record()})
+    for text in (root / "train.csv", path):
+        text.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
+    assert [len(videos) for videos in (challenge.read(root), calms21.read([path], trust_pickle=False))] == [1, 1]
+
+
 def test_a_folder_of_nothing_known_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.root = .* holds neither train.csv \(MABe challenge\) nor calms21"):
         prepare_data(Data(root=str(tmp_path), prepared=str(tmp_path / "cache")))

@@ -72,7 +72,7 @@ def _tree(path: Path, trust_pickle: bool) -> Any:
     try:
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=True).item()
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except BROKEN as error:
         raise UserError(f"{path} cannot be read: {error}; download it again") from None
 

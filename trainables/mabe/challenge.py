@@ -54,7 +54,7 @@ def read(root: Path, name: str = "train", unlabelled: bool = False) -> list[Vide
     """
     path = root / f"{name}.csv"
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             header, rows = list(reader.fieldnames or []), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
