@@ -124,7 +124,6 @@ def points(path: Path, parts: Sequence[str], shape: tuple[int, ...]) -> Points:
     at = _numbers(table, "video_frame", path).astype(int), mouse_numbers(table.column("mouse_id"), path) - 1, part
     for axis, name in enumerate(("x", "y")):
         out[(*at, axis)] = _numbers(table, name, path)
-    out[np.isnan(out).any(-1)] = np.nan
     return out
 
 

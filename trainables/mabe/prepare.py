@@ -25,7 +25,7 @@ from trainables.mabe.config import Data, Feature
 from trainables.mabe.features import group, width
 from trainables.mabe.video import Points, Video, known_classes
 
-VERSION = 3  # increment it whenever reading or a feature changes
+VERSION = 4  # increment it whenever reading or a feature changes
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,13 @@ def _write_points(folder: Path, videos: list[Video]) -> None:
 
 
 def placed(seen: Points, seen_parts: Sequence[str], mice: int, parts: Sequence[str]) -> Points:
-    """Return a video's points in an array with room for `mice` mice and all `parts`; NaN where the video has none."""
+    """Return a video's points in an array with room for `mice` mice and all `parts`.
+
+    NaN where the video has none, or one of which a coordinate is not finite.
+    """
     points: Points = np.full((len(seen), mice, len(parts), 2), np.nan, dtype=np.float32)
-    points[:, : seen.shape[1], [parts.index(part) for part in seen_parts]] = seen
+    whole = np.isfinite(seen).all(-1, keepdims=True)
+    points[:, : seen.shape[1], [parts.index(part) for part in seen_parts]] = np.where(whole, seen, np.nan)
     return points
 
 

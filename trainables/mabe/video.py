@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trainables.mabe.config import CLASSES
 
-Points = NDArray[np.float32]  # (frames, mice, points, 2) in units of picture width, NaN where not seen
+Points = NDArray[np.float32]  # (frames, mice, points, 2) in units of picture width, not finite where not seen
 Labels = NDArray[np.int8]  # (frames,), an index into CLASSES, or UNLABELLED
 
 UNLABELLED = -1
