@@ -70,6 +70,14 @@ def test_a_network_is_not_that_of_a_changed_window_file(tmp_path: Path) -> None:
     assert key() != whole
 
 
+def test_a_network_is_the_same_however_its_data_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate(tmp_path / "root", Simulated(passes=2, frames=6))
+    monkeypatch.chdir(tmp_path)
+    named = [Data(root=root, prepared="cache", modalities=("gps",)) for root in ("root", f"{tmp_path}/root")]
+    one, other = (pretrained.key(fusion.Config(data=data), 0, pretrained.arrays_of(data)) for data in named)
+    assert one == other
+
+
 def test_one_process_trains_while_others_wait(
     config: rebuild.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

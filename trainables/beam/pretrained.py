@@ -74,7 +74,7 @@ def key(config: fusion.Config, seed: int, arrays: Sequence[str]) -> str:
     arrays: names of the prepared arrays, which identify the data.
     """
     settings = dataclasses.asdict(config)
-    del settings["data"]["prepared"]  # a location, which says nothing about the data
+    del settings["data"]["root"], settings["data"]["prepared"]  # may be written in several ways; `arrays` tell the data
     watched = {rule.metric for rule in (config.optim.plateau, config.optim.early_stop) if rule is not None}
     if MISSING not in watched:  # otherwise it steers the training
         del settings["score_without"]  # affects scores only, not training
