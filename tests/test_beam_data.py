@@ -589,6 +589,13 @@ def test_a_count_of_rows_that_outlived_its_array_is_not_believed(tmp_path: Path)
     assert np.load(unfinished).tolist() == list(range(9))
 
 
+def test_a_cache_folder_that_is_a_file_is_a_mistake(own: Data) -> None:
+    (Path(str(own.root)) / "file").write_text("")
+    for folder in ("file", "file/cache"):
+        with pytest.raises(UserError, match=r"cannot be made and locked: .*; set data\.prepared to a folder elsewhere"):
+            prepare_data(replace(own, prepared=f"{own.root}/{folder}"))
+
+
 def test_a_disk_without_room_is_a_mistake_at_once(own: Data) -> None:
     vast = replace(own, image_size=2_000_000)  # pixels of a side: 12 files of 11 TiB
     with pytest.raises(

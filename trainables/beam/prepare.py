@@ -121,10 +121,12 @@ def _group(array: str) -> str:
 
 
 def check_room(folder: Path, size: int, unfinished: list[Path]) -> None:
-    """Raise `UserError` unless the disk has room for `size` bytes, less what unfinished arrays already occupy."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Raise `UserError` unless the disk has room for `size` bytes, less what unfinished arrays already occupy.
+
+    folder: need not exist yet.
+    """
     needed = size - sum(path.stat().st_blocks * 512 for path in unfinished if path.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if needed > free:
         raise UserError(
             f"{folder}: the prepared data take {needed / 2**20:.0f} MiB more and {free / 2**20:.0f} MiB are free; "
