@@ -68,8 +68,8 @@ def split(table: Table, data: Data) -> tuple[Side, Side]:
     scored = int((~scored_apart(table, data)[val.window_S]).sum())
     if not len(train) or not scored:
         raise UserError(
-            f"{table.csvs[0]}: a {data.split} split with data.holdout = {data.holdout} trains on {len(train)} windows "
-            f"and validates on {scored}; it needs two passes, or two blocks of {data.block_files} files "
+            f"{table.csvs[0]}: the {data.split} split with data.holdout = {data.holdout} trains on {len(train)} "
+            f"windows and validates on {scored}; it needs two passes, or two blocks of {data.block_files} files "
             "(data.block), of one scenario"
         )
     return train, val
