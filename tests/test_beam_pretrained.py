@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import pickle
 import threading
@@ -76,6 +77,12 @@ def test_a_network_is_the_same_however_its_data_are_named(tmp_path: Path, monkey
     named = [Data(root=root, prepared="cache", modalities=("gps",)) for root in ("root", f"{tmp_path}/root")]
     one, other = (pretrained.key(fusion.Config(data=data), 0, pretrained.arrays_of(data)) for data in named)
     assert one == other
+
+
+def test_a_folder_that_cannot_be_made_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(UserError, match=r"fusion\.lock cannot be made and locked: .*; set data\.prepared to a folder"):
+        pretrained._turn(tmp_path / "cache/fusion.pt", contextlib.ExitStack())
 
 
 def test_one_process_trains_while_others_wait(

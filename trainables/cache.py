@@ -27,20 +27,24 @@ def cache_folder(chosen: str | None) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`, waiting for it. The kernel releases it however the process ends.
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on the file `path`. The kernel releases it however the process ends.
 
-    Raises `UserError` if the file or its folder cannot be made, or if the file system has no locks.
+    Yields whether the lock is held: unless it is to `wait`, not if another process has it. Raises `UserError` if the
+    file or its folder cannot be made, or if the file system has no locks.
     """
     with contextlib.ExitStack() as held:
+        mine = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(held.enter_context(path.open("w")), fcntl.LOCK_EX)
+            fcntl.flock(held.enter_context(path.open("w")), fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mine = False
         except OSError as error:
             raise UserError(
                 f"{path} cannot be made and locked: {error.strerror}; set data.prepared to a folder elsewhere"
             ) from None
-        yield
+        yield mine
 
 
 def stamp_of(path: Path) -> Stamp:

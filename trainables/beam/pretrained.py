@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import time
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from trainables.beam import fusion
 from trainables.beam.config import Data
 from trainables.beam.prepare import array_path, prepare_data, wanted_arrays
-from trainables.cache import cache_folder
+from trainables.cache import cache_folder, locked
 from trainables.checkpoint import Weights, weights_of
 from trainables.contract import Diverged, State, Trial, UserError
 from trainables.loop import fit
@@ -41,7 +40,7 @@ def trained_once(config: fusion.Config, seed: int, trial: Trial) -> Weights:
     kept = cache_folder(config.data.prepared) / f"fusion-{key(config, seed, arrays_of(config.data))}.pt"
     if kept not in trial.cache:
         with contextlib.ExitStack() as held:
-            while (turn := _agreed(_turn(kept, held) if trial.rank == 0 else "wait", trial)) == "wait":
+            while (turn := _by_rank_0(lambda: _turn(kept, held), trial)) == "wait":
                 if trial.rank == 0:
                     time.sleep(POLL_S)
             if turn == "train":
@@ -102,15 +101,14 @@ def _turn(kept: Path, held: contextlib.ExitStack) -> Turn:
     """Return what to do now; for "train", `held` holds the lock."""
     if _over(kept):
         return "ready"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    lock = held.enter_context(kept.with_suffix(".lock").open("w"))
-    try:
+    with contextlib.ExitStack() as trying:
         # Polled, never waited for: the other ranks would be stuck in a collective while another process trains.
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return "wait"
-    return "ready" if _over(kept) else "train"  # another process may have finished in between
+        if not trying.enter_context(locked(kept.with_suffix(".lock"), wait=False)):
+            return "wait"
+        if _over(kept):  # another process may have finished in between
+            return "ready"
+        held.enter_context(trying.pop_all())
+        return "train"
 
 
 def _over(kept: Path) -> bool:
