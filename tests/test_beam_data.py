@@ -402,6 +402,7 @@ def zipped(path: Path) -> None:
             text("-111.9\n33.4\n"),
             "GPS_location_0.txt: latitude -111.9, longitude 33.4 is not a position",
         ),
+        ("unit2_loc_1", text("0.0\n0.0\n"), "GPS_location_0.txt: latitude 0.0, longitude 0.0 is not a position"),
         ("unit1_pwr_60ghz", text("0.5\n" * 63), "mmWave_power_4.txt: 63 numbers instead of 64"),
         ("unit1_pwr_60ghz", text("nan\n" * 64), "mmWave_power_4.txt: every power is NaN"),
         ("unit1_rgb_1", Path.unlink, r"image_BS1_0.jpg is not there; row 1 of .*\.csv names it: restore the file"),

@@ -184,8 +184,8 @@ def read_power(path: Path) -> NDArray[np.float64]:
 
 
 def read_position(path: Path) -> NDArray[np.float64]:
-    """Read latitude and longitude in degrees, (2,)."""
+    """Read latitude and longitude in degrees, (2,). Two zeros, as receivers write without a fix, are refused."""
     position = _text_numbers(path, 2, "latitude, longitude")
-    if not (-80 <= position[0] <= 84 and -180 <= position[1] < 180):  # where UTM is defined; NaN fails as well
+    if not (-80 <= position[0] <= 84 and -180 <= position[1] < 180 and position.any()):  # UTM's range; NaN fails too
         raise UserError(f"{path}: latitude {position[0]}, longitude {position[1]} is not a position in degrees")
     return position
