@@ -70,7 +70,7 @@ def split(table: Table, data: Data) -> tuple[Side, Side]:
         raise UserError(
             f"{table.csvs[0]}: the {data.split} split with data.holdout = {data.holdout} trains on {len(train)} "
             f"windows and validates on {scored}; it needs two passes, or two blocks of {data.block_files} files "
-            "(data.block), of one scenario"
+            "(data.block) that hold whole windows, of one scenario"
         )
     return train, val
 
