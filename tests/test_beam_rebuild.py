@@ -523,6 +523,13 @@ def test_a_contrast_that_memory_left_no_pairs_for_is_reported_as_none(config: re
     assert (report.metrics["micro_batch"], report.metrics["contrasted"]) == (2, 1)
 
 
+def test_the_chance_level_of_the_contrast_is_that_of_an_epoch_shorter_than_a_batch(config: rebuild.Config) -> None:
+    config = replace(config, pretrain=Pretrain(epochs=0), optim=replace(OPTIM, batch_size=8, epoch_samples=3), epochs=1)
+    (report,) = rebuild.train(Trial(config))
+    expected = contrast_chance(3, config.loss.temperature, config.loss.contrast_form)
+    assert report.metrics["loss_contrast_chance"] == pytest.approx(config.loss.alpha_contrast * expected)
+
+
 @torch.no_grad()
 def test_the_health_signs_are_those_of_what_the_objective_scores(config: rebuild.Config) -> None:
     model, batch = network(config).eval(), batch_of(config)

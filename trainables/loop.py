@@ -244,7 +244,7 @@ def probe_of(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks, limit_byt
 
 def wanted_share(samples: Samples, trial: Trial, ranks: Ranks) -> int:
     optim = trial.config.optim
-    share = -(-min(optim.batch_size, optim.epoch_samples or len(samples), len(samples)) // ranks.size)
+    share = -(-optim.largest_batch(len(samples)) // ranks.size)
     return min(share, optim.micro_batch or share)
 
 

@@ -165,6 +165,10 @@ class Optim:
         require(self.precision in precisions, "optim.precision", self.precision, f"be one of {', '.join(precisions)}")
         require(self.ema is None or 0 < self.ema < 1, "optim.ema", self.ema, "lie between 0 and 1")
 
+    def largest_batch(self, samples: int) -> int:
+        """Return the size of the largest effective batch from a training split of so many samples."""
+        return min(self.batch_size, self.epoch_samples or samples, samples)
+
 
 def lr_factor(optim: Optim, epoch: float, epochs: int) -> float:
     """Return the learning rate as a ratio of `optim.lr`, after `epoch` (fractional) of a trial's `epochs` epochs."""

@@ -329,7 +329,7 @@ def train(trial: Trial) -> Iterator[Report]:
     maps = features.first_maps(config.data, network, config.optim, trial) if config.rebuild.cache_features else {}
     before, guessing = scores_before(config, network, maps, trial), dba_of_guessing(config)
     del network
-    batch = min(config.optim.batch_size, len(features.samples(config, "train")))
+    batch = config.optim.largest_batch(len(features.samples(config, "train")))
     settings = settings_of(config.fusion)
     for report in fit(task_for(config, weights, maps), trial):
         assert report.state is not None
