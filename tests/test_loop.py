@@ -657,6 +657,7 @@ def test_the_terms_of_a_loss_are_those_of_every_batch(other: list[str], config: 
             r"loss must .* in 'a' there is a tensor of shape \(8, 1",
         ),
         ({"loss": lambda m, b, c: {"a": m(b["x"]).sum()}}, r"loss must return, by .*'a' is a tensor of shape \(\)"),
+        ({"loss": lambda m, b, c: {}}, "loss must return, by name, pairs .* both scalar, and returned none"),
         ({"loss": lambda m, b, c: m(b["x"]).sum()}, r"loss must return, by .* and returned a tensor of shape \(\)"),
         ({"score": lambda m, b, c: {"a": (torch.ones(3), 8)}}, r"score must .* in 'a' there is a tensor of shape \(3,"),
         ({"score": lambda m, b, c: {"a": 0.5}}, "score must return, by name, pairs .* 'a' is a float"),
@@ -680,7 +681,7 @@ def test_the_terms_of_a_loss_are_those_of_every_batch(other: list[str], config: 
     ],
 )
 def test_a_task_that_breaks_its_promises_is_told_so(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):  # which a search does not retry
         run(Config(), replace(TOY, **wrong))
 
 

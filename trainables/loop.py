@@ -285,7 +285,7 @@ def unused(names: Sequence[str], step: Step) -> UserError:
 
 def joined(metrics: Mapping[str, float], scores: Mapping[str, float]) -> dict[str, float]:
     if clash := metrics.keys() & scores.keys():
-        raise ValueError(f"a score must not take the name of a training metric: {', '.join(sorted(clash))}")
+        raise UserError(f"a score must not take the name of a training metric: {', '.join(sorted(clash))}")
     return {**metrics, **scores}
 
 

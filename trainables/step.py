@@ -123,8 +123,8 @@ def backward(
 def checked(returned: Any, function: str) -> Pairs:
     """Return what a task's `function`, its loss or its score, returned; raises UserError if that is no `Pairs`."""
     rule = f"{function} must return, by name, pairs of a sum and the count it was taken over, both scalar"
-    if not isinstance(returned, Mapping):
-        raise UserError(f"{rule}, and returned {described(returned)}")
+    if not isinstance(returned, Mapping) or (function == "loss" and not returned):
+        raise UserError(f"{rule}, and returned {'none' if isinstance(returned, Mapping) else described(returned)}")
     for name, pair in returned.items():
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise UserError(f"{rule}, and {name!r} is {described(pair)}")
@@ -139,14 +139,14 @@ def described(value: object) -> str:
 
 
 def shared_count(pairs: Pairs) -> Tensor | int:
-    """Return the count of all terms; raises ValueError if they have several, or one that is no int or tensor."""
+    """Return the count of all terms; raises UserError if they have several, or one that is no int or tensor."""
     first, *others = (count for _, count in pairs.values())
     if not isinstance(first, int | Tensor):
         found = type(first).__name__
-        raise ValueError(f"the loss terms {', '.join(pairs)} must count in an int or a scalar tensor, not {found}")
+        raise UserError(f"the loss terms {', '.join(pairs)} must count in an int or a scalar tensor, not {found}")
     # Tensors are compared by identity: comparing their values would make the host wait for the GPU.
     if any(not (other is first or (isinstance(other, int) and other == first)) for other in others):
-        raise ValueError(f"the loss terms {', '.join(pairs)} must share one count: one int, or the very same tensor")
+        raise UserError(f"the loss terms {', '.join(pairs)} must share one count: one int, or the very same tensor")
     return first
 
 
