@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -180,6 +182,29 @@ def test_a_parameter_that_a_ranks_batch_does_not_use_is_named(tmp_path: Path) ->
     assert told[1].startswith(
         "some.weight and 1 more parameters had no part in the loss of step 0: with several ranks,"
     )
+
+
+def use_seldom(rank: int, folder: Path) -> None:
+    """Train on two ranks, on each in micro-batches of which only the first uses all of the model."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    calls = itertools.count()
+
+    def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        used = model if next(calls) % 2 == 0 else cast(nn.Sequential, model)[:-1]
+        return {"size": (used(batch["x"]).square().sum(), len(batch["x"]))}
+
+    with pytest.raises(UserError) as refused:
+        run(Config(Optim(batch_size=8, micro_batch=2)), replace(TOY, loss=loss), rank=rank, world_size=2)
+    (folder / f"{rank}.txt").write_text(str(refused.value))
+    dist.destroy_process_group()
+
+
+def test_a_parameter_that_a_micro_batch_does_not_use_is_named(tmp_path: Path) -> None:
+    spawn(use_seldom, args=(tmp_path,), nprocs=2)
+    for rank in (0, 1):
+        told = (tmp_path / f"{rank}.txt").read_text()
+        assert told.startswith("5.weight and 1 more parameters had no part in the loss of step 0: with several ranks,")
 
 
 def test_all_ranks_hold_the_same_buffers_when_an_epoch_ends(both: list[dict[str, Run]]) -> None:

@@ -41,7 +41,7 @@ from trainables.samples import (
     ranks_of,
     share_of,
 )
-from trainables.step import Loss, Pairs, autocast, backward, checked, compiled, divisor_of, over_ranks
+from trainables.step import Loss, Pairs, autocast, backward, checked, compiled, divisor_of, over_ranks, without_gradient
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Task:
     config: the class of `Trial.config`, a frozen dataclass with the fields `optim: Optim` and `epochs: int`. A search
         looks for it under the name `Config` in the trainable's module.
     model: builds the module on the CPU, drawing from the seeded global generator. A parameter with `requires_grad`
-        False is not trained; with several ranks, the loss of every batch must use every other one. A submodule left
-        in eval mode stays in it.
+        False is not trained; with several ranks, the loss of every micro-batch must use every other one. A submodule
+        left in eval mode stays in it.
     data: opens the whole split "train" or "val" on every rank; the loop shuffles and divides it. Called in every trial:
         cache slow loading yourself, with `functools.cache` or on disk. `TensorSamples` suits tensors in memory.
     loss: returns the weighted loss terms of a batch by name; their sum is minimised. All terms share one count: the
@@ -138,6 +138,8 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             try:
                 summed = backward(loss, batches, share, scaler, autocast(device, optim))
             except Exception as error:
+                if names := without_gradient(plain, error):
+                    raise unused(names, step.number - 1) from error
                 guard.explain(error, step)
                 raise
             summed.require(terms or summed.terms)
@@ -150,7 +152,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             scaler.unscale_(optimizer)
             scaler.update()
             if ranks.size > 1 and (names := [name for name, p in trained.items() if p.grad is None]):
-                raise unused(names, step)
+                raise unused(names, step.number)
             norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None]) / divisor
             next_scale = scaler.scale(torch.ones_like(scale))
             skip, overflow = guard.judge(total / divisor_of(count), norm, scale, next_scale)
@@ -274,12 +276,12 @@ def train_means(terms: Sequence[str], records: Sequence[StepRecord], ranks: Rank
     return {"loss": float(means_T.sum()), **means, **norm}
 
 
-def unused(names: Sequence[str], step: Step) -> UserError:
+def unused(names: Sequence[str], step: int) -> UserError:
     """Return the error for parameters without a gradient: DDP then leaves the ranks with different ones for others."""
     these = f"{names[0]} and {len(names) - 1} more parameters" if names[1:] else names[0]
     return UserError(
-        f"{these} had no part in the loss of step {step.number}: with several ranks, each that is trained must have a "
-        "part in every batch; add it times zero where it has none, or let it require no gradient"
+        f"{these} had no part in the loss of step {step}: with several ranks, each that is trained must have a "
+        "part in every micro-batch; add it times zero where it has none, or let it require no gradient"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from trainables.samples import Batch, Ranks, Share
 # By name: a scalar, summed over the samples of a batch, and the count that it was summed over.
 Pairs = Mapping[str, tuple[Tensor, Tensor | int]]
 Cast = contextlib.AbstractContextManager[None]
+
+UNUSED = re.compile(r"Parameter indices which did not receive grad for rank \d+: ([\d ]+)")  # DDP's words
 
 
 class Loss(nn.Module):
@@ -76,6 +79,13 @@ def over_ranks(loss: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
     )
+
+
+def without_gradient(loss: Loss, error: Exception) -> list[str]:
+    """Return the parameters of `loss` that DDP's `error` is about: they had no gradient in the micro-batch before."""
+    found = UNUSED.search(str(error))
+    trained = [name.removeprefix("model.") for name, part in loss.named_parameters() if part.requires_grad]
+    return [trained[int(number)] for number in found[1].split()] if found else []
 
 
 @dataclass(frozen=True)
