@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from toy_task import (
     CPU,
     TOY,
+    WIDTH,
     Config,
     Run,
     SpoilGradient,
@@ -26,6 +27,7 @@ from toy_task import (
     toy_data,
     toy_loss,
     toy_model,
+    toy_score,
     weights_of,
 )
 
@@ -173,6 +175,28 @@ def test_a_step_that_refuses_what_is_not_finite_is_a_divergence_of_its_module(wh
     assert sorted(details["batch"]) == sorted(order(config)[2].tolist())
 
 
+def test_a_score_that_refuses_what_is_not_finite_is_a_divergence_of_its_module() -> None:
+    """The first to see what the last step of an epoch did to the weights."""
+
+    def score(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+        if not network(batch["x"]).isfinite().all():
+            raise ArithmeticError("no finite number")
+        return toy_score(network, batch, config)
+
+    def linear(config: Config) -> nn.Module:
+        return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3)))
+
+    done = run(Config(Optim(lr=1e15, batch_size=27)), replace(TOY, model=linear, score=score))
+    details = diverged(done)
+    assert done.diverged is not None
+    assert done.diverged.step == 0
+    sentence = "the score raised ArithmeticError at lr 1e+15; the output of 2 was first not finite"
+    assert done.diverged.reason == sentence
+    assert isinstance(done.diverged.__cause__, ArithmeticError)
+    assert details["raised"] == "ArithmeticError: no finite number"
+    assert len(details["losses"]) == 1
+
+
 @pytest.mark.parametrize(
     ("error", "passes"),
     [
@@ -183,18 +207,20 @@ def test_a_step_that_refuses_what_is_not_finite_is_a_divergence_of_its_module(wh
         (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), 1),
     ],
 )
-def test_what_a_healthy_step_raises_propagates(error: Exception, passes: int) -> None:
+def test_what_a_healthy_step_or_score_raises_propagates(error: Exception, passes: int) -> None:
     """And is not run again where that could tell nothing."""
     calls: list[int] = []
 
-    def loss(network: nn.Module, batch: Batch, config: Config) -> Pairs:
+    def refuse(network: nn.Module, batch: Batch, config: Config) -> Pairs:
         calls.append(len(batch["x"]))
         raise error
 
-    with pytest.raises(type(error)) as caught:
-        list(fit(replace(TOY, loss=loss), Trial(BATCH, device=CPU)))
-    assert caught.value is error
-    assert len(calls) == passes
+    for task in (replace(TOY, loss=refuse), replace(TOY, score=refuse)):
+        calls.clear()
+        with pytest.raises(type(error)) as caught:
+            list(fit(task, Trial(BATCH, device=CPU)))
+        assert caught.value is error
+        assert len(calls) == passes
 
 
 def test_a_step_that_raises_after_one_that_diverged_is_not_the_culprit() -> None:

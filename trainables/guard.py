@@ -13,21 +13,21 @@ import contextlib
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainables.contract import Diverged, UserError, memory_error
 from trainables.optim import Optim
 from trainables.postmortem import Findings, Witness, examine
 from trainables.resume import Generators, set_generators
-from trainables.samples import Ranks, Samples, Share, everyones, on_device
-from trainables.step import Loss, Summed, autocast, backward, divisor_of
+from trainables.samples import Batch, Ranks, Samples, Share, everyones, on_device
+from trainables.step import Loss, Pairs, Summed, autocast, backward, divisor_of
 
 KEPT = 50  # steps in the running median, and in a post-mortem's history of losses and gradient norms
 SETTLED = 10  # steps before the running median is meaningful
@@ -94,14 +94,18 @@ class Replay:
             before = self.loss.register_forward_pre_hook(lambda loss, args: witness.see_batch(*args))
             after = self.loss.register_forward_hook(lambda loss, args, result: witness.see_loss(result[1].detach()))
             try:
-                with NoCollectives() if alone else contextlib.nullcontext():
-                    backward(self.loss, batches, step.share, scaler, autocast(self.device, self.optim))
+                backward(self.loss, batches, step.share, scaler, autocast(self.device, self.optim))
             finally:
                 before.remove()
                 after.remove()
 
+        return self.findings_of(again, alone)
+
+    def findings_of(self, again: Callable[[Witness], object], alone: bool) -> Findings:
+        """Return what is found in whatever `again` runs; see `postmortem.examine`, and `findings`."""
         try:
-            return examine(self.loss.model, again, whole=self.ranks.size > 1)
+            with NoCollectives() if alone else contextlib.nullcontext():
+                return examine(self.loss.model, again, whole=self.ranks.size > 1)
         except Exception as error:  # perhaps on one rank only, while the others wait for its findings
             return Findings(f"running the step again raised {type(error).__name__}: {error}", None, None, None, False)
 
@@ -172,21 +176,43 @@ class Guard:
         A loss may refuse NaN itself, as a distribution or a matching does. With several ranks this calls no collective,
         because others may be waiting in one that is part of the step.
         """
-        passed = UserError, Diverged, torch.OutOfMemoryError, MemoryError
-        if isinstance(error, passed) or memory_error(str(error)) is not None:
+        if speaks_for_itself(error):
             return
         if self._ranks.size == 1:
             self.check()
         findings = self._replay.findings(step, alone=self._ranks.size > 1)
-        if not findings.reproduced:
-            return
+        if findings.reproduced:
+            raise self._refused("loss", error, step, findings, self._told(sample_indices(step))) from error
+
+    def watched(self, score: Callable[[nn.Module, Batch, Any], Pairs]) -> Callable[[nn.Module, Batch, Any], Pairs]:
+        """Return `score` as a function that raises `Diverged` where `explain` would: after an epoch's last step."""
+
+        def watching(model: nn.Module, batch: Batch, config: Any) -> Pairs:
+            def again(witness: Witness) -> None:
+                witness.see_batch(batch)
+                score(model, batch, config)
+
+            try:
+                return score(model, batch, config)
+            except Exception as error:
+                if not speaks_for_itself(error):
+                    assert self._latest is not None, "a step comes first"
+                    findings = self._replay.findings_of(again, alone=self._ranks.size > 1)
+                    if findings.reproduced:
+                        raise self._refused("score", error, self._latest.step, findings, {}) from error
+                raise
+
+        return watching
+
+    def _refused(
+        self, what: str, error: Exception, step: Step, findings: Findings, batch: Mapping[str, Any]
+    ) -> Diverged:
         details = self._circumstances(step, self._losses, self._norms)
         said, *_ = str(error).splitlines() or [""]
         details["raised"] = f"{type(error).__name__}: {said}"
-        details |= {"found": dataclasses.asdict(findings), "rank": self._ranks.rank}
-        details |= self._told(sample_indices(step))
-        reason = f"the loss raised {type(error).__name__} at lr {step.lr:.3g}; {findings.sentence}"
-        raise Diverged(reason, step.number, details) from error
+        details |= {"found": dataclasses.asdict(findings), "rank": self._ranks.rank, **batch}
+        reason = f"the {what} raised {type(error).__name__} at lr {step.lr:.3g}; {findings.sentence}"
+        return Diverged(reason, step.number, details)
 
     def weights_blown_up(self, names: Sequence[str]) -> Diverged:
         """Return the error to raise if the last followed step, itself healthy, left weights that are not finite.
@@ -264,6 +290,12 @@ class Guard:
         for kept, saved in ((self._losses, state["losses"]), (self._norms, state["norms"])):
             kept.extend(torch.as_tensor(value, dtype=torch.float32, device=device) for value in saved)
         self._streak = state["streak"].to(device)
+
+
+def speaks_for_itself(error: Exception) -> bool:
+    """Return whether an exception says what it means: a mistake, a divergence, or that memory ran out."""
+    told = UserError, Diverged, torch.OutOfMemoryError, MemoryError
+    return isinstance(error, told) or memory_error(str(error)) is not None
 
 
 def usual_loss(losses_S: Tensor, streak: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -112,6 +112,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
     ema = Ema(model, optim)
     guard = Guard(Replay(plain, train, optim, device, ranks), functools.partial(task.names, config))
+    watched = replace(task, score=guard.watched(task.score))
     patience, best = Patience(optim), Best({"model": kept, "ema": ema})
     parts = {"model": kept, "optimizer": optimizer, "scaler": scaler, "ema": ema, "guard": guard, "patience": patience}
     parts |= {"best": best} if optim.early_stop is not None else {}
@@ -176,7 +177,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         metrics |= {"lr": lr, "micro_batch": micro_batch}
         broadcast_buffers(model, ranks)
         with evaluating(model, ema):
-            scores = evaluate(task, model, val, trial, ranks, micro_batch)
+            scores = evaluate(watched, model, val, trial, ranks, micro_batch)
         metrics = joined({**metrics, **speed}, scores)
         # Without the speed: everything else is the same on every rank.
         patience.look({name: value for name, value in metrics.items() if name not in speed})
