@@ -62,8 +62,8 @@ class Task:
     score: returns the validation scores of a batch by name, each with its own count. A batch need not have every
         score; one whose count is zero over the whole split is omitted.
     lr_scale: the learning rate of the named parameter, as a ratio of `optim.lr`.
-    derived: metrics computed from the whole split's scores, e.g. macro F1. Map a score's name to None to drop it from
-        the report.
+    derived: metrics computed from the whole split's scores, e.g. macro F1. Called on every rank after the last batch.
+        Map a score's name to None to drop it from the report.
     part: the part of the model that the named parameter belongs to, or None. The gradient norm of each part in the
         last step of an epoch is reported as grad_norm_<part>, unless fp16 skipped that step.
     annealed: the config that the loss gets in an epoch, counted from 0, for what changes as training proceeds: teacher

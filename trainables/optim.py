@@ -249,7 +249,10 @@ def undecayed(model: nn.Module) -> frozenset[nn.Parameter]:
 
 
 def mark_undecayed(*parameters: nn.Parameter) -> None:
-    """Mark parameters that are no vectors and yet to be left without weight decay by `Optim.decayed` "weights"."""
+    """Mark parameters that are no vectors and yet to be left without weight decay by `Optim.decayed` "weights".
+
+    Embeddings, say. A deep copy of a parameter has no mark.
+    """
     for parameter in parameters:
         setattr(parameter, UNDECAYED, True)
 
