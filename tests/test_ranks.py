@@ -393,6 +393,32 @@ def test_a_worker_that_was_given_no_gpu_takes_none(
     assert str(rank_of(tmp_path, "train", gpus_per_worker=gpus)._device) == device
 
 
+@pytest.mark.parametrize(
+    ("left_mib", "told"),
+    [
+        (200, ""),
+        (
+            300,
+            "the trial left 300 MiB on the GPU, and what stays there has to be in trial.cache: "
+            "the processes of its group are replaced\n",
+        ),
+    ],
+)
+def test_a_trial_after_which_new_processes_start_is_told_why(
+    left_mib: int,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Else every trial may wait for them, and for its data and models, and nobody sees why."""
+    loop = RankLoop(spec_of("toy:train", tmp_path, gpus_per_worker=1.0), 0, 1, torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: left_mib * 2**20)
+    assert loop._is_clean() == (not told)
+    assert capsys.readouterr().out == told
+
+
 @pytest.mark.parametrize(("function", "kind"), [("plain_function", "dict")])
 def test_what_is_no_generator_is_refused(function: str, kind: str, tmp_path: Path) -> None:
     answer = rank_of(tmp_path, function).handle(Begin({}, 0))

@@ -151,17 +151,26 @@ class RankLoop:
         return Ended()
 
     def _is_clean(self) -> bool:
-        """Return whether the process group is as before, and no more GPU memory is held than the cache accounts for."""
+        """Return whether the process is as before, and print why not: starting another takes long, and is not seen."""
+        left = self._left_behind()
+        if left is not None:
+            print(f"the trial {left}: the processes of its group are replaced")
+        return left is None
+
+    def _left_behind(self) -> str | None:
+        """Return what the trial did to the process group, or on the GPU beyond what the cache accounts for."""
         if torch.distributed.is_initialized() != self._joined:
-            return False
+            return f"{'destroyed its' if self._joined else 'left a'} process group"
         if self._device.type != "cuda":
-            return True
+            return None
         try:
             torch.cuda.synchronize(self._device)
-        except RuntimeError:  # an earlier kernel failed: the CUDA context is lost
-            return False
-        held = torch.cuda.memory_allocated(self._device)
-        return held <= _cached_bytes(self._cache) + LEAK_BYTES
+        except RuntimeError:  # an earlier kernel failed
+            return "lost the CUDA context"
+        left = torch.cuda.memory_allocated(self._device) - _cached_bytes(self._cache)
+        if left <= LEAK_BYTES:
+            return None
+        return f"left {left / 2**20:.0f} MiB on the GPU, and what stays there has to be in trial.cache"
 
 
 def _blew(error: Diverged) -> Blew:
