@@ -50,9 +50,9 @@ class Task:
 
     config: the class of `Trial.config`, a frozen dataclass with the fields `optim: Optim` and `epochs: int`. A search
         looks for it under the name `Config` in the trainable's module.
-    model: builds the module on the CPU, drawing from the seeded global generator. A parameter with `requires_grad`
-        False is not trained; with several ranks, the loss of every micro-batch must use every other one. A submodule
-        left in eval mode stays in it.
+    model: builds the module on the CPU, drawing from the seeded global generator; a frozen part may be on the device
+        already. A parameter with `requires_grad` False is not trained; with several ranks, the loss of every
+        micro-batch must use every other one. A submodule left in eval mode stays in it.
     data: opens the whole split "train" or "val" on every rank; the loop shuffles and divides it. Called in every trial:
         cache slow loading yourself, with `functools.cache` or on disk. `TensorSamples` suits tensors in memory.
     loss: returns the weighted loss terms of a batch by name; their sum is minimised. All terms share one count: the
