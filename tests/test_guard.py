@@ -358,7 +358,7 @@ def test_a_loss_that_is_infinite_is_no_spike_but_told_with_its_culprit() -> None
     config = Config(Optim(lr=1e-4, batch_size=8, spike=Spike(factor=8.0, patience=1)), epochs=8)
     details = diverged(done := run(config, loud_from(15, math.inf)))
     assert done.diverged is not None
-    assert done.diverged.reason.startswith("loss_square and loss_size are not finite at lr 0.0001; ")
+    assert done.diverged.reason.startswith("loss_size and loss_square are not finite at lr 0.0001; ")
     assert details["found"]["reproduced"]
 
 
