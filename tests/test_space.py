@@ -147,7 +147,10 @@ def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu:
         ({"try_first": ["lr"]}, "try_first.0: expected dotted paths and values, got 'lr'"),
         ({"try_first": 5}, "try_first: expected a list of settings, got 5"),
         ({"try_first": [{3: 1}]}, "try_first.0.3: no such parameter; "),
-        ({"config": {"lr": {"log": [0.1, 1], "when": {3: 1}}}}, "config.lr: `when` names 3; "),
+        *(
+            ({"config": {"lr": {"log": [0.1, 1], "when": {3: 1}}}, "try_first": known}, "config.lr: `when` names 3; ")
+            for known in ([], [{"lr": 0.1}])
+        ),
         ({"ran": 5}, "ran: expected a mapping with the keys space, profile, paths, data, got 5"),
         ({"ran": {"paths": 5}}, "ran.paths: 5 is refused: input should be a valid list"),
         ({"ran": {"space": [1]}}, "ran.space: [1] is refused: input should be a valid string"),

@@ -108,7 +108,7 @@ def _is_off(document: Mapping[str, Any], name: str, setting: Mapping[str, Any], 
     node = trees.get(config, name)
     when = node.get("when") if is_domain(node) else None
     for other, allowed in when.items() if isinstance(when, dict) else ():
-        value = setting.get(other, trees.get(config, other))
+        value = setting.get(str(other), trees.get(config, str(other)))  # it may be a number, and no entry's name
         holds = is_domain(value) or value in (allowed if isinstance(allowed, list) else [allowed])
         if not holds and any(_is_under(f"config.{each}", changed) for each in (name, other)):
             return True
