@@ -66,7 +66,7 @@ class TestDomain:
 @pytest.mark.parametrize(
     ("node", "message"),
     [
-        ({"log": [1e-2, 1e-5]}, r"x: the range \[0\.01, 1e-05\] is reversed; write \[1e-05, 0\.01\]"),
+        ({"log": [1e-2, 1e-5]}, r"x: the range \[0\.01, 1e-05\] is reversed; write \[1\.0e-05, 0\.01\]"),
         ({"int": [9, 1]}, r"the range \[9, 1\] is reversed; write \[1, 9\]"),
         ({"log": [0, 1]}, r"a log range needs low > 0, but got \[0\.0, 1\.0\]"),
         ({"int": [0, 4], "log": True}, "a log range needs low > 0"),
@@ -77,7 +77,7 @@ class TestDomain:
         ({"int": [1, 2.5]}, "`int` takes two whole numbers"),
         ({"int": [1, 10], "step": 2}, r"steps of 2 from 1 do not meet 10; write \[1, 9\]"),
         ({"float": [0, 1], "step": 0.3}, r"steps of 0\.3 from 0\.0 do not meet 1\.0; write \[0\.0, 0\.9\]"),
-        ({"float": [0.0, 1e-9], "step": 4e-10}, r"steps of 4e-10 from 0\.0 do not meet 1e-09; write \[0\.0, 8e-10\]"),
+        ({"float": [0.0, 1e-9], "step": 4e-10}, r"of 4e-10 from 0\.0 do not meet 1e-09; write \[0\.0, 8\.0e-10\]"),
         ({"float": [0, 1], "step": 1 / 3}, r"from 0\.0 do not meet 1\.0; write \[0\.0, 0\.9999999999999999\]"),
         ({"int": [1, 9], "step": 0}, "step 0 must be above 0"),
         ({"int": [0, 10**19]}, r"apart up to 9007199254740992; narrow the range \[0, 10{19}\]"),
@@ -104,6 +104,7 @@ class TestDomain:
         ({"choice": [1, 2, 1]}, "a choice names a value twice"),
         ({"choice": [1, True]}, "a choice names a value twice"),
         ({"choice": [[1], [1]]}, "a choice names a value twice"),
+        ({"float": [1e-5, 0.1], "log": True}, r"`float` draws evenly; write \{log: \[1\.0e-05, 0\.1\]\} for a log sc"),
         ({"choice": [1], "log": True}, "`log` cannot be combined with `choice`; allowed beside it: when"),
         ({"log": [1, 2], "wen": {}}, "`wen` cannot be combined with `log`"),
         ({"log": [1, 2], "int": [1, 2]}, "a domain has one kind, not log and int"),

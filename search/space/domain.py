@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from search.yaml_file import dump_line
 from trainables.contract import UserError
 
 LARGEST_INT = 2**53  # samplers compute in floats, which are exact for whole numbers up to here
@@ -291,6 +292,8 @@ def parse_domain(name: str, node: Mapping[str, Any]) -> Parameter:
         raise UserError(f"{name}: a domain has one kind, not {' and '.join(kinds)}")
     kind = kinds[0]
     unknown = set(node) - {kind} - _OPTIONS[kind]
+    if kind == "float" and "log" in unknown:
+        raise UserError(f"{name}: `float` draws evenly; write {{log: {dump_line(node[kind])}}} for a log scale")
     if unknown:
         allowed = ", ".join(sorted(_OPTIONS[kind]))
         raise UserError(
@@ -374,7 +377,7 @@ def at(domain: Real | Integer, part: float) -> float | int:
 
 def _check_range(low: float, high: float, log: bool) -> None:
     if low > high:
-        raise UserError(f"the range [{low}, {high}] is reversed; write [{high}, {low}]")
+        raise UserError(f"the range [{low}, {high}] is reversed; write {dump_line([high, low])}")
     if log and low <= 0:
         raise UserError(f"a log range needs low > 0, but got [{low}, {high}]")
 
@@ -394,4 +397,4 @@ def _check_step(low: float, high: float, step: float) -> None:
         raise UserError(f"step {step} must be above 0")
     last = type(low)(_stepped(low, step, _steps(low, high, step)))
     if last != high:
-        raise UserError(f"steps of {step} from {low} do not meet {high}; write [{low}, {last}]")
+        raise UserError(f"steps of {step} from {low} do not meet {high}; write {dump_line([low, last])}")

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from search.space.decode import did_you_mean
+from search.yaml_file import dump_line
 from trainables.contract import UserError
 
 
@@ -36,7 +37,7 @@ class Limit(_Section):
         if self.min is None and self.max is None:
             raise ValueError("name a `min`, a `max` or both")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"the range is reversed; write {{min: {self.max}, max: {self.min}}}")
+            raise ValueError(f"the range is reversed; write {dump_line({'min': self.max, 'max': self.min})}")
         return self
 
     def __str__(self) -> str:
