@@ -333,6 +333,31 @@ def test_a_class_is_no_trainable(tmp_path: Path) -> None:
     assert told == f"trainable: {name}:Net is a class; name a function that yields a report after every epoch"
 
 
+@pytest.mark.parametrize("arguments", ["", "config, trial", "*, trial"])
+def test_a_function_that_does_not_take_a_trial_is_no_trainable(arguments: str, tmp_path: Path) -> None:
+    name = write_family(tmp_path, f"def train({arguments}):\n    yield {{}}\n")
+    told = message_of(write_space(tmp_path, {}, trainable=f"{name}:train"))
+    assert told == f"trainable: {name}:train would be called with one argument, the trial; write def train(trial)"
+
+
+def test_a_decorated_trainable_takes_what_its_decorator_takes(tmp_path: Path) -> None:
+    code = """
+        import functools
+
+        def with_data(train):
+            @functools.wraps(train)
+            def wrapped(trial):
+                return train(trial, [1, 2])
+            return wrapped
+
+        @with_data
+        def train(trial, data):
+            yield {"loss": sum(data)}
+    """
+    _, trainable = load_space(write_space(tmp_path, {}, trainable=f"{write_family(tmp_path, code)}:train"))
+    assert list(trainable.train(None)) == [{"loss": 3}]
+
+
 def test_a_trainable_may_belong_to_a_class(tmp_path: Path) -> None:
     code = "class Net:\n    @staticmethod\n    def train(trial):\n        yield {}\n"
     name = write_family(tmp_path, code)

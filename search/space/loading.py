@@ -79,6 +79,9 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
         raise UserError(f"trainable: {module_name} has no function {function!r}; {did_you_mean(function, functions)}")
     if isinstance(train, type):
         raise UserError(f"trainable: {name} is a class; name a function that yields a report after every epoch")
+    if not _takes_one_argument(train):
+        written = f"def {function.rpartition('.')[2]}(trial)"
+        raise UserError(f"trainable: {name} would be called with one argument, the trial; write {written}")
     folder = _FOLDERS.setdefault(module_name, os.getcwd())
     home = _home(train, module, function)
     return Trainable(
@@ -150,13 +153,18 @@ def _config_class(module: types.ModuleType) -> type | None:
 def _of_one_argument(module: types.ModuleType, name: str) -> Callable[[Any], Any] | None:
     """Return the module's function of that name if it takes one argument, else None: others only share the name."""
     function = _named(module, name)
-    if not callable(function):
-        return None
+    return function if callable(function) and _takes_one_argument(function) else None
+
+
+def _takes_one_argument(function: Callable[..., Any]) -> bool:
+    """Return whether a function can be called with one argument; a decorated one, as its decorator left it."""
     try:
-        inspect.signature(function).bind(None)
-    except (TypeError, ValueError):
-        return None
-    return function
+        inspect.signature(function, follow_wrapped=False).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin does not say
+        return True
+    return True
 
 
 def check_not_hidden() -> None:
