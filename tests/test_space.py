@@ -590,6 +590,13 @@ class TestProfiles:
         assert message_of(file, has_gpu=False) == told
         assert message_of(file, has_gpu=True) == message_of(file, profile="night") == f"profiles.laptop: {told}"
 
+    def test_a_slip_that_a_profile_hides_shows_under_that_profile_too(self, tmp_path: Path) -> None:
+        profiles = {"laptop": {"config": {"lr": 0.1}}}
+        file = write_space(tmp_path, {"lr": {"log": [1.0, 0.5]}}, profiles=profiles)
+        told = "config.lr: the range [1.0, 0.5] is reversed; write [0.5, 1.0]"
+        assert message_of(file, has_gpu=True) == told
+        assert message_of(file, has_gpu=False) == f"without a profile: {told}"
+
     def test_an_override_says_nothing_of_the_others(self, tmp_path: Path) -> None:
         profiles = {"laptop": {"try_first": [{"optim.lr": 0.01}]}}
         config = {"optim": {"lr": {"log": [1e-3, 1.0]}, "momentum": {"float": [0.0, 0.9]}}}
