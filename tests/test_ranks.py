@@ -115,6 +115,13 @@ FAMILY = """
         raise SystemExit("no licence")
         yield
 
+    class Own(BaseException):
+        pass
+
+    def raises_more_than_an_exception(trial):
+        raise Own("no licence")
+        yield
+
     def diverge_at_an_old_file(trial):
         raise Diverged("cannot read caf\\udce9.png")
         yield
@@ -317,6 +324,7 @@ def test_an_ending_is_answered_and_the_next_trial_works(loop: RankLoop, ending: 
         ("bug", r"KeyError: 'no such batch' \(family_\d+\.py:\d+\)"),
         ("mute", r"Mute: \(family_\d+\.py:\d+\)"),
         ("leaves", r"SystemExit: no licence \(family_\d+\.py:\d+\)"),
+        ("raises_more_than_an_exception", r"Own: no licence \(family_\d+\.py:\d+\)"),
         ("stop_iteration", r"RuntimeError: generator raised StopIteration \(family_\d+\.py:\d+\)"),
         ("bad_state", r"ZeroDivisionError: division by zero \(family_\d+\.py:\d+\)"),
         ("lines", r"RuntimeError: Error\(s\) in loading state_dict: Missing key: w (w )+\.\.\. \(family_\d+\.py:\d+\)"),

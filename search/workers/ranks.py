@@ -64,7 +64,7 @@ class RankLoop:
             return Broke(reason=short_line(said(error), type(error).__name__, LONGEST_REASON), final=True)
         except (torch.OutOfMemoryError, MemoryError) as error:
             return RanOut(reason=one_line(said(error).strip().split("\n")[0], type(error).__name__))
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # SystemExit, for one; Ctrl-C does not reach the thread of a rank
             if isinstance(error, RuntimeError) and (told := memory_error(said(error))):
                 return RanOut(reason=told)
             frame = traceback.extract_tb(error.__traceback__)[-1]
