@@ -227,8 +227,11 @@ def check_folders(options: Options, space: Space) -> None:
 
 
 def check_unused(results: Path) -> None:
+    """Raise UserError if a new search would replace another one there, or a space file that is not of one."""
     if is_begun(results / STUDY):
         raise UserError(f"{results} holds a search already; go on with it by --resume, or choose another --name")
+    if is_there(results / SPACE) and "command" not in how_it_ran(results):
+        raise UserError(f"{results / SPACE} is not of a search, and would be replaced; choose another --name")
 
 
 def folder_of(options: Options, space: Space) -> Path:

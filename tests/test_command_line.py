@@ -274,6 +274,20 @@ def test_a_results_folder_is_not_used_twice(run: Run, tmp_path: Path) -> None:
     assert "results/done holds a search already; go on with it by --resume, or choose another --name" in told
 
 
+@pytest.mark.parametrize(
+    "content", [yaml_file.dump(SPACE), yaml_file.dump({**SPACE, "ran": {"space": "exported"}}), "# not written yet"]
+)
+def test_a_space_file_that_is_not_of_a_search_is_not_replaced(content: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/space.yaml").write_text(content)
+    status, _, told = run(*TOY, "--results", ".", "--name", "mine")
+    assert (status, told) == (
+        2,
+        "error: mine/space.yaml is not of a search, and would be replaced; choose another --name\n",
+    )
+    assert (tmp_path / "mine/space.yaml").read_text() == content
+
+
 def test_searches_begun_in_one_second_have_folders_of_their_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "strftime", lambda form: "now")
     monkeypatch.setattr(command, "is_there", lambda path: False)  # both look before either has made its folder
