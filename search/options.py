@@ -112,6 +112,6 @@ def list_spaces(spaces: Path) -> str:
     """List the spaces, each with the comment at its top."""
     lines = []
     for path in sorted(spaces.glob("*.yaml")):
-        first = path.read_text().split("\n", 1)[0]
+        first = path.read_text("utf-8").split("\n", 1)[0]
         lines.append(f"{path.stem:<12} {first.removeprefix('#').strip() if first.startswith('#') else ''}")
     return "\n".join(lines)

@@ -127,7 +127,7 @@ def _copied(value: Any) -> Any:
 
 def read(path: Path) -> Any:
     try:
-        return parse(path.read_text(), str(path))
+        return parse(path.read_text("utf-8"), str(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

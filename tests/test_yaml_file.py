@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +113,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9")
     with pytest.raises(UserError, match=r"latin\.yaml: is not UTF-8 text"):
         read(tmp_path / "latin.yaml")
+
+
+def test_a_file_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", {"name": "größer"})
+    code = "import pathlib, sys, search.yaml_file as y; print(ascii(y.read(pathlib.Path(sys.argv[1]))))"
+    ascii_locale = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    told = subprocess.check_output([sys.executable, "-c", code, tmp_path / "a.yaml"], env=ascii_locale, text=True)
+    assert told == "{'name': 'gr\\xf6\\xdfer'}\n"
 
 
 @pytest.mark.parametrize(

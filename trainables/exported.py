@@ -63,7 +63,7 @@ def read_config(path: Path, cls: type[Config]) -> Config:
 
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be read: {said}; name a folder that `launch.py --export` wrote") from None

@@ -57,7 +57,7 @@ class TrialFolder:
     def read_error(self) -> str | None:
         """Return the reason and the traceback of the last failed attempt; None if none failed."""
         try:
-            return (self.path / ERROR).read_text()
+            return (self.path / ERROR).read_text("utf-8")
         except FileNotFoundError:
             return None
 
