@@ -74,6 +74,8 @@ MODES = (
     "warnings.filterwarnings('error', 'of a trial')",
     "logging.disable(logging.ERROR)",
     "sys.path.insert(0, 'elsewhere')",
+    "torch.multiprocessing.set_start_method('spawn', force=True)",
+    "torch.multiprocessing.set_sharing_strategy('file_system')",
 )
 TURNS = [*(f"torch.backends.{turn}" for turn in SWITCHES.values()), *LEGACY]
 READ_MODES = """(
@@ -89,6 +91,7 @@ READ_MODES = """(
     torch.utils.deterministic.fill_uninitialized_memory,
     np.geterr(), [each for each in warnings.filters if each[0] == "error"],
     logging.root.manager.disable, list(sys.path),
+    torch.multiprocessing.get_start_method(allow_none=True), torch.multiprocessing.get_sharing_strategy(),
 )"""
 
 

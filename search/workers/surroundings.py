@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import random
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.multiprocessing
 
 
 def settle(seed: int, threads: int) -> None:
@@ -25,7 +27,7 @@ def settle(seed: int, threads: int) -> None:
 class Surroundings:
     """A snapshot of the working directory, the environment, the standard streams, the import path, and switches.
 
-    The switches are torch's, and those of Python and NumPy for warnings and errors.
+    The switches are torch's, and those of Python and NumPy for warnings, errors and processes.
     """
 
     def __init__(self) -> None:
@@ -89,6 +91,11 @@ def _put_fatal(fatal: list[Any]) -> None:
     warnings.filters[:] = others  # type: ignore[index]
 
 
+def _start_method() -> str | None:
+    """Return how Python starts processes; None as long as it may still be chosen, which it may be once."""
+    return multiprocessing.get_start_method(allow_none=True)
+
+
 def _autocast(kind: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     def put(mode: tuple[bool, torch.dtype]) -> None:
         torch.set_autocast_enabled(kind, mode[0])
@@ -122,6 +129,8 @@ _MODES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "warnings": (_fatal, _put_fatal),
     "logging": (lambda: logging.root.manager.disable, logging.disable),
     "path": _list(lambda: sys.path),
+    "start": (_start_method, lambda method: multiprocessing.set_start_method(method, force=True)),
+    "sharing": (torch.multiprocessing.get_sharing_strategy, torch.multiprocessing.set_sharing_strategy),
     "anomaly": (_anomaly, lambda on: torch.autograd.set_detect_anomaly(*on)),
     **{f"cudnn.{name}": _attribute(_CUDNN, name) for name in ("enabled", "benchmark", "deterministic")},
     **{
