@@ -87,6 +87,9 @@ FAMILY = """
     def state_is_no_function(trial):
         yield Report({"loss": 0.5}, state={"model": 1})
 
+    def state_with_a_function(trial):
+        yield Report({"loss": 0.5}, state=lambda: {"schedule": lambda epoch: 0.5})
+
     def mistake_without_a_word(trial):
         raise UserError("")
         yield
@@ -343,6 +346,13 @@ def test_a_process_group_that_a_trial_leaves_behind_costs_the_process_its_trust(
     answer = run(loop, begin("joins"))[-1]
     torch.distributed.destroy_process_group()
     assert answer == Ended(clean=False)
+
+
+def test_a_state_that_cannot_be_saved_is_a_mistake_that_no_retry_mends(loop: RankLoop) -> None:
+    answer = run(loop, begin("state_with_a_function"))[-1]
+    assert isinstance(answer, Broke)
+    assert (answer.clean, answer.final) == (True, True)
+    assert re.fullmatch("the state of a report cannot be saved: .*lambda.*; leave that out of it", answer.reason)
 
 
 def test_what_fails_while_it_is_cleaned_up_is_answered_too(loop: RankLoop) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import pickle
 import traceback
 import types
 from collections.abc import Callable, Generator, Mapping
@@ -134,7 +135,11 @@ class RankLoop:
         state = report.state()
         if (found := self._watch.look(state)) is not None:
             raise Diverged(f"{found.where} of the state is {found.value}")
-        return Reported(metrics=metrics, state=save_state(state))
+        try:
+            return Reported(metrics=metrics, state=save_state(state))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            told = short_line(said(error), type(error).__name__)
+            raise UserError(f"the state of a report cannot be saved: {told}; leave that out of it") from None
 
     def _close(self) -> Answer:
         """Let go of the trial: its generator, and through it model, optimizer and gradients."""
