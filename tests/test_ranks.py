@@ -80,6 +80,10 @@ FAMILY = """
         raise Diverged("")
         yield
 
+    def diverge_as_a_bare_class(trial):
+        raise Diverged
+        yield
+
     def diverge_at_length(trial):
         raise Diverged("w " * 100_000)
         yield
@@ -288,6 +292,7 @@ def loop(tmp_path: Path) -> RankLoop:
         ("diverge_as_a_class_of_its_own", Blew(reason="exploded")),
         ("diverge_at_an_old_file", Blew(reason=r"cannot read caf\udce9.png")),
         ("diverge_without_a_word", Blew(reason="diverged without giving a reason")),
+        ("diverge_as_a_bare_class", Blew(reason="diverged without giving a reason")),
         (
             "state_is_no_function",
             Broke(

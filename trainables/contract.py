@@ -44,7 +44,7 @@ class Diverged(RuntimeError):
     details: JSON-serialisable diagnostics, saved in the trial's folder as divergence.json.
     """
 
-    def __init__(self, reason: str, step: int | None = None, details: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, reason: str = "", step: int | None = None, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(reason, step, details)
         self.reason = reason
         self.step = step
