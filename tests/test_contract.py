@@ -51,6 +51,11 @@ def test_a_gpu_without_an_index_is_the_current_one(monkeypatch: pytest.MonkeyPat
     assert Trial({}, device=torch.device("cpu")).device == torch.device("cpu")
 
 
+def test_a_device_may_be_given_as_text() -> None:
+    trial = Trial({}, device="cpu")  # type: ignore[arg-type]
+    assert trial.device == torch.device("cpu")
+
+
 def test_each_trial_has_a_cache_of_its_own_unless_it_is_given_one() -> None:
     shared: dict[str, int] = {}
     assert Trial({}).cache is not Trial({}).cache

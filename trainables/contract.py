@@ -106,7 +106,8 @@ class Trial:
     config: an instance of the trainable module's `Config`, or a plain dict if the module defines none.
     seed: the search's seed, the same for all its trials and on every rank.
     rank, world_size: this process among those that train together; by default from torchrun's environment.
-    device: where this rank computes. A CUDA device given without an index gets that of PyTorch's current GPU.
+    device: where this rank computes; may be given as text. A CUDA device without an index gets that of PyTorch's
+        current GPU.
     resume: the state of the last checkpoint, or None for a fresh start.
     cache: kept for the life of the process, across trials: data sets, compiled kernels, pre-trained encoders. Entries
         must not depend on searched parameters unless they are keyed by them.
@@ -123,5 +124,7 @@ class Trial:
     memory_limit_mb: float | None = None
 
     def __post_init__(self) -> None:
-        if self.device.type == "cuda" and self.device.index is None:  # `torch.cuda.set_device` needs an index
-            object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))
+        device = torch.device(self.device)
+        if device.type == "cuda" and device.index is None:  # `torch.cuda.set_device` needs an index
+            device = torch.device("cuda", torch.cuda.current_device())
+        object.__setattr__(self, "device", device)
