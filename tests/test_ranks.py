@@ -312,7 +312,10 @@ def loop(tmp_path: Path) -> RankLoop:
         ("least_so_far", Ended()),
         ("mistake", Broke(reason="data.root: there is nothing in /data; name the folder", final=True)),
         ("without", Broke(reason="the report has no metric `loss`; it has lost", final=True)),
-        ("not_numbers", Broke(reason="the metric `loss` is 'low'; a metric is a number", final=True)),
+        (
+            "not_numbers",
+            Broke(reason="the metric `loss` is 'low'; a metric is a number, leave out what is none", final=True),
+        ),
         ("diverge_at_length", Blew(reason=("w " * 2000)[:3995] + " ...")),
         ("not_metrics", Broke(reason="a trainable yields a Report or a dict of metrics, not float", final=True)),
     ],

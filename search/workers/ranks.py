@@ -211,7 +211,8 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
                 value.item() if isinstance(value, (torch.Tensor, np.ndarray)) else value
             )
         except (TypeError, ValueError, OverflowError, RuntimeError):
-            raise UserError(f"the metric `{name}` is {short_line(repr(value), '')}; a metric is a number") from None
+            told = short_line(repr(value), "")
+            raise UserError(f"the metric `{name}` is {told}; a metric is a number, leave out what is none") from None
     return found
 
 
