@@ -222,6 +222,16 @@ FAMILY = """
         except RuntimeError as error:
             raise Diverged("it does not matter why") from error
 
+    def frozen(trial):
+        import gc, weakref
+        model = nn.Linear(8, 8)
+        model.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.optimizer.model = model
+        trial.cache["model"] = weakref.ref(model)
+        gc.freeze()
+        gc.disable()
+        yield {"loss": 1.0}
+
     def plain_function(trial):
         return {"loss": 1.0}
 """
@@ -511,8 +521,12 @@ def test_the_precision_that_a_module_sets_when_it_is_imported_is_that_of_every_t
         assert run_on(loop)[-1] == Ended()
 
 
-def test_a_trial_is_gone_when_its_memory_is_counted(tmp_path: Path) -> None:
-    """An exception holds the frames it passed through, and they hold the model: it must be let go first."""
+@pytest.mark.parametrize(("function", "ending"), [("big", Blew(reason="it does not matter why")), ("frozen", Ended())])
+def test_a_trial_is_gone_when_its_memory_is_counted(function: str, ending: Answer, tmp_path: Path) -> None:
+    """An exception holds the frames it passed through, and they hold the model: it must be let go first.
+
+    And what Python was told never to look for is looked for.
+    """
     alive: list[bool] = []
 
     class Watched(RankLoop):
@@ -521,8 +535,8 @@ def test_a_trial_is_gone_when_its_memory_is_counted(tmp_path: Path) -> None:
             alive.append(model() is not None)
             return True
 
-    loop = Watched(spec_of(f"{write_family(tmp_path, FAMILY)}:big", tmp_path), 0, 1)
-    assert run(loop, Begin({}, 0))[-1] == Blew(reason="it does not matter why")
+    loop = Watched(spec_of(f"{write_family(tmp_path, FAMILY)}:{function}", tmp_path), 0, 1)
+    assert run(loop, Begin({}, 0))[-1] == ending
     assert alive
     assert not any(alive)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import subprocess
 import sys
@@ -45,7 +46,7 @@ SWITCHES = {
     },
 }
 READ = f"repr({{name: eval('torch.backends.' + name) for name in {list(SWITCHES)!r}}})"
-SCOPE = {"torch": torch, "np": np, "warnings": warnings, "logging": logging, "sys": sys}
+SCOPE = {"gc": gc, "torch": torch, "np": np, "warnings": warnings, "logging": logging, "sys": sys}
 LEGACY = (
     "torch.set_float32_matmul_precision('high')",
     "torch.set_float32_matmul_precision('medium')",
@@ -74,6 +75,7 @@ MODES = (
     "warnings.filterwarnings('error', 'of a trial')",
     "logging.disable(logging.ERROR)",
     "sys.path.insert(0, 'elsewhere')",
+    "gc.disable()",
     "torch.multiprocessing.set_start_method('spawn', force=True)",
     "torch.multiprocessing.set_sharing_strategy('file_system')",
 )
@@ -90,7 +92,7 @@ READ_MODES = """(
     torch.backends.mkldnn.enabled,
     torch.utils.deterministic.fill_uninitialized_memory,
     np.geterr(), [each for each in warnings.filters if each[0] == "error"],
-    logging.root.manager.disable, list(sys.path),
+    logging.root.manager.disable, list(sys.path), gc.isenabled(),
     torch.multiprocessing.get_start_method(allow_none=True), torch.multiprocessing.get_sharing_strategy(),
 )"""
 

@@ -148,7 +148,7 @@ class RankLoop:
             return Ended()
         reports.close()
         del reports
-        gc.collect()
+        _collect()
         if self._device.type == "cuda":
             torch._C._cuda_clearCublasWorkspaces()  # 32 MiB for each thread that computed, on an H100
             torch.cuda.empty_cache()
@@ -176,6 +176,16 @@ class RankLoop:
         if left <= LEAK_BYTES:
             return None
         return f"left {left / 2**20:.0f} MiB on the GPU, and what stays there has to be in trial.cache"
+
+
+def _collect() -> None:
+    """Collect garbage, also what is frozen if the collector is off: who turns it off may have frozen a model, too."""
+    if gc.isenabled():
+        gc.collect()
+        return
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _blew(error: Diverged) -> Blew:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ def settle(seed: int, threads: int) -> None:
 class Surroundings:
     """A snapshot of the working directory, the environment, the standard streams, the import path, and switches.
 
-    The switches are torch's, and those of Python and NumPy for warnings, errors and processes.
+    The switches are torch's, and those of Python and NumPy for warnings, errors, processes and garbage.
     """
 
     def __init__(self) -> None:
@@ -129,6 +130,7 @@ _MODES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "warnings": (_fatal, _put_fatal),
     "logging": (lambda: logging.root.manager.disable, logging.disable),
     "path": _list(lambda: sys.path),
+    "gc": (gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
     "start": (_start_method, lambda method: multiprocessing.set_start_method(method, force=True)),
     "sharing": (torch.multiprocessing.get_sharing_strategy, torch.multiprocessing.set_sharing_strategy),
     "anomaly": (_anomaly, lambda on: torch.autograd.set_detect_anomaly(*on)),
