@@ -42,8 +42,8 @@ class OpenTrial:
     name: str | None
     metrics: dict[str, Any] = field(default_factory=dict)
     epochs: int = 0
-    seconds_before: float = 0.0  # up to its last report, over all attempts, excluding pauses
-    started: float = 0.0  # `time.monotonic()` of its start, resumption or last report; 0: not running
+    seconds_before: float = 0.0  # up to its last lap, over all attempts, excluding pauses
+    started: float = 0.0  # `time.monotonic()` of its start, resumption or last lap; 0: not running
 
     @property
     def number(self) -> int:
@@ -54,7 +54,7 @@ class OpenTrial:
         return self.seconds_before + (time.monotonic() - self.started if self.started else 0.0)
 
     def lap(self) -> None:
-        """Add the time since the last lap to `seconds_before`."""
+        """Add the time since the last lap to `seconds_before`: a lap ends with a report, or when an attempt fails."""
         self.seconds_before = self.seconds
         self.started = time.monotonic()
 

@@ -77,7 +77,7 @@ class Recorder(tune.Callback):
         opened = self._ledger.open[trial.trial_id]
         if not opened.started:
             self._folder(trial).write_config(self._ledger.space.config(opened.values))
-        opened.started = time.monotonic()  # reset if the scheduler had paused it
+        opened.started = time.monotonic()  # neither a pause nor the wait for another attempt counts
         self._follow(trial)
 
     @_kept
@@ -141,8 +141,11 @@ class Recorder(tune.Callback):
 
     @_kept
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Check the disk after a failed attempt that will be retried."""
+        """Check the disk after a failed attempt that will be retried, and count the time that it took."""
         _check_room(trial)
+        opened = self._ledger.open[trial.trial_id]
+        if opened.started:  # else its slot failed to start
+            opened.lap()
 
     @_kept
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -178,6 +178,21 @@ def test_a_trial_that_is_paused_when_the_search_ends_has_run_up_to_its_last_repo
     assert [record.seconds for record in records(run.ledger.study, run.ledger.space)] == [10.0]
 
 
+def test_the_time_of_an_attempt_that_failed_counts_and_the_wait_for_the_next_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, now = watched(tmp_path), 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    run.recorder.on_trial_start(0, [], run.trial)
+    now = 130.0
+    run.recorder.on_trial_recover(0, [], run.trial)
+    now = 500.0
+    run.recorder.on_trial_start(0, [], run.trial)
+    now = 510.0
+    run.report(1)
+    assert [row["seconds"] for row in run.files.read_metrics()] == [40.0]
+
+
 @pytest.mark.parametrize(
     ("full", "solves"), [(0.9, True), (0.8, False), (None, False)], ids=["kept", "broken", "not finite"]
 )
