@@ -65,15 +65,15 @@ def report(folder: str, trial: str | None, exported: Sequence[str] | None = None
     if trial is not None:
         return why(results, trial)
     for _ in range(REREADINGS):
+        size = os.path.getsize(results / STUDY) if os.path.exists(results / STUDY) else None
         space, found = read_results(results)
-        size = (results / STUDY).stat().st_size
         found = as_of_now(results, found)
         told = summary(results, space, found)
         try:
             write_results(results, space, found)
         except (OSError, UserError) as error:  # another user's search can be read, though not written to
             return told + f"\nthe tables in {results} were not updated: {error}"
-        if (results / STUDY).stat().st_size == size:  # else a search that has just ended may have written newer ones
+        if os.path.getsize(results / STUDY) == size:  # else a search that has just ended may have written newer ones
             break
     return told
 

@@ -32,6 +32,7 @@ from search.records.folder import SCRATCH, TrialFolder, running
 from search.records.mirror import Mirror
 from search.records.provenance import write_space
 from search.records.record import Record, best_of
+from search.results import read_results
 from search.space import Space
 from search.space.file import load_space, read_space
 from search.study import ended_after, open_study, records
@@ -837,6 +838,23 @@ def test_a_report_of_a_search_under_way_says_that_its_trials_run(run: Run, tmp_p
     assert "2 trials: 1 finished, 1 running\n" in told
     assert "\n1,running," in (results / "trials.csv").read_text()
     assert "2 trials: 1 finished, 1 interrupted\n" in run("--report", str(results))[1]
+
+
+def test_a_report_does_not_keep_what_a_search_that_ends_meanwhile_has_made_obsolete(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = finished_search(tmp_path)
+
+    def overtaken(folder: Path) -> tuple[Space, list[Record]]:
+        found = read_results(folder)
+        monkeypatch.undo()
+        ledger = open_journal(found[0], folder)
+        end_toy(ledger, ask(ledger), "finished")
+        return found
+
+    monkeypatch.setattr(command, "read_results", overtaken)
+    command.report(str(results), None)
+    assert len((results / "trials.csv").read_text().splitlines()) == 1 + 2
 
 
 def test_a_module_that_changes_the_working_directory_moves_no_results(run: Run, tmp_path: Path) -> None:
