@@ -70,8 +70,10 @@ class Interruption:
                 signal.signal(known, signal.SIG_IGN if known == signal.SIGUSR1 else handler)
             print("\nstopping; press Ctrl-C again to abandon", flush=True)
 
-        before = {known: signal.signal(known, stop) for known in SIGNALS}
+        before = {known: signal.getsignal(known) for known in SIGNALS}
         try:
+            for known in SIGNALS:
+                signal.signal(known, stop)
             yield
         finally:
             for known, handler in before.items():

@@ -26,7 +26,7 @@ from spaces import write_family
 import launch
 from search import cluster, command, files, yaml_file
 from search import run as engine
-from search.interruption import SIGNALS
+from search.interruption import SIGNALS, Interruption
 from search.plan import Node, make_plan
 from search.records.folder import SCRATCH, TrialFolder, running
 from search.records.mirror import Mirror
@@ -494,6 +494,21 @@ def test_ctrl_c_while_ray_starts_leaves_a_search_to_go_on_with(
         "interrupted; go on with: python platform/launch.py --resume results/early --cold --export best 'my model'\n"
     )
     assert (tmp_path / "results/early/trials.csv").exists()
+
+
+def test_a_signal_that_comes_as_soon_as_it_is_handled_stops_cleanly(monkeypatch: pytest.MonkeyPatch) -> None:
+    interruption, install, before = Interruption(), signal.signal, signal.getsignal(SIGNALS[0])
+
+    def pressed(signum: int, handler: Any) -> Any:
+        earlier = install(signum, handler)
+        monkeypatch.undo()
+        signal.raise_signal(signum)
+        return earlier
+
+    monkeypatch.setattr(signal, "signal", pressed)
+    with interruption.heeded():
+        assert interruption.pressed
+    assert signal.getsignal(SIGNALS[0]) == before
 
 
 @pytest.mark.parametrize(("uri", "told"), [("s3://nowhere/runs", "cannot be written to"), ("s4://x", "cannot be open")])
