@@ -148,6 +148,20 @@ def test_the_last_epoch_on_record_is_that_of_the_last_whole_line(folder: TrialFo
     assert folder.recorded() == 2
 
 
+def test_a_long_row_is_found_too(folder: TrialFolder) -> None:
+    for epoch in (1, 2):
+        folder.append_metrics({"epoch": epoch, "metrics": {f"class {number}": 0.5 for number in range(1000)}})
+    assert folder.recorded() == 2
+
+
+def test_the_last_epoch_is_found_without_the_whole_file(folder: TrialFolder) -> None:
+    """It is looked for after each epoch, and there may be many."""
+    folder.append_metrics({"epoch": 1})
+    os.truncate(folder.path / "metrics.jsonl", 2**40)  # takes no room on the disk, and no memory holds it
+    folder.append_metrics({"epoch": 2})
+    assert folder.recorded() == 2
+
+
 def test_a_search_waits_for_somebody_who_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / LOCK).touch()
     with ExitStack() as looking:

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -71,12 +72,14 @@ class TrialFolder:
 
     def last_printed(self, lines: int) -> list[str]:
         """Return the last `lines` lines that the trial printed; fewer if they are long, none if it printed nothing."""
-        try:
-            with open(self.path / PRINTED, "rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-                return file.read().decode("utf-8", "replace").splitlines()[-lines:]
-        except FileNotFoundError:
-            return []
+        return self._end_of(PRINTED, _TAIL_BYTES).decode("utf-8", "replace").splitlines()[-lines:]
+
+    def _end_of(self, name: str, most_bytes: int) -> bytes:
+        """Return the end of a file; nothing if there is none."""
+        with contextlib.suppress(FileNotFoundError), open(self.path / name, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - most_bytes))
+            return file.read()
+        return b""
 
     def write_divergence(self, found: Mapping[str, Any]) -> None:
         """Write the post-mortem of a diverged trial, which must be JSON-compatible."""
@@ -133,9 +136,10 @@ class TrialFolder:
         return int(self._last_row().get("epoch", 0))
 
     def _last_row(self) -> dict[str, Any]:
-        with contextlib.suppress(FileNotFoundError):
-            for line in reversed((self.path / "metrics.jsonl").read_bytes().splitlines()):
-                with contextlib.suppress(ValueError):  # torn
+        """Return the last row; empty before the first. It is asked for after each epoch, and most rows are short."""
+        for most_bytes in (_TAIL_BYTES, sys.maxsize):
+            for line in reversed(self._end_of("metrics.jsonl", most_bytes).splitlines()):
+                with contextlib.suppress(ValueError):  # torn, or its beginning was not read
                     row: dict[str, Any] = json.loads(line)
                     return row
         return {}
