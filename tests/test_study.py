@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from search.learning.proposals import proposal_seed
 from search.ledger import Ledger
 from search.records.folder import TrialFolder
 from search.space import Space
-from search.study import is_begun, open_study, records
+from search.study import distributions_of, is_begun, open_study, params_of, records
 from search.warm_start import Earlier, take_over
 from search.workers.states import save_state
 from trainables.contract import UserError
@@ -192,6 +193,28 @@ class TestJournal:
         ask(ledger)
         assert [params["lr"] for params in seen] == [0.5]
         assert first["lr"] != 0.5
+
+    @pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2"])
+    def test_optuna_s_own_samplers_see_them_too(self, sampler: str, tmp_path: Path) -> None:
+        """They read the study in a way of their own, which is not public. gp has every other setting from TPE."""
+        space = space_of(tmp_path, CONFIG, search={"trials": 100, "sampler": sampler})
+        proposed = []
+        for change in (False, True):
+            study, rng = open_ledger(space, InMemoryStorage()).study, random.Random(0)
+            for _ in range(60):
+                values, stored = space.draw(rng), space.draw(rng)
+                trial = create_trial(
+                    values=[values["lr"]],
+                    params=params_of(space, stored if change else values),
+                    distributions=distributions_of(space, values),
+                    user_attrs={"status": "finished", "metrics": {}, "epochs": 4, "values": values}
+                    | ({ledger._CHANGED: True} if change else {}),
+                    system_attrs={optuna.samplers.NSGAIISampler._get_generation_key(): 0},
+                )
+                study.add_trial(trial)
+            asked = open_ledger(space, study._storage)
+            proposed.append([ask(asked, key).values for key in ("one", "two")])
+        assert proposed[0] == proposed[1]
 
     def test_an_extended_search_goes_on(self, space: Space, tmp_path: Path) -> None:
         play(open_journal(space, tmp_path), 6)
