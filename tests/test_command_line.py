@@ -776,6 +776,16 @@ def test_a_ray_whose_processes_start_slowly_is_started_again(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its GPUs can be used")
+def test_ray_knows_each_variable_that_it_is_given() -> None:
+    """It passes over one that it does not know, as of a setting that a new version has renamed."""
+    root = Path(ray.__file__).parent
+    code = [file for part in ("_common", "_private", "air", "train", "tune") for file in (root / part).rglob("*.py")]
+    python, compiled = b"".join(file.read_bytes() for file in code), (root / "_raylet.so").read_bytes()
+    given = [*cluster.RAY_ENVIRONMENT, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "TUNE_MAX_PENDING_TRIALS_PG"]
+    unread = [name for name in given if name.encode() not in python]
+    assert [name for name in unread if name.removeprefix("RAY_").encode() not in compiled] == []
+
+
 def test_gpus_that_pytorch_cannot_use_are_told_before_anything_else(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the driver is too old: it counts them all the same."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
