@@ -66,14 +66,8 @@ class Space:
 
     def is_active(self, parameter: Parameter, values: Mapping[str, Any]) -> bool:
         """Return whether the conditions of a parameter hold, given the values of those before it."""
-        searched = {item.name for item in self.parameters}
-        for name, allowed in parameter.when.items():
-            if name in searched:
-                if name not in values or values[name] not in allowed:
-                    return False
-            elif trees.get(self.tree, name) not in allowed:
-                return False
-        return True
+        # One that is not active has its domain in the tree, and no condition allows that.
+        return all(values.get(name, trees.get(self.tree, name)) in allowed for name, allowed in parameter.when.items())
 
     def holds(self, values: Mapping[str, Any]) -> bool:
         """Return whether these values are a complete setting: one for every active parameter, inside its domain."""
