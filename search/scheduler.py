@@ -150,13 +150,12 @@ def perturb(space: Space, values: dict[str, Any], rng: random.Random, resample: 
 
     Choices move to a neighbouring value instead.
     """
-    moved: dict[str, Any] = {}
-    for parameter in space.parameters:
-        if space.is_active(parameter, moved):
-            again = parameter.name not in values or rng.random() < resample
-            known = values.get(parameter.name)
-            moved[parameter.name] = parameter.domain.sample(rng) if again else _step(parameter, known, rng)
-    return moved
+
+    def moved(parameter: Parameter) -> Any:
+        again = parameter.name not in values or rng.random() < resample
+        return parameter.domain.sample(rng) if again else _step(parameter, values[parameter.name], rng)
+
+    return space.setting(moved)
 
 
 def _step(parameter: Parameter, value: Any, rng: random.Random) -> Any:

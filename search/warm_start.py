@@ -89,13 +89,10 @@ def place(config: Mapping[str, Any], searched: Mapping[str, Any], space: Space) 
 
     config: what the trial was trained with, as far as known. searched: the values of it that were searched.
     """
-    values: Values = {}
+    values = space.setting(lambda parameter: trees.get(config, parameter.name))
     for parameter in space.parameters:
-        if space.is_active(parameter, values):
-            value = trees.get(config, parameter.name)
-            if not parameter.domain.contains(value):
-                return parameter.name
-            values[parameter.name] = value
+        if parameter.name in values and not parameter.domain.contains(values[parameter.name]):
+            return parameter.name
     now = space.config(values)
     return next((name for name, value in searched.items() if trees.get(now, name) != value), values)
 

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial
 
 from search.learning.survival import Survival, demanded
 from search.space import Space, Values
+from search.space.domain import Parameter
 
 # Samplers that can be asked for several settings in one trial's place. Of the others, gp applies the model by itself,
 # and the rest follow a sequence or a generation.
@@ -81,14 +82,14 @@ def propose(space: Space, sampler: BaseSampler, study: optuna.Study, trial: Froz
     """Return a sampler's setting for a trial, without storing it in the trial."""
     sampler.before_trial(study, trial)
     together = sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
-    values: Values = {}
-    for parameter in space.parameters:
-        if space.is_active(parameter, values):
-            name, distribution = parameter.name, parameter.domain.distribution()
-            alone = name not in together
-            stored = sampler.sample_independent(study, trial, name, distribution) if alone else together[name]
-            values[name] = parameter.domain.decode(stored)
-    return values
+
+    def proposed(parameter: Parameter) -> Any:
+        name, distribution = parameter.name, parameter.domain.distribution()
+        alone = name not in together
+        stored = sampler.sample_independent(study, trial, name, distribution) if alone else together[name]
+        return parameter.domain.decode(stored)
+
+    return space.setting(proposed)
 
 
 def proposal_seed(seed: int, place: int, candidate: int = 0) -> int:

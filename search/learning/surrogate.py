@@ -27,7 +27,7 @@ from search.learning.regression import FAR, Regression
 from search.learning.survival import MAPPED, SURVIVED, Survival, demanded, learn, remembered, tells
 from search.records.record import longest_of, read_record
 from search.space import Space, Values
-from search.space.domain import Choice, Domain, Integer, Real, at, part
+from search.space.domain import Choice, Domain, Integer, Parameter, Real, at, part
 from search.space.sections import OWN_CONSTRAINTS
 
 ANYWHERE, NEARBY, NEARER = 500, 500, 150  # candidates: anywhere; near the best settings; twice, near the best so far
@@ -215,12 +215,12 @@ def log_expected_improvement(gain_M: Array, deviation_M: Array) -> Array:
 
 def nearby(space: Space, centre: Mapping[str, Any], step: float, rng: random.Random) -> Values:
     """Return a setting near another: numbers move by a normal step, relative to their range; choices may be redrawn."""
-    values: Values = {}
-    for parameter in space.parameters:
-        if space.is_active(parameter, values):
-            name, domain = parameter.name, parameter.domain
-            values[name] = _moved(domain, centre[name], step, rng) if name in centre else domain.sample(rng)
-    return values
+
+    def beside(parameter: Parameter) -> Any:
+        name, domain = parameter.name, parameter.domain
+        return _moved(domain, centre[name], step, rng) if name in centre else domain.sample(rng)
+
+    return space.setting(beside)
 
 
 def _moved(domain: Domain, value: Any, step: float, rng: random.Random) -> Any:

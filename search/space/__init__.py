@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,22 +74,22 @@ class Space:
         active = {item.name: item.domain for item in self.parameters if self.is_active(item, values)}
         return values.keys() == active.keys() and all(active[name].contains(values[name]) for name in values)
 
-    def suggest(self, trial: optuna.trial.Trial) -> Values:
-        """Ask the sampler for a value of every active parameter."""
+    def setting(self, choose: Callable[[Parameter], Any]) -> Values:
+        """Return a value for every active parameter, each chosen after those that its conditions name."""
         values: Values = {}
         for parameter in self.parameters:
             if self.is_active(parameter, values):
-                values[parameter.name] = parameter.suggest(trial)
+                values[parameter.name] = choose(parameter)
         return values
+
+    def suggest(self, trial: optuna.trial.Trial) -> Values:
+        """Ask the sampler for a value of every active parameter."""
+        return self.setting(lambda parameter: parameter.suggest(trial))
 
     def draw(self, rng: random.Random, known: Mapping[str, Any] | None = None) -> Values:
         """Return a value for every active parameter: from `known` if it has one, else drawn at random."""
-        values: Values = {}
-        for parameter in self.parameters:
-            if self.is_active(parameter, values):
-                drawn = parameter.domain.sample(rng)
-                values[parameter.name] = drawn if known is None else known.get(parameter.name, drawn)
-        return values
+        given = known or {}
+        return self.setting(lambda parameter: given.get(parameter.name, parameter.domain.sample(rng)))
 
     def config(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the config tree with searched values inserted and inactive parameters left out (see `Parameter`)."""
