@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class OpenTrial:
     trial: optuna.Trial
     values: dict[str, Any]
     name: str | None
+    folder: TrialFolder
     metrics: dict[str, Any] = field(default_factory=dict)
     epochs: int = 0
     seconds_before: float = 0.0  # up to its last lap, over all attempts, excluding pauses
@@ -58,9 +59,10 @@ class OpenTrial:
         self.seconds_before = self.seconds
         self.started = time.monotonic()
 
-    def catch_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take over the rows of the trial's folder, from an earlier attempt or from the trial that it is a copy of."""
-        if rows:
+    def catch_up(self) -> None:
+        """Take over later reports in the trial's folder, from an earlier attempt or the trial that it is a copy of."""
+        rows = self.folder.read_metrics()
+        if rows and rows[-1]["epoch"] > self.epochs:
             self.epochs, self.metrics = rows[-1]["epoch"], rows[-1]["metrics"]
             self.seconds_before = max(self.seconds_before, rows[-1].get("seconds", 0.0))
 
@@ -112,25 +114,14 @@ class Ledger:
             trial = study.ask() if unfinished is None else optuna.Trial(study, unfinished._trial_id)
             attrs = trial.user_attrs
             values = attrs.get("values") or self.space.suggest(trial)
-        opened = OpenTrial(trial, values, attrs.get("name"), seconds_before=attrs.get("seconds", 0.0))
+        folder = TrialFolder(self._results, trial.number)
+        opened = OpenTrial(trial, values, attrs.get("name"), folder, seconds_before=attrs.get("seconds", 0.0))
         if unfinished is None:  # its folder may hold leftovers unknown to the study, from a lost machine or a mirror
-            TrialFolder(self._results, opened.number).clear()
+            folder.clear()
         else:
-            self._take_up(opened)
+            _take_up(opened)
         self.open[key] = opened
         return opened
-
-    def _take_up(self, opened: OpenTrial) -> None:
-        """Restore an interrupted trial from its folder; an earlier attempt may already have given its last report."""
-        folder = TrialFolder(self._results, opened.number)
-        opened.catch_up(folder.read_metrics())
-        torn = folder.set_torn_aside()
-        # A slot may have been ahead of the record; resuming from its checkpoint would leave out an epoch's report.
-        folder.keep_checkpoint(opened.epochs)
-        if torn:
-            saved = folder.checkpoint()
-            how = "starts over" if saved is None else f"goes on from epoch {saved.epoch}"
-            print(f"trial {opened.number}: {', '.join(torn)} cannot be read; it {how}", flush=True)
 
     def _sampler(self, place: int, given: bool) -> BaseSampler:
         """Return the sampler for a place. given: some or all values are known, so the survival model is not applied."""
@@ -204,6 +195,18 @@ class Ledger:
         encoders = {item.name: item.domain.encode for item in self.space.parameters}
         stored = {key: encoders[key](value) for key, value in values.items()}
         self.study.enqueue_trial(stored, user_attrs={"name": name} if name else None)
+
+
+def _take_up(opened: OpenTrial) -> None:
+    """Restore an interrupted trial from its folder; an earlier attempt may already have given its last report."""
+    opened.catch_up()
+    torn = opened.folder.set_torn_aside()
+    # A slot may have been ahead of the record; resuming from its checkpoint would leave out an epoch's report.
+    opened.folder.keep_checkpoint(opened.epochs)
+    if torn:
+        saved = opened.folder.checkpoint()
+        how = "starts over" if saved is None else f"goes on from epoch {saved.epoch}"
+        print(f"trial {opened.number}: {', '.join(torn)} cannot be read; it {how}", flush=True)
 
 
 class _AsKnown(optuna.Study):

@@ -18,7 +18,6 @@ from torch.utils.tensorboard.summary import hparams
 from search.files import is_full
 from search.interruption import Hopeless, Interruption
 from search.ledger import Ledger, OpenTrial
-from search.records.folder import TrialFolder
 from search.records.health import remarks
 from search.records.record import RAN_TO_END, Record, unmeasured
 from search.trial import EPOCH, METRICS, REASON, STATUS
@@ -50,14 +49,12 @@ class Recorder(tune.Callback):
     def __init__(
         self,
         ledger: Ledger,
-        results: Path,
         tell: Callable[[Record], None],
         keep: Callable[[], None],
         interruption: Interruption,
     ) -> None:
         self._interruption = interruption
         self._ledger = ledger
-        self._results = results
         self._tell = tell
         self._keep = keep
         self._writers: dict[str, SummaryWriter] = {}
@@ -76,7 +73,7 @@ class Recorder(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         opened = self._ledger.open[trial.trial_id]
         if not opened.started:
-            self._folder(trial).write_config(self._ledger.space.config(opened.values))
+            opened.folder.write_config(self._ledger.space.config(opened.values))
         opened.started = time.monotonic()  # neither a pause nor the wait for another attempt counts
         self._follow(trial)
 
@@ -94,8 +91,8 @@ class Recorder(tune.Callback):
         self._follow(trial)
         self._ledger.report(trial.trial_id, epoch, metrics)
         row = {"epoch": epoch, "time": time.time(), "seconds": round(opened.seconds_before, 3), "metrics": metrics}
-        self._folder(trial).append_metrics(row)
-        writer = self._writer(trial)
+        opened.folder.append_metrics(row)
+        writer = self._writer(trial.trial_id)
         for name, value in metrics.items():
             if value is not None:
                 writer.add_scalar(name, value, epoch)
@@ -128,8 +125,8 @@ class Recorder(tune.Callback):
         result = trial.last_result or {}
         if STATUS in result:
             # Population-based training may have made it a copy of another trial, and it ended before its next report.
-            self._catch_up(trial.trial_id)
             opened = self._ledger.open[trial.trial_id]
+            opened.catch_up()
             opened.epochs = result[EPOCH]
             if opened.epochs == 0:  # an earlier attempt may have reported, and left no checkpoint
                 opened.metrics = {}
@@ -152,7 +149,7 @@ class Recorder(tune.Callback):
         _check_room(trial)
         if trial.trial_id in self._ledger.open:
             # The slot saves the reason of its last attempt, unless it died itself.
-            error, told = _last_error(trial), self._folder(trial).read_error()
+            error, told = _last_error(trial), self._ledger.open[trial.trial_id].folder.read_error()
             if told is None or isinstance(error, RayActorError):
                 told = "the slot died" if error is None else _reason(error)
             self._end(trial.trial_id, "failed", told.split("\n", 1)[0])
@@ -164,25 +161,17 @@ class Recorder(tune.Callback):
         """
         for key, opened in list(self._ledger.open.items()):
             with self._interruption.kept():
-                self._catch_up(key)
+                opened.catch_up()  # it may have become a copy of a trial that was ahead of it
                 if not (opened.started or opened.epochs):
                     self._ledger.give_back(key)
                 elif ending is None:
-                    folder = TrialFolder(self._results, opened.number)
-                    folder.keep_checkpoint(folder.recorded())
+                    opened.folder.keep_checkpoint(opened.folder.recorded())
                     self._ledger.interrupt(key)
                 else:
                     self._end(key, *self._stopped(key, f"{ending} after epoch {opened.epochs}"))
         for writer in self._writers.values():
             with self._interruption.kept():
                 writer.close()
-
-    def _catch_up(self, key: str) -> None:
-        """Update a trial from its folder if, since its last report, it became a copy of one that was ahead of it."""
-        opened = self._ledger.open[key]
-        rows = TrialFolder(self._results, opened.number).read_metrics()
-        if rows and rows[-1]["epoch"] > opened.epochs:
-            opened.catch_up(rows)
 
     def _stopped(self, key: str, why: str) -> tuple[str, str]:
         """Return status and reason of a trial that was not continued: finished if no epochs were left to run."""
@@ -201,13 +190,12 @@ class Recorder(tune.Callback):
 
     def _end(self, key: str, status: str, reason: str) -> None:
         space, opened = self._ledger.space, self._ledger.open[key]
-        folder, measured = TrialFolder(self._results, opened.number), opened.metrics
-        folder.keep_checkpoint(opened.epochs)
-        lacking = unmeasured(space.constraints, measured)
+        opened.folder.keep_checkpoint(opened.epochs)
+        lacking = unmeasured(space.constraints, opened.metrics)
         if status == "finished" and lacking:
             status, reason = "failed", f"the last report has {lacking[0]}"
         if status in ("finished", "stopped"):
-            epochs = [row["metrics"] for row in folder.read_metrics()]
+            epochs = [row["metrics"] for row in opened.folder.read_metrics()]
             reason = "; ".join([reason, *remarks(epochs, space.objectives[0])])
         record = self._ledger.end(key, status, reason)
         writer = self._writers.pop(key, None)
@@ -228,17 +216,15 @@ class Recorder(tune.Callback):
     def _follow(self, trial: Any) -> None:
         """Record new values of a trial: population-based training changes them during a trial."""
         values = dict(trial.config["values"])
-        if values != self._ledger.open[trial.trial_id].values:
+        opened = self._ledger.open[trial.trial_id]
+        if values != opened.values:
             self._ledger.change(trial.trial_id, values)
-            self._folder(trial).write_config(self._ledger.space.config(values))
+            opened.folder.write_config(self._ledger.space.config(values))
 
-    def _folder(self, trial: Any) -> TrialFolder:
-        return TrialFolder(self._results, trial.config["number"])
-
-    def _writer(self, trial: Any) -> SummaryWriter:
-        if trial.trial_id not in self._writers:
-            self._writers[trial.trial_id] = SummaryWriter(str(self._folder(trial).path))
-        return self._writers[trial.trial_id]
+    def _writer(self, key: str) -> SummaryWriter:
+        if key not in self._writers:
+            self._writers[key] = SummaryWriter(str(self._ledger.open[key].folder.path))
+        return self._writers[key]
 
 
 def _write_hparams(writer: SummaryWriter, record: Record) -> None:

@@ -97,7 +97,7 @@ def run(
 
     study = open_study(results / STUDY, space, create=False)
     ledger = Ledger(space, study, sampler_maker(space), results)
-    recorder = Recorder(ledger, results, tell, keep, interruption)
+    recorder = Recorder(ledger, tell, keep, interruption)
     stop = _Stop(interruption, space.search.time_budget_s)
     try:
         if ledger.left and not interruption.pressed:

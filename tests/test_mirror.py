@@ -576,9 +576,7 @@ def test_each_epoch_gives_the_mirror_its_turn(tmp_path: Path) -> None:
     trial = SimpleNamespace(trial_id="slot", config={"number": opened.number, "values": opened.values})
     kept: list[list[dict[str, Any]]] = []
     folder = TrialFolder(tmp_path / "run", opened.number)
-    recorder = Recorder(
-        ledger, tmp_path / "run", lambda record: None, lambda: kept.append(folder.read_metrics()), Interruption()
-    )
+    recorder = Recorder(ledger, lambda record: None, lambda: kept.append(folder.read_metrics()), Interruption())
     for epoch in (1, 2):
         recorder.on_trial_result(0, [], trial, {EPOCH: epoch, METRICS: {"loss": 0.5}})
     recorder.close("time")

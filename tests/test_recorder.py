@@ -61,7 +61,7 @@ class Watched:
 def watched(folder: Path, epochs: Any = 3, **space: Any) -> Watched:
     ledger = open_journal(space_of(folder, {"lr": {"log": [1e-4, 1.0]}, "epochs": epochs}, **space), folder / "run")
     opened, told, interruption = ask(ledger), list[Record](), Interruption()
-    recorder = Recorder(ledger, folder / "run", told.append, lambda: None, interruption)
+    recorder = Recorder(ledger, told.append, lambda: None, interruption)
     config = {"number": opened.number, "values": opened.values}
     trial = SimpleNamespace(trial_id="slot", config=config, pickled_error_file=None)
     return Watched(folder, ledger, recorder, trial, told, interruption)
