@@ -57,8 +57,12 @@ class TrialFolder:
 
     def read_error(self) -> str | None:
         """Return the reason and the traceback of the last failed attempt; None if none failed."""
+        return self._read(ERROR)
+
+    def _read(self, name: str) -> str | None:
+        """Return the text of a file; None if there is none."""
         try:
-            return (self.path / ERROR).read_text("utf-8")
+            return (self.path / name).read_text("utf-8")
         except FileNotFoundError:
             return None
 
@@ -87,11 +91,8 @@ class TrialFolder:
 
     def read_divergence(self) -> dict[str, Any] | None:
         """Return the post-mortem of a diverged trial; None for any other."""
-        try:
-            found: dict[str, Any] = json.loads((self.path / "divergence.json").read_text())
-        except FileNotFoundError:
-            return None
-        return found
+        found = self._read("divergence.json")
+        return None if found is None else json.loads(found)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -140,8 +141,7 @@ class TrialFolder:
         for most_bytes in (_TAIL_BYTES, sys.maxsize):
             for line in reversed(self._end_of("metrics.jsonl", most_bytes).splitlines()):
                 with contextlib.suppress(ValueError):  # torn, or its beginning was not read
-                    row: dict[str, Any] = json.loads(line)
-                    return row
+                    return json.loads(line)
         return {}
 
     def keep_checkpoint(self, epochs: int) -> None:
@@ -174,10 +174,7 @@ class TrialFolder:
 
     def read_copied(self) -> str | None:
         """Return what was last noted of a copied checkpoint, or None."""
-        try:
-            return (self.path / _COPIED).read_text()
-        except FileNotFoundError:
-            return None
+        return self._read(_COPIED)
 
     def set_torn_aside(self) -> list[str]:
         """Rename checkpoints that cannot be read, so that an earlier one is used; returns their former names."""
