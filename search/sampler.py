@@ -113,5 +113,4 @@ class NSGAIISampler(optuna.samplers.NSGAIISampler):
 def _silent(kind: Any, **arguments: Any) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler: BaseSampler = kind(**arguments)
-        return sampler
+        return kind(**arguments)

@@ -57,10 +57,8 @@ class _Lenient(TrialScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         epochs = self._space.epochs_of(trial.config["values"])
         if epochs is not None and result[EPOCH] >= epochs:
-            decision: str = TrialScheduler.CONTINUE
-        else:
-            decision = super().on_trial_result(tune_controller, trial, result)
-        return decision
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
 
 
 class _Recalling(_Lenient):
@@ -111,7 +109,7 @@ class _HyperBand(_Lenient, HyperBandScheduler):
         trial that ends by itself, and those that wait for it would wait forever.
         """
         try:
-            action: str = super()._process_bracket(tune_controller, bracket)
+            action = super()._process_bracket(tune_controller, bracket)
             # A trial that was retried or resumed joins another bracket, and may be ahead of several comparisons there.
             while action == TrialScheduler.PAUSE and _is_due(bracket):
                 action = super()._process_bracket(tune_controller, bracket)

@@ -72,8 +72,7 @@ def mark_ended(study: optuna.Study, trials: int) -> None:
 
 def ended_after(study: optuna.Study) -> int | None:
     """Return how many trials an ended search was to have; None if it has not ended or was interrupted."""
-    ended: int | None = study.user_attrs.get(_ENDED)
-    return ended
+    return study.user_attrs.get(_ENDED)
 
 
 def records(study: optuna.Study, space: Space) -> list[Record]:

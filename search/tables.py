@@ -94,10 +94,7 @@ def write_tables(results: Path, title: str, tables: Mapping[str, Table], cells: 
 
 def _best(folder: Path) -> Mapping[str, Any]:
     """Return the content of a search's best.yaml; empty if there is none yet."""
-    if not (folder / BEST).exists():
-        return {}
-    document: dict[str, Any] = yaml_file.read(folder / BEST)
-    return document
+    return yaml_file.read(folder / BEST) if (folder / BEST).exists() else {}
 
 
 def table_lines(table: Table, best: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[list[str]]:

@@ -131,5 +131,4 @@ def _traded_off(space: Space, trials: Sequence[FrozenTrial], rng: random.Random)
     span_J = np.ptp(y_NJ, axis=0)
     weights = np.array([rng.expovariate(1.0) for _ in signs])
     away_NJ = (y_NJ - y_NJ.min(axis=0)) / np.where(span_J > 0, span_J, 1.0) * weights / weights.sum()
-    scores: list[float] = (away_NJ.max(axis=1) + ALL * away_NJ.sum(axis=1)).tolist()
-    return scores
+    return (away_NJ.max(axis=1) + ALL * away_NJ.sum(axis=1)).tolist()

@@ -209,8 +209,7 @@ def log_expected_improvement(gain_M: Array, deviation_M: Array) -> Array:
     near_M, far_M = np.maximum(z_M, TAIL), np.minimum(z_M, TAIL)
     density_M = np.exp(-0.5 * near_M**2) / math.sqrt(2 * math.pi)
     asymptote_M = -0.5 * far_M**2 - 0.5 * math.log(2 * math.pi) - 2 * np.log(-far_M)
-    found: Array = np.where(z_M > TAIL, np.log(density_M + near_M * ndtr(near_M)), asymptote_M) + np.log(deviation_M)
-    return found
+    return np.where(z_M > TAIL, np.log(density_M + near_M * ndtr(near_M)), asymptote_M) + np.log(deviation_M)
 
 
 def nearby(space: Space, centre: Mapping[str, Any], step: float, rng: random.Random) -> Values:

@@ -60,8 +60,7 @@ class Survival:
         k_NM = fit.scale * _kernel(self._x_ND, x_MD)
         known_NM = solve_triangular(fit.lower_NN, fit.root_N[:, None] * k_NM, lower=True)
         variance_M = fit.scale * _own(x_MD) - (known_NM**2).sum(axis=0)
-        found: Array = expit(fit.slope_N @ k_NM / np.sqrt(1 + np.pi * np.maximum(0.0, variance_M) / 8))
-        return found
+        return expit(fit.slope_N @ k_NM / np.sqrt(1 + np.pi * np.maximum(0.0, variance_M) / 8))
 
 
 @dataclass(frozen=True)
@@ -124,14 +123,12 @@ def tells(trial: FrozenTrial) -> bool:
 
 def _kernel(a_ND: Array, b_MD: Array) -> Array:
     squares_NM = ((a_ND[:, None] - b_MD[None]) ** 2).sum(axis=2)
-    kernel: Array = BIAS + SLOPE * a_ND @ b_MD.T + BEND * np.exp(-squares_NM / (2 * BEND_LENGTH**2))
-    return kernel
+    return BIAS + SLOPE * a_ND @ b_MD.T + BEND * np.exp(-squares_NM / (2 * BEND_LENGTH**2))
 
 
 def _own(a_ND: Array) -> Array:
     """Return the kernel of each row with itself."""
-    own: Array = BIAS + SLOPE * (a_ND**2).sum(axis=1) + BEND
-    return own
+    return BIAS + SLOPE * (a_ND**2).sum(axis=1) + BEND
 
 
 def demanded(tried: int, parameters: int) -> float:

@@ -163,7 +163,7 @@ class TrialFolder:
 
     def _is_long(self) -> bool:
         """Return whether the trial has run so long that a power loss would cost more than forcing each checkpoint."""
-        return bool(self._last_row().get("seconds", 0.0) > LONG_S)
+        return self._last_row().get("seconds", 0.0) > LONG_S
 
     def checkpoint(self) -> Saved | None:
         return last_checkpoint(self.path)

@@ -301,7 +301,7 @@ def holds_search(uri: str) -> bool:
     """Return whether there is a results folder at `uri`; raises UserError if the store cannot be reached."""
     filesystem, root = _open(uri)
     try:
-        return bool(filesystem.get_file_info(f"{root}/{SPACE}").type != fs.FileType.NotFound)
+        return filesystem.get_file_info(f"{root}/{SPACE}").type != fs.FileType.NotFound
     except OSError as error:
         raise UserError(f"{uri}: cannot be read: {error}") from None
 
@@ -373,7 +373,7 @@ def _same_begin(filesystem: fs.FileSystem, study: str, copy: Path, length: int) 
     if length <= 0:
         return True
     with filesystem.open_input_stream(study) as there, copy.open("rb") as here:
-        return bool(there.read(length) == here.read(length))
+        return there.read(length) == here.read(length)
 
 
 def _open(uri: str) -> tuple[fs.FileSystem, str]:

@@ -100,5 +100,4 @@ def save_state(state: State) -> bytes:
 
 def load_state(saved: bytes) -> State:
     """Load a state onto the CPU. This search wrote it itself, so it may contain any object."""
-    state: State = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=False)
-    return state
+    return torch.load(io.BytesIO(saved), map_location="cpu", weights_only=False)
