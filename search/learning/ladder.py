@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial
 
 from search.learning.features import Array
 from search.learning.regression import Regression, within_reach
-from search.records.health import CHANCE_SUFFIX, compared
+from search.records.health import compared
 from search.space import Space
 
 ENOUGH = 3  # trials on a rung above the first before it is modelled
@@ -110,15 +110,10 @@ def _own(trial: FrozenTrial) -> bool:
 
 def _compared(space: Space, trial: FrozenTrial) -> Scores:
     """Return scores by epoch, as schedulers see them; lower is better."""
-    objective = space.objectives[0]
+    objective, last = space.objectives[0], trial.user_attrs["metrics"]  # the last report has the level of chance, too
     sign = 1.0 if objective.mode == "min" else -1.0
-    chance = {
-        key: value for key, value in trial.user_attrs["metrics"].items() if key == objective.metric + CHANCE_SUFFIX
-    }
-    seen = {
-        epoch: compared({objective.metric: value, **chance}, objective)
-        for epoch, value in trial.intermediate_values.items()
-    }
+    values = trial.intermediate_values.items()
+    seen = {epoch: compared({**last, objective.metric: value}, objective) for epoch, value in values}
     return {epoch: sign * value for epoch, value in seen.items() if value is not None}
 
 

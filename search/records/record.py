@@ -39,10 +39,10 @@ class Record:
 
     def solves(self, constraints: Mapping[str, Limit]) -> bool:
         """Return whether the trial finished within every limit."""
-        if self.status != "finished":
-            return False
-        measured = {name: self.metrics.get(name) for name in constraints}
-        return all(value is not None and constraints[name].excess(value) <= 0 for name, value in measured.items())
+        return self.status == "finished" and all(
+            (value := self.metrics.get(name)) is not None and limit.excess(value) <= 0
+            for name, limit in constraints.items()
+        )
 
 
 def read_record(trial: FrozenTrial, space: Space) -> Record:
@@ -97,11 +97,10 @@ def longest_of(trials: Iterable[FrozenTrial]) -> int:
 def best_of(records: Sequence[Record], space: Space) -> list[Record]:
     """Return the undominated solutions, best in the first objective first; at most one with a single objective."""
     solutions = [item for item in records if item.solves(space.constraints)]
+    solutions.sort(key=lambda item: (-_goodness(item, space.objectives[0]), item.number))
     if len(space.objectives) == 1:
-        return sorted(solutions, key=lambda item: (-_goodness(item, space.objectives[0]), item.number))[:1]
-    front = [a for a in solutions if not any(_dominates(b, a, space.objectives) for b in solutions)]
-    front.sort(key=lambda item: (-_goodness(item, space.objectives[0]), item.number))
-    return front
+        return solutions[:1]
+    return [a for a in solutions if not any(_dominates(b, a, space.objectives) for b in solutions)]
 
 
 def _goodness(record: Record, objective: Objective) -> float:
