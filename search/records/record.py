@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,10 +98,15 @@ def longest_of(trials: Iterable[FrozenTrial]) -> int:
 def best_of(records: Sequence[Record], space: Space) -> list[Record]:
     """Return the undominated solutions, best in the first objective first; at most one with a single objective."""
     solutions = [item for item in records if item.solves(space.constraints)]
-    solutions.sort(key=lambda item: (-_goodness(item, space.objectives[0]), item.number))
+    scores = {item.number: [_goodness(item, objective) for objective in space.objectives] for item in solutions}
+    solutions.sort(key=lambda item: (scores[item.number], -item.number), reverse=True)
     if len(space.objectives) == 1:
         return solutions[:1]
-    return [a for a in solutions if not any(_dominates(b, a, space.objectives) for b in solutions)]
+    front: list[Record] = []
+    for item in solutions:  # in this order, none is dominated by a later one
+        if not any(_dominates(scores[other.number], scores[item.number]) for other in front):
+            front.append(item)
+    return front
 
 
 def _goodness(record: Record, objective: Objective) -> float:
@@ -110,6 +116,5 @@ def _goodness(record: Record, objective: Objective) -> float:
     return value if objective.mode == "max" else -value
 
 
-def _dominates(a: Record, b: Record, objectives: Sequence[Objective]) -> bool:
-    pairs = [(_goodness(a, objective), _goodness(b, objective)) for objective in objectives]
-    return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
+def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    return a != b and all(map(operator.ge, a, b))
