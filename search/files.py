@@ -33,14 +33,12 @@ def replace_text(path: Path, text: str) -> None:
     replace_bytes(path, text.encode("utf-8", "backslashreplace"))  # lone surrogates are written escaped
 
 
-def replace_bytes(path: Path, *chunks: bytes) -> None:
+def replace_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: to a temporary file beside it, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(beside, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
+        beside.write_bytes(content)
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)

@@ -357,7 +357,7 @@ def test_a_folder_that_cannot_be_written_to_is_reported_all_the_same(
 ) -> None:
     results = finished_search(tmp_path)
 
-    def full(path: Path, *chunks: bytes) -> None:
+    def full(path: Path, content: bytes) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(files, "replace_bytes", full)

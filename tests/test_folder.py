@@ -30,16 +30,23 @@ def test_a_trial_has_a_folder_by_its_number(tmp_path: Path) -> None:
     assert TrialFolder(tmp_path, 7).path == tmp_path / "trials" / "0007"
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Path, content: bytes) -> None:
+        with file.open("wb") as half:
+            half.write(content[:2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     path = tmp_path / "deep" / "file"
     replace_text(path, "caf\udce9")
     assert path.read_text() == r"caf\udce9", "half a character is told, and loses nothing else"
     replace_text(path, "old")
-    with pytest.raises(TypeError):
-        replace_bytes(path, b"half", None)  # type: ignore[arg-type]
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):
+            replace_bytes(path, b"half")
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path], "a full disk is not filled further"
-    replace_bytes(path, b"n", b"ew")
+    replace_bytes(path, b"new")
     assert path.read_text() == "new"
 
 
