@@ -60,9 +60,9 @@ class OpenTrial:
         self.started = time.monotonic()
 
     def catch_up(self) -> None:
-        """Take over later reports in the trial's folder, from an earlier attempt or the trial that it is a copy of."""
+        """Take over the last report in the trial's folder: of an earlier attempt, or of a trial that it has copied."""
         rows = self.folder.read_metrics()
-        if rows and rows[-1]["epoch"] > self.epochs:
+        if rows:
             self.epochs, self.metrics = rows[-1]["epoch"], rows[-1]["metrics"]
             self.seconds_before = max(self.seconds_before, rows[-1].get("seconds", 0.0))
 

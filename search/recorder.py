@@ -161,7 +161,7 @@ class Recorder(tune.Callback):
         """
         for key, opened in list(self._ledger.open.items()):
             with self._interruption.kept():
-                opened.catch_up()  # it may have become a copy of a trial that was ahead of it
+                opened.catch_up()  # it may have become a copy of another trial since its last report
                 if not (opened.started or opened.epochs):
                     self._ledger.give_back(key)
                 elif ending is None:

@@ -141,10 +141,8 @@ class Slot(tune.Trainable):
         saved = last_checkpoint(Path(checkpoint))
         assert saved is not None, "save_checkpoint wrote one"
         self._folder.write_checkpoint(saved.epoch, saved.path.read_bytes())
-        last = self._folder.recorded()
-        if saved.epoch != last:
-            own = self._folder.row(last) or {}
-            self._folder.append_metrics({**origin["row"], "seconds": own.get("seconds", 0.0)})
+        own = self._folder.row(self._folder.recorded()) or {}
+        self._folder.append_metrics({**origin["row"], "seconds": own.get("seconds", 0.0)})
         self._folder.keep_checkpoint(saved.epoch)
         self._folder.write_copied(copied)
 

@@ -137,6 +137,22 @@ def test_a_copy_that_diverges_before_its_first_report_has_its_own_values_and_che
     assert saved.path.read_bytes() == b"the other's"
 
 
+@pytest.mark.parametrize("ending", ["diverged", "out of time"])
+@pytest.mark.parametrize("epoch", [1, 2, 3], ids=["behind", "level", "ahead"])
+def test_a_copy_has_the_last_report_of_the_other_trial_and_not_its_own(epoch: int, ending: str, tmp_path: Path) -> None:
+    """Under population-based training, where it ends before its next report. epoch: of the other trial."""
+    run = watched(tmp_path)
+    for own in (1, 2):
+        run.report(own, {"loss": 0.5})
+    run.change(lr=0.75)
+    run.files.append_metrics({"epoch": epoch, "metrics": {"loss": 0.25}, "seconds": 0.0})
+    if ending == "diverged":
+        run.end("diverged", epoch)
+    else:
+        run.recorder.close("the time budget ran out")
+    assert (run.told[0].epochs, run.told[0].metrics) == (epoch, {"loss": 0.25})
+
+
 def test_a_trial_that_starts_over_and_ends_before_its_first_report_has_measured_nothing(tmp_path: Path) -> None:
     run = watched(tmp_path)
     run.report(1)  # its slot dies, and there is no checkpoint

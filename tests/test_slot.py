@@ -270,6 +270,20 @@ def test_a_second_copy_replaces_what_the_trial_has_whether_from_a_later_an_earli
     assert play(slot, "rd", monkeypatch)[0][0] == epoch + 1
 
 
+@pytest.mark.parametrize("own", [1, 2, 3], ids=["ahead", "level", "behind"])
+def test_a_copy_has_the_report_of_the_checkpoint_that_it_takes_over(
+    own: int, slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """own: the epochs of the trial when it became a copy of one after its second."""
+    play(slot, "rrd", monkeypatch)
+    source = handed_on(slot, tmp_path / "source")
+    assign(slot, 1)
+    slot._folder.append_metrics({"epoch": own, "metrics": {"loss": 0.75}, "seconds": 9.0})
+    slot.load_checkpoint(source)
+    last = slot._folder.read_metrics()[-1]
+    assert (last["epoch"], last["metrics"], last["seconds"]) == (2, {"loss": 0.5}, 9.0)
+
+
 def test_a_trial_that_was_copied_and_then_paused_goes_on_from_its_pause(
     slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
