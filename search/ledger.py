@@ -23,7 +23,7 @@ from search.learning.lessons import constraints_told, is_penalised, limits_told,
 from search.learning.proposals import ASKED_AGAIN, proposal_seed, surviving
 from search.learning.survival import learn
 from search.records.folder import TrialFolder
-from search.records.record import Record, longest_of, read_record
+from search.records.record import Record, length_of, read_record
 from search.space import Space
 from search.space.sections import OWN_CONSTRAINTS
 from search.study import distributions_of, params_of, quiet_optuna
@@ -170,7 +170,7 @@ class Ledger:
         self._write(opened, status=status, reason=reason)
         state, values = self._verdict(opened, status)
         if state != TrialState.FAIL:
-            longest = self.space.epochs or longest_of(self.study.get_trials(deepcopy=False))
+            longest = length_of(self.space, self.study.get_trials(deepcopy=False))
             for name, excess in constraints_told(self.space, status, opened.epochs, longest, opened.metrics).items():
                 opened.trial.set_constraint(name, excess)
         with quiet_optuna():

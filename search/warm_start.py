@@ -14,7 +14,7 @@ from optuna.trial import TrialState, create_trial
 from search.files import is_there
 from search.learning.lessons import constraints_told
 from search.records.folder import SPACE, STUDY
-from search.records.record import longest_of
+from search.records.record import length_of
 from search.sampler import OWN_COURSE
 from search.space import Space, Values
 from search.space import tree as trees
@@ -56,7 +56,7 @@ def take_over(study: optuna.Study, space: Space, earlier: Earlier) -> str:
     fixed now, or the reverse; what is fixed in both is not compared. Raises UserError if the objectives differ.
     """
     check_comparable(earlier, space)
-    longest = space.epochs or longest_of(earlier.study.get_trials(deepcopy=False))
+    longest = length_of(space, earlier.study.get_trials(deepcopy=False))
     taken, outside = 0, Counter[str]()
     for trial in earlier.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
         attrs = trial.user_attrs

@@ -25,7 +25,7 @@ from search.learning.ladder import Ladder, scores_of
 from search.learning.proposals import WholeSampler, proposal_seed, propose, surviving
 from search.learning.regression import FAR, Regression
 from search.learning.survival import MAPPED, SURVIVED, Survival, demanded, learn, remembered, tells
-from search.records.record import longest_of, read_record
+from search.records.record import length_of, read_record
 from search.space import Space, Values
 from search.space.domain import Choice, Domain, Integer, Parameter, Real, at, part
 from search.space.sections import OWN_CONSTRAINTS
@@ -154,7 +154,7 @@ def judge(space: Space, others: Sequence[FrozenTrial], survival: Survival | None
     best = _incumbents(space, tried)
     ended = remembered([item for item in tried if tells(item)], lambda item: item.number in best)
     measured = [item for item in ended if SURVIVED[item.user_attrs["status"]]]
-    longest = space.epochs or longest_of(ended)
+    longest = length_of(space, ended)
     scored = list(scores_of(space, measured, longest, rng))
     if len(tried) < MAPPED or not scored or not space.parameters:
         return None

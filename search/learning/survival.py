@@ -19,7 +19,7 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.special import expit
 
 from search.learning.features import Array, feature_rows
-from search.records.record import longest_of
+from search.records.record import length_of
 from search.space import Space
 
 MAPPED = 10  # ended trials before the model is used: the first settings map the space, its edge included
@@ -101,7 +101,7 @@ def learn(space: Space, trials: Sequence[FrozenTrial]) -> Survival | None:
     survived = [SURVIVED[item["status"]] for item in ended]
     if not space.parameters or len(ended) < MAPPED or len(set(survived)) < 2:
         return None
-    longest = space.epochs or longest_of(told)
+    longest = length_of(space, told)
     weights = [min(1.0, item["epochs"] / longest) if item["status"] == "stopped" else 1.0 for item in ended]
     return Survival(space, [item["values"] for item in ended], survived, weights)
 

@@ -90,9 +90,9 @@ def unmeasured(constraints: Mapping[str, Limit], metrics: Mapping[str, Any]) -> 
     return found
 
 
-def longest_of(trials: Iterable[FrozenTrial]) -> int:
-    """Return the epochs of the longest of these trials, at least 1: a trial's length if the space does not say."""
-    return max([1, *(trial.user_attrs.get("epochs", 0) for trial in trials)])
+def length_of(space: Space, trials: Iterable[FrozenTrial]) -> int:
+    """Return the epochs of a whole trial; if the space does not say, of the longest of these, at least 1."""
+    return space.epochs or max([1, *(trial.user_attrs.get("epochs", 0) for trial in trials)])
 
 
 def best_of(records: Sequence[Record], space: Space) -> list[Record]:
