@@ -33,9 +33,10 @@ from search.scheduler import make_scheduler, unheeded
 from search.space import Space
 from search.space import tree as trees
 from search.space.file import load_space, read_space
-from search.space.loading import Trainable, where
+from search.space.loading import Trainable
 from search.study import is_begun, open_study
 from search.tables import MARKDOWN
+from search.text import where
 from search.warm_start import check_comparable, read_earlier, take_over
 from trainables.contract import UserError
 

@@ -11,8 +11,7 @@ from typing import Any
 from ray.tune import TuneError
 
 from search.files import says_full
-from search.space.loading import where
-from search.text import said, short_line
+from search.text import said, short_line, where
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends the last one before the time is over
 

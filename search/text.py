@@ -1,10 +1,11 @@
-"""Converts what user code says about a trial to what JSON and tables can hold."""
+"""Converts what user code says, its errors included, to what JSON and tables can hold."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import re
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,3 +62,12 @@ def short_line(text: str, otherwise: str, longest: int = LONGEST_TEXT) -> str:
     """Return a text on one line, cut to `longest` characters; for messages that are kept whole elsewhere."""
     line = one_line(text, otherwise)
     return line if len(line) <= longest else line[: longest - 4].rstrip() + " ..."
+
+
+def where(error: BaseException) -> str:
+    """Describe an error and the line that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    file, line = frame.filename, frame.lineno
+    if isinstance(error, SyntaxError):
+        file, line = error.filename or file, error.lineno
+    return f"{type(error).__name__}: {one_line(said(error), 'no message')} ({file}:{line})"

@@ -8,7 +8,6 @@ import inspect
 import operator
 import os
 import sys
-import traceback
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import search
 import trainables
 from search.space.decode import decode, did_you_mean
-from search.text import one_line, said
+from search.text import where
 from trainables.contract import UserError
 
 _FOLDERS: dict[str, str] = {}  # the working directory after a module's first import
@@ -184,12 +183,3 @@ def search_paths(space_file: Path, earlier: Sequence[str]) -> tuple[str, ...]:
     here = [str(Path.cwd()), str(space_file.resolve().parent)]
     own = [path for path in earlier if os.path.isdir(path) and _JOBS_COPIES not in Path(path).parts]
     return tuple(dict.fromkeys([*own, *here, *earlier]))
-
-
-def where(error: BaseException) -> str:
-    """Describe an error and the line that raised it."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    file, line = frame.filename, frame.lineno
-    if isinstance(error, SyntaxError):
-        file, line = error.filename or file, error.lineno
-    return f"{type(error).__name__}: {one_line(said(error), 'no message')} ({file}:{line})"
