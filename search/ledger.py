@@ -39,7 +39,6 @@ class OpenTrial:
 
     trial: optuna.Trial
     values: dict[str, Any]
-    name: str | None
     folder: TrialFolder
     metrics: dict[str, Any] = field(default_factory=dict)
     epochs: int = 0
@@ -115,7 +114,7 @@ class Ledger:
             attrs = trial.user_attrs
             values = attrs.get("values") or self.space.suggest(trial)
         folder = TrialFolder(self._results, trial.number)
-        opened = OpenTrial(trial, values, attrs.get("name"), folder, seconds_before=attrs.get("seconds", 0.0))
+        opened = OpenTrial(trial, values, folder, seconds_before=attrs.get("seconds", 0.0))
         if unfinished is None:  # its folder may hold leftovers unknown to the study, from a lost machine or a mirror
             folder.clear()
         else:

@@ -129,8 +129,8 @@ class _Pbt(_Lenient, PopulationBasedTraining):
     After its last epoch a trial has none left to train another setting, so it keeps its own.
     """
 
-    def __init__(self, space: Space, seed: int, **arguments: Any) -> None:
-        self._rng = random.Random(seed)
+    def __init__(self, space: Space, **arguments: Any) -> None:
+        self._rng = random.Random(space.search.seed)
         super().__init__(space, custom_explore_fn=lambda config: config, log_config=False, **arguments)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -207,4 +207,4 @@ def make_scheduler(space: Space, past: Sequence[Past] = ()) -> TrialScheduler:
     if wanted.name == "median":
         # By default, Ray's rule pauses a trial while another waits to start, and not every trainable can resume.
         return _Median(past, space=space, **common, grace_period=wanted.grace_epochs, min_time_slice=math.inf)
-    return _Pbt(space, space.search.seed, perturbation_interval=wanted.grace_epochs, **common)
+    return _Pbt(space, perturbation_interval=wanted.grace_epochs, **common)

@@ -55,10 +55,10 @@ def test_each_is_run_with_its_own_setting_and_name_on_top_of_the_others(results:
     assert ledger.left == 3
     for failed, number in ((before[0], 3), (before[2], 4)):
         opened = ask(ledger)
-        assert (opened.number, opened.values, opened.name) == (number, dict(failed.values), failed.name)
+        assert (opened.number, opened.values) == (number, dict(failed.values))
         ledger.report("slot", 4, {"loss": 0.5})
         ended = ledger.end("slot", "finished", "ran to its end")
-        assert (ended.again, ended.values) == (failed.number, failed.values)
+        assert (ended.again, ended.values, ended.name) == (failed.number, failed.values, failed.name)
     assert (ask(ledger).number, ledger.left) == (5, 0), "and the one that was left"
     assert before == records(ledger.study, space)[:3]
     assert open_journal(space.with_trials(6), results).left == 3

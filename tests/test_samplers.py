@@ -222,9 +222,8 @@ def test_known_settings_come_first(sampler: str, tmp_path: Path) -> None:
     search = {"sampler": sampler, "trials": 4}
     space = space_of(tmp_path, config_for(sampler), search=search, try_first=[{"name": "notes", **known}])
     ledger = open_ledger(space, InMemoryStorage())
-    first = ask(ledger)
+    first = end_toy(ledger, ask(ledger), "finished")
     assert (first.name, first.values) == ("notes", known)
-    end_toy(ledger, first, "finished")
     assert len(play(ledger, 3)) == 3
 
 

@@ -154,10 +154,9 @@ class TestJournal:
         file.write_bytes(b"".join(entries[: len(entries) - lost]))
         for number in (1, 2, 3):
             ledger = open_journal(space, tmp_path)
-            opened = ask(ledger)
-            assert (opened.name, opened.values["lr"]) == (str(number), 0.125 * number)
-            end_toy(ledger, opened, "finished")
-        assert ask(ledger).name is None
+            record = end_toy(ledger, ask(ledger), "finished")
+            assert (record.name, record.values["lr"]) == (str(number), 0.125 * number)
+        assert end_toy(ledger, ask(ledger), "finished").name is None
 
     def test_a_new_trial_takes_nothing_from_one_that_the_study_never_heard_of(
         self, space: Space, tmp_path: Path
