@@ -807,6 +807,7 @@ def test_an_address_where_nobody_listens_is_told_without_asking_ray(run: Run, ad
     assert f"--address {address}: no Ray cluster answers there: " in error
 
 
+@pytest.mark.slow
 def test_a_cluster_s_token_that_is_not_there_is_told(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as somebody:
         address = f"127.0.0.1:{somebody.getsockname()[1]}"
