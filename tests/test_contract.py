@@ -9,7 +9,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from trainables.contract import Diverged, Report, State, Trial, UserError, default_device
+from trainables.contract import Diverged, Report, Trial, UserError, default_device
 
 
 def test_a_trial_takes_its_place_from_torchruns_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,19 +81,6 @@ def test_a_divergence_says_why_and_when_and_keeps_it_from_process_to_process(div
     for same in (diverged, pickle.loads(pickle.dumps(diverged)), copy.copy(diverged)):
         assert str(same) == text
         assert (same.reason, same.step) == (diverged.reason, diverged.step)
-
-
-def test_a_report_calls_for_its_state_only_when_asked() -> None:
-    calls: list[int] = []
-
-    def state() -> State:
-        calls.append(len(calls))
-        return {"calls": len(calls)}
-
-    report = Report({"loss": 0.5}, state)
-    assert not calls
-    assert report.state is not None
-    assert report.state() == {"calls": 1}
 
 
 def test_a_users_mistake_is_a_value_error() -> None:

@@ -314,11 +314,6 @@ def test_who_waited_for_a_lock_that_was_removed_keeps_others_out(tmp_path: Path)
     assert told == [True]
 
 
-def test_who_only_looks_leaves_nothing_in_the_folder(tmp_path: Path) -> None:
-    assert not is_running(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_copy_of_a_folder_is_not_running(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with running(tmp_path / "run"):

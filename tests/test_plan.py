@@ -48,6 +48,7 @@ GPU_NODE = Node(cpus=32, gpus=8)
         (1, 1, 4, [GPU_NODE], 2),
         (1, 1, 0, [GPU_NODE], 32),
         (1, 1, None, [GPU_NODE], 8),  # 1 where there are GPUs
+        (1, 1, None, [Node(4, 0), GPU_NODE], 8),  # somewhere
         (1, 1, None, [Node(4, 0)], 4),  # and 0 where there are none
         (3, 1, 1, [Node(8, 2), Node(8, 2), Node(8, 2)], 2),  # a group spreads over nodes
         (1, 1, 3, [Node(8, 4), Node(8, 4)], 2),  # a worker does not
