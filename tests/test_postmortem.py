@@ -330,6 +330,16 @@ def test_the_first_of_several_micro_batches_counts() -> None:
     assert examined(net, *(batch_of(seed) for seed in range(4))).module == "heads.near"
 
 
+def test_nothing_but_minus_infinity_is_no_mask() -> None:
+    model, x = nn.Linear(2, 1), torch.full((3, 2), -math.inf)
+
+    def replay(witness: Witness) -> None:
+        witness.see_batch({"x": x})
+        model(x).sum().backward()
+
+    assert examine(model, replay).sentence.startswith("the batch itself, in its x, was first not finite")
+
+
 def test_a_mask_is_as_it_should_be() -> None:
     class Masked(nn.Module):
         """Attention by hand: a softmax over scores of which some are -inf, and torch's own layer with a float mask."""
