@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +91,21 @@ def test_a_resumed_trial_is_the_uninterrupted_one_bit_for_bit(precision: Any, tm
         resumed = run(config, resume=torch.load(tmp_path / "state.pt", weights_only=True))
         assert resumed.metrics == whole.metrics[epoch + 1 :]
         assert_same(resumed.states, whole.states[epoch + 1 :])
+
+
+def test_what_a_resumed_trial_draws_from_any_generator_is_what_it_would_have_drawn() -> None:
+    drawn: list[tuple[float, float, float]] = []
+
+    def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        drawn.append((random.random(), np.random.rand(), float(torch.rand(()))))
+        return toy_loss(model, batch, config)
+
+    first = run(Config(), replace(TOY, loss=loss)).states[0]
+    run(Config(), replace(TOY, loss=loss), resume=first)
+    assert len(drawn) == 6 + 3, "three steps an epoch"
+    assert drawn[6:] == drawn[3:6]
+    for column in zip(*drawn[:6], strict=True):
+        assert len(set(column)) == 6
 
 
 def test_a_trial_after_another_is_as_in_a_fresh_process() -> None:
