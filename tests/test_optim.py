@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from trainables.contract import UserError
-from trainables.optim import EarlyStop, Optim, Patience, Plateau, Restarts, Spike, adamw, lr_factor, mark_undecayed
+from trainables.optim import EarlyStop, Ema, Optim, Patience, Plateau, Restarts, Spike, adamw, lr_factor, mark_undecayed
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,15 @@ def test_what_an_optimizer_knows_takes_the_layout_of_the_weights_it_is_for() -> 
             model(x_BCHW).square().mean().backward()
             optimizer.step()
     torch.testing.assert_close(models[1].state_dict(), models[0].state_dict())
+
+
+def test_an_average_that_a_state_lacks_begins_with_the_loaded_weights() -> None:
+    """As where population-based training turns averaging on."""
+    layer = nn.Linear(2, 1)
+    ema = Ema(layer, Optim(ema=0.9))
+    layer.load_state_dict({"weight": torch.ones(1, 2), "bias": torch.ones(1)})
+    ema.load_state_dict({"bias": torch.zeros(1)})
+    assert {name: value.tolist() for name, value in ema.state_dict().items()} == {"weight": [[1.0, 1.0]], "bias": [0.0]}
 
 
 class Net(nn.Module):
