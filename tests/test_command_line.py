@@ -775,7 +775,6 @@ def test_a_ray_whose_processes_start_slowly_is_started_again(
         assert len(tried) == len(errors)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPUs can be used")
 def test_ray_knows_each_variable_that_it_is_given() -> None:
     """It passes over one that it does not know, as of a setting that a new version has renamed."""
     root = Path(ray.__file__).parent
@@ -786,6 +785,7 @@ def test_ray_knows_each_variable_that_it_is_given() -> None:
     assert [name for name in unread if name.removeprefix("RAY_").encode() not in compiled] == []
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPUs can be used")
 def test_gpus_that_pytorch_cannot_use_are_told_before_anything_else(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the driver is too old: it counts them all the same."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
