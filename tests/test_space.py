@@ -358,6 +358,49 @@ def test_a_decorated_trainable_takes_what_its_decorator_takes(tmp_path: Path) ->
     assert list(trainable.train(None)) == [{"loss": 3}]
 
 
+@pytest.mark.parametrize("decorator", ["functools.cache", "anything"])
+def test_a_decorated_function_that_only_shares_a_name_is_not_called(decorator: str, tmp_path: Path) -> None:
+    code = f"""
+        import functools
+
+        def anything(function):
+            return functools.wraps(function)(lambda *args, **more: function(*args, **more))
+
+        @{decorator}
+        def prepare(root, split):
+            return root + split
+
+        def train(trial):
+            yield {{"loss": 1.0}}
+    """
+    _, trainable = load_space(write_space(tmp_path, {}, trainable=f"{write_family(tmp_path, code)}:train"))
+    assert trainable.prepare is None
+
+
+@pytest.mark.parametrize("made", ["functools.partial(fit, width=8)", "Trainer()", "Trainer().train", "Lazy()", "any"])
+def test_a_trainable_is_whatever_can_be_called_with_a_trial(made: str, tmp_path: Path) -> None:
+    code = f"""
+        import functools
+
+        def fit(trial, width, depth=2):
+            yield {{"loss": 1.0}}
+
+        class Trainer:
+            def __call__(self, trial):
+                yield {{"loss": 1.0}}
+
+            train = __call__
+
+        class Lazy(Trainer):
+            def __getattr__(self, name):
+                return name
+
+        train = {made}
+    """
+    _, trainable = load_space(write_space(tmp_path, {}, trainable=f"{write_family(tmp_path, code)}:train"))
+    assert callable(trainable.train)
+
+
 def test_a_trainable_may_belong_to_a_class(tmp_path: Path) -> None:
     code = "class Net:\n    @staticmethod\n    def train(trial):\n        yield {}\n"
     name = write_family(tmp_path, code)

@@ -78,7 +78,7 @@ def load(name: str, paths: Sequence[str]) -> Trainable:
         raise UserError(f"trainable: {module_name} has no function {function!r}; {did_you_mean(function, functions)}")
     if isinstance(train, type):
         raise UserError(f"trainable: {name} is a class; name a function that yields a report after every epoch")
-    if not _takes_one_argument(train):
+    if _takes_one_argument(train, follow_wrapped=False) is False:
         written = f"def {function.rpartition('.')[2]}(trial)"
         raise UserError(f"trainable: {name} would be called with one argument, the trial; write {written}")
     folder = _FOLDERS.setdefault(module_name, os.getcwd())
@@ -152,17 +152,22 @@ def _config_class(module: types.ModuleType) -> type | None:
 def _of_one_argument(module: types.ModuleType, name: str) -> Callable[[Any], Any] | None:
     """Return the module's function of that name if it takes one argument, else None: others only share the name."""
     function = _named(module, name)
-    return function if callable(function) and _takes_one_argument(function) else None
+    return function if callable(function) and _takes_one_argument(function, follow_wrapped=True) else None
 
 
-def _takes_one_argument(function: Callable[..., Any]) -> bool:
-    """Return whether a function can be called with one argument; a decorated one, as its decorator left it."""
+def _takes_one_argument(function: Callable[..., Any], follow_wrapped: bool) -> bool | None:
+    """Return whether a function can be called with one argument; None if it does not say, as some builtins do not.
+
+    follow_wrapped: whether a decorated function is judged as written, rather than as its decorator left it.
+    """
     try:
-        inspect.signature(function, follow_wrapped=False).bind(None)
+        signature = inspect.signature(function, follow_wrapped=follow_wrapped)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(None)
     except TypeError:
         return False
-    except ValueError:  # a builtin does not say
-        return True
     return True
 
 
