@@ -640,6 +640,14 @@ class TestProfiles:
         assert message_of(file, has_gpu=True) == told
         assert message_of(file, has_gpu=False) == f"without a profile: {told}"
 
+    def test_a_space_may_be_whole_only_with_a_profile_that_is_named(self, tmp_path: Path) -> None:
+        profiles = {name: {"config": {"momentum": {"float": [0.0, 0.9]}}} for name in ("laptop", "night")}
+        known = [{"lr": 0.1, "momentum": 0.5}]
+        file = write_space(tmp_path, {"lr": {"log": [0.01, 1.0]}}, try_first=known, profiles=profiles)
+        space, _ = load_space(file, profile="night")
+        assert [item.name for item in space.parameters] == ["lr", "momentum"]
+        assert message_of(file, has_gpu=False).startswith("without a profile: try_first.0.momentum: no such parameter")
+
     def test_an_override_says_nothing_of_the_others(self, tmp_path: Path) -> None:
         profiles = {"laptop": {"try_first": [{"optim.lr": 0.01}]}}
         config = {"optim": {"lr": {"log": [1e-3, 1.0]}, "momentum": {"float": [0.0, 0.9]}}}

@@ -53,7 +53,8 @@ def load_space(
 
     profile: None selects the profile `laptop` if there is one and `has_gpu` is false.
     Builds the trainable's Config for 200 random draws, so that a bad corner shows here and not in trial 37, and checks
-    what is not chosen, other profiles or none, so that a mistake there does not first show on the cluster.
+    the other profiles, so that a mistake there does not first show on the cluster; and the space without one unless
+    `profile` names one: a space may be whole only with a profile.
     Raises UserError: one line with the file, the key, the value and the remedy.
     """
     whole = yaml_file.read(file)
@@ -76,7 +77,10 @@ def load_space(
         _check_conditions(space)
         space = replace(space, left_out=(*left_out, *_never_searched(space)))
         _check_draws(space, trainable)
-        _check_others(whole, file, chosen)
+        others = [*(whole.get("profiles") or {}), *([None] if profile is None else [])]
+        for other in others:
+            if other != chosen:
+                _check_other(whole, file, other)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return space, trainable
@@ -357,20 +361,14 @@ def _can_be(domain: Domain, value: Any) -> bool:
     return value in domain.values if isinstance(domain, Choice) else domain.contains(value)
 
 
-def _check_others(document: Mapping[str, Any], file: Path, chosen: str | None) -> None:
-    """Check the other profiles, and the space without one, but without overrides or trainables.
-
-    A trainable may need what only the cluster has.
-    """
-    for name in (None, *(document.get("profiles") or {})):
-        if name == chosen:
-            continue
-        try:
-            other, _ = profiled(document, name, has_gpu=True)
-            _check_conditions(_build(other, file, name, ()))
-            tables_in(other.get("tables"))
-        except UserError as error:
-            raise UserError(f"{'without a profile' if name is None else f'profiles.{name}'}: {error}") from None
+def _check_other(document: Mapping[str, Any], file: Path, name: str | None) -> None:
+    """Check another profile, or none, without overrides, and without trainables: they may need what the cluster has."""
+    try:
+        other, _ = profiled(document, name, has_gpu=True)
+        _check_conditions(_build(other, file, name, ()))
+        tables_in(other.get("tables"))
+    except UserError as error:
+        raise UserError(f"{'without a profile' if name is None else f'profiles.{name}'}: {error}") from None
 
 
 def _check_draws(space: Space, trainable: Trainable) -> None:
