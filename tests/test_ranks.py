@@ -229,8 +229,12 @@ FAMILY = """
         model.optimizer.model = model
         trial.cache["model"] = weakref.ref(model)
         gc.freeze()
-        gc.disable()
         yield {"loss": 1.0}
+
+    def frozen_for_good(trial):
+        import gc
+        gc.disable()
+        yield from frozen(trial)
 
     def plain_function(trial):
         return {"loss": 1.0}
@@ -521,7 +525,10 @@ def test_the_precision_that_a_module_sets_when_it_is_imported_is_that_of_every_t
         assert run_on(loop)[-1] == Ended()
 
 
-@pytest.mark.parametrize(("function", "ending"), [("big", Blew(reason="it does not matter why")), ("frozen", Ended())])
+@pytest.mark.parametrize(
+    ("function", "ending"),
+    [("big", Blew(reason="it does not matter why")), ("frozen", Ended()), ("frozen_for_good", Ended())],
+)
 def test_a_trial_is_gone_when_its_memory_is_counted(function: str, ending: Answer, tmp_path: Path) -> None:
     """An exception holds the frames it passed through, and they hold the model: it must be let go first.
 

@@ -8,6 +8,7 @@ import os
 import pickle
 import traceback
 import types
+import weakref
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -40,6 +41,7 @@ class RankLoop:
         self._cache: dict[Any, Any] = {}
         self._loaded: tuple[Trainable, Surroundings] | None = None  # with what its import left to put back
         self._reports: Generator[Any, None, None] | None = None
+        self._knot: _Knot  # as old as the trial that gives them
         self._watch = Watch()
         self._joined = torch.distributed.is_initialized()
         if self._device.type == "cuda" and spec.memory_limit_mb is not None:
@@ -92,6 +94,7 @@ class RankLoop:
         trainable, surroundings = self._loaded
         surroundings.restore()
         settle(begin.seed, self._spec.cpus_per_worker)
+        knot = _Knot()  # before the trial can freeze anything
         reports = trainable.train(
             Trial(
                 config=trainable.config(begin.config),
@@ -109,7 +112,7 @@ class RankLoop:
                 f"{self._spec.trainable} returned {type(reports).__name__}; a trainable is a generator: "
                 "yield a report after every epoch"
             )
-        self._reports, self._watch = reports, Watch()
+        self._reports, self._watch, self._knot = reports, Watch(), knot
 
     def _advance(self) -> Answer:
         assert self._reports is not None, "a trial is begun before it is advanced"
@@ -148,7 +151,13 @@ class RankLoop:
             return Ended()
         reports.close()
         del reports
-        _collect()
+        knot = weakref.ref(self._knot)
+        del self._knot
+        gc.collect()
+        if knot() is not None:  # the trial has frozen what there was, and its model may be a knot, too
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
         if self._device.type == "cuda":
             torch._C._cuda_clearCublasWorkspaces()  # 32 MiB for each thread that computed, on an H100
             torch.cuda.empty_cache()
@@ -178,14 +187,11 @@ class RankLoop:
         return f"left {left / 2**20:.0f} MiB on the GPU, and what stays there has to be in trial.cache"
 
 
-def _collect() -> None:
-    """Collect garbage, also what is frozen if the collector is off: who turns it off may have frozen a model, too."""
-    if gc.isenabled():
-        gc.collect()
-        return
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
+class _Knot:
+    """Something that, let go of, only the garbage collector finds, unless it was frozen (`gc.freeze`) by then."""
+
+    def __init__(self) -> None:
+        self.itself = self
 
 
 def _blew(error: Diverged) -> Blew:
