@@ -161,6 +161,15 @@ def test_a_long_row_is_found_too(folder: TrialFolder) -> None:
     assert folder.recorded() == 2
 
 
+def test_the_end_of_a_number_is_no_row(folder: TrialFolder) -> None:
+    """Where only the end of the file is read: of a torn line, that may be the end of a number."""
+    folder.append_metrics({"epoch": 1})
+    end = b'12345\n{"epoch": 3, "metrics": {"'
+    with open(folder.path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"epoch": 2, "seconds": 9.8' + end.ljust(folder_module._TAIL_BYTES, b"a"))
+    assert folder.recorded() == 1
+
+
 def test_the_last_epoch_is_found_without_the_whole_file(folder: TrialFolder) -> None:
     """It is looked for after each epoch, and there may be many."""
     folder.append_metrics({"epoch": 1})

@@ -139,8 +139,10 @@ class TrialFolder:
     def _last_row(self) -> dict[str, Any]:
         """Return the last row; empty before the first. It is asked for after each epoch, and most rows are short."""
         for most_bytes in (_TAIL_BYTES, sys.maxsize):
-            for line in reversed(self._end_of("metrics.jsonl", most_bytes).splitlines()):
-                with contextlib.suppress(ValueError):  # torn, or its beginning was not read
+            end = self._end_of("metrics.jsonl", most_bytes)
+            lines = end if len(end) < most_bytes else end.partition(b"\n")[2]  # what is left of a line may be JSON, too
+            for line in reversed(lines.splitlines()):
+                with contextlib.suppress(ValueError):  # torn
                     return json.loads(line)
         return {}
 
