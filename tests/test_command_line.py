@@ -276,7 +276,8 @@ def test_a_results_folder_is_not_used_twice(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [yaml_file.dump(SPACE), yaml_file.dump({**SPACE, "ran": {"space": "exported"}}), "# not written yet"]
+    "content",
+    [*(yaml_file.dump({**SPACE, "ran": ran}) for ran in (None, {"space": "exported"}, 5)), "# not written yet"],
 )
 def test_a_space_file_that_is_not_of_a_search_is_not_replaced(content: str, run: Run, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()

@@ -52,7 +52,8 @@ def _runs_before(results: Path) -> list[dict[str, Any]]:
 def how_it_ran(results: Path) -> dict[str, Any]:
     """Return the run information in the space of a results folder; empty if there is none, as in a person's own."""
     document = yaml_file.read(results / SPACE) if is_there(results / SPACE) else None
-    return (document.get("ran") if isinstance(document, dict) else None) or {}
+    ran = document.get("ran") if isinstance(document, dict) else None
+    return ran if isinstance(ran, dict) else {}
 
 
 def commit() -> str | None:
