@@ -185,15 +185,20 @@ def test_a_parameter_that_a_ranks_batch_does_not_use_is_named(tmp_path: Path) ->
 
 
 def use_seldom(rank: int, folder: Path) -> None:
-    """Train on two ranks, on each in micro-batches of which only the first uses all of the model."""
+    """Train on two ranks: on a loss without the model, and in micro-batches of which only the first uses all of it."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     calls = itertools.count()
+
+    def nothing(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        return {"size": (batch["x"].square().sum(), len(batch["x"]))}
 
     def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
         used = model if next(calls) % 2 == 0 else cast(nn.Sequential, model)[:-1]
         return {"size": (used(batch["x"]).square().sum(), len(batch["x"]))}
 
+    with pytest.raises(UserError, match=r"^0.weight and 5 more parameters had no part in the loss of step 0: "):
+        run(Config(Optim(precision="fp16")), replace(TOY, loss=nothing), rank=rank, world_size=2)
     with pytest.raises(UserError) as refused:
         run(Config(Optim(batch_size=8, micro_batch=2)), replace(TOY, loss=loss), rank=rank, world_size=2)
     (folder / f"{rank}.txt").write_text(str(refused.value))

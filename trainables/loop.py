@@ -143,6 +143,9 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
                     raise unused(names, step.number - 1) from error
                 guard.explain(error, step)
                 raise
+            # Told at once: DDP tells in the next step, and after an epoch's last the ranks' collectives are mixed up.
+            if ranks.size > 1 and (names := [name for name, p in trained.items() if p.grad is None]):
+                raise unused(names, step.number)
             summed.require(terms or summed.terms)
             terms = summed.terms
 
@@ -152,8 +155,6 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             divisor = divisor_of(count) / pieces
             scaler.unscale_(optimizer)
             scaler.update()
-            if ranks.size > 1 and (names := [name for name, p in trained.items() if p.grad is None]):
-                raise unused(names, step.number)
             norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None]) / divisor
             next_scale = scaler.scale(torch.ones_like(scale))
             skip, overflow = guard.judge(total / divisor_of(count), norm, scale, next_scale)
