@@ -670,6 +670,7 @@ def test_the_terms_of_a_loss_are_those_of_every_batch(other: list[str], config: 
             r"loss must .* in 'a' there is a tensor of shape \(8, 1",
         ),
         ({"loss": lambda m, b, c: {"a": m(b["x"]).sum()}}, r"loss must return, by .*'a' is a tensor of shape \(\)"),
+        ({"loss": lambda m, b, c: {"a": (m(b["x"]).sum(), 8), "b": (0, 8)}}, "in 'b' the sum is a int, not a tensor"),
         ({"loss": lambda m, b, c: {}}, "loss must return, by name, pairs .* both scalar, and returned none"),
         ({"loss": lambda m, b, c: m(b["x"]).sum()}, r"loss must return, by .* and returned a tensor of shape \(\)"),
         ({"score": lambda m, b, c: {"a": (torch.ones(3), 8)}}, r"score must .* in 'a' there is a tensor of shape \(3,"),

@@ -141,6 +141,8 @@ def checked(returned: Any, function: str) -> Pairs:
         for part in pair:
             if isinstance(part, Tensor) and part.ndim > 0:
                 raise UserError(f"{rule}, and in {name!r} there is {described(part)}")
+        if function == "loss" and not isinstance(pair[0], Tensor):
+            raise UserError(f"{rule}, and in {name!r} the sum is {described(pair[0])}, not a tensor")
     return returned
 
 
