@@ -719,6 +719,22 @@ def test_what_is_derived_is_reported_and_can_end_a_trial_and_lower_its_rate() ->
     assert done.diverged is None
 
 
+def test_all_scores_may_be_derived() -> None:
+    """As an average precision is, from what `score` noted of every batch."""
+    noted: list[int] = []
+
+    def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        noted.extend(batch["index"].tolist())
+        return {}
+
+    def derived(scores: Mapping[str, float]) -> dict[str, float]:
+        assert scores == {}
+        return {"noted": len(noted)}
+
+    done = run(Config(), replace(TOY, score=score, derived=derived))
+    assert [metrics["noted"] for metrics in done.metrics] == [11, 22]
+
+
 @pytest.mark.parametrize("epochs", [9, 3, 1])
 def test_a_trial_that_may_stop_early_ends_with_its_best_epoch(epochs: int) -> None:
     done = run(replace(PATIENT, epochs=epochs, optim=replace(PATIENT.optim, ema=0.9)), STALLING)

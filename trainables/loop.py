@@ -355,11 +355,10 @@ def evaluate(
             pair_2 = torch.stack([as_float64(part, device) for part in pair])
             totals[name] = totals.get(name, 0) + share.weight * pair_2
     names = list(dict.fromkeys(name for theirs in everyones(list(totals), ranks) for name in theirs))
-    if not names:
-        return {}
-    nothing_2 = torch.zeros(2, dtype=torch.float64, device=device)
-    table_N2 = torch.stack([totals.get(name, nothing_2) for name in names])
-    if ranks.size > 1:
+    table_N2 = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+    for row, name in enumerate(names):
+        table_N2[row] += totals.get(name, 0)
+    if ranks.size > 1 and names:
         dist.all_reduce(table_N2)
     scores = {name: total / count for name, (total, count) in zip(names, table_N2.tolist(), strict=True) if count}
     reported = {**scores, **task.derived(scores)}
