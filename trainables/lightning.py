@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
@@ -33,6 +32,7 @@ from torch.optim import Optimizer
 from trainables.contract import Diverged, Report, State, Trial, UserError
 from trainables.guard import KEPT, readable
 from trainables.resume import seed_everything, seed_from
+from trainables.samples import Ranks, everyones
 
 NEEDED = (2, 6)  # Lightning: the trainer attributes used here, partly private, are that version's
 SETTLED = ("accelerator", "devices", "num_nodes")  # set by the trial, and so by the space's `resources`
@@ -270,10 +270,9 @@ class Watch:
             "rank": trainer.global_rank,
             "loss_scale": _scale(trainer) if _scaler(trainer) else None,
         }
-        everyones: list[Any] = [wrong and (reason, details)] * trainer.world_size
-        if trainer.world_size > 1:
-            dist.all_gather_object(everyones, everyones[0])
-        reason, details = next(told for told in everyones if told)
+        mine = (reason, details) if wrong is not None else None
+        everyone = everyones(mine, Ranks(trainer.global_rank, trainer.world_size))
+        reason, details = next(told for told in everyone if told is not None)
         raise Diverged(reason, trainer.global_step, details)
 
 
