@@ -68,7 +68,7 @@ class Task:
         last step of an epoch is reported as grad_norm_<part>, unless fp16 skipped that step.
     annealed: the config that the loss gets in an epoch, counted from 0, for what changes as training proceeds: teacher
         forcing, a term's weight. Everything else gets the trial's own, and memory is probed with it. `optim.compile`
-        compiles anew for each, and after eight no more.
+        compiles anew for each that differs in more than floats, and after eight no more.
     names: describes where the training samples with these indices come from, for the post-mortem of a step.
     saved: whether a checkpoint holds the named parameter or buffer. The others must never change, and `model` must
         build them identically in every trial: a frozen backbone need not be in every checkpoint.
