@@ -344,6 +344,8 @@ def evaluate(
         `optim.micro_batch`, or without one its share of an effective batch.
     """
     optim, device = trial.config.optim, trial.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL has `everyones` gather
     micro_batch = optim.eval_batch or micro_batch or optim.micro_batch or -(-optim.batch_size // ranks.size)
     share = share_of(torch.arange(len(samples)), ranks, None)
     (mine,) = share.micros  # split unevenly below, which does no harm in eval mode
