@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
-from toy_task import TOY, WIDTH, Config, Run, assert_same, order, run
+from toy_task import TOY, WIDTH, Config, Run, assert_same, order, run, toy_loss
 
 from trainables.contract import UserError
 from trainables.loop import Task
@@ -184,33 +184,37 @@ def test_a_parameter_that_a_ranks_batch_does_not_use_is_named(tmp_path: Path) ->
     )
 
 
-def use_seldom(rank: int, folder: Path) -> None:
-    """Train on two ranks: on a loss without the model, and in micro-batches of which only the first uses all of it."""
+def make_mistakes(rank: int, folder: Path) -> None:
+    """Train on two ranks with losses with which one rank would train."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     calls = itertools.count()
 
-    def nothing(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+    def other_terms(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        return dict(list(toy_loss(model, batch, config).items())[rank:])
+
+    def without_model(model: nn.Module, batch: Batch, config: Config) -> Pairs:
         return {"size": (batch["x"].square().sum(), len(batch["x"]))}
 
-    def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+    def without_last(model: nn.Module, batch: Batch, config: Config) -> Pairs:
+        """In the second of two micro-batches."""
         used = model if next(calls) % 2 == 0 else cast(nn.Sequential, model)[:-1]
         return {"size": (used(batch["x"]).square().sum(), len(batch["x"]))}
 
-    with pytest.raises(UserError, match=r"^0.weight and 5 more parameters had no part in the loss of step 0: "):
-        run(Config(Optim(precision="fp16")), replace(TOY, loss=nothing), rank=rank, world_size=2)
-    with pytest.raises(UserError) as refused:
-        run(Config(Optim(batch_size=8, micro_batch=2)), replace(TOY, loss=loss), rank=rank, world_size=2)
-    (folder / f"{rank}.txt").write_text(str(refused.value))
+    unused = "more parameters had no part in the loss of step 0: with several ranks,"
+    for loss, optim, told in (
+        (other_terms, Optim(batch_size=8), "the loss terms of a batch are size.*, and of another size"),
+        (without_model, Optim(precision="fp16"), rf"^0\.weight and 5 {unused}"),
+        (without_last, Optim(batch_size=8, micro_batch=2), rf"^5\.weight and 1 {unused}"),
+    ):
+        with pytest.raises(UserError, match=told):
+            run(Config(optim), replace(TOY, loss=loss), rank=rank, world_size=2)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_a_parameter_that_a_micro_batch_does_not_use_is_named(tmp_path: Path) -> None:
-    spawn(use_seldom, args=(tmp_path,), nprocs=2)
-    for rank in (0, 1):
-        told = (tmp_path / f"{rank}.txt").read_text()
-        assert told.startswith("5.weight and 1 more parameters had no part in the loss of step 0: with several ranks,")
+def test_a_loss_that_is_none_for_several_ranks_is_told_on_all(tmp_path: Path) -> None:
+    spawn(make_mistakes, args=(tmp_path,), nprocs=2)
 
 
 def test_all_ranks_hold_the_same_buffers_when_an_epoch_ends(both: list[dict[str, Run]]) -> None:

@@ -172,6 +172,8 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             raise guard.weights_blown_up([name for name, x in trained.items() if not x.isfinite().all()])
         speed = {"samples_per_s": sum(share.effective for share in shares) / (time.perf_counter() - began_s)}
 
+        for theirs in everyones(terms, ranks):  # before their sums are added
+            summed.require(theirs)
         metrics = train_means(terms, records, ranks) | {"update_ratio": update_ratio(before, trained)}
         del before  # or there would be two copies of the weights at the end of the next epoch
         metrics |= {} if overflow else {name: float(part_norm) for name, part_norm in by_part.items()}
