@@ -93,9 +93,9 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     """Train `task` with the settings of `trial`; yield one report per epoch.
 
     Raises `Diverged` on all ranks if a step's loss or gradient is not finite, before that step changes a weight; also
-    if weights are not finite at the end of an epoch, or by the rule `optim.spike`. If the loss refuses what is not
-    finite by raising, only the ranks where it does raise `Diverged`. Raises torch.OutOfMemoryError if not even one
-    sample fits. On a CPU, a trial resumed from a state continues bit for bit as if uninterrupted.
+    if weights are not finite at the end of an epoch, or by the rule `optim.spike`. If the loss or a score refuses what
+    is not finite by raising, only the ranks where it does raise `Diverged`. Raises torch.OutOfMemoryError if not even
+    one sample fits. On a CPU, a trial resumed from a state continues bit for bit as if uninterrupted.
     """
     config, device, ranks = config_of(task, trial), trial.device, ranks_of(trial)
     optim = config.optim

@@ -41,11 +41,12 @@ class Findings:
 
 
 def examine(module: nn.Module, replay: Callable[[Witness], object], whole: bool = False) -> Findings:
-    """Run a step again, as far as needed, and return what in it was first not finite.
+    """Run a step, or a score, again, as far as needed, and return what in it was first not finite.
 
-    replay: runs forward and backward through `module` or any of its submodules, in any order, for one or more
-        micro-batches. It sets the random generators itself, and shows the witness each batch before computing with it
-        and each loss before its backward pass. An internal exception interrupts it once nothing more can be learnt.
+    replay: runs forward and, in a step, backward through `module` or any of its submodules, in any order, for one or
+        more micro-batches. It sets the random generators itself if it needs to, and shows the witness each batch before
+        computing with it and each loss before its backward pass. An internal exception interrupts it once nothing more
+        can be learnt.
     whole: never interrupt `replay`. Needed with several ranks: others run it too, may find nothing in it, and may wait
         for this one inside it.
 
