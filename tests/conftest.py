@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,10 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 # Ray reads this as it is imported, here and in the processes that tests start: how long it waits for its own to start.
 os.environ |= {"RAY_raylet_start_wait_time_s": "120"}
+
+# A shell's `make test &` ignores Ctrl-C, and so would the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
