@@ -84,7 +84,7 @@ def steps_of(config: fusion.Config) -> int:
 
 def epochs_s(config: fusion.Config, guard: type[Guard], keep: Callable[..., Any]) -> Iterator[float]:
     """Yield the mean duration of a training step in each epoch, in seconds."""
-    reports = fit(replace(fusion.TASK, score=nothing), Trial(config))
+    reports = fit(replace(fusion.TASK, score=nothing, derived=dict), Trial(config))
     while True:
         use(guard, keep)
         yield config.optim.batch_size / next(reports).metrics["samples_per_s"]
@@ -114,7 +114,7 @@ def seconds_to_the_exception(config: fusion.Config, bad_step: int = 20) -> tuple
         return {name: (total * bad, count) for name, (total, count) in fusion.loss(model, batch, config).items()}
 
     try:
-        next(iter(fit(replace(fusion.TASK, loss=loss, score=nothing), Trial(config))))
+        next(iter(fit(replace(fusion.TASK, loss=loss, score=nothing, derived=dict), Trial(config))))
     except Diverged:
         return time.perf_counter() - began, after
     raise AssertionError("the loss is NaN, and nothing was raised")
