@@ -136,16 +136,8 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             set_lr(optimizer, lr)
             optimizer.zero_grad(set_to_none=True)
             plain.carried_2.grad = None
-            try:
+            with explained(step, guard, plain, trained, ranks):
                 summed = backward(loss, batches, share, scaler, autocast(device, optim))
-            except Exception as error:
-                if names := without_gradient(plain, error):
-                    raise unused(names, step.number - 1) from error
-                guard.explain(error, step)
-                raise
-            # Told at once: DDP tells in the next step, and after an epoch's last the ranks' collectives are mixed up.
-            if ranks.size > 1 and (names := [name for name, p in trained.items() if p.grad is None]):
-                raise unused(names, step.number)
             summed.require(terms or summed.terms)
             terms = summed.terms
 
@@ -278,6 +270,21 @@ def train_means(terms: Sequence[str], records: Sequence[StepRecord], ranks: Rank
     means = {f"loss_{term}": mean for term, mean in zip(terms, means_T.tolist(), strict=True)}
     norm = {} if none_taken else {"grad_norm": float(norm_S[counts_S].double().mean())}
     return {"loss": float(means_T.sum()), **means, **norm}
+
+
+@contextlib.contextmanager
+def explained(step: Step, guard: Guard, loss: Loss, trained: Mapping[str, Tensor], ranks: Ranks) -> Iterator[None]:
+    """Raise what an exception in a step's passes means; with several ranks, also if a parameter had no part in them."""
+    try:
+        yield
+    except Exception as error:
+        if names := without_gradient(loss, error):
+            raise unused(names, step.number - 1) from error
+        guard.explain(error, step)
+        raise
+    # Told at once: DDP tells in the next step, and after an epoch's last the ranks' collectives are mixed up.
+    if ranks.size > 1 and (names := [name for name, parameter in trained.items() if parameter.grad is None]):
+        raise unused(names, step.number)
 
 
 def unused(names: Sequence[str], step: int) -> UserError:
