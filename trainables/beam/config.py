@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trainables.contract import UserError
-from trainables.optim import Optim
+from trainables.optim import Optim, require
 
 Modality = Literal["image", "lidar", "radar", "gps"]
 MODALITIES: tuple[Modality, ...] = ("image", "lidar", "radar", "gps")
@@ -32,12 +32,9 @@ class Simulated:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.passes < 2:
-            raise UserError(f"data.simulated.passes = {self.passes} must be at least 2, so that one can be held out")
-        if self.frames < 5:
-            raise UserError(f"data.simulated.frames = {self.frames} must be at least 5, the instants of a window")
-        if self.seed < 0:
-            raise UserError(f"data.simulated.seed = {self.seed} must not be negative")
+        require(self.passes >= 2, "data.simulated.passes", self.passes, "be at least 2, so that one can be held out")
+        require(self.frames >= 5, "data.simulated.frames", self.frames, "be at least 5, the instants of a window")
+        require(self.seed >= 0, "data.simulated.seed", self.seed, "not be negative")
 
 
 @dataclass(frozen=True)
@@ -82,26 +79,19 @@ class Data:
             raise UserError("data.modalities is empty; name at least one of image, lidar, radar, gps")
         if len(set(self.modalities)) != len(self.modalities):
             raise UserError(f"data.modalities names one twice: {list(self.modalities)}")
-        if not 0 < self.holdout < 1:
-            raise UserError(f"data.holdout = {self.holdout} must lie between 0 and 1")
-        if self.block is not None and self.block < 1:
-            raise UserError(f"data.block = {self.block} must be at least 1 file, or null")
-        if self.history < 1:
-            raise UserError(f"data.history = {self.history} must be at least 1")
+        require(0 < self.holdout < 1, "data.holdout", self.holdout, "lie between 0 and 1")
+        require(self.block is None or self.block >= 1, "data.block", self.block, "be at least 1 file, or null")
+        require(self.history >= 1, "data.history", self.history, "be at least 1")
         if self.longest_history is not None and self.longest_history < self.history:
             raise UserError(
                 f"data.longest_history = {self.longest_history} must be at least data.history = {self.history}"
             )
-        if self.steps < 1:
-            raise UserError(f"data.steps = {self.steps} must be at least 1")
-        if self.image_size < 1:
-            raise UserError(f"data.image_size = {self.image_size} must be at least 1 pixel")
+        require(self.steps >= 1, "data.steps", self.steps, "be at least 1")
+        require(self.image_size >= 1, "data.image_size", self.image_size, "be at least 1 pixel")
         if self.camera is not None and ("/" in self.camera or self.camera in ("", ".", "..")):
             raise UserError(f"data.camera = {self.camera!r} is not the name of a folder beside camera_data/")
-        if self.split_seed < 0:
-            raise UserError(f"data.split_seed = {self.split_seed} must not be negative")
-        if self.augment < 0:
-            raise UserError(f"data.augment = {self.augment} must not be negative")
+        require(self.split_seed >= 0, "data.split_seed", self.split_seed, "not be negative")
+        require(self.augment >= 0, "data.augment", self.augment, "not be negative")
         if self.augment and not set(SENSORS) & set(self.modalities):
             raise UserError(f"data.augment = {self.augment} changes sensors, and data.modalities has none; set it to 0")
         needed = built_span(self.reach, self.steps)
@@ -182,13 +172,10 @@ class Model:
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "d_state", "d_conv", "expand", "anchors"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} = {getattr(self, name)} must be at least 1")
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "be at least 1")
         for name in ("channels", "image_depths", "sensor_depths"):
-            if min(getattr(self, name)) < 1:
-                raise UserError(f"model.{name} = {list(getattr(self, name))} must be at least 1 each")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout = {self.dropout} must lie in [0, 1)")
+            require(min(getattr(self, name)) >= 1, f"model.{name}", list(getattr(self, name)), "be at least 1 each")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "lie in [0, 1)")
         if self.block == "transformer" and any(width % HEADS for width in self.channels):
             raise UserError(
                 f"model.channels = {list(self.channels)} must be multiples of {HEADS}, the heads of block transformer"
@@ -219,14 +206,10 @@ class BeamLoss:
     scale: float = 1.25  # focal: the target's height at the best beam is 0.8 times this, whatever its width
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < 1:
-            raise UserError(f"loss.alpha = {self.alpha} must lie between 0 and 1")
-        if self.gamma < 0:
-            raise UserError(f"loss.gamma = {self.gamma} must not be negative")
-        if self.sigma <= 0:
-            raise UserError(f"loss.sigma = {self.sigma} must be a positive number of beams")
-        if not 0 < self.scale <= 1.25:
-            raise UserError(f"loss.scale = {self.scale} must be above 0 and at most 1.25, a target of almost 1")
+        require(0 < self.alpha < 1, "loss.alpha", self.alpha, "lie between 0 and 1")
+        require(self.gamma >= 0, "loss.gamma", self.gamma, "not be negative")
+        require(self.sigma > 0, "loss.sigma", self.sigma, "be a positive number of beams")
+        require(0 < self.scale <= 1.25, "loss.scale", self.scale, "be above 0 and at most 1.25, a target of almost 1")
 
 
 # eval_mode: after the first validation, heads, translators and fusion network stay in eval mode: no dropout, fixed
@@ -288,14 +271,10 @@ class Rebuild:
             raise UserError(
                 f"rebuild.source and rebuild.target both name {sorted(both)}; a sensor cannot be its own source"
             )
-        if not 0 < self.share <= 1:
-            raise UserError(f"rebuild.share = {self.share} must be above 0 and at most 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"rebuild.dropout = {self.dropout} must lie in [0, 1)")
-        if not 0 < self.shared_ratio < 1:
-            raise UserError(f"rebuild.shared_ratio = {self.shared_ratio} must lie between 0 and 1")
-        if self.fusion_lr_ratio < 0:
-            raise UserError(f"rebuild.fusion_lr_ratio = {self.fusion_lr_ratio} must not be negative")
+        require(0 < self.share <= 1, "rebuild.share", self.share, "be above 0 and at most 1")
+        require(0 <= self.dropout < 1, "rebuild.dropout", self.dropout, "lie in [0, 1)")
+        require(0 < self.shared_ratio < 1, "rebuild.shared_ratio", self.shared_ratio, "lie between 0 and 1")
+        require(self.fusion_lr_ratio >= 0, "rebuild.fusion_lr_ratio", self.fusion_lr_ratio, "not be negative")
 
 
 @dataclass(frozen=True)
@@ -318,10 +297,8 @@ class RebuildLoss:
 
     def __post_init__(self) -> None:
         for name in ("alpha_trans", "alpha_contrast", "alpha_distance", "alpha_fusion"):
-            if getattr(self, name) < 0:
-                raise UserError(f"loss.{name} = {getattr(self, name)} must not be negative")
-        if self.temperature <= 0:
-            raise UserError(f"loss.temperature = {self.temperature} must be positive")
+            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "not be negative")
+        require(self.temperature > 0, "loss.temperature", self.temperature, "be positive")
 
 
 @dataclass(frozen=True)
@@ -334,7 +311,5 @@ class Pretrain:
     missing_prob: float = 0.0  # share of training windows that lack one sensor: the baseline of modality dropout
 
     def __post_init__(self) -> None:
-        if self.epochs < 0:
-            raise UserError(f"pretrain.epochs = {self.epochs} must not be negative")
-        if not 0 <= self.missing_prob <= 1:
-            raise UserError(f"pretrain.missing_prob = {self.missing_prob} must lie between 0 and 1")
+        require(self.epochs >= 0, "pretrain.epochs", self.epochs, "not be negative")
+        require(0 <= self.missing_prob <= 1, "pretrain.missing_prob", self.missing_prob, "lie between 0 and 1")

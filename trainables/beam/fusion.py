@@ -19,7 +19,7 @@ from trainables.beam.network import FusionNetwork
 from trainables.checkpoint import with_settings
 from trainables.contract import Report, Trial, UserError
 from trainables.loop import Task, fit, step_memory
-from trainables.optim import Optim
+from trainables.optim import Optim, require
 from trainables.samples import Batch
 from trainables.step import Pairs
 
@@ -43,10 +43,8 @@ class Config:
     score_each: bool = False  # also report the DBA without each single sensor: dba_without_image and so on
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise UserError(f"epochs = {self.epochs} must be at least 1")
-        if not 0 <= self.missing_prob <= 1:
-            raise UserError(f"missing_prob = {self.missing_prob} must lie between 0 and 1")
+        require(self.epochs >= 1, "epochs", self.epochs, "be at least 1")
+        require(0 <= self.missing_prob <= 1, "missing_prob", self.missing_prob, "lie between 0 and 1")
         for sensor in self.score_without:
             if sensor == "gps" or sensor not in self.data.modalities:
                 raise UserError(

@@ -23,7 +23,7 @@ from trainables.beam.reconstruct import contrast_chance, contrast_loss, distance
 from trainables.checkpoint import Weights, with_settings
 from trainables.contract import Report, Trial, UserError
 from trainables.loop import Task, evaluate, fit, step_memory
-from trainables.optim import Optim
+from trainables.optim import Optim, require
 from trainables.resume import seed_everything
 from trainables.samples import Batch, Ranks, ranks_of, share_of
 from trainables.step import Pairs
@@ -44,8 +44,7 @@ class Config:
     epochs: int = 30
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise UserError(f"epochs = {self.epochs} must be at least 1")
+        require(self.epochs >= 1, "epochs", self.epochs, "be at least 1")
         for name, sensors in (("source", self.rebuild.source), ("target", self.rebuild.target)):
             for sensor in sensors:
                 if sensor not in self.data.modalities:
