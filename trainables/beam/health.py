@@ -1,6 +1,6 @@
 """Diagnostics of fusion stages that stay useless although the loss falls, and the DBA of guessing.
 
-Shape suffixes: B batch, T tokens, C width, N windows, or steps of windows, R ranks of a guess.
+Shape suffixes: B batch, T tokens, C width, N windows or their steps, K the 64 beams, R ranks of a guess.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trainables.beam.blocks import Fusion
 from trainables.beam.data import HasData, samples
 from trainables.beam.files import BEAMS
-from trainables.beam.metrics import DELTA_BEAMS, RANKS
+from trainables.beam.metrics import RANKS, guess_scores
 from trainables.beam.network import FusionNetwork
 
 STAGES = range(1, 5)  # numbers of a network's fusion stages
@@ -97,7 +97,7 @@ def dba_of_guessing(config: HasData) -> float:
 
 
 def _dba(guesses: list[int], beam_N: Tensor) -> float:
-    """Return the DBA of these guesses in this order; ranks not filled yet repeat the last score."""
-    off_N = torch.stack([(beam_N - guess).abs() for guess in guesses]).cummin(0).values
-    y_RN = (1 - off_N / DELTA_BEAMS).clamp(min=0)
-    return float(torch.cat([y_RN, y_RN[-1:].expand(RANKS - len(guesses), -1)]).mean())
+    """Return the DBA of these guesses in this order; ranks not filled yet repeat the last guess."""
+    guess_R = torch.tensor([*guesses, *guesses[-1:] * (RANKS - len(guesses))])
+    dba_K = guess_scores(guess_R.expand(BEAMS, -1), torch.arange(BEAMS))["dba"].double()
+    return float(dba_K @ torch.bincount(beam_N, minlength=BEAMS).double()) / len(beam_N)
