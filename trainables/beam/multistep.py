@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from trainables.beam.config import POSITIONS_BACK, STRIDE, built_span
 from trainables.beam.files import read_sweep
-from trainables.beam.table import BEAM, DEVELOPMENT, PASS, POWER, SENSOR_COLUMNS, Table
+from trainables.beam.table import BEAM, DEVELOPMENT, PASS, POWER, SENSOR_COLUMNS, Table, number_of
 from trainables.cache import Stamp, stamp_of
 from trainables.contract import UserError
 
@@ -147,13 +146,11 @@ def _listed(table: Table, group: str, here: NDArray[np.bool_], scenario: str) ->
     known = _known(table, group, here)
     names: Names = {}
     for path in sorted(known.parent.glob(f"*{known.suffix}")):
-        found = re.search(r"_(\d+)$", path.stem)
-        if found is None:
-            continue
-        number = int(found.group(1))
+        number = number_of(path)
         if number in names:
             raise UserError(f"{path} has the number of {names[number]}; files of one folder must have their own")
-        names[number] = _relative(table, path)
+        if number is not None:
+            names[number] = _relative(table, path)
     if not names:
         raise UserError(
             f"{known.parent} has no file *_NUMBER{known.suffix}, and {scenario} needs them: restore them, remove the "
