@@ -17,7 +17,7 @@ import torch.distributed as dist
 from trainables.beam import fusion
 from trainables.beam.config import Data
 from trainables.beam.prepare import array_path, prepare_data, wanted_arrays
-from trainables.cache import cache_folder, locked
+from trainables.cache import cache_folder, locked, unfinished_of
 from trainables.checkpoint import Weights, weights_of
 from trainables.contract import Diverged, State, Trial, UserError
 from trainables.loop import fit
@@ -159,7 +159,7 @@ def _train(config: fusion.Config, seed: int, trial: Trial, kept: Path) -> None:
                 _save(state, partial)
     except Diverged as error:
         if trial.rank == 0:
-            unfinished = _unfinished(kept)
+            unfinished = unfinished_of(kept)
             unfinished.write_text(str(error))
             unfinished.replace(marker_of(kept))
             partial.unlink(missing_ok=True)
@@ -177,9 +177,5 @@ def _load(path: Path) -> State:
 
 
 def _save(state: State, path: Path) -> None:
-    torch.save(state, _unfinished(path))
-    _unfinished(path).replace(path)
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_suffix(".unfinished")
+    torch.save(state, unfinished_of(path))
+    unfinished_of(path).replace(path)
