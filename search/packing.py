@@ -143,23 +143,22 @@ def large_settings(space: Space) -> list[Values]:
     drawn = sorted((space.draw(rng) for _ in range(DRAWS)), key=lambda values: -_log_size(space, values))
     shapes: dict[str, Values] = {}
     for setting in known:
-        shapes.setdefault(_shape(space, setting), setting)
+        shapes.setdefault(repr(_sizes(space, setting)), setting)
     most = len(shapes) + LARGEST
     for setting in drawn:
         if len(shapes) < most:
-            shapes.setdefault(_shape(space, setting), setting)
+            shapes.setdefault(repr(_sizes(space, setting)), setting)
     return list(shapes.values())
 
 
-def _shape(space: Space, values: Mapping[str, Any]) -> str:
-    """Return a key that is equal for settings that differ only in real numbers, such as rates, which alter no shape."""
-    whole = [item.name for item in space.parameters if isinstance(item.domain, (Choice, Integer))]
-    return repr([(name, values[name]) for name in whole if name in values])
+def _sizes(space: Space, values: Mapping[str, Any]) -> Values:
+    """Return the values of a setting that may alter a shape: real numbers, such as rates, do not."""
+    sized = [item.name for item in space.parameters if isinstance(item.domain, (Choice, Integer))]
+    return {name: values[name] for name in sized if name in values}
 
 
 def _log_size(space: Space, values: Mapping[str, Any]) -> float:
-    sized = [item.name for item in space.parameters if isinstance(item.domain, (Choice, Integer))]
-    return sum(math.log1p(_magnitude(values[name])) for name in sized if name in values)
+    return sum(math.log1p(_magnitude(value)) for value in _sizes(space, values).values())
 
 
 def _magnitude(value: Any) -> float:
