@@ -227,18 +227,12 @@ class Parameter:
 
     def suggest(self, trial: optuna.trial.Trial) -> Any:
         """Return the sampler's next value."""
-        distribution = self.domain.distribution()
-        if isinstance(distribution, FloatDistribution):
-            drawn = trial.suggest_float(
-                self.name, distribution.low, distribution.high, log=distribution.log, step=distribution.step
-            )
-            return self.domain.decode(drawn)
-        if isinstance(distribution, IntDistribution):
-            return trial.suggest_int(
-                self.name, distribution.low, distribution.high, log=distribution.log, step=distribution.step
-            )
-        assert isinstance(distribution, CategoricalDistribution)
-        return self.domain.decode(trial.suggest_categorical(self.name, distribution.choices))
+        of = self.domain.distribution()
+        if isinstance(of, CategoricalDistribution):
+            return self.domain.decode(trial.suggest_categorical(self.name, of.choices))
+        assert isinstance(of, FloatDistribution | IntDistribution)
+        draw: Any = trial.suggest_float if isinstance(of, FloatDistribution) else trial.suggest_int
+        return self.domain.decode(draw(self.name, of.low, of.high, log=of.log, step=of.step))
 
 
 def nearly_domain(node: Any) -> str | None:
