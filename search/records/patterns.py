@@ -45,7 +45,7 @@ def patterns(space: Space, found: Sequence[Record]) -> list[str]:
         if all(record.status != status for record in tried):
             continue
         seen = [
-            max(uneven, key=lambda item: -item.chance)
+            min(uneven, key=lambda item: item.chance)
             for parameter in space.parameters
             if (uneven := [item for item in _splits(parameter, tried, status) if item.chance < SIGNIFICANT])
         ]
