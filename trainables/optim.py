@@ -115,8 +115,8 @@ class Optim:
         the search should not wait for all of it between two reports.
     schedule: "constant"; "cosine", to zero at the last epoch; "notes", the lab notes' cosine with `restarts`, constant
         within each epoch. All start with a warm-up: linear, or half a cosine in "notes".
-    decayed: what weight decay applies to. "all": every parameter, as torch's AdamW does. "weights": not biases, the
-        parameters of norms, and others that their module marks (`mark_undecayed`).
+    decayed: what weight decay applies to. "all": every parameter, as torch's AdamW does. "weights": not vectors, such
+        as biases, the parameters of norms, and others that their module marks (`mark_undecayed`).
     compile: run the training step through torch.compile, anew for every trial; pays off in long trials.
     ema: decay per step of an exponential moving average (EMA) of the parameters; None: no EMA. Scores are then the
         EMA's; a checkpoint holds both.

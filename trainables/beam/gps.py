@@ -1,7 +1,7 @@
 """The network's inputs from the car's two positions.
 
-Legend: N windows of one scenario, 2 instants (the two oldest of a window), G numbers per instant. Positions are metres
-east and north of the station.
+Legend: N windows of one scenario, 2 instants with a known position, G numbers per instant. Positions are metres east
+and north of the station.
 """
 
 from __future__ import annotations
