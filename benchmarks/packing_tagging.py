@@ -27,7 +27,7 @@ def train(trial: Trial) -> Iterator[Report]:
     seed_everything(trial.seed, "model")
     network = TASK.model(config)
     splits = {name: TASK.data(config, name, ranks) for name in ("train", "val")}
-    micro_batch_that_fits(Loss(TASK.loss, network, config), splits["train"], trial, ranks)  # result is cached for `fit`
+    micro_batch_that_fits(Loss(TASK.loss, network, config), splits["train"], trial)  # result is cached for `fit`
     reports = fit(replace(TASK, model=lambda _: network, data=lambda _, name, __: splits[name]), trial)
     live = LiveBytes(network)
     while True:

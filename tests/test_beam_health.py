@@ -18,7 +18,6 @@ from trainables.beam.network import FusionNetwork
 from trainables.contract import Trial
 from trainables.loop import evaluate, fit
 from trainables.optim import Optim
-from trainables.samples import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def test_the_spread_of_what_leaves_a_stage_is_that_of_all_its_values(
     for norm in (module.norm for module in network.fusions if isinstance(module, Fusion)):
         nn.init.uniform_(norm.weight, 0.1, 2.0)
         nn.init.normal_(norm.bias, 30.0)  # so that a mean square is nothing like a variance
-    scores = evaluate(fusion.task_for(config), network, val, Trial(config), Ranks(), micro_batch)
+    scores = evaluate(fusion.task_for(config), network, val, Trial(config), micro_batch)
     everything = leaving(network, val[torch.arange(len(val))])
     for stage, out in zip(STAGES, everything, strict=True):
         assert scores[f"std_{stage}"] == pytest.approx(float(out.double().std(correction=0)), rel=1e-5)

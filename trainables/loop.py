@@ -107,7 +107,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     kept = StoredModel(model, task.saved)
     plain = Loss(task.loss, model, config).to(device)
-    micro_batch = micro_batch_that_fits(plain, train, trial, ranks)
+    micro_batch = micro_batch_that_fits(plain, train, trial)
     optimizer = adamw(model, task.lr_scale, optim)
     scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
     ema = Ema(model, optim)
@@ -172,7 +172,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         metrics |= {"lr": lr, "micro_batch": micro_batch}
         broadcast_buffers(model, ranks)
         with evaluating(model, ema):
-            scores = evaluate(watched, model, val, trial, ranks, micro_batch)
+            scores = evaluate(watched, model, val, trial, micro_batch)
         metrics = joined({**metrics, **speed}, scores)
         # Without the speed: everything else is the same on every rank.
         patience.look({name: value for name, value in metrics.items() if name not in speed})
@@ -183,7 +183,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
         yield best.in_place_of(report) if ends and optim.early_stop is not None else report
 
 
-def micro_batch_that_fits(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks) -> int:
+def micro_batch_that_fits(loss: Loss, samples: Samples, trial: Trial) -> int:
     """Return the micro-batch: the most samples a rank passes through the model at once, limited by memory.
 
     Probed once per process for each shape of model and batch. Raises torch.OutOfMemoryError if not even one sample
@@ -191,9 +191,9 @@ def micro_batch_that_fits(loss: Loss, samples: Samples, trial: Trial, ranks: Ran
     """
     limit_bytes = None if trial.memory_limit_mb is None else int(trial.memory_limit_mb * MIB)
     if limit_bytes is None and trial.device.type != "cuda":
-        return wanted_share(samples, trial, ranks)
-    probe = probe_of(loss, samples, trial, ranks, limit_bytes)
-    return fitting_micro_batch(loss, probe.step, probe.share, probe.memory, ranks, probe.tried)
+        return wanted_share(samples, trial)
+    probe = probe_of(loss, samples, trial, limit_bytes)
+    return fitting_micro_batch(loss, probe.step, probe.share, probe.memory, ranks_of(trial), probe.tried)
 
 
 def step_memory(task: Task, trial: Trial) -> int:
@@ -201,10 +201,9 @@ def step_memory(task: Task, trial: Trial) -> int:
 
     If the GPU runs out of memory, returns at least what it had available. Measured on one rank, which stands for all.
     """
-    ranks = ranks_of(trial)
     plain = Loss(task.loss, task.model(trial.config), trial.config).to(trial.device)
-    samples = open_split(task, trial.config, "train", ranks)
-    probe = probe_of(plain, samples, trial, ranks, None if trial.device.type == "cuda" else sys.maxsize)
+    samples = open_split(task, trial.config, "train", ranks_of(trial))
+    probe = probe_of(plain, samples, trial, None if trial.device.type == "cuda" else sys.maxsize)
     if probe.share not in probe.tried:
         probe.tried[probe.share] = try_step(plain, probe.step, probe.share, probe.memory)
     found = probe.tried[probe.share]
@@ -220,8 +219,8 @@ class Probe(NamedTuple):
     tried: dict[int, Tried]  # outcomes so far for this shape of model and batch, by number of samples
 
 
-def probe_of(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks, limit_bytes: int | None) -> Probe:
-    optim = trial.config.optim
+def probe_of(loss: Loss, samples: Samples, trial: Trial, limit_bytes: int | None) -> Probe:
+    optim, ranks = trial.config.optim, ranks_of(trial)
     trained_bytes = sum(parameter.nbytes for parameter in loss.parameters() if parameter.requires_grad)
     # AdamW's two moments and the copy for `update_ratio`; the EMA shadow; with several ranks DDP's buckets, beside the
     # gradients of all micro-batches but the last.
@@ -237,12 +236,12 @@ def probe_of(loss: Loss, samples: Samples, trial: Trial, ranks: Ranks, limit_byt
         unscaled = torch.amp.GradScaler(trial.device.type, enabled=False)
         backward(loss, batches, Share((indices,), size, 1.0), unscaled, autocast(trial.device, optim))
 
-    return Probe(step, wanted_share(samples, trial, ranks), memory, trial.cache.setdefault(("micro_batch", key), {}))
+    return Probe(step, wanted_share(samples, trial), memory, trial.cache.setdefault(("micro_batch", key), {}))
 
 
-def wanted_share(samples: Samples, trial: Trial, ranks: Ranks) -> int:
+def wanted_share(samples: Samples, trial: Trial) -> int:
     optim = trial.config.optim
-    share = -(-optim.largest_batch(len(samples)) // ranks.size)
+    share = -(-optim.largest_batch(len(samples)) // trial.world_size)
     return min(share, optim.micro_batch or share)
 
 
@@ -345,14 +344,14 @@ def evaluating(model: nn.Module, ema: Ema) -> Iterator[None]:
 
 
 def evaluate(
-    task: Task, model: nn.Module, samples: Samples, trial: Trial, ranks: Ranks, micro_batch: int | None = None
+    task: Task, model: nn.Module, samples: Samples, trial: Trial, micro_batch: int | None = None
 ) -> dict[str, float]:
     """Return the scores over all samples of all ranks, and the derived metrics; scores with a zero count are omitted.
 
     micro_batch: samples that a rank passes through the model at once unless `optim.eval_batch` says; None:
         `optim.micro_batch`, or without one its share of an effective batch.
     """
-    optim, device = trial.config.optim, trial.device
+    optim, device, ranks = trial.config.optim, trial.device, ranks_of(trial)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where NCCL has `everyones` gather
     micro_batch = optim.eval_batch or micro_batch or optim.micro_batch or -(-optim.batch_size // ranks.size)

@@ -25,7 +25,7 @@ from trainables.contract import Report, Trial, UserError
 from trainables.loop import Task, evaluate, fit, step_memory
 from trainables.optim import Optim, require
 from trainables.resume import seed_everything
-from trainables.samples import Batch, Ranks, ranks_of, share_of
+from trainables.samples import Batch, Ranks, share_of
 from trainables.step import Pairs
 
 NO_LOSS = 0.01  # DBA; missing sensors that cost no more than this leave nothing to recover
@@ -210,11 +210,10 @@ def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[st
 
 def scores_before(config: Config, network: FusionNetwork, maps: features.Maps, trial: Trial) -> dict[str, float]:
     """Score the initial network: DBA with all sensors (`dba_upper`) and without the targets (`dba_missing`)."""
-    ranks = ranks_of(trial)
-    seed_everything(trial.seed, "before", ranks.rank)  # a noise stand-in must not depend on whether pre-training ran
+    seed_everything(trial.seed, "before", trial.rank)  # a noise stand-in must not depend on whether pre-training ran
     with torch.no_grad():
         before = replace(trial, config=config.fusion)
-        scores = evaluate(fusion.TASK, network, features.samples(config, "val", maps=maps), before, ranks)
+        scores = evaluate(fusion.TASK, network, features.samples(config, "val", maps=maps), before)
     return {"dba_upper": scores["dba"], "dba_missing": scores["dba_missing"]}
 
 
