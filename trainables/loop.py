@@ -180,7 +180,7 @@ def fit(task: Task, trial: Trial) -> Iterator[Report]:
             best.keep(metrics, epoch)
         report = Report(metrics, state=functools.partial(state_of, parts, epoch))
         ends = patience.over or epoch + 1 == config.epochs
-        yield best.in_place_of(report) if ends and optim.early_stop is not None else report
+        yield best.in_place_of(report) if ends else report
 
 
 def micro_batch_that_fits(loss: Loss, samples: Samples, trial: Trial) -> int:

@@ -110,7 +110,7 @@ class Best:
     def in_place_of(self, last: Report) -> Report:
         """Return `last` with the best epoch's metrics and weights; the rest of its state stays: the trial is over."""
         state, kept = last.state, self._kept
-        if not kept or state is None:  # nothing was kept: the metric was never a number
+        if not kept or state is None:  # nothing was kept: the metric was never a number, or there is no early stopping
             return last
         return Report(kept["metrics"], state=lambda: {**state(), **kept["weights"]})
 
