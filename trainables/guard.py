@@ -120,7 +120,7 @@ class Guard:
         self._spike = replay.optim.spike
         self._replay, self._names = replay, names
         self._ranks = replay.ranks
-        self._settings = _settings_of_loss(replay.loss.config)
+        self._settings = repr(settings_of_loss(replay.loss.config))
         self._diverged = torch.zeros((), dtype=torch.bool, device=replay.device)
         self._spiked = torch.zeros((), dtype=torch.bool, device=replay.device)
         self._streak = torch.zeros((), dtype=torch.int64, device=replay.device)  # steps above the median, in a row
@@ -310,9 +310,9 @@ def usual_loss(losses_S: Tensor, streak: Tensor) -> Tensor:
     return torch.where((losses_S > 0).all(), median, math.inf)
 
 
-def _settings_of_loss(config: Any) -> str:
-    """Return the settings that determine the loss's scale: all but `optim` and `epochs`."""
-    return repr({name: value for name, value in vars(config).items() if name not in ("optim", "epochs")})
+def settings_of_loss(config: Any) -> dict[str, Any]:
+    """Return by name the settings that a loss may depend on: all but `optim` and `epochs`."""
+    return {name: value for name, value in vars(config).items() if name not in ("optim", "epochs")}
 
 
 def sample_indices(step: Step) -> list[int]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from trainables.contract import Report, Trial, UserError
-from trainables.guard import Guard, Replay, Step
+from trainables.guard import Guard, Replay, Step, settings_of_loss
 from trainables.memory import MIB, Memory, Tried, fitting_micro_batch, shape_key, switches, try_step
 from trainables.optim import Ema, Patience, adamw, clip_divisor, fused_step, lr_factor, set_lr
 from trainables.resume import Best, StoredModel, generators, restore, seed_everything, seed_from, state_of
@@ -227,8 +227,7 @@ def probe_of(loss: Loss, samples: Samples, trial: Trial, limit_bytes: int | None
     copies = 3 + (optim.ema is not None) + (ranks.size > 1)
     memory = Memory(trial.device, limit_bytes, copies * trained_bytes)
     shape = shape_key(loss, gathered(samples, torch.arange(1)), optim.precision, memory, ranks)
-    others = (item for item in vars(trial.config).items() if item[0] not in ("optim", "epochs"))
-    key = shape, tuple((name, switches(value)) for name, value in others)
+    key = shape, tuple((name, switches(value)) for name, value in settings_of_loss(trial.config).items())
 
     def step(size: int) -> None:
         indices = torch.arange(size)
