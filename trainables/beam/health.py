@@ -37,9 +37,8 @@ def fusion_signs(network: FusionNetwork) -> Iterator[dict[str, tuple[Tensor, Ten
 
     def look(stage: int, residual: bool, blocks: nn.Module, given: tuple[Tensor, ...], out_BTC: Tensor) -> None:
         added_BTC = out_BTC - given[0] if residual else out_BTC
-        count = out_BTC.shape[0] * out_BTC.shape[1] * out_BTC.shape[2]
-        signs[f"zeros_{stage}"] = (added_BTC == 0).sum(), count
-        signs[f"size_{stage}"] = out_BTC.abs().sum(dtype=torch.float32), count
+        signs[f"zeros_{stage}"] = (added_BTC == 0).sum(), out_BTC.numel()
+        signs[f"size_{stage}"] = out_BTC.abs().sum(dtype=torch.float32), out_BTC.numel()
 
     def look_after(stage: int, module: nn.Module, given: tuple[Tensor, ...], out_BTC: Tensor) -> None:
         # In double precision, for the difference of two large numbers in the variance.
