@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import pickle
 import threading
 import time
@@ -19,6 +20,7 @@ from small_beam import SMALL, simulated
 from trainables.beam import fusion, pretrained, rebuild
 from trainables.beam.config import BeamLoss, Data, Pretrain, RebuildLoss, Simulated
 from trainables.beam.simulator import simulate
+from trainables.cache import write_whole
 from trainables.checkpoint import Weights
 from trainables.contract import Diverged, Report, Trial, UserError
 from trainables.loop import Task, fit
@@ -93,7 +95,7 @@ def test_one_process_trains_while_others_wait(
     def slow_training(config: fusion.Config, seed: int, trial: Trial, kept: Path) -> None:
         trained.append(seed)
         time.sleep(0.2)
-        pretrained._save({"model": {"x": torch.ones(1)}}, kept)
+        write_whole(kept, functools.partial(torch.save, {"model": {"x": torch.ones(1)}}))
 
     monkeypatch.setattr(pretrained, "_train", slow_training)
     monkeypatch.setattr(pretrained, "POLL_S", 0.01)

@@ -61,6 +61,13 @@ def unfinished_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.unfinished")
 
 
+def write_whole(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a file or folder whole or not at all: `write` gets another path, which is then renamed to `target`."""
+    unfinished = unfinished_of(target)
+    write(unfinished)
+    unfinished.replace(target)
+
+
 def make_once(target: Path, make: Callable[[Path], None], resumes: bool = False) -> bool:
     """Make the file or folder `target` unless it exists; return whether this call made it.
 
@@ -78,8 +85,7 @@ def make_once(target: Path, make: Callable[[Path], None], resumes: bool = False)
             shutil.rmtree(unfinished)
         elif not resumes:
             unfinished.unlink(missing_ok=True)
-        make(unfinished)
-        unfinished.replace(target)
+        write_whole(target, make)
     return True
 
 

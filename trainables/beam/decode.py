@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from tqdm import tqdm
 
-from trainables.cache import reserved_array
+from trainables.cache import reserved_array, write_whole
 from trainables.contract import UserError
 
 CHUNK = 256  # files; an interruption loses at most this many
@@ -104,14 +104,8 @@ def fill(
             for count in write(array, chunk):
                 progress.step(count)
             array.flush()
-            _replace_text(written, str(chunk.stop))
+            write_whole(written, functools.partial(Path.write_text, data=str(chunk.stop)))
     written.unlink(missing_ok=True)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(text)
-    fresh.replace(path)
 
 
 class Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from trainables.beam import fusion
 from trainables.beam.config import Data
 from trainables.beam.prepare import array_path, prepare_data, wanted_arrays
-from trainables.cache import cache_folder, locked, unfinished_of
+from trainables.cache import cache_folder, locked, write_whole
 from trainables.checkpoint import Weights, weights_of
 from trainables.contract import Diverged, State, Trial, UserError
 from trainables.loop import fit
@@ -156,17 +157,15 @@ def _train(config: fusion.Config, seed: int, trial: Trial, kept: Path) -> None:
             if trial.rank == 0:
                 assert report.state is not None
                 state, outcome = report.state(), f"DBA {report.metrics['dba']:.3f} with nothing missing, "
-                _save(state, partial)
+                write_whole(partial, functools.partial(torch.save, state))
     except Diverged as error:
         if trial.rank == 0:
-            unfinished = unfinished_of(kept)
-            unfinished.write_text(str(error))
-            unfinished.replace(marker_of(kept))
+            write_whole(marker_of(kept), functools.partial(Path.write_text, data=str(error)))
             partial.unlink(missing_ok=True)
         return
     if trial.rank == 0:
         assert state is not None
-        _save({name: state[name] for name in ("model", "ema")}, kept)
+        write_whole(kept, functools.partial(torch.save, {name: state[name] for name in ("model", "ema")}))
         partial.unlink()
         print(f"beam rebuild: {outcome}{time.monotonic() - began_s:.0f} s, kept in {kept}", flush=True)
 
@@ -174,8 +173,3 @@ def _train(config: fusion.Config, seed: int, trial: Trial, kept: Path) -> None:
 def _load(path: Path) -> State:
     state: State = torch.load(path, map_location="cpu", weights_only=True)
     return state
-
-
-def _save(state: State, path: Path) -> None:
-    torch.save(state, unfinished_of(path))
-    unfinished_of(path).replace(path)
