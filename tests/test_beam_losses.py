@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +108,13 @@ def test_a_scale_leaves_a_target_between_0_and_1(scale: float) -> None:
     with pytest.raises(UserError, match=f"loss.scale = {scale} must be above 0 and at most 1.25"):
         BeamLoss(scale=scale)
     assert soft_targets(0.3, scale=1.25).max() < 1
+
+
+@pytest.mark.parametrize("name", ["alpha", "gamma", "sigma", "scale"])
+def test_what_is_not_a_number_is_no_setting_of_a_loss(name: str) -> None:
+    given: dict[str, Any] = {name: math.nan}
+    with pytest.raises(UserError, match=f"loss.{name} = nan must "):
+        BeamLoss(**given)
 
 
 def test_the_target_is_the_published_one_by_default_and_only_wider_otherwise() -> None:
