@@ -12,7 +12,19 @@ import torch
 from torch import nn
 
 from trainables.contract import UserError
-from trainables.optim import EarlyStop, Ema, Optim, Patience, Plateau, Restarts, Spike, adamw, lr_factor, mark_undecayed
+from trainables.optim import (
+    EarlyStop,
+    Ema,
+    Optim,
+    Patience,
+    Plateau,
+    Restarts,
+    Spike,
+    adamw,
+    clip_divisor,
+    lr_factor,
+    mark_undecayed,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +49,15 @@ def test_the_schedule_of_the_notes(epoch: float, lr: float) -> None:
 def test_constant_and_cosine_schedules(schedule: Any, warmup_epochs: float, factors: list[float]) -> None:
     optim = Optim(schedule=schedule, warmup_epochs=warmup_epochs)
     assert [lr_factor(optim, epoch, 10) for epoch in (0, 1, 2, 4, 6, 10)] == pytest.approx(factors, abs=1e-6)
+
+
+@pytest.mark.parametrize("clip_norm", [1e-6, 0.5, 2.0])
+def test_a_small_gradient_too_is_clipped_as_by_torch(clip_norm: float) -> None:
+    for size in (0.0, 1e-6, 0.5, 1.0, 3.0):
+        weight = torch.nn.Parameter(torch.zeros(1))
+        weight.grad = torch.tensor([size])
+        norm = torch.nn.utils.clip_grad_norm_([weight], clip_norm)
+        assert size / float(clip_divisor(norm, clip_norm)) == pytest.approx(float(weight.grad), rel=1e-5)
 
 
 @pytest.mark.parametrize(

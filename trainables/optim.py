@@ -179,7 +179,7 @@ def lr_factor(optim: Optim, epoch: float, epochs: int) -> float:
         return epoch / warmup
     if optim.schedule == "constant":
         return 1.0
-    return _half_cosine(1.0, 0.0, min(1.0, (epoch - warmup) / max(epochs - warmup, 1e-9)))
+    return _half_cosine(1.0, 0.0, (epoch - warmup) / (epochs - warmup))
 
 
 def _notes_factor(restarts: Restarts, warmup: float, epoch: int) -> float:
