@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ FAMILY = """
         yield
 
     def diverge_with_a_tensor(trial):
-        raise Diverged("exploded", 3, torch.ones(2))
+        raise Diverged("exploded", "the third", torch.ones(2))
         yield
 
     def diverge_as_a_class_of_its_own(trial):
@@ -180,6 +181,10 @@ FAMILY = """
     def joins(trial):
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         yield {"loss": 0.5}
+
+    def parts(trial):
+        yield {"loss": 0.5}
+        torch.distributed.destroy_process_group()
 
     def lines(trial):
         yield {"loss": 0.5}
@@ -302,7 +307,7 @@ def loop(tmp_path: Path) -> RankLoop:
             Blew(reason="exploded badly", step=7, details={"3": "a thing", "loss": "nan", "step": 99}),
         ),
         ("diverge_without_details", Blew(reason="exploded", step=3, details={"details": "some text"})),
-        ("diverge_with_a_tensor", Blew(reason="exploded", step=3, details={"details": [1.0, 1.0]})),
+        ("diverge_with_a_tensor", Blew(reason="exploded", step=None, details={"details": [1.0, 1.0]})),
         ("diverge_as_a_class_of_its_own", Blew(reason="exploded")),
         ("diverge_at_an_old_file", Blew(reason=r"cannot read caf\udce9.png")),
         ("diverge_without_a_word", Blew(reason="diverged without giving a reason")),
@@ -370,6 +375,13 @@ def test_a_process_group_that_a_trial_leaves_behind_costs_the_process_its_trust(
     assert answer == Ended(clean=False)
 
 
+def test_so_does_one_whose_process_group_a_trial_destroys(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    loop = rank_of(tmp_path, "train")
+    assert run(loop, begin("more"))[-1].clean
+    assert run(loop, begin("parts"))[-1] == Ended(clean=False)
+
+
 def test_a_state_that_cannot_be_saved_is_a_mistake_that_no_retry_mends(loop: RankLoop) -> None:
     answer = run(loop, begin("state_with_a_function"))[-1]
     assert isinstance(answer, Broke)
@@ -422,6 +434,13 @@ def test_a_verdict_of_one_rank_closes_no_trial_before_all_are_told(loop: RankLoo
     assert loop._cache["log"] == []
     loop.handle(Leave())
     assert loop._cache["log"] == ["nan"]
+
+
+def test_a_rank_that_is_alone_closes_its_trial_at_once(tmp_path: Path) -> None:
+    alone = RankLoop(spec_of(f"{write_family(tmp_path, FAMILY)}:train", tmp_path), rank=0, world_size=1)
+    alone.handle(begin("nan"))
+    assert alone.handle(Advance()) == Blew(reason="loss is nan")
+    assert alone._cache["log"] == ["nan"]
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(0.0, "cpu"), (0.5, "cuda:0"), (1.0, "cuda:0")])
@@ -619,6 +638,18 @@ def test_memory_that_tensors_share_counts_once_and_a_sparse_one_has_some() -> No
     dense = torch.eye(4)
     for sparse in (dense.to_sparse(), dense.to_sparse_csr(), dense.to_sparse_csc(), dense.to_sparse_bsr((2, 2))):
         assert sum(storage.nbytes() for storage in storages_of(sparse)) >= 4 * 4
+
+
+@pytest.mark.parametrize(("limit_mb", "share"), [(100, 0.11), (950, 1.0)])
+def test_the_allocator_has_the_room_that_the_plan_counts_on(
+    limit_mb: float, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds: list[tuple[float, torch.device]] = []
+    gpu, device = SimpleNamespace(total_memory=1000 * 2**20), torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *bound: bounds.append(bound))
+    RankLoop(spec_of("toy:train", tmp_path, gpus_per_worker=0.1, memory_limit_mb=limit_mb), 0, 1, device)
+    assert bounds == [(pytest.approx(share), device)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
