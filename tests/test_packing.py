@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from spaces import space_of, write_family
 from toy_task import CPU, TOY, Config
 
@@ -78,6 +79,10 @@ class TestTheSettingsThatAreMeasured:
         space = space_of(tmp_path, {"lr": SEARCHED["lr"], "batch_size": {"choice": [2, 8]}}, try_first=known)
         assert [values["batch_size"] for values in large_settings(space)] == [8, 2]
 
+    def test_are_large_by_their_magnitude(self, tmp_path: Path) -> None:
+        space = space_of(tmp_path, {"reach": {"choice": [-9, 1, 2, 3, 4, 5]}})
+        assert [values["reach"] for values in large_settings(space)] == [-9, 5, 4, 3, 2]
+
     def test_are_one_where_nothing_or_only_a_rate_is_searched(self, tmp_path: Path) -> None:
         assert large_settings(space_of(tmp_path, {"lr": 0.1})) == [{}]
         assert len(large_settings(space_of(tmp_path, {"lr": SEARCHED["lr"]}))) == 1
@@ -103,6 +108,24 @@ class TestWhatOneMachineSays:
         found = needs(self.job(tmp_path, f"def train(trial):\n    yield {{}}\ndef memory_need(trial):\n    {body}\n"))
         assert isinstance(found, Unmeasured)
         assert found.reason.startswith(reason)
+
+    def test_is_measured_each_time_in_the_surroundings_in_which_a_trial_begins(self, tmp_path: Path) -> None:
+        family = """
+            import torch
+
+            def train(trial):
+                yield {}
+
+            def memory_need(trial):
+                needed = torch.empty(2**20).nbytes + torch.initial_seed()
+                torch.set_default_dtype(torch.float64)
+                torch.manual_seed(2**30)
+                return needed
+        """
+        try:
+            assert needs(self.job(tmp_path, family)) == Measured(4, 4 * 2**20, 0, MIB)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
     def test_is_that_there_is_no_gpu_and_no_limit_to_simulate_one(self, tmp_path: Path) -> None:
         found = needs(self.job(tmp_path, FAMILY, limit_mb=None))
