@@ -56,8 +56,10 @@ def test_both_streams_are_kept_in_order_and_passed_on() -> None:
         ("\r     \r", ""),
         ("outer 1/2\n\rinner 1/9\x1b[A\n\rinner 9/9\x1b[A\router 2/2", "outer 2/2\ninner 9/9\n"),
         ("one\r\ntwo\r\n", "one\ntwo\n"),
+        ("one\x1b[A\ntwo\n", "one\ntwo\n"),
+        ("one\nlonger\x1b[A!\n", "one   !\nlonger\n"),
     ],
-    ids=["bar", "ends", "shorter", "wiped_and_on", "wiped", "nothing", "two_bars", "windows"],
+    ids=["bar", "ends", "shorter", "wiped_and_on", "wiped", "nothing", "two_bars", "windows", "above", "beyond"],
 )
 def test_a_line_that_is_written_over_is_kept_as_it_stands_at_last(text: str, expected: str) -> None:
     assert shown(text) == expected
