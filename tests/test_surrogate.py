@@ -141,6 +141,59 @@ class TestLadder:
         assert (mean > best - 0.05).all()
         assert (deviation < 0.5 * np.ptp([scores[9] for scores in trials if 9 in scores])).all()
 
+    @pytest.mark.parametrize(
+        ("before", "after", "slope"),
+        [
+            ([1.0, 1.0, 1.0], [0.0, 0.0, 0.0], 1.0),
+            ([1.0, 2.0, 3.0], [5.0, 10.0, 15.0], 4.0),  # one more trial of slope 1 beside a slope of 5
+            ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], 0.0),
+        ],
+    )
+    def test_three_trials_on_a_rung_tell_how_the_one_before_goes_on(
+        self, before: list[float], after: list[float], slope: float, tmp_path: Path
+    ) -> None:
+        """If they show nothing of it, as it was; if they show the reverse, by nothing."""
+        space = space_of(tmp_path, CONFIG)
+        here = {"lr": 1e-2, "clip": 1.0}
+        rest = [{"lr": 10 ** (i / 10 - 3), "clip": 0.1 * i} for i in range(20) if i != 10]
+        first = [4.0 + values["clip"] for values in rest]
+        trials = [{1: x, 3: y} for x, y in zip(before, after, strict=True)] + [{1: x} for x in first]
+        ladder = Ladder(feature_rows(space, [here] * 3 + rest), trials, [1, 3])
+        mean, _ = ladder.predict(feature_rows(space, rest))
+        at_first, _ = Ladder(feature_rows(space, [here] * 3 + rest), trials, [1]).predict(feature_rows(space, rest))
+        assert np.polyfit(at_first, mean, 1)[0] == pytest.approx(slope, abs=0.1)
+
+    def test_what_is_as_expected_of_stopped_trials_changes_nothing_that_is_expected(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        space = space_of(tmp_path, CONFIG, scheduler=ASHA)
+        rng = random.Random(0)
+        settings = sorted((space.draw(rng) for _ in range(60)), key=bowl)
+        trials = []
+        for i, values in enumerate(settings):
+            reached = [1, 3, 9] if i < 10 or i % 3 == 2 else [1, 3][: 1 + i % 3]
+            trials.append({epoch: 3 - epoch / 9 + bowl(values) * (1 + epoch / 9) for epoch in reached})
+        rows = feature_rows(space, settings)
+        mean, deviation = Ladder(rows, trials, [1, 3, 9]).predict(rows)
+        monkeypatch.setattr("search.learning.regression.Regression.add", lambda *_: None)
+        as_expected, doubt = Ladder(rows, trials, [1, 3, 9]).predict(rows)
+        assert mean == pytest.approx(as_expected, abs=1e-3)
+        assert (deviation <= doubt + 1e-6).all()
+
+    def test_the_unit_of_a_lower_rung_does_not_matter(self, tmp_path: Path) -> None:
+        space = space_of(tmp_path, CONFIG)
+        rng = random.Random(0)
+        settings = sorted((space.draw(rng) for _ in range(80)), key=bowl)
+        rows, unseen = feature_rows(space, settings), feature_rows(space, [space.draw(rng) for _ in range(30)])
+        first = [bowl(values) + 0.3 * rng.gauss(0.0, 1.0) for values in settings]
+
+        def doubt(unit: float) -> Any:
+            ended = [{1: unit * x, 3: bowl(values)} for x, values in zip(first[:60], settings, strict=False)]
+            stopped = [{1: unit * x} for x in first[60:]]
+            return Ladder(rows, ended + stopped, [1, 3]).predict(unseen)[1]
+
+        assert doubt(10.0) == pytest.approx(doubt(1.0), rel=0.3)
+
     def test_a_rung_that_all_have_left_behind_adds_nothing(self, tmp_path: Path) -> None:
         space = space_of(tmp_path, CONFIG)
         rng = random.Random(0)
