@@ -70,7 +70,7 @@ def take_over(study: optuna.Study, space: Space, earlier: Earlier) -> str:
             state=trial.state,
             params=params_of(space, values),
             distributions=distributions_of(space, values),
-            values=trial.values if trial.state == TrialState.COMPLETE else None,
+            values=trial.values,
             intermediate_values=trial.intermediate_values,
             user_attrs={**attrs, "values": values, "from": earlier.source},
             system_attrs={optuna.samplers.NSGAIISampler._get_generation_key(): 0},  # nsga2 learns from these alone
