@@ -689,6 +689,7 @@ def test_the_terms_of_a_loss_are_those_of_every_batch(other: list[str], config: 
             {"data": lambda c, split, ranks: TensorSamples({"x": torch.ones(3, 6), "y": torch.ones(2, 6)})},
             "must hold the same number of samples: x holds 3, y holds 2",
         ),
+        ({"data": lambda c, split, ranks: TensorSamples({})}, "must hold the same number of samples: there are none"),
         ({"config": Optim}, "trial.config is of the class Config and must be of Optim"),
         ({"lr_scale": lambda name: -1.0}, r"lr_scale\('0.weight'\) = -1.0 must be 0 or a positive"),
         ({"saved": lambda name: name != "5.bias"}, r"saved\('5.bias'\) = False must be true of a parameter that is tr"),
