@@ -112,6 +112,7 @@ def test_every_run_counts_the_same_bytes() -> None:
 
 def test_the_bytes_are_those_of_a_count_by_hand() -> None:
     model = nn.Linear(10, 10, bias=False)
+    model.register_buffer("mean", torch.zeros(10))
     x_BC = torch.randn(5, 10)
 
     def step(samples: int) -> None:
@@ -120,8 +121,8 @@ def test_the_bytes_are_those_of_a_count_by_hand() -> None:
         y_BC.backward(torch.ones_like(y_BC))
 
     # At its peak, backward holds the linear output and the first sine (both saved), the sum, the gradient of it, the
-    # cosine of what was saved, and their product; weights and gradients beside them.
-    by_hand = (2 * 10 * 10 + 6 * 5 * 10) * FLOAT
+    # cosine of what was saved, and their product; weights, gradients and the buffer beside them.
+    by_hand = (2 * 10 * 10 + 10 + 6 * 5 * 10) * FLOAT
     tried = try_step(model, step, 5, MEMORY)
     assert tried.need_bytes == by_hand
     assert try_step(model, step, 5, Memory(CPU, by_hand)).fits
