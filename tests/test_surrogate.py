@@ -146,7 +146,7 @@ class TestLadder:
         [
             ([1.0, 1.0, 1.0], [0.0, 0.0, 0.0], 1.0),
             ([1.0, 2.0, 3.0], [5.0, 10.0, 15.0], 4.0),  # one more trial of slope 1 beside a slope of 5
-            ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], 0.0),
+            ([9.0, 10.0, 11.0], [3.0, 2.0, 1.0], 0.0),
         ],
     )
     def test_three_trials_on_a_rung_tell_how_the_one_before_goes_on(
