@@ -267,26 +267,27 @@ def test_any_other_error_passes_through_and_teaches_nothing() -> None:
 def test_the_key_is_that_of_the_shape() -> None:
     def key(
         change: Callable[[Any], object] = lambda model: None,
-        width: int = 8,
+        shape: tuple[int, ...] = (5, 3, 8, 8),
+        dtype: torch.dtype = torch.float32,
         precision: str = "fp32",
         memory: Memory = MEMORY,
         ranks: Ranks = ALONE,
-        samples: int = 5,
     ) -> Any:
         model = normed()
         change(model)
-        return shape_key(model, {"x": torch.zeros(samples, 3, 8, width)}, precision, memory, ranks)
+        return shape_key(model, {"x": torch.zeros(shape, dtype=dtype)}, precision, memory, ranks)
 
     same = [
         key(),
-        key(samples=6),
+        key(shape=(6, 3, 8, 8)),
         key(ranks=Ranks(0, 1)),
         key(lambda model: setattr(model[3], "p", 0.4)),
         key(lambda model: nn.init.zeros_(model[0].weight)),
     ]
     assert len(set(same)) == 1
     others = [
-        key(width=9),
+        key(shape=(5, 3, 8, 9)),
+        key(dtype=torch.uint8),
         key(precision="bf16"),
         key(memory=Memory(CPU, 1_000)),
         key(memory=Memory(CPU, PLENTY, 5)),
