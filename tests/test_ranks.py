@@ -376,7 +376,7 @@ def test_a_process_group_that_a_trial_leaves_behind_costs_the_process_its_trust(
 
 
 def test_so_does_one_whose_process_group_a_trial_destroys(tmp_path: Path) -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     loop = rank_of(tmp_path, "train")
     assert run(loop, begin("more"))[-1].clean
     assert run(loop, begin("parts"))[-1] == Ended(clean=False)
@@ -644,7 +644,7 @@ def test_memory_that_tensors_share_counts_once_and_a_sparse_one_has_some() -> No
 def test_the_allocator_has_the_room_that_the_plan_counts_on(
     limit_mb: float, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bounds: list[tuple[float, torch.device]] = []
+    bounds: list[Any] = []
     gpu, device = SimpleNamespace(total_memory=1000 * 2**20), torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *bound: bounds.append(bound))
