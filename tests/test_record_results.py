@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,12 @@ class TestSolves:
         assert record(acc=value).solves({"acc": limit}) == kept
         if value is not None:
             assert (limit.excess(value) <= 0) == kept
+
+    @pytest.mark.parametrize("value", [-1.7e308, 1.7e308])
+    def test_what_a_sampler_is_told_of_a_limit_is_finite(self, value: float) -> None:
+        for limit in (Limit(min=-1e308), Limit(max=1e308), Limit(min=1e308), Limit(max=-1e308)):
+            assert math.isfinite(limit.excess(value))
+            assert (limit.excess(value) <= 0) == record(acc=value).solves({"acc": limit})
 
     def test_a_limit_on_what_was_not_measured_is_broken(self) -> None:
         assert not record(loss=1.0).solves({"acc": Limit(min=0.0)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -44,12 +45,13 @@ class Limit(_Section):
         return ", ".join(f"{name} {bound:g}" for name, bound in self.model_dump(exclude_none=True).items())
 
     def excess(self, value: float) -> float:
-        """Return how far `value` lies outside the bounds; at most 0 if it meets them."""
-        return max(
+        """Return how far `value` lies outside the bounds, a finite number; at most 0 if it meets them."""
+        beyond = max(
             *([self.min - value] if self.min is not None else []),
             *([value - self.max] if self.max is not None else []),
-            float("-inf"),
+            -sys.float_info.max,
         )
+        return min(beyond, sys.float_info.max)
 
 
 class Search(_Section):
