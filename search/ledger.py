@@ -106,6 +106,7 @@ class Ledger:
         else:
             place = unfinished.number
             given = bool(unfinished.params) or "fixed_params" in unfinished.system_attrs
+        stored = set() if unfinished is None else {*unfinished.params, *unfinished.user_attrs.get("values", {})}
         # Models of a few hundred trials need one thread; more would wait for cores that the trials keep busy.
         with quiet_optuna(), threadpool_limits(limits=1, user_api="blas"):
             self.study.sampler = self._sampler(place, given)
@@ -115,7 +116,9 @@ class Ledger:
             values = attrs.get("values") or self.space.suggest(trial)
         folder = TrialFolder(self._results, trial.number)
         opened = OpenTrial(trial, values, folder, seconds_before=attrs.get("seconds", 0.0))
-        if unfinished is None:  # its folder may hold leftovers unknown to the study, from a lost machine or a mirror
+        # From a lost machine or a mirror, its folder may hold what the study does not know of, or knows only in part:
+        # then the rest of its setting has been drawn anew.
+        if not values.keys() <= stored or unfinished is None:
             folder.clear()
         else:
             _take_up(opened)

@@ -68,6 +68,21 @@ class TestJournal:
         open_ledger(space, storage).study.ask()  # the driver dies before the sampler has said anything
         assert ask(open_ledger(space, storage)).values == ask(open_ledger(space, InMemoryStorage())).values
 
+    def test_what_was_trained_with_a_setting_of_which_the_study_lost_a_part_is_not_gone_on_with(
+        self, space: Space, tmp_path: Path
+    ) -> None:
+        """A mirror may have copied the study in the midst of a proposal, and the trial's folder after it."""
+        opened = ask(open_journal(space, tmp_path))
+        folder, study = TrialFolder(tmp_path, opened.number), tmp_path / "study.journal"
+        folder.append_metrics({"epoch": 1, "metrics": {"loss": 0.25}})
+        folder.write_checkpoint(1, save_state({"w": 1.0}))
+        assert ask(open_journal(space, tmp_path)).epochs == 1
+        *lines, last = study.read_bytes().splitlines(keepends=True)
+        assert b"param_name" in last
+        study.write_bytes(b"".join(lines))
+        again = ask(open_journal(space, tmp_path))
+        assert (again.number, again.epochs, folder.checkpoint()) == (opened.number, 0, None)
+
     def test_metrics_of_an_earlier_attempt_count_when_nothing_follows(self, space: Space, tmp_path: Path) -> None:
         opened = ask(open_journal(space, tmp_path))
         row = {"epoch": 4, "metrics": {"loss": 0.25, "acc": 0.9}}  # the driver died after the last report
