@@ -80,6 +80,7 @@ class TestDomain:
         ({"float": [0.0, 1e-9], "step": 4e-10}, r"of 4e-10 from 0\.0 do not meet 1e-09; write \[0\.0, 8\.0e-10\]"),
         ({"float": [0, 1], "step": 1 / 3}, r"from 0\.0 do not meet 1\.0; write \[0\.0, 0\.9999999999999999\]"),
         ({"int": [1, 9], "step": 0}, "step 0 must be above 0"),
+        ({"float": [0, 1], "step": 1e-300}, "step 1e-300 is too small: samplers tell 9007199254740992 steps apart"),
         ({"int": [0, 10**19]}, r"apart up to 9007199254740992; narrow the range \[0, 10{19}\]"),
         ({"int": [-(2**53), 2**53]}, r"narrow the range \[-9007199254740992, 9007199254740992\]"),
         ({"int": [1, 10**400]}, r"narrow the range \[1, 10{400}\]"),

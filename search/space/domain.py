@@ -389,6 +389,7 @@ def _steps(low: float, high: float, step: float) -> int:
 def _check_step(low: float, high: float, step: float) -> None:
     if step <= 0:
         raise UserError(f"step {step} must be above 0")
-    last = type(low)(_stepped(low, step, _steps(low, high, step)))
-    if last != high:
+    if (steps := _steps(low, high, step)) > LARGEST_INT:
+        raise UserError(f"step {step} is too small: samplers tell {LARGEST_INT} steps apart; write a larger one")
+    if (last := type(low)(_stepped(low, step, steps))) != high:
         raise UserError(f"steps of {step} from {low} do not meet {high}; write {dump_line([low, last])}")
