@@ -202,6 +202,7 @@ class Ledger:
 def _take_up(opened: OpenTrial) -> None:
     """Restore an interrupted trial from its folder; an earlier attempt may already have given its last report."""
     opened.catch_up()
+    opened.folder.drop_divergence()
     torn = opened.folder.set_torn_aside()
     # A slot may have been ahead of the record; resuming from its checkpoint would leave out an epoch's report.
     opened.folder.keep_checkpoint(opened.epochs)

@@ -83,6 +83,14 @@ class TestJournal:
         again = ask(open_journal(space, tmp_path))
         assert (again.number, again.epochs, folder.checkpoint()) == (opened.number, 0, None)
 
+    def test_a_divergence_that_is_not_on_record_leaves_no_post_mortem_to_a_trial_that_goes_on(
+        self, space: Space, tmp_path: Path
+    ) -> None:
+        folder = TrialFolder(tmp_path, ask(open_journal(space, tmp_path)).number)
+        folder.write_divergence({"reason": "loss is nan"})  # the driver died before it heard of it
+        ask(open_journal(space, tmp_path))
+        assert folder.read_divergence() is None
+
     def test_metrics_of_an_earlier_attempt_count_when_nothing_follows(self, space: Space, tmp_path: Path) -> None:
         opened = ask(open_journal(space, tmp_path))
         row = {"epoch": 4, "metrics": {"loss": 0.25, "acc": 0.9}}  # the driver died after the last report

@@ -94,6 +94,10 @@ class TrialFolder:
         found = self._read("divergence.json")
         return None if found is None else json.loads(found)
 
+    def drop_divergence(self) -> None:
+        """Remove the post-mortem of an end that is not on record: the trial goes on, and may end otherwise."""
+        (self.path / "divergence.json").unlink(missing_ok=True)
+
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "metrics.jsonl", "ab+") as file:
