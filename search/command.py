@@ -139,7 +139,8 @@ def search(
             plan = make_plan(space, nodes, measure(space, nodes, interruption))
             print(f"plan: {plan}", flush=True)
         outcome = engine.run(space, plan, results, options.cold, mirror or mirror_of_all, interruption)
-        print(summary(results, space, outcome.records))
+        if outcome.records or outcome.reason is None:  # else there was nothing, or it can no longer be read
+            print(summary(results, space, outcome.records))
     if mirror is not None:
         print(f"kept at: {mirror.uri}")
     if outcome.interrupted:

@@ -47,6 +47,8 @@ class Interruption:
         told = short_line(said(self.cause).strip().rpartition("\n")[2], type(self.cause).__name__)
         if says_full(told):
             return f"the disk is full ({told})"
+        if _is_of_a_file(self.cause):
+            return f"the results cannot be written ({told})"
         return told if self.hopeless or isinstance(self.cause, TuneError) else where(self.cause)
 
     @contextmanager
@@ -55,7 +57,7 @@ class Interruption:
         try:
             yield
         except Exception as error:
-            if not (self.cause or isinstance(error, Hopeless) or says_full(said(error))):
+            if not (self.cause or isinstance(error, Hopeless) or says_full(said(error)) or _is_of_a_file(error)):
                 traceback.print_exc()  # for the person who has to fix it
             self.cause = self.cause or error
 
@@ -77,6 +79,11 @@ class Interruption:
         finally:
             for known, handler in before.items():
                 signal.signal(known, handler)
+
+
+def _is_of_a_file(error: BaseException) -> bool:
+    """Return whether the error names a file, in a results folder that has gone, for example, or become read-only."""
+    return isinstance(error, OSError) and error.filename is not None
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from ray.tune.experiment import Trial
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from search.files import is_full
 from search.interruption import Hopeless, Interruption
 from search.ledger import Ledger, OpenTrial
 from search.records.health import remarks
@@ -237,9 +236,9 @@ def _write_hparams(writer: SummaryWriter, record: Record) -> None:
 
 
 def _check_room(trial: Any) -> None:
-    """Raise the error of the trial's last attempt if its slot's disk was full, as the next attempt's would be."""
+    """Raise the error of the trial's last attempt if its slot could not write the results, as the next could not."""
     error = _last_error(trial)
-    if isinstance(error, RayTaskError) and is_full(error.cause):
+    if isinstance(error, RayTaskError) and isinstance(error.cause, OSError):
         raise error.cause
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from spaces import space_of
 from search.interruption import Interruption
 from search.ledger import Ledger
 from search.recorder import HOPELESS, Recorder
-from search.records.folder import TrialFolder
+from search.records.folder import STUDY, TrialFolder
 from search.records.record import Record
 from search.study import records
 from search.trial import EPOCH, METRICS, REASON, STATUS
@@ -297,14 +298,52 @@ def test_a_slot_that_died_left_no_reason_of_its_own(tmp_path: Path) -> None:
     assert "the node is gone" in run.told[0].reason
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full ([Errno 28] No space left on device)"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/results/run/trials/0000/error.txt"),
+            "the results cannot be written ([Errno 30] Read-only file system: '/results/run/trials/0000/error.txt')",
+        ),
+    ],
+    ids=["full", "read-only"],
+)
 @pytest.mark.parametrize("heard", ["on_trial_recover", "on_trial_error"])
-def test_a_slot_whose_disk_is_full_ends_the_search_before_another_attempt(heard: str, tmp_path: Path) -> None:
-    run, full = watched(tmp_path), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_a_slot_that_cannot_write_ends_the_search_before_another_attempt(
+    heard: str, error: OSError, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = watched(tmp_path)
     run.trial.pickled_error_file = str(tmp_path / "error.pkl")
-    Path(run.trial.pickled_error_file).write_bytes(pickle.dumps(RayTaskError("step", "Traceback ...", full)))
+    Path(run.trial.pickled_error_file).write_bytes(pickle.dumps(RayTaskError("step", "Traceback ...", error)))
     getattr(run.recorder, heard)(0, [], run.trial)
-    assert run.interruption.reason == "the disk is full ([Errno 28] No space left on device)"
+    assert run.interruption.reason == told
     assert not run.told
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["moved", "deleted", "only the study"])
+def test_a_results_folder_that_goes_ends_the_search_and_is_not_begun_anew(
+    how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As one that is no longer mounted; a study without its beginning could never be read."""
+    run, results = watched(tmp_path), tmp_path / "run"
+    run.report(1)
+    if how == "moved":
+        results.rename(tmp_path / "moved")
+    elif how == "deleted":
+        shutil.rmtree(results)
+    else:
+        (results / STUDY).unlink()
+    with contextlib.nullcontext() if how == "only the study" else pytest.raises(FileNotFoundError):
+        run.files.write_checkpoint(2, b"state")  # the slot's, which precedes the report
+    run.report(2)
+    run.recorder.close(None)
+    gone = f"[Errno 2] Deleted, moved or unmounted meanwhile: '{results / STUDY}'"
+    assert run.interruption.reason == f"the results cannot be written ({gone})"
+    assert "Traceback" not in capfd.readouterr().err
+    assert not (results / STUDY).exists()
+    assert results.exists() == (how == "only the study")
 
 
 @pytest.mark.parametrize("status", ["finished", "stopped"])

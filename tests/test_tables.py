@@ -143,6 +143,8 @@ def test_the_page_links_to_every_search(file: Path, tmp_path: Path) -> None:
     tables = read_tables(file, None, True)
     cells = cells_of(tables)
     found = {"trial": 1, "metrics": {"loss": 0.125, "epochs": 3}}
+    for name in ("starts-near-few", "starts-near-more", "alone-one"):
+        (tmp_path / name).mkdir()
     yaml_file.write(tmp_path / "starts-near-few" / "best.yaml", {**found, "data": "real, honest split"})
     yaml_file.write(tmp_path / "starts-near-more" / "best.yaml", {**found, "data": "real, honest split"})
     yaml_file.write(tmp_path / "alone-one" / "best.yaml", {**found, "data": None})

@@ -48,12 +48,18 @@ class TrialFolder:
     def __init__(self, results: Path, number: int) -> None:
         self.path = results / "trials" / f"{number:04d}"
 
+    def _made(self) -> Path:
+        """Return the folder, made if need be; if the results folder is missing it has gone, and is not made again."""
+        for folder in (self.path.parent, self.path):
+            folder.mkdir(exist_ok=True)
+        return self.path
+
     def write_config(self, config: Mapping[str, Any]) -> None:
-        replace_text(self.path / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+        replace_text(self._made() / "config.json", json.dumps(config, indent=2, default=str) + "\n")
 
     def write_error(self, reason: str, trace: str = "") -> None:
         """Record why an attempt at the trial failed: a line, then the traceback."""
-        replace_text(self.path / ERROR, f"{reason}\n\n{trace}")
+        replace_text(self._made() / ERROR, f"{reason}\n\n{trace}")
 
     def read_error(self) -> str | None:
         """Return the reason and the traceback of the last failed attempt; None if none failed."""
@@ -69,10 +75,8 @@ class TrialFolder:
     def append_printed(self, text: str) -> None:
         """Append what the trial printed, if anything; ignores OSError: a full disk should not fail the trial here."""
         if text:
-            with contextlib.suppress(OSError):
-                self.path.mkdir(parents=True, exist_ok=True)
-                with open(self.path / PRINTED, "ab") as file:
-                    file.write(text.encode())
+            with contextlib.suppress(OSError), open(self._made() / PRINTED, "ab") as file:
+                file.write(text.encode())
 
     def last_printed(self, lines: int) -> list[str]:
         """Return the last `lines` lines that the trial printed; fewer if they are long, none if it printed nothing."""
@@ -87,7 +91,7 @@ class TrialFolder:
 
     def write_divergence(self, found: Mapping[str, Any]) -> None:
         """Write the post-mortem of a diverged trial, which must be JSON-compatible."""
-        replace_text(self.path / "divergence.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
+        replace_text(self._made() / "divergence.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
 
     def read_divergence(self) -> dict[str, Any] | None:
         """Return the post-mortem of a diverged trial; None for any other."""
@@ -99,8 +103,7 @@ class TrialFolder:
         (self.path / "divergence.json").unlink(missing_ok=True)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "metrics.jsonl", "ab+") as file:
+        with open(self._made() / "metrics.jsonl", "ab+") as file:
             file.seek(max(0, file.tell() - 1))
             torn = file.read() not in (b"", b"\n")  # the machine lost power while the last line was being written
             file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
@@ -134,7 +137,7 @@ class TrialFolder:
 
     def write_checkpoint(self, epoch: int, state: bytes) -> None:
         """Write a checkpoint beside the previous one, which is needed until the report of this one is on record."""
-        replace_bytes(self.path / _CHECKPOINT.format(epoch), state)
+        replace_bytes(self._made() / _CHECKPOINT.format(epoch), state)
 
     def recorded(self) -> int:
         """Return the last reported epoch that is on record; 0 before the first."""
@@ -176,7 +179,7 @@ class TrialFolder:
 
     def write_copied(self, what: str) -> None:
         """Note which checkpoint of another trial was last copied into this folder."""
-        replace_text(self.path / _COPIED, what)
+        replace_text(self._made() / _COPIED, what)
 
     def read_copied(self) -> str | None:
         """Return what was last noted of a copied checkpoint, or None."""

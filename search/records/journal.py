@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -28,6 +29,8 @@ class StudyJournal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        if not os.path.exists(self._journal_path):  # a new file would be a journal without a beginning
+            raise FileNotFoundError(errno.ENOENT, "Deleted, moved or unmounted meanwhile", self._journal_path)
         self._journal_lock.acquire()
         try:
             with open(self._journal_path, "ab+") as file:
