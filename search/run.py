@@ -105,7 +105,7 @@ def run(
             following = contextlib.nullcontext() if mirror is None else mirror.following()
             with interruption.kept(), own_handler(), following:
                 _tuner(_job(space, plan, results, cold), plan.slots, ledger, recorder, scheduler, stop).fit()
-            if (ledger.left or ledger.open) and not (stop.out_of_time or interruption.came):
+            if not (stop.out_of_time or interruption.came) and (ledger.left or ledger.open):
                 interruption.pressed = True  # by SIGUSR1, to Tune's own handler
     finally:  # each of these steps is attempted, even if an earlier one failed
         over = stop.out_of_time and not interruption.came

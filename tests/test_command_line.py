@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -594,6 +595,24 @@ def test_what_a_search_could_not_go_on_for_stands_before_the_line_that_resumes(
     status, out, _ = run(*TOY, "--name", "full")
     line = f"interrupted: it says why; go on with: python platform/launch.py {again}\n"
     assert (status, out.endswith(f"\n{line}")) == (1, True)
+    assert "no trial" not in out, "nothing is known of them"
+
+
+def test_a_folder_that_goes_while_trials_run_is_told_and_no_bug(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = finished_search(tmp_path)
+    space, _ = load_space(tmp_path / "search_spaces/toy.yaml", ["search.trials=2"])
+
+    def goes(*_: object) -> SimpleNamespace:
+        results.rename(tmp_path / "moved")
+        return SimpleNamespace(fit=lambda: (results / "trials/0001").mkdir())
+
+    monkeypatch.setattr(engine, "_tuner", goes)
+    outcome = engine.run(space, make_plan(space, [Node(1, 0)]), results)
+    told = f"the results cannot be written ([Errno 2] No such file or directory: '{results}/trials/0001')"
+    assert (outcome.interrupted, outcome.reason, outcome.records) == (True, told, ())
+    assert not results.exists()
 
 
 def test_what_fails_at_the_end_of_a_search_leaves_the_rest_to_be_done(
