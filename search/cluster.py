@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import ray
 import torch
+from ray._common.utils import get_default_system_temp_dir
 from ray.exceptions import AuthenticationError
 
 from search.plan import Node
@@ -44,11 +45,14 @@ HEAD_ANSWERS_S = 10.0  # for the head of a cluster to accept a connection
 MACHINE_ANSWERS_S = 3.0  # for another machine of the cluster
 STARTS = 3  # attempts to start Ray
 SLOW_START = re.compile("timed out during startup|Timed out waiting for file")  # in the error of such an attempt
+# A local Ray's longest path in the folder for temporary files, with the largest process id; Linux allows 107 bytes.
+SOCKET, SOCKET_BYTES = "/ray/session_2026-12-01_12-00-00_000000_4194304/sockets/plasma_store", 107
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, "QUOTA PERIOD" in microseconds; QUOTA may be max
 
 
 def this_machine() -> tuple[Node, ...]:
-    """Return the resources that a local Ray would have; raises UserError for GPUs that PyTorch cannot use."""
+    """Return the resources of a local Ray; raises UserError if it could not start, or PyTorch cannot use the GPUs."""
+    _check_temporary_folder()
     gpus = torch.cuda.device_count()
     if gpus and not torch.cuda.is_available():  # the count needs only the driver
         raise UserError(
@@ -56,6 +60,17 @@ def this_machine() -> tuple[Node, ...]:
             "the driver that it wants, or search on the CPU with CUDA_VISIBLE_DEVICES= in the environment"
         )
     return (Node(cpus=cpus_here(), gpus=gpus),)
+
+
+def _check_temporary_folder() -> None:
+    """Raise UserError if Ray's sockets cannot lie in the folder for temporary files, as in one of a Slurm job."""
+    folder, longest = get_default_system_temp_dir(), SOCKET_BYTES - len(SOCKET)
+    if len(os.fsencode(folder)) > longest or not folder.isascii():
+        name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+        raise UserError(
+            f"{name}={folder}: Ray's sockets cannot lie there: only in a folder of at most {longest} characters, all "
+            "of them ASCII; with RAY_TMPDIR=/tmp in the environment, Ray uses that instead"
+        )
 
 
 def _why_no_cuda() -> str:

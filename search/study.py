@@ -15,7 +15,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from search.files import is_there
-from search.records.journal import StudyJournal
+from search.records.journal import StudyJournal, damaged_line
 from search.records.record import Record, read_record
 from search.space import Space
 from trainables.contract import UserError
@@ -52,7 +52,10 @@ def open_study(file: Path, space: Space, create: bool) -> optuna.Study:
     except KeyError:
         raise UserError(f"{file}: there is no search in it; name a results folder of an earlier search") from None
     except ValueError as error:  # corrupt in the middle; a torn last line is skipped
-        raise UserError(f"{file}: cannot be read: {error}") from None
+        raise UserError(
+            f"{file}: line {damaged_line(file)} cannot be read: {error}; without that line and those after it, the "
+            "search goes on from what was recorded before (keep a copy)"
+        ) from None
     except OSError as error:
         raise UserError(f"{file}: cannot be opened: {error.strerror}") from None
 

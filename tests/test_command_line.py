@@ -418,7 +418,7 @@ def test_why_of_an_unknown_trial_is_a_mistake(run: Run, tmp_path: Path) -> None:
     ("file", "text", "message"),
     [
         ("study.journal", "", "study.journal: there is no search in it; name a results folder of an earlier"),
-        ("study.journal", "{torn\n{}\n", "study.journal: cannot be read: "),
+        ("study.journal", "{torn\n{}\n", "study.journal: line 1 cannot be read: "),
         ("space.yaml", "[1, 2]", "space.yaml: a space file is a mapping with the keys trainable,"),
     ],
 )
@@ -813,6 +813,20 @@ def test_gpus_that_pytorch_cannot_use_are_told_before_anything_else(run: Run, mo
     assert (status, error.count("\n")) == (2, 1)
     assert error.startswith(f"error: there are 2 GPUs here, and PyTorch {torch.__version__} cannot use them: ")
     assert "CUDA_VISIBLE_DEVICES= " in error
+
+
+@pytest.mark.parametrize("folder", ["/scratch/firstname.lastname/slurm-job-12345678", "/tmp/für"])
+def test_a_folder_that_ray_s_sockets_cannot_lie_in_is_told_before_anything_is_written(
+    folder: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", folder)
+    status, _, error = run(*TOY, "--name", "new")
+    assert (status, error.count("\n")) == (2, 1)
+    assert error.startswith(f"error: TMPDIR={folder}: Ray's sockets cannot lie there: only in a folder of at most 39 ")
+    assert not (tmp_path / "results/new").exists()
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert run(*TOY, "--dry-run")[0] == 0
 
 
 def test_a_grid_ends_where_it_ends(run: Run) -> None:

@@ -128,11 +128,18 @@ class TestJournal:
         assert (saved and saved.epoch) == (2 if whole else None)
         assert capsys.readouterr().out == f"trial 0: checkpoint-0003.pt cannot be read; {told}\n"
 
-    def test_an_entry_that_was_torn_is_cut_off_and_the_study_goes_on(self, space: Space, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "torn",
+        [b'{"op_code": 8, "worker_id": "a machine tha', b'{"op_code": 8\0\0\0\0rst"}\n'],
+        ids=["its end", "its middle"],
+    )
+    def test_an_entry_that_was_torn_is_cut_off_and_the_study_goes_on(
+        self, torn: bytes, space: Space, tmp_path: Path
+    ) -> None:
         ledger = open_journal(space, tmp_path)
         end_toy(ledger, ask(ledger), "finished")
         with next(tmp_path.rglob("study.journal")).open("ab") as file:
-            file.write(b'{"op_code": 8, "worker_id": "a machine tha')
+            file.write(torn)
         for _ in range(2):
             ledger = open_journal(space, tmp_path)
             end_toy(ledger, ask(ledger), "finished")

@@ -26,6 +26,7 @@ class StudyJournal(JournalFileBackend):
         self._journal_path = file_path
         self._journal_lock = JournalFileSymlinkLock(file_path)
         super().__init__(file_path, lock_obj=self._journal_lock)
+        self._has_appended = False
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
@@ -34,7 +35,8 @@ class StudyJournal(JournalFileBackend):
         self._journal_lock.acquire()
         try:
             with open(self._journal_path, "ab+") as file:
-                _cut_torn_line(file)
+                _cut_torn_line(file, whole=self._has_appended)
+                self._has_appended = True
                 file.write(lines.encode())
                 if any(_ends_a_trial(log) for log in logs):
                     file.flush()
@@ -53,16 +55,33 @@ def drop_lock(file: Path) -> None:
         file.with_name(file.name + LOCK_FILE_SUFFIX).unlink()
 
 
-def _cut_torn_line(file: BinaryIO) -> None:
+def _cut_torn_line(file: BinaryIO, whole: bool) -> None:
     """Remove an entry that is incomplete because the machine died, or its disk was full, while it was written.
 
-    The lock must be held, so that nobody else writes. An entry appended to half a line could never be read.
+    whole: only look for half a line; of a line that a dead machine wrote, the middle may be what is missing. The
+    lock must be held, so that nobody else writes. An entry appended after a torn one could never be read.
     """
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - 1))
-    if end and file.read() != b"\n":
+    if end and (not whole or file.read() != b"\n"):
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        content = file.read()
+        begin = content.rfind(b"\n", 0, -1) + 1
+        if not _is_entry(content[begin:]):
+            file.truncate(begin)
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def damaged_line(file: Path) -> int:
+    """Return the number of the first line, from 1, that is no entry; 0 if all are."""
+    with open(file, "rb") as lines:
+        return next((number for number, line in enumerate(lines, 1) if not _is_entry(line)), 0)
 
 
 def _ends_a_trial(log: dict[str, Any]) -> bool:
