@@ -237,6 +237,21 @@ def test_a_torn_line_is_lost_and_nothing_else(folder: TrialFolder, kept: int) ->
     assert folder.read_metrics() == [{"epoch": 1}, {"epoch": 2, "again": True}, {"epoch": 3}]
 
 
+def test_a_line_that_is_no_text_is_lost_and_nothing_else(folder: TrialFolder) -> None:
+    folder.append_metrics({"epoch": 1})
+    with open(folder.path / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\0\n")
+    folder.append_metrics({"epoch": 2})
+    assert folder.read_metrics() == [{"epoch": 1}, {"epoch": 2}]
+
+
+@pytest.mark.parametrize("left", [b"", b'{"step": 3, "los', b"\0\0\0\xff"], ids=["nothing", "half", "no text"])
+def test_a_post_mortem_that_a_power_loss_tore_is_as_none(left: bytes, folder: TrialFolder) -> None:
+    folder.write_divergence({"step": 3, "loss": 1.0})
+    (folder.path / "divergence.json").write_bytes(left)
+    assert folder.read_divergence() is None
+
+
 def test_a_config_is_written_as_json(folder: TrialFolder) -> None:
     folder.write_config({"optim": {"lr": 1e-5}, "root": None})
     assert json.loads((folder.path / "config.json").read_text()) == {"optim": {"lr": 1e-5}, "root": None}

@@ -94,9 +94,10 @@ class TrialFolder:
         replace_text(self._made() / "divergence.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
 
     def read_divergence(self) -> dict[str, Any] | None:
-        """Return the post-mortem of a diverged trial; None for any other."""
-        found = self._read("divergence.json")
-        return None if found is None else json.loads(found)
+        """Return the post-mortem of a diverged trial; None for any other, or if the machine died as it was written."""
+        with contextlib.suppress(ValueError):
+            return json.loads(self._read("divergence.json") or "null")
+        return None
 
     def drop_divergence(self) -> None:
         """Remove the post-mortem of an end that is not on record: the trial goes on, and may end otherwise."""
@@ -115,7 +116,7 @@ class TrialFolder:
         """
         file = self.path / "metrics.jsonl"
         try:
-            lines = file.read_text().splitlines()
+            lines = file.read_bytes().splitlines()
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -124,7 +125,7 @@ class TrialFolder:
         for line in lines:
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:  # a torn line
+            except ValueError:  # a torn line
                 continue
             while rows and rows[-1]["epoch"] >= row["epoch"]:
                 rows.pop()
