@@ -19,6 +19,7 @@ from search.interruption import Hopeless, Interruption
 from search.ledger import Ledger, OpenTrial
 from search.records.health import remarks
 from search.records.record import RAN_TO_END, Record, unmeasured
+from search.text import short_line
 from search.trial import EPOCH, METRICS, REASON, STATUS
 
 HOPELESS = 10  # consecutive failures (or two per open trial, if more) that point to a bug rather than to the settings
@@ -137,21 +138,20 @@ class Recorder(tune.Callback):
 
     @_kept
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Check the disk after a failed attempt that will be retried, and count the time that it took."""
+        """Report a failed attempt that will be retried, unless the disk is full, and count the time that it took."""
         _check_room(trial)
         opened = self._ledger.open[trial.trial_id]
         if opened.started:  # else its slot failed to start
             opened.lap()
+        why = short_line(_reason_of_attempt(trial, opened), "")
+        print(f"trial {opened.number:>3}  is retried: an attempt failed after epoch {opened.epochs}: {why}", flush=True)
 
     @_kept
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         _check_room(trial)
         if trial.trial_id in self._ledger.open:
-            # The slot saves the reason of its last attempt, unless it died itself.
-            error, told = _last_error(trial), self._ledger.open[trial.trial_id].folder.read_error()
-            if told is None or isinstance(error, RayActorError):
-                told = "the slot died" if error is None else _reason(error)
-            self._end(trial.trial_id, "failed", told.split("\n", 1)[0])
+            opened = self._ledger.open[trial.trial_id]
+            self._end(trial.trial_id, "failed", _reason_of_attempt(trial, opened))
 
     def close(self, ending: str | None) -> None:
         """End all open trials: as stopped for the reason `ending`, or as interrupted if it is None.
@@ -246,6 +246,14 @@ def _last_error(trial: Any) -> BaseException | None:
     """Return the error of the trial's last attempt; Tune's `get_pickled_error` reads a copy that is made later."""
     file = trial.pickled_error_file
     return None if file is None else pickle.loads(Path(file).read_bytes())
+
+
+def _reason_of_attempt(trial: Any, opened: OpenTrial) -> str:
+    """Return why the last attempt failed; the slot saves that in the trial's folder, unless it died itself."""
+    error, told = _last_error(trial), opened.folder.read_error()
+    if told is None or isinstance(error, RayActorError):
+        told = "the slot died" if error is None else _reason(error)
+    return told.split("\n", 1)[0]
 
 
 def _reason(error: BaseException) -> str:

@@ -281,6 +281,19 @@ def test_a_report_that_finds_no_room_costs_the_trial_no_more_than_its_epoch(
     assert saved.path.read_bytes() == b"on record"
 
 
+def test_an_attempt_that_failed_is_told_as_the_next_one_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a rank that is killed, Ray alone tells, and not which trial it was of nor that this goes on."""
+    run = watched(tmp_path)
+    run.recorder.on_trial_start(0, [], run.trial)
+    run.report(1)
+    run.files.write_error("the worker group died: WorkerGroupError: pid: 7", "Traceback ...")
+    run.recorder.on_trial_recover(0, [], run.trial)
+    told = "is retried: an attempt failed after epoch 1: the worker group died: WorkerGroupError: pid: 7"
+    assert capsys.readouterr().out == f"trial   0  {told}\n"
+
+
 def test_a_trial_failed_for_the_reason_of_its_last_attempt(tmp_path: Path) -> None:
     """Tune hands on the error of any of them."""
     run = watched(tmp_path)
