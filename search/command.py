@@ -26,7 +26,7 @@ from search.records.journal import drop_lock
 from search.records.mirror import Mirror, above, below
 from search.records.provenance import how_it_ran, write_space
 from search.records.record import Record, left_to_run, unmended
-from search.results import as_of_now, read_results, summary, why, write_results
+from search.results import as_of_now, describe, read_results, summary, why, write_results
 from search.retry import retry_failed
 from search.sampler import grid_size, sampler_maker, unlearned
 from search.scheduler import make_scheduler, unheeded
@@ -185,17 +185,6 @@ def prepare(space: Space, trainable: Trainable) -> str | None:
             "before a search (trainables/contract.py); rename a helper that happens to be called so"
         ) from error
     return None if described is None else str(described)
-
-
-def describe(space: Space) -> str:
-    """Return a one-line description of the search."""
-    goal = ", ".join(f"{item.mode} {item.metric}" for item in space.objectives)
-    profile = f", profile {space.profile}" if space.profile else ""
-    searched = ", ".join(item.name for item in space.parameters) or "nothing"
-    return (
-        f"{goal} over {searched}; {space.search.trials} trials by {space.search.sampler}, "
-        f"scheduler {space.scheduler.name}{profile}"
-    )
 
 
 def untried(space: Space) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -13,13 +12,15 @@ from typing import Any
 
 from search import yaml_file
 from search.files import is_there, replace_text
+from search.page import page, table, verbatim
 from search.records.folder import BEST, ERROR, PRINTED, REPORT, SPACE, STUDY, TRIALS_CSV, TrialFolder, is_running
 from search.records.patterns import patterns
-from search.records.record import INTERRUPTED, RAN_TO_END, RUNNING, STATUSES, Record, best_of, unmended
+from search.records.record import INTERRUPTED, RAN_TO_END, RUNNING, STATUSES, Record, best_of, solutions_of, unmended
 from search.space import Space
 from search.space.decode import did_you_mean
 from search.space.file import read_space
 from search.study import open_study, records
+from search.text import short_line
 from trainables.contract import UserError
 
 UNENDED = {
@@ -27,6 +28,7 @@ UNENDED = {
     INTERRUPTED: "it has not ended; if no process runs the search, --resume continues it",
 }
 NULL = "null"  # written for a searched value of None; an empty cell means that the parameter was not active
+OWN_COLUMNS = ("trial", "status", "reason", "name", "epochs", "seconds")  # of the table, in this order
 ERROR_LINES = 8  # last lines of a failed trial's error.txt that are shown
 PRINTED_LINES = 10  # last lines of its output that are shown
 
@@ -77,17 +79,21 @@ def _table(space: Space, found: Sequence[Record]) -> list[list[Any]]:
     """Return the header and a row of values for each trial."""
     parameters = [item.name for item in space.parameters]
     metrics = sorted({name for record in found for name in record.metrics})
-    # Two columns with the same name would be read as one.
-    own = {"trial", "status", "reason", "name", "epochs", "seconds"}
-    searched = [f"{name} (parameter)" if name in own else name for name in parameters]
-    columns = [f"{name} (metric)" if name in own or name in parameters else name for name in metrics]
-    rows: list[list[Any]] = [["trial", "status", "reason", "name", *searched, *columns, "epochs", "seconds"]]
+    searched = [f"{name} (parameter)" if name in OWN_COLUMNS else name for name in parameters]
+    columns = [_column_of(name, space) for name in metrics]
+    rows: list[list[Any]] = [[*OWN_COLUMNS[:4], *searched, *columns, *OWN_COLUMNS[4:]]]
     for record in found:
         values = [NULL if (value := record.values.get(name, "")) is None else value for name in parameters]
         measured = ["" if (value := record.metrics.get(name)) is None else value for name in metrics]
         head = [record.number, record.status, reason_of(space, record), record.name or ""]
         rows.append([*head, *values, *measured, record.epochs, round(record.seconds, 2)])
     return rows
+
+
+def _column_of(metric: str, space: Space) -> str:
+    """Return the heading of a metric's column; two columns with the same name would be read as one."""
+    taken = metric in OWN_COLUMNS or any(item.name == metric for item in space.parameters)
+    return f"{metric} (metric)" if taken else metric
 
 
 def best_document(results: Path, space: Space, best: Sequence[Record]) -> dict[str, Any]:
@@ -111,6 +117,17 @@ def _one_best(results: Path, space: Space, record: Record) -> dict[str, Any]:
     }
 
 
+def describe(space: Space) -> str:
+    """Return a one-line description of the search."""
+    goal = ", ".join(f"{item.mode} {item.metric}" for item in space.objectives)
+    profile = f", profile {space.profile}" if space.profile else ""
+    searched = ", ".join(item.name for item in space.parameters) or "nothing"
+    return (
+        f"{goal} over {searched}; {space.search.trials} trials by {space.search.sampler}, "
+        f"scheduler {space.scheduler.name}{profile}"
+    )
+
+
 def summary(results: Path, space: Space, found: Sequence[Record]) -> str:
     """Return the text that is shown when a search ends."""
     counts = Counter(record.status for record in found)
@@ -128,7 +145,7 @@ def summary(results: Path, space: Space, found: Sequence[Record]) -> str:
     elif len(best) == 1:
         record = best[0]
         lines.append(f"best: trial {record.number}" + (f" ({record.name})" if record.name else ""))
-        lines += [f"  {name:<24} {_short(value)}" for name, value in record.values.items()]
+        lines += [f"  {name:<24} {_setting(value)}" for name, value in record.values.items()]
         lines += [f"  -> {name:<21} {_short(value)}" for name, value in record.metrics.items()]
     else:
         lines.append(f"{len(best)} trials that no other beats:")
@@ -142,7 +159,11 @@ def summary(results: Path, space: Space, found: Sequence[Record]) -> str:
 def trial_line(record: Record, space: Space) -> str:
     """Return a line on an ended trial, with its reason on a second line unless it simply ran to its end."""
     scores = " ".join(f"{item.metric} {_short(record.metrics.get(item.metric))}" for item in space.objectives)
-    values = " ".join(f"{name.rpartition('.')[2]}={_short(value)}" for name, value in record.values.items())
+    leaves = [item.name.rpartition(".")[2] for item in space.parameters]
+    values = " ".join(
+        f"{leaf if leaves.count(leaf := name.rpartition('.')[2]) == 1 else name}={_setting(value)}"
+        for name, value in record.values.items()
+    )
     name = f" [{record.name}]" if record.name else ""
     head = f"trial {record.number:>3}  {record.status:<13} {scores}  {record.epochs} epochs  {record.seconds:.1f} s"
     reason = reason_of(space, record)
@@ -180,7 +201,7 @@ def why(results: Path, number: str) -> str:
         lines += [f"{folder.path / ERROR}{whose} ends:", *(f"  {line}" for line in shown)]
     if printed := folder.last_printed(PRINTED_LINES):
         lines += [f"{folder.path / PRINTED} ends:", *(f"  {line}" for line in printed)]
-    lines += [f"  {name} = {_short(value)}" for name, value in record.values.items()]
+    lines += [f"  {name} = {_setting(value)}" for name, value in record.values.items()]
     metric = space.objectives[0].metric
     history = folder.read_metrics()
     lines += [f"  epoch {row['epoch']}: {metric} {_short(row['metrics'].get(metric))}" for row in history]
@@ -209,54 +230,52 @@ def post_mortem(results: Path, record: Record) -> list[str]:
     found = TrialFolder(results, record.number).read_divergence() if record.status == "diverged" else None
     if found is None:
         return []
-    return ["post-mortem:", *(f"  {name}: {_listed(value)}" for name, value in found.items() if name != "reason")]
+    told = {name: value for name, value in found.items() if name != "reason" and value is not None}
+    return ["post-mortem:", *(f"  {name}: {_listed(value)}" for name, value in told.items())]
 
 
 def report_page(results: Path, space: Space, found: Sequence[Record]) -> str:
     """Return the report, a self-contained HTML page."""
-    header, *body = _table(space, found)
-    best = {record.number for record in best_of(found, space)}
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    lines = []
-    for row in body:
-        marked = " class='best'" if row[0] in best else ""
-        lines.append(f"<tr{marked}>" + "".join(f"<td>{html.escape(_short(cell))}</td>" for cell in row) + "</tr>")
     blown = [
         "\n".join([f"trial {record.number}: {record.reason}", *post_mortem(results, record)])
         for record in found
         if record.status == "diverged"
     ]
-    return _PAGE.format(
-        diverged=html.escape("\n\n".join(blown) or "nothing"),
-        title=html.escape(space.name),
-        summary=html.escape(summary(results, space, found)),
-        header=cells,
-        rows="\n".join(lines),
-        space=html.escape(yaml_file.dump(space.document())),
+    return page(
+        f"Search: {space.name}",
+        [
+            verbatim(f"{describe(space)}\n\n{summary(results, space, found)}"),
+            _trials(space, found),
+            "<h2>What diverged</h2>",
+            verbatim("\n\n".join(blown) or "nothing"),
+            "<h2>Space</h2>",
+            verbatim(yaml_file.dump(space.document())),
+        ],
     )
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Search: {title}</title>
-<style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em; color: #222 }}
-pre {{ background: #f5f5f5; padding: 1em; overflow-x: auto }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ text-align: left; padding: .25em .7em; border-bottom: 1px solid #ddd; white-space: nowrap }}
-.best {{ background: #e7f5e7; font-weight: 600 }}
-.table {{ overflow-x: auto }}
-</style>
-<h1>Search: {title}</h1>
-<pre>{summary}</pre>
-<div class="table"><table><thead><tr>{header}</tr></thead><tbody>
-{rows}
-</tbody></table></div>
-<h2>What diverged</h2>
-<pre>{diverged}</pre>
-<h2>Space</h2>
-<pre>{space}</pre>
-</html>
-"""
+def _trials(space: Space, found: Sequence[Record]) -> str:
+    """Return the trials as an HTML table: the best first, and the columns that tell most."""
+    best = best_of(found, space)
+    ranked = dict.fromkeys(record.number for record in (*best, *solutions_of(found, space), *found))
+    header, *rows = _table(space, found)
+    by_number = {row[0]: row for row in rows}
+    first = ["trial", "status", *(_column_of(item.metric, space) for item in space.objectives), "reason"]
+    last = ["name"] if any(record.name for record in found) else []
+    order = [header.index(name) for name in first if name in header]
+    order += [number for number, name in enumerate(header) if name not in (*first, "name")]
+    order += [header.index(name) for name in last]
+    lines = [[_cell(row[number]) for number in order] for row in (header, *(by_number[number] for number in ranked))]
+    return table(lines, best=range(len(best)), prose=[lines[0].index(name) for name in ("reason", *last)])
+
+
+def _cell(value: Any) -> str:
+    return short_line(_short(value), "")
+
+
+def _setting(value: Any) -> str:
+    """Format a searched value, one of None as a space file has it."""
+    return NULL if value is None else _short(value)
 
 
 def _short(value: Any) -> str:

@@ -24,6 +24,8 @@ from typing import Any
 
 from search import yaml_file
 from search.files import replace_text
+from search.page import page
+from search.page import table as html_table
 from search.records.folder import BEST, REPORT
 from search.space.file import profiled
 from search.space.sections import Table, tables_in
@@ -83,12 +85,12 @@ def write_tables(results: Path, title: str, tables: Mapping[str, Table], cells: 
         notes = [f"In brackets: {table.source}"] if table.source else []
         notes += [f"Data: {line}" for line in dict.fromkeys(document.get("data") for document in best.values()) if line]
         texts += [_markdown(lines), *notes]
-        parts += [_html(lines), *(f"<p>{html.escape(note)}</p>" for note in notes)]
+        parts += [html_table(lines, prose=[0]), *(f"<p>{html.escape(note)}</p>" for note in notes)]
     text = "\n\n".join(texts) + "\n"
     replace_text(results / MARKDOWN, text)
     links = [f'<li><a href="{html.escape(cell.folder)}/{REPORT}">{html.escape(cell.folder)}</a></li>' for cell in cells]
-    page = _PAGE.format(title=html.escape(title), tables="\n".join(parts), links="\n".join(links))
-    replace_text(results / REPORT, page)
+    parts += ["<h2>The searches</h2>", "<ul>", *links, "</ul>"]
+    replace_text(results / REPORT, page(f"Tables: {title}", parts))
     return text
 
 
@@ -135,28 +137,3 @@ def _number(value: float) -> str:
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
     head, *rows = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
     return "\n".join([head, "|---" * len(lines[0]) + "|", *rows])
-
-
-def _html(lines: Sequence[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "".join(line("td", cells) for cells in lines[1:])
-    return f"<table><thead>{line('th', lines[0])}</thead><tbody>{body}</tbody></table>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Tables: {title}</title>
-<style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em; color: #222 }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin-bottom: 1em }}
-th, td {{ text-align: left; padding: .25em .7em; border-bottom: 1px solid #ddd }}
-</style>
-<h1>Tables: {title}</h1>
-{tables}
-<h2>The searches</h2>
-<ul>
-{links}
-</ul>
-</html>
-"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,34 @@ class TestFolder:
         for number in range(5):
             assert f"<td>{number}</td>" in page
 
+    def test_the_report_shows_the_best_first_and_what_is_sought_beside_its_status(
+        self, results: Path, tmp_path: Path
+    ) -> None:
+        space = space_of(tmp_path, CONFIG, constraints={"acc": {"min": 0.5}})
+        long = "a word " * 500
+        found = [
+            replace(record(0, "failed"), reason=long),
+            record(1, loss=0.1, acc=0.4),
+            record(2, loss=0.5, acc=0.9),
+            replace(record(3, loss=0.3, acc=0.9), name="notes"),
+        ]
+        page = report_page(results, space, found)
+        assert "min loss over optim.lr, loss, shape" in page
+        heading, *rows = re.findall("<tr.*</tr>", page)
+        cells = [re.findall("<t[hd].*?>(.*?)</t[hd]>", row) for row in (heading, *rows)]
+        assert cells[0][:5] == ["trial", "status", "loss (metric)", "reason", "optim.lr"]
+        assert [row[0] for row in cells[1:]] == ["3", "2", "0", "1"]
+        assert [row.startswith('<tr class="best">') for row in rows] == [True, False, False, False]
+        assert cells[1][-1] == "notes"
+        assert cells[3][3] == long[:396].rstrip() + " ..."
+
+    def test_every_solution_that_no_other_beats_is_marked(self, results: Path, tmp_path: Path) -> None:
+        space = space_of(tmp_path, CONFIG, objective=[LOSS, {"metric": "acc", "mode": "max"}])
+        found = [record(0, loss=0.3, acc=0.4), record(1, loss=0.5, acc=0.9), record(2, loss=0.25, acc=0.5)]
+        page = report_page(results, space, found)
+        assert re.findall('<tr class="best"><td>(.)</td>', page) == ["2", "1"]
+        assert "<th>name</th>" not in page
+
     def test_the_summary_counts_every_ending_and_names_the_best(self, results: Path) -> None:
         text = summary(results, *read_results(results))
         assert "5 trials: 2 finished, 1 stopped, 1 diverged, 1 interrupted" in text
@@ -328,3 +357,16 @@ def test_a_trial_is_told_in_a_line(told: Record, words: list[str], space: Space)
     line = trial_line(told, space)
     for word in words:
         assert word in line
+
+
+def test_parameters_that_end_alike_are_told_by_their_whole_names(tmp_path: Path) -> None:
+    space = space_of(tmp_path, {"head": {"lr": {"log": [1e-4, 1.0]}}, "body": {"lr": {"log": [1e-4, 1.0]}, "wd": 0.1}})
+    line = trial_line(replace(record(loss=0.5), values={"head.lr": 0.5, "body.lr": 0.25}), space)
+    assert line.endswith("head.lr=0.5 body.lr=0.25")
+
+
+def test_a_searched_null_is_told_as_a_space_file_has_it(tmp_path: Path) -> None:
+    space = space_of(tmp_path, {"schedule": {"choice": ["cosine", None]}})
+    found = replace(record(loss=0.5), values={"schedule": None})
+    assert trial_line(found, space).endswith("schedule=null")
+    assert "  schedule                 null\n" in summary(tmp_path, space, [found])

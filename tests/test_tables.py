@@ -166,7 +166,7 @@ def test_a_name_may_be_empty_or_have_a_bar(file: Path, tmp_path: Path) -> None:
     text = write_tables(tmp_path, "starts", {"alone": tables["alone"]}, cells_of(tables))
     page = (tmp_path / "report.html").read_text()
     assert text.splitlines() == ["| Only one | loss |", "|---|---|", "|  | - |", r"| a \| b | - |"]
-    assert "<tr><td></td><td>-</td></tr><tr><td>a | b</td><td>-</td></tr>" in page
+    assert '<tr><td class="prose"></td><td>-</td></tr>\n<tr><td class="prose">a | b</td><td>-</td></tr>' in page
 
 
 def test_the_tables_of_a_bucket_go_on_on_a_machine_that_has_none_of_them(tmp_path: Path) -> None:

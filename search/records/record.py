@@ -97,16 +97,25 @@ def length_of(space: Space, trials: Iterable[FrozenTrial]) -> int:
 
 def best_of(records: Sequence[Record], space: Space) -> list[Record]:
     """Return the undominated solutions, best in the first objective first; at most one with a single objective."""
-    solutions = [item for item in records if item.solves(space.constraints)]
-    scores = {item.number: [_goodness(item, objective) for objective in space.objectives] for item in solutions}
-    solutions.sort(key=lambda item: (scores[item.number], -item.number), reverse=True)
+    solutions = solutions_of(records, space)
     if len(space.objectives) == 1:
         return solutions[:1]
+    scores = {item.number: _scores(item, space) for item in solutions}
     front: list[Record] = []
     for item in solutions:  # in this order, none is dominated by a later one
         if not any(_dominates(scores[other.number], scores[item.number]) for other in front):
             front.append(item)
     return front
+
+
+def solutions_of(records: Sequence[Record], space: Space) -> list[Record]:
+    """Return the trials that finished within the constraints, best in the first objective first."""
+    solutions = [item for item in records if item.solves(space.constraints)]
+    return sorted(solutions, key=lambda item: (_scores(item, space), -item.number), reverse=True)
+
+
+def _scores(record: Record, space: Space) -> list[float]:
+    return [_goodness(record, objective) for objective in space.objectives]
 
 
 def _goodness(record: Record, objective: Objective) -> float:
