@@ -32,6 +32,10 @@ class Pattern:
     failed_outside: int
     chance: float  # probability of at least so uneven a split by chance, times the number of splits (Bonferroni)
 
+    @property
+    def explains_all(self) -> bool:
+        return self.failed_inside == self.inside and self.failed_outside == 0
+
     def told(self, failure: str) -> str:
         inside = f"{self.failed_inside} of {self.inside} {failure} with {self.where}"
         return f"{inside}, {self.failed_outside} of {self.outside} elsewhere"
@@ -49,6 +53,8 @@ def patterns(space: Space, found: Sequence[Record]) -> list[str]:
             for parameter in space.parameters
             if (uneven := [item for item in _splits(parameter, tried, status) if item.chance < SIGNIFICANT])
         ]
+        # Samplers leave the failing part, and whatever else changed meanwhile seems to have mattered, too.
+        seen = [item for item in seen if item.explains_all] or seen
         lines += [item.told(failure) for item in sorted(seen, key=lambda item: item.chance)[:MOST]]
     return lines
 
