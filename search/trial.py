@@ -151,7 +151,8 @@ class Slot(tune.Trainable):
 
     def _assign(self, config: dict[str, Any]) -> None:
         self._tree = self._job.space.config(config["values"])
-        self._folder = TrialFolder(Path(self._job.results), config["number"])
+        self._number: int = config["number"]
+        self._folder = TrialFolder(Path(self._job.results), self._number)
         self._begun = False
         self._epoch = 0
         self._reported = dict[str, Any]()  # the row of the last report since the trial was begun here, if any
@@ -169,7 +170,7 @@ class Slot(tune.Trainable):
         self._epoch, self._reported = 0 if saved is None else saved.epoch, {}
         self._begun, self._lent_to = True, self._folder
         resume = None if saved is None else saved.path.read_bytes()
-        return self._ask(self._group, Begin(self._tree, self._job.space.search.seed, resume))
+        return self._ask(self._group, Begin(self._tree, self._job.space.search.seed, resume, self._number))
 
     def _ask(self, group: Group, command: Command) -> Answer:
         """Return the group's answer. What it printed belongs to its last trial: closing that may print, too."""

@@ -24,7 +24,7 @@ def test_a_trial_is_alone_without_that_environment(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     trial = Trial({})
-    assert (trial.rank, trial.world_size, trial.seed, trial.resume) == (0, 1, 0, None)
+    assert (trial.rank, trial.world_size, trial.seed, trial.resume, trial.number) == (0, 1, 0, None, None)
 
 
 @pytest.mark.parametrize(("local_rank", "index"), [(None, 0), ("1", 1), ("5", 1)])

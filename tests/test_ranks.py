@@ -494,6 +494,17 @@ def test_a_state_is_saved_before_the_trial_goes_on_and_resumes_it(tmp_path: Path
     assert len(run(loop, Begin({}, 0, resume=states[1]))) == 2
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_trial_knows_its_number(rank: int, tmp_path: Path) -> None:
+    family = """
+        def train(trial):
+            assert trial.number == 7
+            yield {"loss": 1.0}
+    """
+    answers = run(rank_of(tmp_path, "train", rank, family), Begin({}, 0, number=7))
+    assert [type(answer) for answer in answers] == [Reported, Ended]
+
+
 def test_a_config_class_is_given_and_checked(tmp_path: Path) -> None:
     loop = rank_of(tmp_path, "train", family=CONFIG_FAMILY)
     assert [answer.ends for answer in run(loop, Begin({"lr": 0.5}, 0))] == [False, False, True]

@@ -40,7 +40,7 @@ class Scripted:
     """
 
     def __init__(self, script: Iterator[str | Answer]) -> None:
-        self.script, self.begun, self.stopped = script, list[bool](), 0
+        self.script, self.begun, self.numbers, self.stopped = script, list[bool](), list[int | None](), 0
 
     def __call__(self, spec: GroupSpec) -> Scripted:
         return self
@@ -49,6 +49,7 @@ class Scripted:
         assert isinstance(command, (Begin, Advance, Leave))
         if isinstance(command, Begin):
             self.begun.append(command.resume is not None)
+            self.numbers.append(command.number)
         does = next(self.script)
         if isinstance(does, Answer):
             return does
@@ -124,6 +125,7 @@ def test_a_cold_slot_has_a_group_for_every_trial(slot: Slot, monkeypatch: pytest
         assign(slot, number)
         slot.step()
         assert group.stopped == number
+    assert group.numbers == [0, 1]
 
 
 def test_a_checkpoint_stays_until_a_newer_report_is_on_record(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +162,7 @@ def test_a_trial_whose_machine_goes_goes_on_from_its_last_checkpoint_in_the_same
     epochs, group = play(slot, "rrmrrd", monkeypatch)
     assert epochs == [1, 2, 3, 4, "the worker group died"]
     assert group.begun == [False, True]
+    assert group.numbers == [0, 0]
     assert group.stopped == 2
 
 

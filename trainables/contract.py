@@ -112,6 +112,8 @@ class Trial:
     cache: kept for the life of the process, across trials: data sets, compiled kernels, pre-trained encoders. Entries
         must not depend on searched parameters unless they are keyed by them.
     memory_limit_mb: the memory a training step may use on this rank, in MiB; None: all that the device has.
+    number: the trial's number in its search, the same on every rank and after a resume; None outside a search. For
+        names, as of a run in a tracker.
     """
 
     config: Any
@@ -122,6 +124,7 @@ class Trial:
     resume: State | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
     memory_limit_mb: float | None = None
+    number: int | None = None
 
     def __post_init__(self) -> None:
         device = torch.device(self.device)

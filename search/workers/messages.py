@@ -31,11 +31,12 @@ class GroupSpec:
 
 @dataclass(frozen=True)
 class Begin:
-    """Run a trial up to its first report. `resume`: a saved state as bytes, or None."""
+    """Run a trial up to its first report. resume: a saved state as bytes, or None. number: the trial's."""
 
     config: dict[str, Any]
     seed: int
     resume: bytes | None = None
+    number: int | None = None
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ class RankLoop:
                 resume=None if begin.resume is None else load_state(begin.resume),
                 cache=self._cache,
                 memory_limit_mb=self._spec.memory_limit_mb,
+                number=begin.number,
             )
         )
         if not isinstance(reports, Generator):
