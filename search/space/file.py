@@ -41,6 +41,7 @@ from search.space.sections import (
 from trainables.contract import UserError
 
 DRAWS = 200  # random settings that are built before anything starts
+NO_CLASH = "narrow the domains, or search what cannot clash, as a factor between the two"
 _PROFILED = (*SECTIONS, "tables")
 _KEYS = (*_PROFILED, "profiles")
 _NO_TEXT = "a key is a word without dots; write it in quotes"
@@ -382,7 +383,9 @@ def _check_draws(space: Space, trainable: Trainable) -> None:
         if values is first and all(_refusal(space, trainable, others) == refusal for others in drawn):
             raise UserError(refusal)  # it fails for every setting, not because of these values
         told = ", ".join(f"{name}={value}" for name, value in values.items())
-        raise UserError(f"{refusal} ({origin}: {told})")
+        refused = sum(_refusal(space, trainable, others) is not None for others in drawn)
+        clash = f"; {refused} of {DRAWS} draws are refused, and none may be: {NO_CLASH}" if refused < DRAWS else ""
+        raise UserError(f"{refusal} ({origin}: {told}){clash if origin == 'drawn' else ''}")
 
 
 def _refusal(space: Space, trainable: Trainable, values: Mapping[str, Any]) -> str | None:
