@@ -134,15 +134,22 @@ def start_ray(address: str | None) -> tuple[Node, ...]:
 
 
 def init_ray(**arguments: Any) -> Any:
-    """Call `ray.init`, and again if Ray's processes start more slowly than the half minute that it waits for them."""
-    for _ in range(STARTS - 1):
+    """Call `ray.init`, and again if Ray's processes start more slowly than the half minute that it waits for them.
+
+    Raises UserError if they do so each time.
+    """
+    for _ in range(STARTS):
         try:
             return ray.init(**arguments)
         except Exception as error:
             if not SLOW_START.search(str(error)):
                 raise
             ray.shutdown()
-    return ray.init(**arguments)
+            told = one_line(str(error), type(error).__name__)
+    raise UserError(
+        f"Ray did not start here, {STARTS} times: {told}; end what keeps this machine busy, and run the search again, "
+        "by --resume if its folder is there already; Ray's own logs are in /tmp/ray/session_latest/logs"
+    )
 
 
 def _knock(address: str) -> None:
