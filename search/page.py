@@ -45,7 +45,7 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; overflow
 th, td {{ text-align: left; vertical-align: top; padding: .25em .7em; border-bottom: 1px solid #8885 }}
 th, td {{ white-space: nowrap }}
 th:first-child:not(.prose), td:first-child:not(.prose) {{ position: sticky; left: 0; background: Canvas }}
-.prose {{ white-space: normal; min-width: 16em; max-width: 24em; overflow-wrap: anywhere }}
+.prose {{ white-space: normal; min-width: min(16em, 45vw); max-width: 24em; overflow-wrap: anywhere }}
 .best {{ background: #2a23; font-weight: 600 }}
 .best td:first-child:not(.prose) {{ background: linear-gradient(#2a23, #2a23) Canvas }}
 </style>

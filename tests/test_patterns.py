@@ -79,10 +79,10 @@ def test_of_many_patterns_the_three_clearest_are_told(tmp_path: Path) -> None:
 def test_beside_what_explains_every_failure_nothing_else_is_told(tmp_path: Path) -> None:
     """A sampler that has learnt to avoid large rates has found a better block, too."""
     space = space_of(tmp_path, CONFIG)
-    early = [{"block": "uni", "lr": 0.05 if i < 6 else 0.001} for i in range(10)]
+    early: list[dict[str, Any]] = [{"block": "uni", "lr": 0.05 if i < 6 else 0.001} for i in range(10)]
     found = [
         record(i, "diverged" if values["lr"] > 0.01 else "finished", values)
-        for i, values in enumerate([*early, *({"block": "bi", "lr": 0.001, "depth": 2} for _ in range(20))])
+        for i, values in enumerate([*early, *([{"block": "bi", "lr": 0.001, "depth": 2}] * 20)])
     ]
     assert patterns(space, found) == ["6 of 6 diverged with lr above 0.0255, 0 of 24 elsewhere"]
     found[0] = replace(found[0], status="finished")
