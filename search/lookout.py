@@ -1,23 +1,29 @@
-"""Reports what a search waits for on its cluster: machines that have gone, and room for its groups."""
+"""Reports what a search waits for on its cluster, machines that have gone and room for its groups, and frees such room.
+
+When a slot or the controller of its group is killed, Ray keeps the group's placement group until the job ends. An actor
+of Ray Train's should remove it, but it asks the dashboard, which a cluster may lack, and gives up where several Rays
+run on the machine. The slot's next group would then wait for ever.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 from ray import tune
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from search.cluster import alive
 
 LOOK_S = 5.0  # between two looks at the cluster
 PATIENCE_S = 20.0  # a longer wait for room is reported; after a trial, one group takes the place of another
+ABANDONED_S = 30.0  # room that has been empty for that long is nobody's; ranks take theirs as soon as it is there
 SELDOM = 50  # least ratio of the pause between looks to a look's duration: Ray's table keeps what was removed
 
 BLOCKED = "no slot can start: another search runs from this machine; this one waits for it to end"
-Needs = list[dict[str, float]]  # resources of each worker of a group
 
 
 class Lookout(tune.Callback):
@@ -25,7 +31,7 @@ class Lookout(tune.Callback):
 
     def __init__(self) -> None:
         self._known = alive()
-        self._waiting = Waiting()
+        self._waiting, self._abandoned = Waiting(), Abandoned()
         self._next_look = time.monotonic() + LOOK_S
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -40,9 +46,12 @@ class Lookout(tune.Callback):
         began = time.monotonic()
         before, self._known = self._known, alive()
         job = ray.get_runtime_context().get_job_id()
-        told = [*moves(before, self._known), *self._waiting.look(ray.util.placement_group_table(), job, began)]
-        for line in told:
+        own = {key: entry for key, entry in ray.util.placement_group_table().items() if key.endswith(job)}
+        for line in [*moves(before, self._known), *self._waiting.look(own, began)]:
             print(line, flush=True)
+        for key in self._abandoned.look(own, ray.cluster_resources(), ray.available_resources(), began):
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(key)))
+            print(f"freed what a group that was killed had reserved: {needs(own[key])}", flush=True)
         now = time.monotonic()
         self._next_look = now + max(LOOK_S, SELDOM * (now - began))
 
@@ -62,20 +71,45 @@ class Waiting:
         self._since: dict[str, float] = {}  # by placement group
         self._told = 0, False
 
-    def look(self, table: Mapping[str, Any], job: str, now: float) -> list[str]:
+    def look(self, own: Mapping[str, Any], now: float) -> list[str]:
         """Return a line when more groups than before have waited for `PATIENCE_S`, and one when no slot can start.
 
-        table: Ray's table of all placement groups; the ids of this search's end with its job id.
+        own: this search's part of Ray's table of placement groups.
         """
-        own = {key: entry for key, entry in table.items() if key.endswith(job)}
-        pending = {key: entry for key, entry in own.items() if entry["state"] in ("PENDING", "RESCHEDULING")}
+        pending = {key: entry for key, entry in own.items() if waits(entry)}
         self._since = {key: self._since.get(key, now) for key in pending}
         long = [entry for key, entry in pending.items() if now - self._since[key] >= PATIENCE_S]
-        groups = [list(entry["bundles"].values()) for entry in long if not is_slot(entry)]
+        groups = [entry for entry in long if not is_slot(entry)]
         has_slot = any(is_slot(entry) and entry["state"] == "CREATED" for entry in own.values())
         blocked = len(groups) < len(long) and not has_slot
         (before, knew), self._told = self._told, (len(groups), blocked)
         return ([room(groups)] if len(groups) > before else []) + ([BLOCKED] if blocked and not knew else [])
+
+
+class Abandoned:
+    """Finds the placement groups of killed worker groups: no process is in them."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}  # by placement group: when it was first seen empty
+
+    def look(
+        self, own: Mapping[str, Any], total: Mapping[str, float], free: Mapping[str, float], now: float
+    ) -> list[str]:
+        """Return those that have been empty for `ABANDONED_S` while a group waits for room.
+
+        total, free: the cluster's resources. Ray lists one for each placement group, of which every process in it takes
+        a little.
+        """
+        names = {key: f"bundle_group_{key}" for key, entry in own.items() if entry["state"] == "CREATED"}
+        empty = [key for key, name in names.items() if name in total and free.get(name) == total[name]]
+        self._since = {key: self._since.get(key, now) for key in empty if not is_slot(own[key])}
+        if not any(waits(entry) and not is_slot(entry) for entry in own.values()):
+            return []
+        return [key for key, since in self._since.items() if now - since >= ABANDONED_S]
+
+
+def waits(entry: Mapping[str, Any]) -> bool:
+    return entry["state"] in ("PENDING", "RESCHEDULING")
 
 
 def is_slot(entry: Mapping[str, Any]) -> bool:
@@ -83,7 +117,12 @@ def is_slot(entry: Mapping[str, Any]) -> bool:
     return any(name.startswith("node:") for name in entry["bundles"][0])
 
 
-def room(groups: list[Needs]) -> str:
-    needs = ", ".join(f"{value:g} {name}" for name, value in groups[0][0].items())
+def room(groups: Sequence[Mapping[str, Any]]) -> str:
     slots = f"{len(groups)} slot{'s wait' if len(groups) > 1 else ' waits'}"
-    return f"{slots} for room in the cluster: {len(groups[0])} x ({needs})"
+    return f"{slots} for room in the cluster: {needs(groups[0])}"
+
+
+def needs(group: Mapping[str, Any]) -> str:
+    """Return what the workers of a group need, such as "2 x (4 CPU, 1 GPU)"."""
+    one = ", ".join(f"{value:g} {name}" for name, value in group["bundles"][0].items())
+    return f"{len(group['bundles'])} x ({one})"

@@ -35,6 +35,13 @@ def living_in(setting: str) -> list[int]:
     return found
 
 
+def named(pid: int) -> str:
+    """The command line of a process; empty if it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").replace("\0", " ")
+    return ""
+
+
 def kill_all(setting: str) -> None:
     """Kill the processes with `NAME=VALUE` in their environment, and those that they start meanwhile."""
     while found := living_in(setting):

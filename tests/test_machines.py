@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from printed import LONGEST_S, read_until
-from processes import free_ports, kill_all
+from processes import free_ports, kill_all, living_in, named
 from spaces import write_space
 
 from search.cluster import RAY_ENVIRONMENT, STARTS
@@ -86,10 +86,10 @@ def cluster() -> Iterator[Cluster]:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def start(folder: Path, cluster: Cluster) -> subprocess.Popen[str]:
-    """A search of one trial, on two ranks that wait for each other, which may not fail once."""
+def start(folder: Path, cluster: Cluster, retries: int = 0) -> subprocess.Popen[str]:
+    """A search of one trial, on two ranks that wait for each other."""
     (folder / "together.py").write_text(TOGETHER)
-    more = {"trainable": "together:train", "search": {"trials": 1, "retries": 0}, "resources": {"workers": 2}}
+    more = {"trainable": "together:train", "search": {"trials": 1, "retries": retries}, "resources": {"workers": 2}}
     config = {"epochs": 8, "lr": {"log": [0.01, 0.4]}, "lost": str(folder / LOST)}
     file = write_space(folder, config, **more)
     command = [sys.executable, str(ROOT / "launch.py"), "--space", str(file), "--results", str(folder), "--name", "run"]
@@ -142,3 +142,18 @@ def test_a_slot_that_waits_for_a_machine_can_be_interrupted(tmp_path: Path, clus
     told, _ = process.communicate(timeout=LONGEST_S)
     assert process.returncode == 130, told
     assert "--resume" in told
+
+
+def test_what_a_killed_slot_has_reserved_is_freed_for_its_next_attempt(tmp_path: Path, cluster: Cluster) -> None:
+    head = cluster.begun[0]
+    cluster.add(), cluster.add()
+    process = start(tmp_path, cluster, retries=1)
+    wait_for_reports(process, tmp_path, 2)
+    [slot] = [pid for pid in living_in(f"{MARK}={head}") if named(pid).startswith("ray::ResourceTrainable")]
+    os.kill(slot, signal.SIGKILL)
+    (tmp_path / LOST).touch()
+    read_until(process, r"^freed what a group that was killed had reserved: 2 x \(1 CPU\)$")
+    told, _ = process.communicate(timeout=LONGEST_S)
+    assert process.returncode == 0, told
+    [row] = csv.DictReader((tmp_path / "run/trials.csv").read_text().splitlines())
+    assert (row["status"], row["epochs"]) == ("finished", "8")
