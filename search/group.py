@@ -97,7 +97,9 @@ def _serve(job: Mapping[str, Any]) -> None:
     device = ray.train.torch.get_device() if job["spec"].gpus_per_worker else None
     mailbox, machine = job["mailbox"], context.get_node_rank()
     here = ray.get_runtime_context()
-    machines = ray.get(mailbox.enlist.remote(here.current_actor, here.get_node_id()))
+    # As bytes: to have the handle itself, the mailbox's process would import all of Ray Train before it could answer.
+    handle = ray.cloudpickle.dumps(here.current_actor)
+    machines = ray.get(mailbox.enlist.remote(handle, here.get_node_id()))
     rank, world_size = context.get_world_rank(), context.get_world_size()
     os.environ.update(_more_of_torchrun(rank, world_size, machine, machines, job["name"]))
     loop, printed = RankLoop(job["spec"], rank, world_size, device), Printed()
@@ -151,7 +153,7 @@ class Group:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._mailbox = Mailbox.options(scheduling_strategy=here).remote(spec.workers)  # type: ignore[attr-defined]
         self._error: BaseException | None = None
-        self._ranks: list[Any] = []  # their actors, once all have answered
+        self._ranks: list[bytes] = []  # the handles of their actors, once all have answered
         self._around = alive()
         # Ray Train requires a run folder that every node sees; nothing of ours is stored in it.
         self._folder = Path(spec.scratch) / f"group-{uuid.uuid4().hex[:12]}"
@@ -207,11 +209,11 @@ class Group:
         self._thread.join(QUIT_S)
         if self._thread.is_alive():
             for member in self._members():
-                ray.kill(member)
+                ray.kill(ray.cloudpickle.loads(member))
             self._thread.join(QUIT_S)
         ray.kill(self._mailbox)
 
-    def _members(self) -> list[Any]:
+    def _members(self) -> list[bytes]:
         try:
             return ray.get(self._mailbox.members.remote())
         except RayActorError:

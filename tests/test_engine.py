@@ -510,6 +510,17 @@ def test_relative_paths_mean_the_working_directory(tmp_path: Path) -> None:
     assert outcome.records[0].metrics["loss"] == 1.0
 
 
+def test_a_mailbox_imports_nothing_large(tmp_path: Path) -> None:
+    """All ranks wait for it when they begin."""
+    spec = GroupSpec("toys:descend", (str(HERE),), ("loss",), 1, 1, 0.0, None, None, str(tmp_path))
+    group = Group(spec)
+    assert isinstance(group.ask(Begin({"epochs": 3, "lr": 0.1}, 0)), Reported)
+    imported = ray.get(group._mailbox.__ray_call__.remote(lambda self: set(sys.modules)))
+    group.stop()
+    assert "search.workers.messages" in imported
+    assert {"torch", "optuna", "pandas", "ray.train", "ray.tune", "ray.data"} & imported == set()
+
+
 def test_a_group_whose_mailbox_died_is_dead_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """As when the node that the mailbox ran on has gone."""
     spec = GroupSpec("toys:descend", (str(HERE),), ("loss",), 1, 1, 0.0, None, None, str(tmp_path))

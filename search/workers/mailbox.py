@@ -1,4 +1,4 @@
-"""The mailbox between a slot and the ranks of its worker group, a separate process that does not import PyTorch."""
+"""The mailbox between a slot and the ranks of its worker group: a process without PyTorch and Ray Train."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Mailbox:
     def __init__(self, ranks: int) -> None:
         self._commands: list[asyncio.Queue[Any]] = [asyncio.Queue() for _ in range(ranks)]
         self._answers: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-        self._members: list[Any] = []
+        self._members: list[bytes] = []
         self._nodes: list[str] = []
         self._complete = asyncio.Event()
 
-    async def enlist(self, member: Any, node: str) -> int:
-        """Register a rank, by its own actor and Ray node; returns the number of machines once all have registered."""
+    async def enlist(self, member: bytes, node: str) -> int:
+        """Register a rank, by its actor's pickled handle and its node; returns the machines' number once all have."""
         self._members.append(member)
         self._nodes.append(node)
         if len(self._members) == len(self._commands):
@@ -28,8 +28,8 @@ class Mailbox:
         await self._complete.wait()
         return len(set(self._nodes))
 
-    async def members(self) -> list[Any]:
-        """Return the ranks' own actors, by which a stuck rank can be killed."""
+    async def members(self) -> list[bytes]:
+        """Return the pickled handles of the ranks' actors, by which a stuck rank can be killed."""
         return self._members
 
     async def nodes(self) -> list[str]:
