@@ -29,6 +29,7 @@ RAY_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config refer to the driver's working directory
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_maximum_startup_concurrency": "16",  # a group is half a dozen processes, most of them asleep
+    "RAY_prestart_worker_first_driver": "0",  # one process per core, of which none suits an actor started by Tune
     "RAY_worker_register_timeout_seconds": "300",  # a busy machine starts them slowly; Ray kills them after a minute
     "RAY_agent_register_timeout_ms": "300000",  # and its node, if the agent needs half a minute
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints nothing of its own
