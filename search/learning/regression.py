@@ -22,7 +22,7 @@ from scipy.optimize import minimize
 from search.learning.features import Array
 
 # Normal priors of the logarithms, as mean and standard deviation; scores are standardised, a range is 2 wide.
-LENGTH = (0.25, 0.5)  # the mean, plus half the logarithm of D
+LENGTH = (-0.5, 0.75)  # the mean, plus half the logarithm of D; with less doubt, narrow valleys are taken for noise
 AMPLITUDE = (0.0, 1.0)
 NOISE = (-5.0, 2.0)
 FAR = 8.0  # scores worse than the median by more than this many times its distance from the best are clipped
