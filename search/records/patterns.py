@@ -32,10 +32,6 @@ class Pattern:
     failed_outside: int
     chance: float  # probability of at least so uneven a split by chance, times the number of splits (Bonferroni)
 
-    @property
-    def explains_all(self) -> bool:
-        return self.failed_inside == self.inside and self.failed_outside == 0
-
     def told(self, failure: str) -> str:
         inside = f"{self.failed_inside} of {self.inside} {failure} with {self.where}"
         return f"{inside}, {self.failed_outside} of {self.outside} elsewhere"
@@ -46,7 +42,8 @@ def patterns(space: Space, found: Sequence[Record]) -> list[str]:
     tried = [record for record in found if record.status in TRIED]
     lines = []
     for status, failure in FAILURES.items():
-        if all(record.status != status for record in tried):
+        failures = sum(record.status == status for record in tried)
+        if not failures:
             continue
         seen = [
             min(uneven, key=lambda item: item.chance)
@@ -54,7 +51,7 @@ def patterns(space: Space, found: Sequence[Record]) -> list[str]:
             if (uneven := [item for item in _splits(parameter, tried, status) if item.chance < SIGNIFICANT])
         ]
         # Samplers leave the failing part, and whatever else changed meanwhile seems to have mattered, too.
-        seen = [item for item in seen if item.explains_all] or seen
+        seen = [item for item in seen if item.failed_inside == item.inside == failures] or seen
         lines += [item.told(failure) for item in sorted(seen, key=lambda item: item.chance)[:MOST]]
     return lines
 
