@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from trainables.beam.config import BeamLoss
+from trainables.beam.config import BeamLoss, RebuildLoss
 from trainables.beam.fusion import beam_loss
 from trainables.beam.metrics import beam_scores, cross_entropy, focal_loss, soft_targets
 from trainables.contract import UserError
@@ -110,11 +109,17 @@ def test_a_scale_leaves_a_target_between_0_and_1(scale: float) -> None:
     assert soft_targets(0.3, scale=1.25).max() < 1
 
 
-@pytest.mark.parametrize("name", ["alpha", "gamma", "sigma", "scale"])
-def test_what_is_not_a_number_is_no_setting_of_a_loss(name: str) -> None:
-    given: dict[str, Any] = {name: math.nan}
-    with pytest.raises(UserError, match=f"loss.{name} = nan must "):
-        BeamLoss(**given)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        *((BeamLoss, name) for name in ("alpha", "gamma", "sigma", "scale")),
+        *((RebuildLoss, name) for name in ("alpha_trans", "alpha_contrast", "alpha_distance", "temperature")),
+    ],
+)
+def test_what_is_not_a_finite_number_is_no_setting_of_a_loss(settings: type, name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"loss.{name} = {value} must "):
+        settings(**{name: value})
 
 
 def test_the_target_is_the_published_one_by_default_and_only_wider_otherwise() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -207,8 +208,8 @@ class BeamLoss:
 
     def __post_init__(self) -> None:
         require(0 < self.alpha < 1, "loss.alpha", self.alpha, "lie between 0 and 1")
-        require(self.gamma >= 0, "loss.gamma", self.gamma, "not be negative")
-        require(self.sigma > 0, "loss.sigma", self.sigma, "be a positive number of beams")
+        require(0 <= self.gamma < math.inf, "loss.gamma", self.gamma, "be 0 or a positive number")
+        require(0 < self.sigma < math.inf, "loss.sigma", self.sigma, "be a positive number of beams")
         require(0 < self.scale <= 1.25, "loss.scale", self.scale, "be above 0 and at most 1.25, a target of almost 1")
 
 
@@ -274,7 +275,8 @@ class Rebuild:
         require(0 < self.share <= 1, "rebuild.share", self.share, "be above 0 and at most 1")
         require(0 <= self.dropout < 1, "rebuild.dropout", self.dropout, "lie in [0, 1)")
         require(0 < self.shared_ratio < 1, "rebuild.shared_ratio", self.shared_ratio, "lie between 0 and 1")
-        require(self.fusion_lr_ratio >= 0, "rebuild.fusion_lr_ratio", self.fusion_lr_ratio, "not be negative")
+        ratio = self.fusion_lr_ratio
+        require(0 <= ratio < math.inf, "rebuild.fusion_lr_ratio", ratio, "be 0 or a positive number")
 
 
 @dataclass(frozen=True)
@@ -297,8 +299,9 @@ class RebuildLoss:
 
     def __post_init__(self) -> None:
         for name in ("alpha_trans", "alpha_contrast", "alpha_distance", "alpha_fusion"):
-            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "not be negative")
-        require(self.temperature > 0, "loss.temperature", self.temperature, "be positive")
+            weight = getattr(self, name)
+            require(0 <= weight < math.inf, f"loss.{name}", weight, "be 0 or a positive number")
+        require(0 < self.temperature < math.inf, "loss.temperature", self.temperature, "be a positive number")
 
 
 @dataclass(frozen=True)
