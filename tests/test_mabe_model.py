@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -124,7 +125,11 @@ def test_jitter_moves_a_window_with_its_labels() -> None:
         (lambda: Model(kernel=4), "model.kernel = 4 must be an odd number of frames"),
         (lambda: Model(channels=(8,), pool=2), r"model.pool = 2 must lie in 0\.\.1, the convolutions"),
         (lambda: Augment(jitter=-1), "augment.jitter = -1 must be 0 or a positive number of frames"),
-        (lambda: FrameLoss(class_weights=(1, 1, 1, 0)), "loss.class_weights = .* must be positive"),
+        (lambda: Augment(noise=math.inf), "augment.noise = inf must be 0 or a positive number"),
+        *(
+            (lambda x=x: FrameLoss(class_weights=(1, 1, x, 1)), "loss.class_weights = .* must be positive numbers")
+            for x in (0, math.nan, math.inf)
+        ),
         (lambda: Simulated(videos=3), "data.simulated.videos = 3 must be at least 4"),
     ],
 )

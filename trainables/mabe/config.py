@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -92,7 +93,7 @@ class Augment:
     jitter: int = 2  # a window and its labels start up to this many frames earlier or later
 
     def __post_init__(self) -> None:
-        require(self.noise >= 0, "augment.noise", self.noise, "be 0 or a positive number")
+        require(0 <= self.noise < math.inf, "augment.noise", self.noise, "be 0 or a positive number")
         require(self.jitter >= 0, "augment.jitter", self.jitter, "be 0 or a positive number of frames")
 
 
@@ -106,6 +107,7 @@ class FrameLoss:
 
     def __post_init__(self) -> None:
         if self.class_weights is not None:
-            require(min(self.class_weights) > 0, "loss.class_weights", list(self.class_weights), "be positive")
+            positive = all(0 < weight < math.inf for weight in self.class_weights)
+            require(positive, "loss.class_weights", list(self.class_weights), "be positive numbers")
         require(0 <= self.balance <= 1, "loss.balance", self.balance, "lie in 0..1")
         require(0 <= self.smoothing < 1, "loss.smoothing", self.smoothing, "lie in [0, 1)")
