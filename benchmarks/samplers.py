@@ -75,7 +75,7 @@ def idle(setting: Mapping[str, Any]) -> float:
 
 
 def training(setting: Mapping[str, Any]) -> float:
-    """Return what a training run might: choices, a conditional momentum, and a rate whose best value depends on both."""
+    """Return what a training run might: with choices, a conditional momentum, a rate whose best depends on others."""
     rate, batch = math.log10(setting["lr"]) + 3, math.log2(setting["batch"]) - 4
     block = {"bi": 0.0, "uni": 0.15, "cs": 0.03, "transformer": 0.08}[setting["block"]]
     step = 0.0 if setting["optimizer"] == "adamw" else 0.1 + 0.05 * abs(math.log10(setting["momentum"]) + 0.05)
