@@ -95,17 +95,17 @@ class Abandoned:
     def look(
         self, own: Mapping[str, Any], total: Mapping[str, float], free: Mapping[str, float], now: float
     ) -> list[str]:
-        """Return those that have been empty for `ABANDONED_S` while a group waits for room.
+        """Return those that have been empty for `ABANDONED_S` while a group like them waits for room.
 
-        total, free: the cluster's resources. Ray lists one for each placement group, of which every process in it takes
-        a little.
+        What a trainable reserves for itself may be empty for as long, and is not like a group. total, free: the
+        cluster's resources. Ray lists one for each placement group, of which every process in it takes a little.
         """
         names = {key: f"bundle_group_{key}" for key, entry in own.items() if entry["state"] == "CREATED"}
         empty = [key for key, name in names.items() if name in total and free.get(name) == total[name]]
         self._since = {key: self._since.get(key, now) for key in empty if not is_slot(own[key])}
-        if not any(waits(entry) and not is_slot(entry) for entry in own.values()):
-            return []
-        return [key for key, since in self._since.items() if now - since >= ABANDONED_S]
+        waiting = [entry["bundles"] for entry in own.values() if waits(entry) and not is_slot(entry)]
+        long = [key for key, since in self._since.items() if now - since >= ABANDONED_S]
+        return [key for key in long if own[key]["bundles"] in waiting]
 
 
 def waits(entry: Mapping[str, Any]) -> bool:

@@ -74,10 +74,12 @@ def of_ray(*groups: str, taken: float = 0.0) -> dict[str, float]:
 def test_what_a_killed_group_keeps_is_found_while_another_waits_for_room() -> None:
     abandoned, total = Abandoned(), of_ray("s01", "a01", "b01")
     own = {"s01": placed("CREATED", SLOT), "a01": placed("CREATED", RANK, RANK), "b01": placed("CREATED", RANK, RANK)}
-    waits = {**own, "c01": placed("PENDING", RANK, RANK)}
     in_use = {**of_ray("s01", "a01"), **of_ray("b01", taken=0.002)}
     assert abandoned.look(own, total, in_use, 0.0) == []
     assert abandoned.look(own, total, in_use, ABANDONED_S) == [], "nobody needs it"
+    other = {**own, "t01": placed("PENDING", RANK)}
+    assert abandoned.look(other, total, in_use, ABANDONED_S) == [], "a trainable reserves something for itself"
+    waits = {**own, "c01": placed("PENDING", RANK, RANK)}
     assert abandoned.look(waits, total, in_use, ABANDONED_S + 1) == ["a01"]
 
 
