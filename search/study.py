@@ -52,9 +52,11 @@ def open_study(file: Path, space: Space, create: bool) -> optuna.Study:
     except KeyError:
         raise UserError(f"{file}: there is no search in it; name a results folder of an earlier search") from None
     except ValueError as error:  # corrupt in the middle; a torn last line is skipped
+        if not (line := damaged_line(file)):
+            raise UserError(f"{file}: cannot be read: {error}; was it written by another version of Optuna?") from None
         raise UserError(
-            f"{file}: line {damaged_line(file)} cannot be read: {error}; without that line and those after it, the "
-            "search goes on from what was recorded before (keep a copy)"
+            f"{file}: line {line} cannot be read: {error}; without that line and those after it, the search goes on "
+            "from what was recorded before (keep a copy)"
         ) from None
     except OSError as error:
         raise UserError(f"{file}: cannot be opened: {error.strerror}") from None

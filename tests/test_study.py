@@ -128,6 +128,15 @@ class TestJournal:
         assert (saved and saved.epoch) == (2 if whole else None)
         assert capsys.readouterr().out == f"trial 0: checkpoint-0003.pt cannot be read; {told}\n"
 
+    def test_a_study_whose_lines_are_whole_and_unknown_is_not_said_to_be_damaged(
+        self, space: Space, tmp_path: Path
+    ) -> None:
+        ask(open_journal(space, tmp_path))
+        study = tmp_path / "study.journal"
+        study.write_text(study.read_text().replace("FloatDistribution", "Of2030"))
+        with pytest.raises(UserError, match=r"journal: cannot be read: Unknown distribution class: Of2030; was it"):
+            open_study(study, space, create=False)
+
     @pytest.mark.parametrize(
         "torn",
         [b'{"op_code": 8, "worker_id": "a machine tha', b'{"op_code": 8\0\0\0\0rst"}\n'],
