@@ -374,16 +374,15 @@ def _check_other(document: Mapping[str, Any], file: Path, name: str | None) -> N
 
 def _check_draws(space: Space, trainable: Trainable) -> None:
     rng = random.Random(0)
-    first = space.draw(rng)
+    first, *others = drawn = [space.draw(rng) for _ in range(DRAWS if space.parameters else 1)]
     known = [(f"try_first.{i}", space.draw(rng, item.values)) for i, item in enumerate(space.try_first)]
-    drawn = [space.draw(rng) for _ in range(DRAWS if space.parameters else 0)]
-    for origin, values in [("drawn", first), *known, *(("drawn", values) for values in drawn)]:
+    for origin, values in [("drawn", first), *known, *(("drawn", values) for values in others)]:
         if (refusal := _refusal(space, trainable, values)) is None:
             continue
-        if values is first and all(_refusal(space, trainable, others) == refusal for others in drawn):
+        if values is first and all(_refusal(space, trainable, other) == refusal for other in others):
             raise UserError(refusal)  # it fails for every setting, not because of these values
         told = ", ".join(f"{name}={value}" for name, value in values.items())
-        refused = sum(_refusal(space, trainable, others) is not None for others in drawn)
+        refused = sum(_refusal(space, trainable, other) is not None for other in drawn)
         clash = f"; {refused} of {DRAWS} draws are refused, and none may be: {NO_CLASH}" if refused < DRAWS else ""
         raise UserError(f"{refusal} ({origin}: {told}){clash if origin == 'drawn' else ''}")
 
