@@ -148,8 +148,8 @@ def init_ray(**arguments: Any) -> Any:
             ray.shutdown()
             told = one_line(str(error), type(error).__name__)
     raise UserError(
-        f"Ray did not start here, {STARTS} times: {told}; end what keeps this machine busy, and run the search again, "
-        "by --resume if its folder is there already; Ray's own logs are in /tmp/ray/session_latest/logs"
+        f"Ray did not start here, {STARTS} times: {told}; end what keeps this machine busy (Ray's own logs are in "
+        f"{get_default_system_temp_dir()}/ray/session_latest/logs)"
     )
 
 

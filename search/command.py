@@ -134,8 +134,9 @@ def search(
         if mirror is not None:
             mirror.begin()
         if not options.address:
-            cluster.start_ray(None)
-        if space.resources.gpus_per_worker == "auto" and unshared is None and not interruption.pressed:
+            with interruption.kept():
+                cluster.start_ray(None)
+        if space.resources.gpus_per_worker == "auto" and unshared is None and not interruption.came:
             plan = make_plan(space, nodes, measure(space, nodes, interruption))
             print(f"plan: {plan}", flush=True)
         outcome = engine.run(space, plan, results, options.cold, mirror or mirror_of_all, interruption)

@@ -12,6 +12,7 @@ from ray.tune import TuneError
 
 from search.files import says_full
 from search.text import said, short_line, where
+from trainables.contract import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends the last one before the time is over
 
@@ -49,7 +50,7 @@ class Interruption:
             return f"the disk is full ({told})"
         if _is_of_a_file(self.cause):
             return f"the results cannot be written ({told})"
-        return told if self.hopeless or isinstance(self.cause, TuneError) else where(self.cause)
+        return told if isinstance(self.cause, Hopeless | TuneError | UserError) else where(self.cause)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -57,7 +58,8 @@ class Interruption:
         try:
             yield
         except Exception as error:
-            if not (self.cause or isinstance(error, Hopeless) or says_full(said(error)) or _is_of_a_file(error)):
+            told = isinstance(error, Hopeless | UserError) or says_full(said(error)) or _is_of_a_file(error)
+            if not (self.cause or told):
                 traceback.print_exc()  # for the person who has to fix it
             self.cause = self.cause or error
 

@@ -80,8 +80,8 @@ def run(
 ) -> Outcome:
     """Run the remaining trials of the search in `results`, whose study must exist, and write its tables.
 
-    Ray must be running. Prints a line for each trial that ends and keeps the mirror up to date. interruption: its
-    signals are handled by the caller; None: nothing interrupts.
+    Ray must be running, unless `interruption` has come. Prints a line for each trial that ends and keeps the mirror up
+    to date. interruption: its signals are handled by the caller; None: nothing interrupts.
     """
     results = results.resolve()
     interruption = interruption or Interruption()
@@ -100,7 +100,7 @@ def run(
     recorder = Recorder(ledger, tell, keep, interruption)
     stop = _Stop(interruption, space.search.time_budget_s)
     try:
-        if ledger.left and not interruption.pressed:
+        if ledger.left and not interruption.came:
             scheduler = _scheduler(space, past_of(study, space, results))
             following = contextlib.nullcontext() if mirror is None else mirror.following()
             with interruption.kept(), own_handler(), following:

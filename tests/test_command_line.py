@@ -599,6 +599,20 @@ def test_what_a_search_could_not_go_on_for_stands_before_the_line_that_resumes(
     assert "no trial" not in out, "nothing is known of them"
 
 
+def test_a_ray_that_does_not_start_leaves_a_search_that_can_be_resumed(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(address: None) -> None:
+        raise UserError("Ray did not start")
+
+    monkeypatch.setattr(cluster, "start_ray", fails)
+    status, out, error = run(*TOY, "--name", "early")
+    line = "interrupted: Ray did not start; go on with: python platform/launch.py --resume results/early\n"
+    assert (status, out.endswith(f"\n{line}"), error) == (1, True, "")
+    status, out, _ = run("--resume", "results/early")
+    assert (status, out.endswith(f"\n{line}")) == (1, True)
+
+
 def test_a_folder_that_goes_while_trials_run_is_told_and_no_bug(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
