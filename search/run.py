@@ -112,6 +112,8 @@ def run(
         ending = f"the time budget of {space.search.time_budget} ran out" if over else None
         recorder.close(ending)
         _remove(results / SCRATCH)
+        with contextlib.suppress(OSError):  # Tune makes the folder anew if it has gone, and leaves it empty
+            results.rmdir()
         found: list[Record] = []
         with interruption.kept():
             found = records(study, space)

@@ -619,9 +619,13 @@ def test_a_folder_that_goes_while_trials_run_is_told_and_no_bug(
     results = finished_search(tmp_path)
     space, _ = load_space(tmp_path / "search_spaces/toy.yaml", ["search.trials=2"])
 
+    def fit() -> None:
+        (results / ".ray").mkdir(parents=True)  # as Tune does
+        (results / "trials/0001").mkdir()
+
     def goes(*_: object) -> SimpleNamespace:
         results.rename(tmp_path / "moved")
-        return SimpleNamespace(fit=lambda: (results / "trials/0001").mkdir())
+        return SimpleNamespace(fit=fit)
 
     monkeypatch.setattr(engine, "_tuner", goes)
     outcome = engine.run(space, make_plan(space, [Node(1, 0)]), results)
