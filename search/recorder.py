@@ -138,8 +138,8 @@ class Recorder(tune.Callback):
 
     @_kept
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Report a failed attempt that will be retried, unless the disk is full, and count the time that it took."""
-        _check_room(trial)
+        """Report a failed attempt that is to be retried, unless its slot cannot write, and count the time it took."""
+        _check_written(trial)
         opened = self._ledger.open[trial.trial_id]
         if opened.started:  # else its slot failed to start
             opened.lap()
@@ -148,7 +148,7 @@ class Recorder(tune.Callback):
 
     @_kept
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        _check_room(trial)
+        _check_written(trial)
         if trial.trial_id in self._ledger.open:
             opened = self._ledger.open[trial.trial_id]
             self._end(trial.trial_id, "failed", _reason_of_attempt(trial, opened))
@@ -235,7 +235,7 @@ def _write_hparams(writer: SummaryWriter, record: Record) -> None:
         writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
 
-def _check_room(trial: Any) -> None:
+def _check_written(trial: Any) -> None:
     """Raise the error of the trial's last attempt if its slot could not write the results, as the next could not."""
     error = _last_error(trial)
     if isinstance(error, RayTaskError) and isinstance(error.cause, OSError):
