@@ -36,7 +36,7 @@ from trainables.loop import Task, fit
 from trainables.optim import EarlyStop, Optim, Plateau
 from trainables.resume import seed_everything
 from trainables.samples import Batch, Ranks, TensorSamples
-from trainables.step import Pairs
+from trainables.step import Loss, Pairs
 
 EVERYTHING = Config(
     Optim(
@@ -450,6 +450,17 @@ def test_half_precision_trains(precision: Any) -> None:
     done = run(Config(Optim(lr=0.01, batch_size=9, precision=precision), epochs=12))
     assert done.metrics[-1]["error"] < 0.7 * done.metrics[0]["error"]
     assert all(value.dtype == torch.float32 for value in done.states[-1]["model"].values())
+
+
+def test_loss_terms_in_half_precision_add_up_in_single() -> None:
+    """Each is below the largest number that half precision has, 65504, and their sum is not."""
+
+    def loss(model: nn.Module, batch: Batch, config: Any) -> Pairs:
+        term = torch.tensor(4e4, dtype=torch.float16)
+        return {"a": (term, 1), "b": (term, 1)}
+
+    pairs, total = Loss(loss, nn.Linear(1, 1), None)({"x": torch.zeros(1)})
+    assert total.item() == 2 * pairs["a"][0].item() == 8e4
 
 
 def test_half_precision_is_not_for_what_the_samples_compute() -> None:
