@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from bare_space import space_of
 from divergence_edge import EPOCHS, RANGES, REDUCTION, Budget
 from optuna.storages import InMemoryStorage
 from ray.tune.experiment import Trial
@@ -13,36 +14,18 @@ from ray.tune.schedulers import TrialScheduler
 from search.ledger import Ledger
 from search.sampler import sampler_maker
 from search.scheduler import make_scheduler
-from search.space import Space
 from search.space.domain import Parameter, Real
-from search.space.sections import Objective, Resources, Scheduler, Search, section
+from search.space.sections import Scheduler, Search, section
 from search.study import new_study
 from search.trial import EPOCH, OBJECTIVE
-
-
-def space_of(search: Search, grace: int) -> Space:
-    """Return the space of the edge, as a space file would describe it."""
-    return Space(
-        name="edge",
-        trainable="divergence_edge:train",
-        objectives=(Objective(metric="loss", mode="min"),),
-        constraints={},
-        tree={"epochs": EPOCHS},
-        parameters=tuple(Parameter(name, Real(*RANGES[name], log=True)) for name in RANGES),
-        try_first=(),
-        search=search,
-        scheduler=Scheduler(name="asha", grace_epochs=grace, reduction=REDUCTION),
-        resources=section(Resources, {}, "resources"),
-        left_out=(),
-        profile=None,
-        paths=(),
-    )
 
 
 def search(budget: Budget, sampler: str, survival: bool = True) -> None:
     """Spend the budget, one trial at a time, with events in the order of Tune's controller and our recorder."""
     wanted = {"sampler": sampler, "trials": budget.left, "seed": budget.seed, "survival": survival}
-    space = space_of(section(Search, wanted, "search"), budget.grace)
+    parameters = [Parameter(name, Real(*RANGES[name], log=True)) for name in RANGES]
+    halving = Scheduler(name="asha", grace_epochs=budget.grace, reduction=REDUCTION)
+    space = space_of(parameters, EPOCHS, section(Search, wanted, "search"), halving)
     ledger = Ledger(space, new_study(InMemoryStorage(), space), sampler_maker(space), Path("no results"))
     scheduler = make_scheduler(space)
     while budget.left:

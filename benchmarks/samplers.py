@@ -1,6 +1,6 @@
 """What the samplers find where nothing diverges: standard test functions, and one with choices and conditions.
 
-    python benchmarks/samplers.py [--seeds 16] [--functions hartmann6 ...] [--samplers gp ...]
+    python benchmarks/samplers.py [--seeds 8]
 
 Each trial reports one noisy value of a function, one trial at a time, without early stopping. The tables show how far
 the setting that a search would return lies above the minimum, without the noise: means over the seeds with their
@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import optuna
+from bare_space import space_of
 from optuna.storages import InMemoryStorage
 
 from search.ledger import Ledger, MakeSampler
 from search.sampler import sampler_maker
-from search.space import Space
 from search.space.domain import Choice, Integer, Parameter, Real
-from search.space.sections import Objective, Resources, Scheduler, Search, section
+from search.space.sections import Scheduler, Search, section
 from search.study import new_study
 
 NOISE = 0.01  # standard deviation of a report, where a function's range is about 1
@@ -108,30 +108,14 @@ FUNCTIONS: dict[str, tuple[Function, Sequence[Parameter]]] = {
 }
 
 
-def space_of(name: str, sampler: str, seed: int) -> Space:
-    """Return a function's space, as a space file would describe it."""
-    wanted = {"sampler": sampler, "trials": max(SHOWN), "seed": seed}
-    return Space(
-        name=name,
-        trainable="samplers:train",
-        objectives=(Objective(metric="loss", mode="min"),),
-        constraints={},
-        tree={"epochs": 1},
-        parameters=tuple(FUNCTIONS[name][1]),
-        try_first=(),
-        search=section(Search, wanted, "search"),
-        scheduler=section(Scheduler, {"name": "none"}, "scheduler"),
-        resources=section(Resources, {}, "resources"),
-        left_out=(),
-        profile=None,
-        paths=(),
-    )
-
-
 def search(name: str, sampler: str, seed: int) -> list[float]:
     """Return the noise-free values of the settings that a search would return after each number of `SHOWN`."""
+    function, parameters = FUNCTIONS[name]
     rival = sampler == "optuna-gp"
-    space = space_of(name, "random" if rival else sampler, seed)
+    wanted = {"sampler": "random" if rival else sampler, "trials": max(SHOWN), "seed": seed}
+    space = space_of(
+        parameters, 1, section(Search, wanted, "search"), section(Scheduler, {"name": "none"}, "scheduler")
+    )
     make: MakeSampler = (lambda s: optuna.samplers.GPSampler(seed=s)) if rival else sampler_maker(space)
     ledger = Ledger(space, new_study(InMemoryStorage(), space), make, Path("no results"))
     noise = random.Random(f"{seed}/{name}")
@@ -139,7 +123,7 @@ def search(name: str, sampler: str, seed: int) -> list[float]:
     for count in range(1, max(SHOWN) + 1):
         opened = ledger.ask("slot")
         assert opened is not None
-        true = FUNCTIONS[name][0](opened.values)
+        true = function(opened.values)
         measured = true + noise.gauss(0.0, NOISE)
         ledger.report("slot", 1, {"loss": measured})
         ledger.end("slot", "finished", "")
@@ -151,19 +135,15 @@ def search(name: str, sampler: str, seed: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=16, metavar="N", help="two or more")
-    parser.add_argument("--functions", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS), metavar="NAME")
-    parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=SAMPLERS, metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=8, metavar="N", help="two or more")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    print("| function | trials | " + " | ".join(arguments.samplers) + " |")
-    print("|---|---|" + "---|" * len(arguments.samplers))
-    for name in arguments.functions:
-        runs = {
-            sampler: [search(name, sampler, seed) for seed in range(arguments.seeds)] for sampler in arguments.samplers
-        }
+    print("| function | trials | " + " | ".join(SAMPLERS) + " |")
+    print("|---|---|" + "---|" * len(SAMPLERS))
+    for name in FUNCTIONS:
+        runs = {sampler: [search(name, sampler, seed) for seed in range(arguments.seeds)] for sampler in SAMPLERS}
         for i, count in enumerate(SHOWN):
-            cells = (_mean([run[i] for run in runs[sampler]]) for sampler in arguments.samplers)
+            cells = (_mean([run[i] for run in runs[sampler]]) for sampler in SAMPLERS)
             print(f"| {name} | {count} | " + " | ".join(cells) + " |", flush=True)
 
 
