@@ -19,7 +19,7 @@ from timing import thread_s
 
 from search.learning.features import feature_rows
 from search.learning.ladder import Ladder, scores_of
-from search.learning.surrogate import judge, log_expected_improvement, nearby
+from search.learning.surrogate import FIRST, judge, log_expected_improvement, nearby
 from search.learning.survival import MAPPED
 from search.ledger import Ledger
 from search.space import Space
@@ -239,6 +239,19 @@ class TestLadder:
             assert scores[4] > scores[3], "nor is the fifth than the fourth, by both together"
             best.add(scores.index(min(scores)))
         assert best == {0, 1, 3}
+
+
+@pytest.mark.parametrize(
+    ("scored", "diverged", "enough"),
+    [(FIRST, 0, True), (FIRST - 1, MAPPED - FIRST, False), (1, MAPPED - 1, True), (0, MAPPED, False)],
+)
+def test_it_begins_with_some_scores_or_where_most_fail_with_one(
+    scored: int, diverged: int, enough: bool, tmp_path: Path
+) -> None:
+    ledger = open_ledger(search_of(tmp_path), InMemoryStorage())
+    run(ledger, scored, bowl)
+    run(ledger, diverged, lambda values: None)
+    assert (judge(ledger.space, told(ledger), None, random.Random(0)) is not None) == enough
 
 
 @pytest.mark.slow

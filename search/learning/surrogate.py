@@ -31,6 +31,7 @@ from search.space.domain import Choice, Domain, Integer, Parameter, Real, at, pa
 from search.space.sections import OWN_CONSTRAINTS
 
 ANYWHERE, NEARBY, NEARER = 500, 500, 150  # candidates: anywhere; near the best settings; twice, near the best so far
+FIRST = 5  # scored trials before it proposes
 BEST = 5  # settings, or candidates, around which others are drawn
 STEP = (0.01, 0.5)  # step sizes to a nearby candidate, as fractions of a range; log-uniform
 FINER = (0.05, 0.015)  # step sizes of the first and the second refinement
@@ -38,7 +39,10 @@ TAIL = -30.0  # standard deviations below which the improvement is computed by i
 
 
 class SurrogateSampler(WholeSampler):
-    """Every other setting is TPE's; the rest are random until ten trials have ended in any way and one has a score."""
+    """Every other setting is TPE's; the rest are random until `FIRST` trials have a score.
+
+    If fewer have one when `MAPPED` have ended, one is enough.
+    """
 
     def __init__(self, space: Space, seed: int) -> None:
         super().__init__(space)
@@ -156,7 +160,7 @@ def judge(space: Space, others: Sequence[FrozenTrial], survival: Survival | None
     measured = [item for item in ended if SURVIVED[item.user_attrs["status"]]]
     longest = length_of(space, ended)
     scored = list(scores_of(space, measured, longest, rng))
-    if len(tried) < MAPPED or not scored or not space.parameters:
+    if len(scored) < (FIRST if len(tried) < MAPPED else 1) or not space.parameters:
         return None
     settings = [values for values, _ in scored]
     ladder = Ladder(feature_rows(space, settings), [scores for _, scores in scored], space.scheduler.rungs(longest))
