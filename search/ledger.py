@@ -58,12 +58,19 @@ class OpenTrial:
         self.seconds_before = self.seconds
         self.started = time.monotonic()
 
-    def catch_up(self) -> None:
-        """Take over the last report in the trial's folder: of an earlier attempt, or of a trial that it has copied."""
+    def catch_up(self, epochs: int | None = None) -> None:
+        """Take over the report in the trial's folder of what it went on from: an earlier attempt or a trial it copied.
+
+        epochs: how many there are, fewer than were reported if an attempt went back; None: all of them.
+        """
         rows = self.folder.read_metrics()
         if rows:
-            self.epochs, self.metrics = rows[-1]["epoch"], rows[-1]["metrics"]
             self.seconds_before = max(self.seconds_before, rows[-1].get("seconds", 0.0))
+        known = [row for row in rows if epochs in (None, row["epoch"])]
+        if known:
+            self.epochs, self.metrics = known[-1]["epoch"], known[-1]["metrics"]
+        elif epochs not in (None, self.epochs):
+            self.epochs, self.metrics = epochs, {}
 
 
 class Ledger:

@@ -88,7 +88,6 @@ class Recorder(tune.Callback):
         opened = self._ledger.open[trial.trial_id]
         self._look_at_length(opened, epoch)
         opened.lap()
-        self._follow(trial)
         self._ledger.report(trial.trial_id, epoch, metrics)
         row = {"epoch": epoch, "time": time.time(), "seconds": round(opened.seconds_before, 3), "metrics": metrics}
         opened.folder.append_metrics(row)
@@ -124,13 +123,7 @@ class Recorder(tune.Callback):
             return
         result = trial.last_result or {}
         if STATUS in result:
-            # Population-based training may have made it a copy of another trial, and it ended before its next report.
-            opened = self._ledger.open[trial.trial_id]
-            opened.catch_up()
-            opened.epochs = result[EPOCH]
-            if opened.epochs == 0:  # an earlier attempt may have reported, and left no checkpoint
-                opened.metrics = {}
-            self._follow(trial)
+            self._ledger.open[trial.trial_id].catch_up(result[EPOCH])
             self._end(trial.trial_id, result[STATUS], result[REASON])
         else:
             self._ledger.open[trial.trial_id].started = 0.0  # it may have been paused since its last report
@@ -213,7 +206,10 @@ class Recorder(tune.Callback):
             raise Hopeless(told)
 
     def _follow(self, trial: Any) -> None:
-        """Record new values of a trial: population-based training changes them during a trial."""
+        """Record new values of a trial that starts: population-based training may have made it a copy of another.
+
+        The scheduler changes them before that, while the trial's folder still has what it has trained itself.
+        """
         values = dict(trial.config["values"])
         opened = self._ledger.open[trial.trial_id]
         if values != opened.values:

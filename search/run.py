@@ -16,6 +16,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
+from search.copies import Copies
 from search.interruption import Interruption, own_handler
 from search.ledger import Ledger
 from search.lookout import Lookout
@@ -206,7 +207,7 @@ def _tuner(
         run_config=tune.RunConfig(
             name="tune",
             storage_path=job.spec.scratch,
-            callbacks=[recorder, Lookout()],
+            callbacks=[recorder, Lookout(), Copies()],
             # The slot has already written each epoch's checkpoint; Tune would request another at the end.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=space.search.retries),

@@ -134,6 +134,8 @@ class _Pbt(_Lenient, PopulationBasedTraining):
         super().__init__(space, custom_explore_fn=lambda config: config, log_config=False, **arguments)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        if trial in self._trial_state:  # it is retried: it keeps its place among the exchanges
+            return
         # Ray refuses PBT together with a searcher, which is not told that a trial's setting has changed. Here the
         # recorder tells the ledger.
         super().on_trial_add(SimpleNamespace(search_alg=None), trial)
@@ -146,7 +148,7 @@ class _Pbt(_Lenient, PopulationBasedTraining):
 def perturb(space: Space, values: dict[str, Any], rng: random.Random, resample: float = 0.25) -> dict[str, Any]:
     """Return PBT's next setting: each value is redrawn with probability `resample`, else moved to 0.8 or 1.2 of itself.
 
-    Choices move to a neighbouring value instead.
+    Choices move to a neighbouring value instead, or stay at an end.
     """
 
     def moved(parameter: Parameter) -> Any:

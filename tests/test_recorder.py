@@ -129,6 +129,7 @@ def test_a_copy_that_diverges_before_its_first_report_has_its_own_values_and_che
     run = watched(tmp_path)
     run.report(1)
     run.change(lr=0.75)
+    run.recorder.on_trial_start(0, [], run.trial)
     run.files.write_checkpoint(2, b"the other's")
     record = run.end("diverged", 2)
     assert (record.values, record.epochs) == ({"lr": 0.75}, 2)
@@ -161,12 +162,37 @@ def test_a_trial_that_starts_over_and_ends_before_its_first_report_has_measured_
     assert (record.epochs, record.metrics) == (0, {})
 
 
+def test_an_attempt_that_went_back_and_diverged_has_the_report_that_it_went_on_from(tmp_path: Path) -> None:
+    run = watched(tmp_path, epochs=5)
+    for epoch in (1, 2, 3, 4):
+        run.report(epoch, {"loss": 1.0 / epoch})  # its slot dies, and the last checkpoint is of epoch 2
+    record = run.end("diverged", 2)
+    assert (record.epochs, record.metrics) == (2, {"loss": 0.5})
+
+
 def test_a_search_that_is_killed_goes_on_with_the_values_that_a_copy_was_given(tmp_path: Path) -> None:
     run = watched(tmp_path)
+    run.report(1)
     run.change(lr=0.75)
+    run.recorder.on_trial_start(0, [], run.trial)
     run.report(2)
-    space = space_of(tmp_path, {"lr": {"log": [1e-4, 1.0]}, "epochs": 3})
-    assert ask(open_journal(space, tmp_path / "run")).values == {"lr": 0.75}
+    assert ask(open_journal(run.ledger.space, tmp_path / "run")).values == {"lr": 0.75}
+
+
+@pytest.mark.parametrize("ending", ["the time budget ran out", None], ids=["out of time", "interrupted"])
+def test_a_copy_that_has_not_begun_has_the_setting_that_it_was_trained_with(ending: str | None, tmp_path: Path) -> None:
+    """Under population-based training: it waits for a slot, and its folder has its own weights until then."""
+    run = watched(tmp_path)
+    own = run.ledger.open["slot"].values
+    run.files.write_checkpoint(1, b"its own")
+    run.change(lr=0.75)  # Tune asks the scheduler before it tells the recorder
+    run.report(1)
+    run.recorder.close(ending)
+    (record,) = records(run.ledger.study, run.ledger.space)
+    assert (record.values, record.metrics) == (own, {"loss": 0.5})
+    if ending is None:
+        opened = ask(open_journal(run.ledger.space, tmp_path / "run"))
+        assert (opened.values, opened.metrics) == (own, {"loss": 0.5})
 
 
 def test_the_time_that_a_trial_is_paused_for_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

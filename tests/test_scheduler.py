@@ -310,6 +310,27 @@ def test_a_setting_is_not_exchanged_after_the_last_epoch(tmp_path: Path) -> None
     assert all(trial.config["values"] == values[-1] for trial, values in trained.items())
 
 
+def test_a_trial_that_is_retried_is_exchanged_when_it_would_have_been(tmp_path: Path) -> None:
+    tune = tune_of(space_of(tmp_path, CONFIG, scheduler={"name": "pbt", "grace_epochs": 4}), 12, 12, retries=1)
+    exchanged: set[int] = set()
+
+    def script(trial: Trial, epoch: int) -> dict[str, Any] | None:
+        if epoch > EPOCHS:
+            return end(EPOCHS, "finished")
+        known = settings.setdefault(trial, trial.config["values"])
+        if known != trial.config["values"]:
+            settings[trial] = trial.config["values"]
+            exchanged.add(epoch - 1)
+        if epoch == 7 and not tune.bugs[trial]:
+            return None
+        return {EPOCH: epoch, OBJECTIVE: float(trial.config["number"])}
+
+    settings: dict[Trial, Any] = {}
+    tune.run(script)
+    assert exchanged, "none was exchanged"
+    assert exchanged <= {4, 8}
+
+
 class TestPerturb:
     @pytest.fixture
     def space(self, tmp_path: Path) -> Space:
