@@ -43,6 +43,10 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
     cells = [cell for cell in everything if wanted in ("all", cell.table)]
     if len({cell.folder for cell in cells}) < len(cells):
         raise UserError(f"{options.file}: tables: two cells differ only in punctuation; name rows and columns by words")
+    if not all(cell.folder for cell in cells):
+        raise UserError(
+            f"{options.file}: tables: a cell has no word in its names; name tables, rows or columns by words"
+        )
     check_unused(results)
     for cell in cells:
         resolved = resolve(_of_cell(options, results, cell), nodes)
@@ -66,7 +70,7 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
         except OSError as error:  # such as a full disk, which the search has reported
             text = f"the tables were not updated: {error}"
         if mirror is not None:
-            mirror.push()
+            mirror.push_last()
         if stops:
             print(f"the tables go on with: {_again(sys.argv, results)}")
             return outcomes
@@ -80,7 +84,7 @@ def _mirror(uri: str, results: Path) -> Mirror:
     for name in folders_at(uri):
         if holds_search(below(uri, name)):
             fetch(below(uri, name), results)
-    mirror = Mirror(results, uri)
+    mirror = Mirror(results, uri, again=_again(sys.argv, results))
     mirror.check()
     mirror.begin()
     return mirror

@@ -70,11 +70,15 @@ def above(uri: str) -> str:
 
 @dataclass
 class Mirror:
-    """The folder at `uri`, a copy of the local folder `results`; `every_s`: seconds between uploads in a trial."""
+    """The folder at `uri`, a copy of the local folder `results`.
+
+    every_s: seconds between uploads in a trial. again: what a person is told to do if the last upload fails.
+    """
 
     results: Path
     uri: str
     every_s: float = 300.0
+    again: str = "--resume"
 
     def __post_init__(self) -> None:
         self._filesystem, self._root = _open(self.uri)
@@ -83,9 +87,9 @@ class Mirror:
         self._tried = time.monotonic()
         self._wanted, self._follows = threading.Event(), False
 
-    def __reduce__(self) -> tuple[type[Mirror], tuple[Path, str, float]]:
+    def __reduce__(self) -> tuple[type[Mirror], tuple[Path, str, float, str]]:
         """Pickle the arguments: Tune keeps a copy of its callbacks, which hold this mirror, and never uses it."""
-        return Mirror, (self.results, self.uri, self.every_s)
+        return Mirror, (self.results, self.uri, self.every_s, self.again)
 
     def check(self) -> None:
         """Raise UserError if the URI cannot be written to, or a push would overwrite what is there."""
@@ -167,7 +171,7 @@ class Mirror:
             if self._send_new(f"will try again in {PAUSE_S:g} s"):
                 return
             time.sleep(PAUSE_S)
-        self._send_new("--resume sends the rest")
+        self._send_new(f"{self.again} sends the rest")
 
     def _send_new(self, then: str = "will try again after the next trial") -> bool:
         """Push; returns whether that worked, and prints why not and what happens then."""
