@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ UNENDED = {
     RUNNING: "it has not ended",
     INTERRUPTED: "it has not ended; if no process runs the search, --resume continues it",
 }
-NULL = "null"  # written for a searched value of None; an empty cell means that the parameter was not active
+NULL = "null"  # written for a searched value of None
 OWN_COLUMNS = ("trial", "status", "reason", "name", "epochs", "seconds")  # of the table, in this order
 ERROR_LINES = 8  # last lines of a failed trial's error.txt that are shown
 PRINTED_LINES = 10  # last lines of its output that are shown
@@ -83,11 +84,16 @@ def _table(space: Space, found: Sequence[Record]) -> list[list[Any]]:
     columns = [_column_of(name, space) for name in metrics]
     rows: list[list[Any]] = [[*OWN_COLUMNS[:4], *searched, *columns, *OWN_COLUMNS[4:]]]
     for record in found:
-        values = [NULL if (value := record.values.get(name, "")) is None else value for name in parameters]
+        values = [_searched(record.values[name]) if name in record.values else "" for name in parameters]
         measured = ["" if (value := record.metrics.get(name)) is None else value for name in metrics]
         head = [record.number, record.status, reason_of(space, record), record.name or ""]
         rows.append([*head, *values, *measured, record.epochs, round(record.seconds, 2)])
     return rows
+
+
+def _searched(value: Any) -> Any:
+    """Return a searched value as its cell has it; an empty cell means that the parameter was not active."""
+    return NULL if value is None else json.dumps(value) if value in ("", NULL) else value
 
 
 def _column_of(metric: str, space: Space) -> str:

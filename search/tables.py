@@ -46,7 +46,7 @@ class Cell:
     @property
     def folder(self) -> str:
         """The name of its results folder, within the tables' folder."""
-        names = [re.sub(r"[^A-Za-z0-9]+", "_", part).strip("_") for part in (self.table, self.row, self.column)]
+        names = [re.sub(r"[\W_]+", "_", part).strip("_") for part in (self.table, self.row, self.column)]
         return "-".join(name for name in names if name)
 
 
@@ -135,5 +135,7 @@ def _number(value: float) -> str:
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    head, *rows = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
+    head, *rows = [
+        "| " + " | ".join(" ".join(cell.split()).replace("|", r"\|") for cell in line) + " |" for line in lines
+    ]
     return "\n".join([head, "|---" * len(lines[0]) + "|", *rows])

@@ -1,4 +1,4 @@
-"""Converts what user code says, its errors included, to what JSON and tables can hold."""
+"""Text for people: what user code says, its errors included, as JSON and tables can hold it, and exact numbers."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ def said(thing: object) -> str:
         return str(thing)
     except Exception:
         return ""
+
+
+def exactly(value: float) -> str:
+    """Return a number in as few digits as tell it apart: a limit that is rounded may look as if it were met."""
+    return short if float(short := f"{value:g}") == value else repr(value)
 
 
 def one_line(text: str, otherwise: str) -> str:

@@ -29,6 +29,7 @@ def test_a_score_that_stays_at_chance_while_the_loss_falls_is_said_to() -> None:
     [
         course("dba", [0.17, 0.3, 0.16], 0.168),  # it was better once
         course("dba", [0.17, 0.17], 0.168),  # too early to say
+        course("dba", [0.91, 0.93, 0.92], 0.9),  # a third of what was left to gain
         [{"dba": 0.1, "loss": 1.0}] * 5,  # nobody knows what chance is
         [{"dba": None, "dba_chance": 0.1}] * 5,
     ],
@@ -47,6 +48,11 @@ def test_what_is_no_better_than_guessing_is_compared_as_guessing() -> None:
     assert compared({"dba": 0.115, "dba_chance": 0.2}, DBA) == 0.2  # learning begins below chance
     assert compared({"dba": 0.21, "dba_chance": 0.2}, DBA) == 0.2
     assert compared({"dba": 0.4, "dba_chance": 0.2}, DBA) == 0.4
+    assert compared({"dba": 0.93, "dba_chance": 0.9}, DBA) == 0.93  # nothing is a fifth better than nine in ten
+    assert compared({"dba": 0.91, "dba_chance": 0.9}, DBA) == 0.9
+    assert compared({"dba": 93.0, "dba_chance": 90.0}, DBA) == 93.0  # per cent
+    assert compared({"dba": 500.0, "dba_chance": 400.0}, DBA) == 500.0
+    assert compared({"dba": 450.0, "dba_chance": 400.0}, DBA) == 400.0
     assert compared({"error": 1.3, "error_chance": 1.0}, ERROR) == 1.0
     assert compared({"error": 0.5, "error_chance": 1.0}, ERROR) == 0.5
     assert compared({"dba": -2.1, "dba_chance": -2.0}, DBA) == -2.0  # a likelihood's, perhaps

@@ -90,7 +90,7 @@ def test_beside_what_explains_every_failure_nothing_else_is_told(tmp_path: Path)
 
 
 def test_what_explains_the_failures_of_one_branch_does_not_explain_all(tmp_path: Path) -> None:
-    """Trials without the parameter are neither inside nor elsewhere."""
+    """Trials without the parameter are neither inside nor outside, and the line says so."""
     space = space_of(tmp_path, CONFIG)
     drawn: list[dict[str, Any]] = [{"block": "bi", "lr": 0.001, "depth": 8 if i < 5 else 1} for i in range(10)]
     drawn += [{"block": "uni", "lr": 0.05 if i < 15 else 0.001} for i in range(30)]
@@ -98,7 +98,7 @@ def test_what_explains_the_failures_of_one_branch_does_not_explain_all(tmp_path:
     found = [record(i, "diverged" if failing[i] else "finished", values) for i, values in enumerate(drawn)]
     assert sorted(patterns(space, found)) == [
         "15 of 15 diverged with lr above 0.0255, 5 of 25 elsewhere",
-        "5 of 5 diverged with depth above 4.5, 0 of 5 elsewhere",
+        "5 of 5 diverged with depth above 4.5, 0 of 5 with another depth",
     ]
 
 

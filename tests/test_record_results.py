@@ -76,6 +76,10 @@ class TestSolves:
             assert math.isfinite(limit.excess(value))
             assert (limit.excess(value) <= 0) == record(acc=value).solves({"acc": limit})
 
+    def test_a_limit_has_all_its_digits_when_it_is_told(self) -> None:
+        told = [str(limit) for limit in (Limit(max=1048576), Limit(min=0.85), Limit(min=0.8500001, max=1e9))]
+        assert told == ["max 1048576.0", "min 0.85", "min 0.8500001, max 1e+09"]
+
     def test_a_limit_on_what_was_not_measured_is_broken(self) -> None:
         assert not record(loss=1.0).solves({"acc": Limit(min=0.0)})
 
@@ -149,6 +153,13 @@ class TestTable:
         found = [record(0, loss=0.5), replace(record(1, "diverged"), values={"optim.lr": 0.5})]
         _, row = self.rows(space, found)
         assert (row["loss (metric)"], row["shape"], row["optim.lr"]) == ("", "", "0.5")
+
+    def test_text_that_would_read_as_something_else_is_quoted(self, tmp_path: Path) -> None:
+        space = space_of(tmp_path, {"suffix": {"choice": ["", "null", "_v2", None]}})
+        found = [
+            replace(record(i, loss=0.5), values={"suffix": text}) for i, text in enumerate(("", "null", "_v2", None))
+        ]
+        assert [row["suffix"] for row in self.rows(space, found)] == ['""', '"null"', "_v2", "null"]
 
 
 class TestFolder:

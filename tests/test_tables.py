@@ -169,6 +169,25 @@ def test_a_name_may_be_empty_or_have_a_bar(file: Path, tmp_path: Path) -> None:
     assert '<tr><td class="prose"></td><td>-</td></tr>\n<tr><td class="prose">a | b</td><td>-</td></tr>' in page
 
 
+def test_a_title_on_two_lines_is_one_cell(file: Path, tmp_path: Path) -> None:
+    file.write_text(SPACE.replace("title: Only one", "title: |\n      Only\n      one"))
+    tables = read_tables(file, None, True)
+    text = write_tables(tmp_path, "starts", {"alone": tables["alone"]}, cells_of(tables))
+    assert text.startswith("| Only one | loss |\n")
+
+
+def test_names_may_be_in_any_script(file: Path) -> None:
+    file.write_text(SPACE.replace("rows: {one: ", "rows: {груша: {}, яблоко: "))
+    cells = cells_of(read_tables(file, None, True))
+    assert [cell.folder for cell in cells if cell.table == "alone"] == ["alone-груша", "alone-яблоко"]
+
+
+def test_a_cell_without_a_word_in_its_names_has_no_folder(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text(SPACE.replace("  alone:", "  '-':").replace("{one: ", "{'*': "))
+    assert main(["--space", str(file), "--table", "-", "--dry-run"]) == 2
+    assert "tables: a cell has no word in its names" in capsys.readouterr().err
+
+
 def test_the_tables_of_a_bucket_go_on_on_a_machine_that_has_none_of_them(tmp_path: Path) -> None:
     there, here = tmp_path / "bucket/t", tmp_path / "results/t"
     for cell in ("starts-near-few", "alone-one"):

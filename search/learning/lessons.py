@@ -44,7 +44,7 @@ def severity(epochs: int, longest: int) -> float:
 
 
 def penalties(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> list[float]:
-    """Return for each objective a finite value worse than any measured one: the worst plus a tenth of the span.
+    """Return for each objective a finite value worse than any measured one, by at least a tenth of the span.
 
     Reports of a diverged trial count only while there are no others: a loss of 1e30 before the NaN would make all other
     values look alike to a sampler that models them.
@@ -58,7 +58,7 @@ def penalties(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection
         if len(directions) == 1:
             seen += [sign * value for trial in measured for value in trial.intermediate_values.values()]
         worst, best = (max(seen), min(seen)) if seen else (0.0, 0.0)
-        beyond = worst + max(0.1 * (worst - best), 1e-3 * max(1.0, abs(worst)))
+        beyond = worst + max(0.1 * (worst - best), 1e-3 * (abs(worst) or 1.0))
         found.append(sign * min(beyond, sys.float_info.max))
     return found
 

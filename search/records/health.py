@@ -5,13 +5,15 @@ A trainable may report a metric's chance level, its value if nothing is learnt, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from search.space.sections import Objective
 
 CHANCE_SUFFIX = "_chance"
 PATIENCE = 3  # epochs before a trial is said to learn nothing
-NEAR = 0.2  # an objective this close to chance, as a fraction of chance, counts as chance
+NEAR = 0.2  # an objective this close to chance, as a fraction of chance or of what lies above, counts as chance
+PERFECT = (1.0, 100.0)  # what scores are mostly out of: with nine in ten right by chance, no score is a fifth better
 AT = 0.02  # so does any other metric this close to its own chance level
 
 Metrics = Mapping[str, float | None]
@@ -44,7 +46,7 @@ def _stuck(epochs: Sequence[Metrics], objective: Objective) -> str:
 
 
 def compared(metrics: Metrics, objective: Objective) -> float | None:
-    """Return an epoch's objective as schedulers see it: a score no better than chance is replaced by chance.
+    """Return an epoch's objective as schedulers see it: a score hardly better than chance is replaced by chance.
 
     A network that will learn often scores below chance first, and one that learns nothing stays at chance: halving by
     the raw scores would keep the latter. None if the objective was not measured.
@@ -54,8 +56,10 @@ def compared(metrics: Metrics, objective: Objective) -> float | None:
 
 
 def _learnt(value: float, chance: float, objective: Objective) -> bool:
-    gained = value - chance if objective.mode == "max" else chance - value
-    return gained > NEAR * abs(chance)
+    if objective.mode == "min":
+        return chance - value > NEAR * abs(chance)
+    perfect = next((score for score in PERFECT if 0 < chance < score), math.inf)
+    return value - chance > NEAR * min(abs(chance), perfect - chance)
 
 
 def _fall(losses: Sequence[float | None]) -> str:

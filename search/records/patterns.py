@@ -23,18 +23,23 @@ MOST = 3  # patterns reported for each failure
 
 @dataclass(frozen=True)
 class Pattern:
-    """The trials inside and outside a part of the space, and how many of each failed."""
+    """The trials inside and outside a part of the space, and how many of each failed.
+
+    outside: of the trials that have the parameter. chance: the probability of at least so uneven a split by chance,
+        times the number of the parameter's splits (Bonferroni).
+    """
 
     where: str
+    elsewhere: str
     inside: int
     failed_inside: int
     outside: int
     failed_outside: int
-    chance: float  # probability of at least so uneven a split by chance, times the number of splits (Bonferroni)
+    chance: float
 
     def told(self, failure: str) -> str:
         inside = f"{self.failed_inside} of {self.inside} {failure} with {self.where}"
-        return f"{inside}, {self.failed_outside} of {self.outside} elsewhere"
+        return f"{inside}, {self.failed_outside} of {self.outside} {self.elsewhere}"
 
 
 def patterns(space: Space, found: Sequence[Record]) -> list[str]:
@@ -73,10 +78,11 @@ def _splits(parameter: Parameter, tried: Sequence[Record], status: str) -> list[
         return []
     from scipy.stats import hypergeom  # takes most of a second, and only a report of failures needs it
 
+    elsewhere = "elsewhere" if len(having) == len(tried) else f"with another {name}"
     # Fisher's exact test, one-sided.
     chance_P = hypergeom.sf(np.array(failed_P) - 1, len(values), len(failed), count_P) * len(told)
     return [
-        Pattern(where, count, failed_inside, len(values) - count, len(failed) - failed_inside, float(chance))
+        Pattern(where, elsewhere, count, failed_inside, len(values) - count, len(failed) - failed_inside, float(chance))
         for where, count, failed_inside, chance in zip(told, count_P, failed_P, chance_P, strict=True)
     ]
 

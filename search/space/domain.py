@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from search.text import exactly
 from search.yaml_file import dump_line
 from trainables.contract import UserError
 
@@ -69,7 +70,8 @@ class Real:
             _check_step(self.low, self.high, self.step)
 
     def __str__(self) -> str:
-        return f"[{self.low:g}, {self.high:g}]" + (f" in steps of {self.step:g}" if self.step is not None else "")
+        steps = f" in steps of {exactly(self.step)}" if self.step is not None else ""
+        return f"[{exactly(self.low)}, {exactly(self.high)}]{steps}"
 
     def contains(self, value: Any) -> bool:
         if not _is_number(value) or not self.low <= value <= self.high:

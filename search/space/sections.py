@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from search.space.decode import did_you_mean
+from search.text import exactly
 from search.yaml_file import dump_line
 from trainables.contract import UserError
 
@@ -42,7 +43,7 @@ class Limit(_Section):
         return self
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {bound:g}" for name, bound in self.model_dump(exclude_none=True).items())
+        return ", ".join(f"{name} {exactly(bound)}" for name, bound in self.model_dump(exclude_none=True).items())
 
     def excess(self, value: float) -> float:
         """Return how far `value` lies outside the bounds, a finite number; at most 0 if it meets them."""
