@@ -28,8 +28,8 @@ def sampler_maker(space: Space) -> MakeSampler:
         grid = _grid(space)
         return lambda _: _Grid(grid, seed=seed % 2**32)  # numpy takes no larger seed
     if name == "qmc":
-        # One sequence for the whole search; the study stores the position in it. Parameters with a `when` are not part
-        # of the sequence; they are drawn with the proposal's own seed.
+        # The study stores the position in the sequence. It is over the parameters of the first trial that ended; those
+        # of another branch (`when`) are drawn with the proposal's own seed.
         return lambda s: _silent(
             optuna.samplers.QMCSampler,
             seed=seed,

@@ -311,6 +311,22 @@ def test_every_scheduler_ends_every_trial_and_hears_of_finite_numbers_alone(
         assert "stopped" in statuses
 
 
+@pytest.mark.parametrize("scheduler", ["hyperband", "pbt"])
+def test_of_the_copies_that_pausing_schedulers_need_the_latest_are_kept(tmp_path: Path, scheduler: str) -> None:
+    """Of each trial one to go on from, one more that others may go on from, and what has been copied from."""
+    space = toy(
+        "counting",
+        config={"epochs": 9, "lr": {"log": [0.001, 0.4]}, "folder": str(tmp_path)},
+        scheduler={"name": scheduler, "grace_epochs": 1, "reduction": 2},
+        search={"trials": 6, "sampler": "random", "seed": 1},
+    )
+    outcome, results = search(tmp_path, space, TWO_CPUS)
+    assert {record.status for record in outcome.records} <= {"finished", "stopped"}
+    rows = [row for record in outcome.records for row in TrialFolder(results, record.number).read_metrics()]
+    copies = [row["metrics"]["copies"] for row in rows]
+    assert 0 < max(copies) <= 3 * 6
+
+
 def test_asha_keeps_what_falls_below_chance_before_it_learns(tmp_path: Path) -> None:
     """Beside four trials that sit at chance, which is better than where a network that learns begins."""
     space = toy("late", scheduler={"name": "asha", "grace_epochs": 1, "reduction": 2})

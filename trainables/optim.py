@@ -51,8 +51,8 @@ class Restarts:
 class Spike:
     """Ends a trial as diverged if its loss exceeds `factor` times its running median for `patience` steps in a row.
 
-    The median is that of the 50 steps before these, or of as many as there were, from ten on. The rule is suspended
-    while one of the losses is zero or negative.
+    The median is that of the last 50 steps without these, from ten steps on. The rule is suspended while one of the
+    losses is zero or negative.
     """
 
     factor: float = 10.0

@@ -88,8 +88,8 @@ def _fatal() -> list[Any]:
 
 def _put_fatal(fatal: list[Any]) -> None:
     with warnings.catch_warnings():  # whose end makes Python forget what it has decided for each warning
-        others = [each for each in warnings.filters if each[0] != "error" or each in fatal]
-    warnings.filters[:] = others  # type: ignore[index]
+        kept = [each for each in warnings.filters if each[0] != "error" or each in fatal]
+    warnings.filters[:] = [*(each for each in fatal if each not in kept), *kept]  # type: ignore[index]
 
 
 def _start_method() -> str | None:
