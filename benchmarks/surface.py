@@ -2,13 +2,14 @@
 
     python launch.py --space rebuild --set search.sampler=random --set scheduler.name=none --set 'try_first=[]' \\
         --trials 30 --name whole
-    PYTHONPATH=. python benchmarks/surface.py results/whole --change '' --change search.sampler=tpe
+    python launch.py --space rebuild --set search.sampler=grid --set scheduler.name=none --set 'try_first=[]' \\
+        --set 'config.optim.lr={choice: [0.0035, 0.003501, ...]}' --set config.optim.clip_norm=3 ... --name same
+    PYTHONPATH=. python benchmarks/surface.py results/whole --same results/same --change search.sampler=tpe
 
-A real search takes ten minutes and ends by luck as much as by merit. Here one takes a second: what a setting would
-score after each epoch is predicted from the trials that ran to the end, by a Gaussian process for each epoch. Two slots
-train in step until the budget of epochs is spent. The noise of a trial's scores is drawn once for the setting, with
-half of the covariance, between epochs, of what each real trial scores beyond its prediction from the others: the other
-half is taken for what the model has not learned.
+A real search takes ten minutes and ends by luck as much as by merit. Here one takes seconds: what a setting would score
+after each epoch is predicted from the trials that ran to the end, by a Gaussian process for each epoch. Two slots train
+in step until the budget of epochs is spent. The noise of a trial's scores is drawn once for the setting, with the
+covariance, between epochs, of the scores of trials that differ by next to nothing (`--same`).
 
 `--change` takes overrides as launch.py does, separated by spaces. A row shows the best score that any trial of a search
 has reported, and the surface's own last score of the setting that reported it: means over the seeds with their standard
@@ -47,22 +48,19 @@ from search.trial import EPOCH, OBJECTIVE
 
 ROOT = Path(__file__).parents[1]
 SLOTS = 2
-UNLEARNED = 0.5  # share of the variance of left-out trials that is not noise
 
 
 class Surface:
-    """What a setting scores after each of E epochs, lower is better, learned from N trials that ran to the end."""
+    """What a setting scores after each of E epochs, lower is better, learned from N trials that ran to the end.
 
-    def __init__(self, space: Space, settings: Sequence[Mapping[str, Any]], score_NE: Array) -> None:
+    same_SE: the scores of S trials of which nobody could tell the settings apart.
+    """
+
+    def __init__(self, space: Space, settings: Sequence[Mapping[str, Any]], score_NE: Array, same_SE: Array) -> None:
         self._space = space
         x_ND = feature_rows(space, settings)
         self._models = [Regression(x_ND, score_N) for score_N in score_NE.T]
-        left_out = [np.delete(np.arange(len(x_ND)), i) for i in range(len(x_ND))]
-        predicted_NE = [
-            [Regression(x_ND[others], score_N[others]).predict(x_ND[[i]])[0][0] for score_N in score_NE.T]
-            for i, others in enumerate(left_out)
-        ]
-        self._noise_EE = UNLEARNED * np.cov((score_NE - np.array(predicted_NE)).T)
+        self._noise_EE = np.cov(same_SE.T)
 
     def scores(self, setting: Mapping[str, Any]) -> Array:
         """Return the E scores of a setting without noise."""
@@ -131,8 +129,8 @@ class Search:
         return False
 
 
-def surface_of(results: Sequence[Path]) -> Surface:
-    """Fit the surface to the trials of results folders, all of one space, that ran to the end."""
+def whole_trials(results: Sequence[Path]) -> tuple[Space, list[Mapping[str, Any]], Array]:
+    """Return the space, settings and scores, (N, E), of all trials in some results folders that ran to the end."""
     settings, scores = [], []
     for folder in results:
         space, records = read_results(folder)
@@ -144,19 +142,23 @@ def surface_of(results: Sequence[Path]) -> Surface:
             if len(told) == space.epochs:
                 settings.append(record.values)
                 scores.append(told)
-    return Surface(space, settings, np.array(scores))
+    return space, settings, np.array(scores)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="results folders whose trials ran to the end")
+    parser.add_argument(
+        "--same", type=Path, required=True, help="a results folder of trials of one setting, as it were"
+    )
     parser.add_argument("--space", default="rebuild", metavar="NAME", help="what to search, of the same parameters")
     parser.add_argument("--change", nargs="*", action="append", metavar="KEY=VALUE", help="a row with these overrides")
     parser.add_argument("--seeds", type=int, default=24, metavar="N", help="two or more")
     parser.add_argument("--epochs", type=int, default=147, metavar="N", help="of one search")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    surface = surface_of(arguments.results)
+    _, _, same_SE = whole_trials([arguments.same])
+    surface = Surface(*whole_trials(arguments.results), same_SE)
     print("| changed | best reported | its setting's own |\n|---|---|---|")
     for change in arguments.change or [[]]:
         overrides = [*filter(None, change), f"search.trials={arguments.epochs}", "constraints={}"]
