@@ -72,6 +72,7 @@ def dba(guesses: NDArray[np.int64], beams: NDArray[np.int64]) -> float:
     return float((1 - np.minimum(np.minimum.accumulate(off, axis=-1), 5) / 5).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["local", "sincos"])
 def test_the_beams_score_what_the_model_did(form: Literal["local", "sincos"], data: Data, tmp_path: Path) -> None:
     model = replace(SMALL, pretrained_encoders="none")  # written out, as a space may do
@@ -93,6 +94,7 @@ def data_csv(data: Data, name: str) -> Path:
 PUBLISHED = Rebuild(("image", "radar"), ("lidar",), encoders="copied", mistakes=("eval_mode", "picture_scale"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [Rebuild(("lidar", "radar"), ("image",)), PUBLISHED], ids=["camera", "published"])
 def test_a_missing_sensor_is_rebuilt_and_its_files_are_not_asked_for(
     settings: Rebuild, data: Data, tmp_path: Path
@@ -112,6 +114,7 @@ def test_a_missing_sensor_is_rebuilt_and_its_files_are_not_asked_for(
     assert dba(predicted(tmp_path / "out"), beams) == pytest.approx(metrics["dba_rebuilt"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_whose_predictions_depend_on_each_other_is_refused(data: Data, tmp_path: Path) -> None:
     mistaken = Rebuild(encoders="copied", mistakes=("training_mode",))
     config = rebuild.Config(data, replace(SMALL, norm="batch"), OPTIM, mistaken, pretrain=Pretrain(0), epochs=1)

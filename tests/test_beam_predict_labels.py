@@ -76,6 +76,7 @@ def scores_in(lines: Sequence[str]) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in map(str.split, line.split(", "))} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["model", "ahead"])
 def test_labelled_windows_score_what_the_search_reported(
     which: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]

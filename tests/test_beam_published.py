@@ -159,6 +159,7 @@ def test_pictures_are_normalised_twice_and_not_at_all(config: rebuild.Config) ->
     torch.testing.assert_close(model.seen_maps(batch, fused)["image"], encoder.first(raw.float()))
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_resumed_goes_on_with_its_mistakes(config: rebuild.Config) -> None:
     config = without(config, "eval_mode", "picture_scale")
     trial = rebuild.train(Trial(config))

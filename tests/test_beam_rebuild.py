@@ -513,6 +513,7 @@ def test_a_contrast_of_windows_that_are_always_alone_is_refused(
     rebuild.check_contrast(replace(config, optim=replace(OPTIM, batch_size=3)), 2)
 
 
+@pytest.mark.slow
 def test_a_contrast_that_memory_left_no_pairs_for_is_reported_as_none(config: rebuild.Config) -> None:
     config = replace(config, pretrain=Pretrain(epochs=0), optim=replace(OPTIM, batch_size=2), epochs=1)
     need_mb = [
