@@ -23,10 +23,11 @@ class Copies(tune.Callback):
 
     def on_checkpoint(self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any) -> None:
         self._made.setdefault(trial.trial_id, []).append(Path(checkpoint.path))
-        wanted = {Path(each.checkpoint.path) for each in trials if each.checkpoint is not None}
+        going_on = [each for each in trials if not each.is_finished()]
+        wanted = {Path(each.checkpoint.path) for each in going_on if each.checkpoint is not None}
         for each in trials:
             made = self._made.get(each.trial_id, [])
-            latest = [] if each.is_finished() else made[-LATEST:]
+            latest = made[-LATEST:] if each in going_on else []
             for path in made.copy():
                 if path not in wanted and path not in latest:
                     shutil.rmtree(path, ignore_errors=True)
