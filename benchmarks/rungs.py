@@ -13,34 +13,18 @@ settings, but among the good ones, to which a sampler soon keeps, it does harm: 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import spearmanr
+from whole_trials import whole_trials
 
-from search.records.folder import TrialFolder
-from search.records.health import compared
-from search.results import read_results
-
-
-def curves(results: Path) -> list[list[float]]:
-    """Return what schedulers compare, by trial and epoch, larger is better, of the trials that ran to the end."""
-    space, records = read_results(results)
-    objective = space.objectives[0]
-    sign = 1.0 if objective.mode == "max" else -1.0
-    found = []
-    for record in records:
-        if record.status == "finished":
-            rows = TrialFolder(results, record.number).read_metrics()
-            found.append([sign * value for row in rows if (value := compared(row["metrics"], objective)) is not None])
-    longest = max(map(len, found), default=0)
-    return [curve for curve in found if len(curve) == longest]
+from search.learning.features import Array
 
 
-def table(found: Sequence[Sequence[float]]) -> str:
-    value_TE = np.array(found)
-    last_T, third, half = value_TE[:, -1], len(found) // 3, (len(found) + 1) // 2
+def table(value_TE: Array) -> str:
+    """Return the Markdown table of T trials by E epochs; larger is better."""
+    last_T, third, half = value_TE[:, -1], len(value_TE) // 3, (len(value_TE) + 1) // 2
     order = np.argsort(-last_T)
     lines = [
         "| epoch | rank correlation with the last | among the better half | of the best third in the better half |",
@@ -48,7 +32,7 @@ def table(found: Sequence[Sequence[float]]) -> str:
     ]
     for epoch, value_T in enumerate(value_TE.T, 1):
         told = [spearmanr(value_T[kind], last_T[kind]).statistic for kind in (order, order[:half])]
-        kept = {*order[:third]} & {*np.argsort(-value_T)[: len(found) // 2]}
+        kept = {*order[:third]} & {*np.argsort(-value_T)[: len(value_TE) // 2]}
         lines.append(f"| {epoch} | {told[0]:.2f} | {told[1]:.2f} | {len(kept)} of {third} |")
     return "\n".join(lines)
 
@@ -56,10 +40,10 @@ def table(found: Sequence[Sequence[float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="a results folder whose trials ran to the end")
-    found = curves(parser.parse_args().results)
-    if len(found) < 3:
+    _, _, score_TE = whole_trials([parser.parse_args().results])
+    if len(score_TE) < 3:
         parser.error("fewer than three trials ran to the end; the order of those says nothing")
-    print(f"{len(found)} trials of {len(found[0])} epochs\n\n{table(found)}")
+    print(f"{len(score_TE)} trials of {len(score_TE[0])} epochs\n\n{table(-score_TE)}")
 
 
 if __name__ == "__main__":

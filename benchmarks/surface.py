@@ -32,13 +32,11 @@ import optuna
 from optuna.storages import InMemoryStorage
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
+from whole_trials import whole_trials
 
 from search.learning.features import Array, feature_rows
 from search.learning.regression import Regression
 from search.ledger import Ledger
-from search.records.folder import TrialFolder
-from search.records.health import compared
-from search.results import read_results
 from search.sampler import sampler_maker
 from search.scheduler import make_scheduler
 from search.space import Space
@@ -127,22 +125,6 @@ class Search:
         self._scheduler.on_trial_complete(None, under_way.trial, result)
         self._ledger.end(under_way.key, "stopped" if stops else "finished", "")
         return False
-
-
-def whole_trials(results: Sequence[Path]) -> tuple[Space, list[Mapping[str, Any]], Array]:
-    """Return the space, settings and scores, (N, E), of all trials in some results folders that ran to the end."""
-    settings, scores = [], []
-    for folder in results:
-        space, records = read_results(folder)
-        objective = space.objectives[0]
-        sign = 1.0 if objective.mode == "min" else -1.0
-        for record in records:
-            rows = TrialFolder(folder, record.number).read_metrics() if record.status == "finished" else []
-            told = [sign * value for row in rows if (value := compared(row["metrics"], objective)) is not None]
-            if len(told) == space.epochs:
-                settings.append(record.values)
-                scores.append(told)
-    return space, settings, np.array(scores)
 
 
 def main() -> None:

@@ -312,6 +312,7 @@ def test_a_setting_is_not_exchanged_after_the_last_epoch(tmp_path: Path) -> None
 
 def test_a_trial_that_is_retried_is_exchanged_when_it_would_have_been(tmp_path: Path) -> None:
     tune = tune_of(space_of(tmp_path, CONFIG, scheduler={"name": "pbt", "grace_epochs": 4}), 12, 12, retries=1)
+    settings: dict[Trial, Any] = {}
     exchanged: set[int] = set()
 
     def script(trial: Trial, epoch: int) -> dict[str, Any] | None:
@@ -325,7 +326,6 @@ def test_a_trial_that_is_retried_is_exchanged_when_it_would_have_been(tmp_path: 
             return None
         return {EPOCH: epoch, OBJECTIVE: float(trial.config["number"])}
 
-    settings: dict[Trial, Any] = {}
     tune.run(script)
     assert exchanged, "none was exchanged"
     assert exchanged <= {4, 8}

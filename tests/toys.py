@@ -32,7 +32,7 @@ def descend(trial: Trial) -> Iterator[Report]:
 
 
 def counting(trial: Trial) -> Iterator[Report]:
-    """As `descend`; `copies`: how many checkpoints Tune has in `config["folder"]` before the first epoch and so on."""
+    """As `descend`; `copies`: how many checkpoints Tune has in `config["folder"]` at each report."""
     for report in descend(trial):
         yield Report(
             {**report.metrics, "copies": len([*Path(trial.config["folder"]).rglob("checkpoint_*")])}, report.state
