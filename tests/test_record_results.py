@@ -114,11 +114,13 @@ class TestBest:
         ]
         assert [item.number for item in best_of(found, space)] == [1, 2, 0, 4]
 
-    def test_a_front_of_a_thousand_trials_costs_a_moment(self, tmp_path: Path) -> None:
+    def test_a_front_of_a_thousand_trials_is_scored_once_each(self, tmp_path: Path) -> None:
         space = space_of(tmp_path, CONFIG, objective=[LOSS, {"metric": "size", "mode": "max"}])
         found = [record(number, loss=float(number), size=float(number)) for number in range(1000)]
         assert best_of(found, space) == found
-        assert thread_s(lambda: best_of(found, space)) < 0.4
+        numbers = [float(number) for number in range(1000)]
+        compared = thread_s(lambda: [one <= other for one in numbers for other in numbers])
+        assert thread_s(lambda: best_of(found, space)) < 30 * compared
 
 
 class TestTable:
