@@ -12,7 +12,7 @@ REFERENCE := .venv/mamba-ssm
 help:
 	@echo "make search   search the hyperparameters of a space: make search SPACE=rebuild ARGS='--trials 8'"
 	@echo "make test     every test that can run on this machine"
-	@echo "make check    lint, format, types and the tests without Ray, in a minute or two"
+	@echo "make check    lint, format, types and the quick tests without Ray, in a few minutes"
 	@echo "make bench    what the search costs beside the documented pattern of Ray Tune and Ray Train"
 	@echo "make clean    remove the environment and the caches; results/ stays"
 
