@@ -24,7 +24,7 @@ from trainables.beam.config import Data, Modality, Simulated
 from trainables.beam.data import describe, gps_width, names, samples, timing_of
 from trainables.beam.decode import Decoder, decode
 from trainables.beam.files import fov_of, radar_maps, read_points
-from trainables.beam.gps import Timing, gps_features
+from trainables.beam.gps import Timing, gps_features, scale_of
 from trainables.beam.prepare import array_path, data_root, prepare_data
 from trainables.beam.simulator import simulate
 from trainables.beam.split import split
@@ -726,6 +726,17 @@ def test_windows_at_another_rate_are_told_the_same_of_the_same_car(late: float) 
     told = gps_features(Data(), "scenario1", np.concatenate([slow, fast]), np.tile(beam_N, 2), known_N, timing)
     np.testing.assert_allclose(told[:cars, :, -9:], told[cars:, :, -9:], atol=1e-6)
     np.testing.assert_allclose(31.5 + 16 * told[:, 0, 8], np.tile(beam_N, 2), atol=0.6)
+
+
+@pytest.mark.parametrize("known", [1, 4])
+def test_a_handful_of_windows_tells_nothing_of_the_receivers_clocks(known: int) -> None:
+    """A cubic fits them with any lead, and what the others are told would be far from where they are."""
+    rng = np.random.default_rng(0)
+    place_N2 = np.stack([rng.uniform(-15, 15, 100), np.full(100, 12.0)], axis=1)
+    windows_N22 = np.stack([place_N2, place_N2 + np.array([0.5, 0.0])], axis=1)
+    beam_N = np.round(31.5 + 20 * np.arctan2(place_N2[:, 0], place_N2[:, 1])).astype(np.int64)
+    timing = Timing(np.ones(100), np.full(100, 3.0))
+    assert scale_of(windows_N22, beam_N, np.arange(100) < known, timing).line.late == 0
 
 
 def test_the_rate_of_a_window_is_read_off_its_files(own: Data) -> None:

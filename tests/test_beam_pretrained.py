@@ -59,6 +59,26 @@ def test_the_key_of_a_network_is_what_it_was_trained_by(config: rebuild.Config) 
     assert base == replace(config, loss=RebuildLoss(alpha_trans=7.0), optim=Optim(lr=1.0)).fusion
 
 
+def test_a_network_is_not_that_of_changed_encoders(config: rebuild.Config, tmp_path: Path) -> None:
+    weights = tmp_path / "resnet-34/model.safetensors"
+    weights.parent.mkdir()
+    model = replace(config.model, norm="batch", pretrained_encoders=str(tmp_path))
+    keys = []
+    for content in (b"first", b"better"):
+        weights.write_bytes(content)
+        keys.append(pretrained.key(replace(config.fusion, model=model), 0, []))
+    assert keys[0] != keys[1]
+    assert keys[1] == pretrained.key(replace(config.fusion, model=model), 0, [])
+
+
+def test_a_process_keeps_the_last_network_alone(config: rebuild.Config) -> None:
+    cache: dict[Any, Any] = {"else": 1}
+    for seed in (1, 2, 1):
+        untrained = replace(config.fusion, epochs=1)
+        pretrained.trained_once(untrained, seed, Trial(untrained, cache=cache))
+        assert len(cache) == 2
+
+
 def test_a_network_is_not_that_of_a_changed_window_file(tmp_path: Path) -> None:
     simulate(tmp_path / "root", Simulated(passes=2, frames=6))
     data = Data(root=str(tmp_path / "root"), prepared=str(tmp_path / "cache"), modalities=("gps",))

@@ -491,34 +491,27 @@ def test_the_chance_level_of_the_contrast_is_that_of_the_micro_batches(
 
 
 @pytest.mark.parametrize(
-    ("optim", "ranks", "told"),
+    ("optim", "told"),
     [
-        (
-            {"batch_size": 2},
-            2,
-            r"batch_size = 2, optim\.micro_batch = None and 2 ranks each .*batch_size to 4 or more",
-        ),
-        ({"batch_size": 1}, 1, r"batch_size = 1, optim\.micro_batch = None and 1 rank each .*batch_size to 2 or more"),
-        ({"batch_size": 8, "micro_batch": 1}, 1, r"batch_size = 8, optim\.micro_batch = 1 and 1 rank each"),
+        ({"batch_size": 1}, r"batch_size = 1 and optim\.micro_batch = None"),
+        ({"batch_size": 8, "micro_batch": 1}, r"batch_size = 8 and optim\.micro_batch = 1"),
     ],
 )
 def test_a_contrast_of_windows_that_are_always_alone_is_refused(
-    config: rebuild.Config, optim: dict[str, Any], ranks: int, told: str
+    config: rebuild.Config, optim: dict[str, Any], told: str
 ) -> None:
     """Its loss would be 0, as if it were learnt."""
-    config = replace(config, optim=replace(OPTIM, **optim))
+    alone = replace(OPTIM, **optim)
     with pytest.raises(UserError, match=rf"^loss\.alpha_contrast = 1 needs two windows in a micro-batch, .*{told}"):
-        next(rebuild.train(Trial(config, world_size=ranks)))
-    rebuild.check_contrast(replace(config, loss=RebuildLoss(alpha_contrast=0.0)), ranks)
-    rebuild.check_contrast(replace(config, optim=replace(OPTIM, batch_size=3)), 2)
+        replace(config, optim=alone)
+    replace(config, optim=alone, loss=RebuildLoss(alpha_contrast=0.0))
 
 
 @pytest.mark.slow
 def test_a_contrast_that_memory_left_no_pairs_for_is_reported_as_none(config: rebuild.Config) -> None:
     config = replace(config, pretrain=Pretrain(epochs=0), optim=replace(OPTIM, batch_size=2), epochs=1)
-    need_mb = [
-        rebuild.memory_need(Trial(replace(config, optim=replace(OPTIM, batch_size=size)))) / MIB for size in (1, 2)
-    ]
+    alone = replace(config, optim=replace(OPTIM, batch_size=1), loss=replace(config.loss, alpha_contrast=0.0))
+    need_mb = [rebuild.memory_need(Trial(one)) / MIB for one in (alone, config)]
     (report,) = rebuild.train(Trial(config, memory_limit_mb=sum(need_mb) / 2))
     assert (report.metrics["micro_batch"], report.metrics["contrasted"], report.metrics["loss_contrast"]) == (1, 0, 0)
 
@@ -554,6 +547,24 @@ def test_what_is_reported_is_measured_by_the_network_as_it_came(
     assert report.metrics["recovered"] == pytest.approx((report.metrics["dba_rebuilt"] - 0.1) / 0.8)
     assert report.metrics["loss_contrast_chance"] == contrast_chance(4, 0.1)
     assert report.metrics["contrasted"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"), [({"micro_batch": 5}, 5), ({"micro_batch": 5, "eval_batch": 3}, 3), ({}, None)]
+)
+def test_the_network_as_it_came_is_measured_by_as_many_windows_at_once_as_the_trial_may_take(
+    settings: dict[str, Any], size: int | None, config: rebuild.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int | None] = []
+
+    def evaluated(task: object, network: object, windows: object, trial: Trial) -> dict[str, float]:
+        sizes.append(trial.config.optim.eval_batch)
+        return {"dba": 0.9, "dba_missing": 0.1}
+
+    monkeypatch.setattr(rebuild, "evaluate", evaluated)
+    config = replace(config, optim=replace(OPTIM, **settings))
+    rebuild.scores_before(config, fusion.build(config.fusion), {}, Trial(config))
+    assert sizes == [size]
 
 
 def test_noise_in_the_place_of_a_sensor_is_the_same_whatever_was_drawn_before(config: rebuild.Config) -> None:

@@ -107,9 +107,11 @@ def test_the_loss_is_torchs_over_the_known_classes(smoothing: float) -> None:
     summed, count = weighted_entropy(
         logits.masked_fill(~known[:, None], -torch.inf), label, WEIGHTS, smoothing, known_BK=known
     )
-    three = logits[..., :3].flatten(0, 1), label.flatten(), WEIGHTS[:3]
-    wanted = F.cross_entropy(*three, ignore_index=UNLABELLED, label_smoothing=smoothing)
-    torch.testing.assert_close(summed / count, wanted)
+    three = logits[..., :3].flatten(0, 1), label.flatten()
+    loss_N = F.cross_entropy(*three, ignore_index=UNLABELLED, label_smoothing=smoothing, reduction="none")
+    weight_N = torch.where(label != UNLABELLED, WEIGHTS[label.clamp(min=0)], 0.0).flatten()
+    torch.testing.assert_close(summed, (loss_N * weight_N).sum())
+    torch.testing.assert_close(count, weight_N.sum())
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -160,6 +162,19 @@ def test_a_guess_is_among_the_known_classes(partial: Config) -> None:
     assert int(pairs["precision_attack"][1]) == int(frames_B[~forgetful].sum())
     assert torch.equal(as_before["recall_attack"][0], pairs["recall_attack"][0])
     assert float(pairs["val_ce"][0]) < torch.inf
+
+
+def test_what_nobody_annotated_is_neither_learnt_nor_scored(partial: Config) -> None:
+    """Where "other" is all there is, it would be a hit in every frame."""
+    batch = all_of(partial, "val")
+    bare = of_forgetful(partial, batch)
+    batch["known"][bare] = torch.tensor([True, False, False, False])
+    model = sees_attacks(partial)
+    with torch.no_grad():
+        for pairs in (score(model, batch, partial), loss(model, batch, partial)):
+            rest = {name: x[~bare] for name, x in batch.items()}
+            less = score(model, rest, partial) if "val_ce" in pairs else loss(model, rest, partial)
+            assert ratios(pairs) == pytest.approx(ratios({name: less[name] for name in pairs}))
 
 
 def test_all_is_other_by_wish(partial: Config) -> None:

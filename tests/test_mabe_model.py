@@ -87,12 +87,25 @@ def test_the_loss_is_torchs_weighted_mean_over_the_labelled_frames() -> None:
     logits, label = torch.randn(3, 10, 4), torch.randint(4, (3, 10))
     label[1, 6:] = UNLABELLED
     weights = torch.tensor([0.5, 10.0, 15.0, 15.0])
-    for smoothing in (0.0, 0.1):
-        summed, count = weighted_entropy(logits, label, weights, smoothing)
+    for smoothing, weights_K in ((0.0, weights), (0.1, torch.ones(4))):
+        summed, count = weighted_entropy(logits, label, weights_K, smoothing)
         mean = F.cross_entropy(
-            logits.flatten(0, 1), label.flatten(), weights, ignore_index=UNLABELLED, label_smoothing=smoothing
+            logits.flatten(0, 1), label.flatten(), weights_K, ignore_index=UNLABELLED, label_smoothing=smoothing
         )
         torch.testing.assert_close(summed / count, mean)
+
+
+@pytest.mark.parametrize("known", [None, [True, True, False, True]])
+def test_a_smoothed_frame_s_best_guess_is_its_label_whatever_the_classes_weigh(known: list[bool] | None) -> None:
+    known_14 = None if known is None else torch.tensor([known])
+    classes = torch.ones(4, dtype=torch.bool) if known is None else torch.tensor(known)
+    best_4 = torch.where(classes, 0.2 / classes.sum(), 0.0)
+    best_4[0] += 0.8
+    logits = best_4.log()[None, None].requires_grad_()
+    summed, _ = weighted_entropy(logits, torch.tensor([[0]]), torch.tensor([0.5, 10.0, 15.0, 15.0]), 0.2, known_14)
+    summed.backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, torch.zeros(1, 1, 4))  # the loss is convex
 
 
 @pytest.mark.parametrize(("balance", "ratio"), [(0.0, 1.0), (0.5, 3.0), (1.0, 9.0)])

@@ -21,6 +21,7 @@ Bools = NDArray[np.bool_]
 WIDTH = {"local": 13, "sincos": 2, "minmax": 2, "angle2": 2}
 AHEAD = 3.0  # instants between the second position and the label, in the published windows of five
 LEADS = np.arange(-10.0, 10.5, 0.5)  # candidate leads, intervals; receivers' clocks are off by as much as this
+FEW = 20  # windows, below which a cubic fits their noise as well with any lead
 CODEBOOK_LINE = ((BEAMS - 1) / 2, (BEAMS - 1) / (np.pi / 2))  # beam, beams per radian: all beams span 90 degrees
 
 # Constants of the published forms. Offsets make the four stations' angles comparable; other scenarios have none.
@@ -175,8 +176,10 @@ def _local(metres_N22: Floats, scale: Scale, timing: Timing) -> Floats:
 
 def _late(metres_N22: Floats, timing: Timing, beam_N: NDArray[np.int64]) -> float:
     """Return by how many more intervals to extrapolate positions, so that their bearings best predict the beams."""
-    misses = []
     usual = float(np.median(timing.ahead_N))
+    if len(beam_N) < FEW:
+        return 0.0
+    misses = []
     for lead in LEADS:
         bearing = _bearing(_at_label(metres_N22, timing, lead - usual))
         relative = _wrapped(bearing - _middle(bearing))

@@ -40,6 +40,8 @@ def trained_once(config: fusion.Config, seed: int, trial: Trial) -> Weights:
     """
     kept = cache_folder(config.data.prepared) / f"fusion-{key(config, seed, arrays_of(config.data))}.pt"
     if kept not in trial.cache:
+        for other in [path for path in trial.cache if isinstance(path, Path) and path.match("fusion-*.pt")]:
+            del trial.cache[other]  # of a search whose trials differ in it: each is hundreds of MB
         with contextlib.ExitStack() as held:
             while (turn := _by_rank_0(lambda: _turn(kept, held), trial)) == "wait":
                 if trial.rank == 0:
@@ -90,12 +92,16 @@ def key(config: fusion.Config, seed: int, arrays: Sequence[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _encoders(config: fusion.Config) -> str | None:
-    """Return which encoder weights are taken: a folder by its absolute path, and one name for having none."""
+def _encoders(config: fusion.Config) -> str | list[object] | None:
+    """Return which encoder weights are taken: a folder by its path and files, and one name for having none."""
     source = config.model.pretrained_encoders
     if source is None or not config.model.has_pretrained_encoders:
         return None
-    return source if source == "imagenet" else str(Path(source).expanduser().resolve())
+    if source == "imagenet":
+        return source
+    folder = Path(source).expanduser().resolve()
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*/*"))]
+    return [str(folder), *files]
 
 
 def _turn(kept: Path, held: contextlib.ExitStack) -> Turn:

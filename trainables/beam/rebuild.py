@@ -84,6 +84,13 @@ class Config:
                 f"not {self.rebuild.fusion_lr_ratio:g} and {self.loss.alpha_fusion:g}: the rest of the fusion network "
                 "starts from noise, and would stay untrained"
             )
+        alone = min(self.optim.batch_size, self.optim.micro_batch or self.optim.batch_size) == 1
+        if self.loss.alpha_contrast > 0 and alone:
+            raise UserError(
+                f"loss.alpha_contrast = {self.loss.alpha_contrast:g} needs two windows in a micro-batch, not "
+                f"optim.batch_size = {self.optim.batch_size} and optim.micro_batch = {self.optim.micro_batch}: raise "
+                "them to 2 or more, or set loss.alpha_contrast to 0"
+            )
         if self.rebuild.cache_features and (self.data.augment or self.data.flip):
             raise UserError(
                 f"rebuild.cache_features = true needs data.augment = 0 and data.flip = false, not {self.data.augment} "
@@ -211,8 +218,10 @@ def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[st
 def scores_before(config: Config, network: FusionNetwork, maps: features.Maps, trial: Trial) -> dict[str, float]:
     """Score the initial network: DBA with all sensors (`dba_upper`) and without the targets (`dba_missing`)."""
     seed_everything(trial.seed, "before", trial.rank)  # a noise stand-in must not depend on whether pre-training ran
+    own = config.optim
+    optim = replace(config.fusion.optim, eval_batch=own.eval_batch or own.micro_batch)
     with torch.no_grad():
-        before = replace(trial, config=config.fusion)
+        before = replace(trial, config=replace(config.fusion, optim=optim))
         scores = evaluate(fusion.TASK, network, features.samples(config, "val", maps=maps), before)
     return {"dba_upper": scores["dba"], "dba_missing": scores["dba_missing"]}
 
@@ -242,7 +251,8 @@ def contrast_signs(sizes: Sequence[int], loss: RebuildLoss) -> dict[str, float]:
     """Return metrics for interpreting `loss_contrast`, which compares windows only within a micro-batch.
 
     loss_contrast_chance: its value at chance level. contrasted: the share of windows with another in their micro-batch.
-    A lone window has no contrast: if memory allows one window per micro-batch, the loss is 0 and trains nothing.
+    A lone window has no contrast: if memory allows one window per micro-batch, or each rank has one of a small batch,
+    the loss is 0 and trains nothing.
 
     sizes: windows in each micro-batch.
     """
@@ -250,19 +260,6 @@ def contrast_signs(sizes: Sequence[int], loss: RebuildLoss) -> dict[str, float]:
     chance = sum(size * contrast_chance(size, loss.temperature, loss.contrast_form) for size in sizes) / batch
     contrasted = sum(size for size in sizes if size > 1) / batch
     return {"loss_contrast_chance": loss.alpha_contrast * chance, "contrasted": contrasted}
-
-
-def check_contrast(config: Config, ranks: int) -> None:
-    """Raise `UserError` if every micro-batch would hold a single window, which has nothing to be contrasted with."""
-    optim = config.optim
-    sizes = micro_sizes(optim.batch_size, optim.micro_batch or optim.batch_size, ranks)
-    if config.loss.alpha_contrast > 0 and max(sizes) == 1:
-        raise UserError(
-            f"loss.alpha_contrast = {config.loss.alpha_contrast:g} needs two windows in a micro-batch, and with "
-            f"optim.batch_size = {optim.batch_size}, optim.micro_batch = {optim.micro_batch} and {ranks} "
-            f"rank{'s' if ranks > 1 else ''} each holds one: raise optim.batch_size to {2 * ranks} or more, with an "
-            "optim.micro_batch of 2 or more, or set loss.alpha_contrast to 0"
-        )
 
 
 def task_for(config: Config, weights: Weights, maps: features.Maps) -> Task:
@@ -320,7 +317,6 @@ def memory_need(trial: Trial) -> int:
 
 def train(trial: Trial) -> Iterator[Report]:
     config: Config = trial.config
-    check_contrast(config, trial.world_size)
     weights = initial_weights(config, trial)
     network = fusion.build(config.fusion).to(trial.device).eval()
     network.load_state_dict(weights)

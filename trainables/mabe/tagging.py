@@ -97,11 +97,15 @@ def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
 
 
 def forward(model: Tagger, batch: Batch, noise: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return logits (B, S, K), -inf for classes that a window's lab did not annotate, and labels (B, S)."""
-    logits_BSK = model(batch, noise)
+    """Return logits (B, S, K), -inf for classes that a window's lab did not annotate, and labels (B, S).
+
+    Where a lab annotated none of them, "other" is the only guess, and a hit would be no merit: it counts as unlabelled.
+    """
+    logits_BSK, label_BS = model(batch, noise), batch["label"]
     if (known_BK := batch.get("known")) is not None:
         logits_BSK = logits_BSK.masked_fill(~known_BK[:, None], -torch.inf)
-    return logits_BSK, batch["label"]
+        label_BS = label_BS.masked_fill(known_BK.sum(-1, keepdim=True) == 1, UNLABELLED)
+    return logits_BSK, label_BS
 
 
 def scored(model: Tagger, batch: Batch, context: int) -> tuple[Tensor, Tensor]:
@@ -128,23 +132,25 @@ def weighted_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return the class-weighted cross-entropy summed over the labelled frames, and the sum of their weights.
 
+    A frame's weight is that of its label, for its smoothed part too. torch's `label_smoothing` weights that part by the
+    classes it is spread over: of a common class's frame, smoothed by 0.15, a rare class would be the best guess.
+
     known_BK: the classes that `smoothing` is spread over, the others having logits of -inf; None: all.
     """
-    labelled_BT = label_BT != UNLABELLED
+    logits_BTK = logits_BTK.float()
     summed = F.cross_entropy(
-        logits_BTK.flatten(0, 1).float(),
-        label_BT.flatten(),
-        weight=weights_K,
-        ignore_index=UNLABELLED,
-        label_smoothing=smoothing if known_BK is None else 0.0,
-        reduction="sum",
+        logits_BTK.flatten(0, 1), label_BT.flatten(), weights_K, ignore_index=UNLABELLED, reduction="sum"
     )
-    if known_BK is not None and smoothing:
-        log_p_BTK = logits_BTK.float().log_softmax(-1).masked_fill(~known_BK[:, None], 0.0)  # -inf * 0 is NaN
-        even_BT = (weights_K * log_p_BTK).sum(-1) / known_BK.sum(-1, keepdim=True)
-        summed = (1 - smoothing) * summed - smoothing * (even_BT * labelled_BT).sum()
     # No boolean indexing: the host would wait for the number of selected frames.
-    return summed, (weights_K[label_BT.clamp(min=0)] * labelled_BT).sum()
+    weight_BT = weights_K[label_BT.clamp(min=0)] * (label_BT != UNLABELLED)
+    if smoothing:
+        log_p_BTK, classes = logits_BTK.log_softmax(-1), torch.tensor(logits_BTK.shape[-1])
+        if known_BK is not None:
+            log_p_BTK = log_p_BTK.masked_fill(~known_BK[:, None], 0.0)  # -inf * 0 is NaN
+            classes = known_BK.sum(-1, keepdim=True)
+        even_BT = log_p_BTK.sum(-1) / classes
+        summed = (1 - smoothing) * summed - smoothing * (weight_BT * even_BT).sum()
+    return summed, weight_BT.sum()
 
 
 def score(model: nn.Module, batch: Batch, config: Config) -> Pairs:
