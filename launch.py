@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import io
 import os
 import signal
 import sys
@@ -115,6 +116,8 @@ def signals_interrupt() -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says, and return the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write is no reason to end
     with signals_interrupt(), contextlib.ExitStack() as output:
         try:
             given = parser().parse_args(arguments)

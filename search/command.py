@@ -307,9 +307,17 @@ def open_results(
     _take(results, held)
     check_unused(results)  # another process may have been faster
     write_space(results, space, uri)
-    study = open_study(results / STUDY, space, create=True)
-    if options.warm_start is not None:
+    if options.warm_start is None:
+        open_study(results / STUDY, space, create=True)
+        return
+    begun = results / f".{STUDY}"  # renamed when all is in it: a search that is resumed takes over nothing
+    begun.unlink(missing_ok=True)
+    try:
+        study = open_study(begun, space, create=True)
         print(f"warm start: {take_over(study, space, read_earlier(options.warm_start))}")
+        begun.rename(results / STUDY)
+    except OSError as error:
+        raise UserError(f"--warm-start: {results}: cannot be written to: {error.strerror}") from None
 
 
 def _take(results: Path, held: contextlib.ExitStack) -> None:

@@ -10,6 +10,7 @@ DIR/origin.yaml     its search and trial number, last metrics, and the commit an
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import pickle
 import shutil
@@ -27,6 +28,7 @@ from search.records.mirror import fetch, local
 from search.records.record import Record, best_of
 from search.results import by_number, read_results
 from search.space import Space
+from search.space import tree as trees
 from trainables.contract import UserError
 
 BEST_TRIAL = "best"
@@ -70,7 +72,7 @@ def export_trial(results: Path, what: str, target: Path, source: str | None = No
                 raise UserError(f"--export {what}: {torn} is torn and cannot be read")
             plain = is_plain(folder / CHECKPOINT)
             origin = {"search": source, **_origin(document, space, chosen, saved, plain)}
-            told = {"config.yaml": config, "space.yaml": _again(document, config), "origin.yaml": origin}
+            told = {"config.yaml": config, "space.yaml": _again(document, config, chosen.values), "origin.yaml": origin}
             for name, content in told.items():
                 yaml_file.write(folder / name, content)
             with contextlib.suppress(FileNotFoundError):
@@ -129,11 +131,18 @@ def is_plain(checkpoint: Path) -> bool:
     return False
 
 
-def _again(document: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the space of a search with nothing left to search: one trial, run to its end."""
+def _again(document: Mapping[str, Any], config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the space of a search with nothing left to search: one trial, run to its end.
+
+    values: those that were searched. One that is a mapping stays a choice: its keys need not be words of a space file.
+    """
+    fixed = copy.deepcopy(dict(config))
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            trees.put(fixed, name, {"choice": [value]})
     search = {**document["search"], "trials": 1, "sampler": "random", "time_budget": None}
     ran = {key: value for key, value in (document.get("ran") or {}).items() if key in ("space", "paths", "profile")}
-    return {**document, "config": config, "try_first": [], "search": search, "scheduler": {"name": "none"}, "ran": ran}
+    return {**document, "config": fixed, "try_first": [], "search": search, "scheduler": {"name": "none"}, "ran": ran}
 
 
 def _origin(document: Mapping[str, Any], space: Space, chosen: Record, saved: Saved, plain: bool) -> dict[str, Any]:

@@ -29,15 +29,21 @@ def says_full(text: str) -> bool:
     return any(os.strerror(code) in text for code in _FULL)
 
 
-def replace_text(path: Path, text: str) -> None:
-    replace_bytes(path, text.encode("utf-8", "backslashreplace"))  # lone surrogates are written escaped
+def replace_text(path: Path, text: str, durable: bool = False) -> None:
+    replace_bytes(path, text.encode("utf-8", "backslashreplace"), durable)  # lone surrogates are written escaped
 
 
-def replace_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, which is then renamed."""
+def replace_bytes(path: Path, content: bytes, durable: bool = False) -> None:
+    """Write a file whole or not at all: to a temporary file beside it, which is then renamed.
+
+    durable: also if the machine loses its power; takes longer.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_bytes(content)
+        if durable:
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ray import tune
 from ray.tune import TuneError
 
 from search.files import says_full
@@ -88,12 +89,16 @@ def _is_of_a_file(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.filename is not None
 
 
-@contextmanager
-def own_handler() -> Iterator[None]:
-    """Put back the handler of SIGUSR1, for which Tune installs its own and leaves it, unless the signal is ignored."""
-    own = signal.getsignal(signal.SIGUSR1)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGUSR1) not in (own, signal.SIG_IGN):
-            signal.signal(signal.SIGUSR1, own)
+class OwnHandler(tune.Callback):
+    """Puts back the handler of SIGUSR1, for which Tune installs its own, and leaves it, before any trial begins."""
+
+    def __init__(self) -> None:
+        self._own = signal.getsignal(signal.SIGUSR1)
+
+    def __reduce__(self) -> tuple[type[OwnHandler], tuple[()]]:
+        """Pickle without the handler: Tune keeps a copy of its callbacks, which it never uses."""
+        return OwnHandler, ()
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        if signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN:
+            signal.signal(signal.SIGUSR1, self._own)

@@ -60,7 +60,7 @@ class Recorder(tune.Callback):
         self._writers: dict[str, SummaryWriter] = {}
         self._reported = False
         self._failed_in_a_row = 0
-        self._is_longer = False
+        self._told_of_length = False
 
     @_kept
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -109,11 +109,22 @@ class Recorder(tune.Callback):
     def _look_at_length(self, opened: OpenTrial, epoch: int) -> None:
         """Warn, once, of a trainable that reports more often than its space says: schedulers stop it too early."""
         epochs = self._ledger.space.epochs_of(opened.values)
-        if epochs is not None and epoch > epochs and not self._is_longer:
-            self._is_longer = True
+        if epochs is not None and epoch > epochs and not self._told_of_length:
+            self._told_of_length = True
             print(
                 f"trial {opened.number} has given report {epoch}, and config.epochs is {epochs}, which schedulers take "
                 "as the length of a trial; a trainable yields once per epoch",
+                flush=True,
+            )
+
+    def _look_at_single_report(self, record: Record) -> None:
+        """Warn, once, of a trainable that reports only at its end: no scheduler can stop it, and it never resumes."""
+        epochs = self._ledger.space.epochs_of(record.values)
+        if record.status == "finished" and record.epochs == 1 and (epochs or 0) > 1 and not self._told_of_length:
+            self._told_of_length = True
+            print(
+                f"trial {record.number} has finished after one report, and config.epochs is {epochs}: a trial can be "
+                "stopped early, or resumed, only after a report; a trainable yields once per epoch",
                 flush=True,
             )
 
@@ -195,6 +206,7 @@ class Recorder(tune.Callback):
             _write_hparams(writer, record)
             writer.close()
         self._tell(record)
+        self._look_at_single_report(record)
         self._look_for_hope(record)
 
     def _look_for_hope(self, record: Record) -> None:

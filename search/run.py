@@ -17,7 +17,7 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from search.copies import Copies
-from search.interruption import Interruption, own_handler
+from search.interruption import Interruption, OwnHandler
 from search.ledger import Ledger
 from search.lookout import Lookout
 from search.plan import Plan
@@ -34,6 +34,7 @@ from search.space import Space
 from search.study import mark_ended, open_study, records
 from search.trial import Job, Slot
 from search.workers.messages import GroupSpec
+from trainables.contract import UserError
 
 LAST_FILES_S = 30.0  # at most, for which Ray's processes may write into their folder after a search
 
@@ -97,17 +98,20 @@ def run(
             mirror.push_if_due()
 
     study = open_study(results / STUDY, space, create=False)
-    ledger = Ledger(space, study, sampler_maker(space), results)
+    try:
+        ledger = Ledger(space, study, sampler_maker(space), results)
+    except OSError as error:
+        raise UserError(f"{results}: cannot be written to: {error.strerror}") from None
     recorder = Recorder(ledger, tell, keep, interruption)
     stop = _Stop(interruption, space.search.time_budget_s)
     try:
         if ledger.left and not interruption.came:
             scheduler = _scheduler(space, past_of(study, space, results))
             following = contextlib.nullcontext() if mirror is None else mirror.following()
-            with interruption.kept(), own_handler(), following:
+            with interruption.kept(), following:
                 _tuner(_job(space, plan, results, cold), plan.slots, ledger, recorder, scheduler, stop).fit()
             if not (stop.out_of_time or interruption.came) and (ledger.left or ledger.open):
-                interruption.pressed = True  # by SIGUSR1, to Tune's own handler
+                interruption.pressed = True  # by SIGUSR1, to Tune's own handler before `OwnHandler` replaced it
     finally:  # each of these steps is attempted, even if an earlier one failed
         over = stop.out_of_time and not interruption.came
         ending = f"the time budget of {space.search.time_budget} ran out" if over else None
@@ -207,7 +211,7 @@ def _tuner(
         run_config=tune.RunConfig(
             name="tune",
             storage_path=job.spec.scratch,
-            callbacks=[recorder, Lookout(), Copies()],
+            callbacks=[OwnHandler(), recorder, Lookout(), Copies()],
             # The slot has already written each epoch's checkpoint; Tune would request another at the end.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=space.search.retries),

@@ -147,6 +147,7 @@ class Slot(tune.Trainable):
         self._folder.write_copied(copied)
 
     def cleanup(self) -> None:
+        self._is_free()  # what the last trial does as it is closed takes its time, and may print
         self._retire_group()
 
     def _assign(self, config: dict[str, Any]) -> None:
@@ -160,7 +161,7 @@ class Slot(tune.Trainable):
 
     def _begin(self) -> Answer:
         """Start the trial, from its own last checkpoint if an earlier attempt left one."""
-        if self._job.cold or not self._is_free():
+        if not self._is_free() or self._job.cold:
             self._retire_group()
         if self._group is None:
             self._group = Group(self._job.spec)

@@ -189,5 +189,6 @@ def dump_line(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def write(path: Path, value: Any) -> None:
-    replace_text(path, dump(value))
+def write(path: Path, value: Any, durable: bool = False) -> None:
+    """Write a YAML file whole or not at all, if `durable` also when the machine loses its power."""
+    replace_text(path, dump(value), durable)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
 import ray
 import torch
@@ -27,7 +29,7 @@ from spaces import write_family
 import launch
 from search import cluster, command, files, yaml_file
 from search import run as engine
-from search.interruption import SIGNALS, Interruption
+from search.interruption import SIGNALS, Interruption, OwnHandler
 from search.plan import Node, make_plan
 from search.records.folder import SCRATCH, TrialFolder, running
 from search.records.mirror import Mirror
@@ -360,7 +362,7 @@ def test_a_folder_that_cannot_be_written_to_is_reported_all_the_same(
 ) -> None:
     results = finished_search(tmp_path)
 
-    def full(path: Path, content: bytes) -> None:
+    def full(path: Path, content: bytes, durable: bool) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(files, "replace_bytes", full)
@@ -461,9 +463,42 @@ def test_a_folder_without_its_study_cannot_be_resumed(run: Run, tmp_path: Path) 
     assert run("--resume", str(results))[0] == 2
 
 
+def test_a_name_that_the_locale_cannot_write_is_written_escaped(tmp_path: Path) -> None:
+    family = write_family(tmp_path, "def train(trial):\n    yield {'λ': 1.0}\n")
+    (tmp_path / "greek.yaml").write_text(f"trainable: {family}:train\nobjective: {{metric: λ, mode: min}}\n")
+    command = [sys.executable, str(ROOT / "launch.py"), "--space", "greek.yaml", "--dry-run"]
+    told = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True
+    )
+    assert (told.returncode, told.stderr) == (0, "")
+    assert r"greek: min \u03bb over " in told.stdout
+
+
 def test_results_that_cannot_be_a_folder_are_a_mistake(run: Run, tmp_path: Path) -> None:
     (tmp_path / "results").write_text("a file")
     assert run(*TOY)[0] == 2
+
+
+def test_a_warm_start_that_breaks_off_can_be_begun_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    finished_search(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    new = (*TOY, "--warm-start", "results/done", "--name", "new")
+    monkeypatch.setattr(cluster, "start_ray", lambda address: os.kill(os.getpid(), signal.SIGINT))
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "add_trial", full)
+        assert run(*new)[::2] == (
+            2,
+            "error: --warm-start: results/new: cannot be written to: No space left on device\n",
+        )
+    status, out, _ = run(*new)
+    assert (status, "warm start: 1 trials of" in out) == (130, True)
+    assert not list((tmp_path / "results/new").glob(".study*"))
+    assert run("--resume", "results/new", "--dry-run")[0] == 0
 
 
 def test_a_warm_start_from_another_objective_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:
@@ -497,6 +532,20 @@ def test_ctrl_c_while_ray_starts_leaves_a_search_to_go_on_with(
         "interrupted; go on with: python platform/launch.py --resume results/early --cold --export best 'my model'\n"
     )
     assert (tmp_path / "results/early/trials.csv").exists()
+
+
+def test_slurms_warning_reaches_the_search_after_tune_has_taken_the_signal() -> None:
+    """Also between the last trial of a table's cell and its next search, when Tune no longer listens."""
+    interruption = Interruption()
+    with interruption.heeded():
+        own = OwnHandler()
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        own.setup(stop=None, num_samples=1)
+        signal.raise_signal(signal.SIGUSR1)
+        assert interruption.pressed
+        own.setup()
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN, "a second warning is none"
+    assert pickle.loads(pickle.dumps(own))
 
 
 def test_a_signal_that_comes_as_soon_as_it_is_handled_stops_cleanly(monkeypatch: pytest.MonkeyPatch) -> None:

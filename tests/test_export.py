@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -82,6 +83,14 @@ def test_what_is_exported_can_be_trained_again(results: Path, tmp_path: Path) ->
     assert space.config({}) == {"epochs": 7, "lr": record.values["lr"]}
     assert (space.parameters, space.try_first, space.search.trials, space.scheduler.name) == ((), (), 1, "none")
     assert (space.name, space.search.seed, trainable.train.__name__) == ("toy", 3, "descend")
+
+
+def test_so_can_one_whose_setting_has_mappings_with_keys_of_their_own(tmp_path: Path) -> None:
+    rates = [{"encoder.layer1": 0.1, "int": 5}, {"encoder.layer1": 1.0, "int": 8}]
+    space = space_of(tmp_path, {"epochs": 2, "net": {"rates": {"choice": rates}}}, constraints={"acc": {"min": 0.5}})
+    export(str(a_search(space, tmp_path / "results/run")), "2", str(tmp_path / "model"))
+    again, _ = load_space(tmp_path / "model/space.yaml")
+    assert again.config(again.draw(random.Random(0))) == yaml_file.read(tmp_path / "model/config.yaml")
 
 
 @pytest.mark.parametrize("what", ["2", "0002"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -20,7 +21,7 @@ from spaces import space_of
 
 from search.interruption import Interruption
 from search.recorder import Recorder
-from search.records.folder import SCRATCH, TrialFolder
+from search.records.folder import SCRATCH, TrialFolder, running
 from search.records.mirror import Mirror, above, below, fetch, local, pause_s
 from search.trial import EPOCH, METRICS
 from trainables.contract import UserError
@@ -138,6 +139,41 @@ def test_a_store_that_fails_is_tried_again(results: Path, disk: Path, capsys: py
     disk.unlink()
     mirror.push()
     assert tree(disk / "run") == tree(results)
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_search_that_another_process_goes_on_with_ends(follows: bool, results: Path, disk: Path) -> None:
+    """As where its machine is taken for dead, and it is resumed elsewhere."""
+    uri, elsewhere = f"file://{disk}/run", results.parent / "elsewhere/run"
+    first, second = Mirror(results, uri, every_s=0.0), Mirror(elsewhere, uri, every_s=0.0)
+    first.begin()
+    shutil.copytree(results, elsewhere)
+    second.check()
+    (elsewhere / "study.journal").write_bytes(b"one, and then two")
+    second.begin()
+    (results / "study.journal").write_bytes(b"one, three")
+    (results / "trials/0000/checkpoint-0001.pt").write_bytes(b"of another setting")
+
+    def push_for_long() -> None:
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            first.push()
+            time.sleep(0.01)
+
+    with first.following() if follows else contextlib.nullcontext(), pytest.raises(UserError, match="another process"):
+        push_for_long()
+    with pytest.raises(UserError, match=r"run is written to by another process, which has gone on with this search"):
+        first.push_last()
+    assert tree(disk / "run") == tree(elsewhere)
+
+
+def test_what_a_search_writes_is_not_fetched_into(results: Path, disk: Path) -> None:
+    uri = f"file://{disk}/run"
+    Mirror(results, uri).begin()
+    (disk / "run/study.journal").write_bytes(b"one two")
+    with running(results), pytest.raises(UserError, match="another process is running this search, or fetching it"):
+        fetch(uri, results.parent)
+    assert (results / "study.journal").read_bytes() == b"one"
 
 
 def test_a_mirror_that_has_heard_more_is_newer(results: Path, disk: Path) -> None:

@@ -283,6 +283,20 @@ def test_a_trainable_that_reports_more_often_than_its_space_says_is_told_of_once
     assert told == ["", "", "", "trial 0 has given report 4, and config.epochs is 3", ""]
 
 
+@pytest.mark.parametrize(
+    ("reports", "status", "is_told"), [(1, "finished", True), (2, "finished", False), (1, "stopped", False)]
+)
+def test_a_trainable_that_reports_only_at_its_end_is_told_of(
+    reports: int, status: str, is_told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = watched(tmp_path)
+    for epoch in range(1, reports + 1):
+        run.report(epoch)
+    run.end(status, reports)
+    told = "trial 0 has finished after one report, and config.epochs is 3: " in capsys.readouterr().out
+    assert told == is_told
+
+
 def test_a_metric_that_comes_with_the_last_report_alone_is_told_of_and_is_no_mistake(tmp_path: Path) -> None:
     record = ended(tmp_path, [{"loss": 0.5}, {"loss": 0.4, "full": 0.9}], {"full": {"min": 0.85}})
     assert record.status == "finished"

@@ -13,7 +13,7 @@ from spaces import space_of
 
 from search import trial as trial_module
 from search.group import GroupDied
-from search.records.folder import Saved, TrialFolder
+from search.records.folder import PRINTED, Saved, TrialFolder
 from search.trial import EPOCH, LOSSES, METRICS, REASON, STATUS, Job, Slot, TrialFailed
 from search.workers.messages import (
     Advance,
@@ -120,12 +120,27 @@ def test_a_group_that_is_not_clean_takes_no_other_trial(slot: Slot, monkeypatch:
 
 def test_a_cold_slot_has_a_group_for_every_trial(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
     slot._job = replace(slot._job, cold=True)
-    monkeypatch.setattr(trial_module, "Group", group := Scripted(iter("rr")))
+    script: list[str | Answer] = [
+        "r",
+        Ended(printed="closed\n"),
+        "r",
+        Ended(),
+    ]  # it leaves each trial, as a warm one does
+    monkeypatch.setattr(trial_module, "Group", group := Scripted(iter(script)))
     for number in (0, 1):
         assign(slot, number)
         slot.step()
         assert group.stopped == number
     assert group.numbers == [0, 1]
+    assert (TrialFolder(Path(slot._job.results), 0).path / PRINTED).read_text() == "closed\n"
+
+
+def test_a_slot_that_ends_leaves_its_last_trial(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial_module, "Group", group := Scripted(iter(["r", Ended(printed="closed\n")])))
+    slot.step()
+    slot.cleanup()
+    assert group.stopped == 1
+    assert (slot._folder.path / PRINTED).read_text() == "closed\n"
 
 
 def test_a_checkpoint_stays_until_a_newer_report_is_on_record(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +317,7 @@ def test_a_trial_that_was_copied_and_then_paused_goes_on_from_its_pause(
 def test_a_copy_has_the_report_of_its_checkpoint_although_that_was_saved_before_it_was_on_record(
     slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial_module, "Group", Scripted(iter("rr")))
+    monkeypatch.setattr(trial_module, "Group", Scripted(iter(["r", "r", Ended()])))
     for _ in range(2):
         slot.step()
     source = handed_on(slot, tmp_path / "source")

@@ -196,6 +196,8 @@ def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu:
         ),
         ({"profiles": ["laptop"]}, "profiles: expected a mapping of names, got ['laptop']"),
         ({"profiles": {"laptop": None}}, "profiles.laptop: expected a mapping, got None"),
+        ({"profiles": {2024: {}}}, "profiles.2024: YAML reads this name as 2024; write it in quotes"),
+        ({"tables": {2024: {}}}, "tables.2024: YAML reads this name as 2024; write it in quotes"),
         ({"profiles": {"laptop": {"confg": {}}}}, "profiles.laptop.confg: no such key; did you mean `config`?"),
         ({"profiles": {"big": {"search": {"trals": 3}}}}, "profiles.big: search.trals: no such key; did you mean `tri"),
         (
@@ -625,6 +627,15 @@ class TestProfiles:
         file = write_space(tmp_path, {"lr": 0.1}, constraints=constraints, profiles=profiles)
         assert message_of(file).startswith("profiles.slip: constraints.acd: {} is refused: name a `min`")
 
+    def test_a_section_without_lines_changes_nothing(self, tmp_path: Path) -> None:
+        """As one whose lines are all commented out."""
+        sections: dict[str, Any] = {"search": {"trials": 40}, "constraints": {"acc": {"min": 0.5}}}
+        empty = dict.fromkeys(["config", "search", "constraints", "scheduler", "objective"])
+        file = write_space(tmp_path, {"lr": 0.1}, **sections, profiles={"laptop": empty})
+        whole, laptop = (load_space(file, has_gpu=has_gpu)[0] for has_gpu in (True, False))
+        assert laptop == replace(whole, profile="laptop")
+        assert laptop.search.trials == 40
+
     def test_overrides_come_last(self, file: Path) -> None:
         assert load_space(file, ["config.width=5"], "laptop")[0].tree["width"] == 5
 
@@ -758,6 +769,8 @@ class TestWhen:
 
         assert load_space(file_of("bii", "b"))[0].left_out == ("never searched: state, as block is never bii or b",)
         assert load_space(file_of("bi", "b"))[0].left_out == ("never searched: state at block = b",)
+        depth = {"depth": {"int": [1, 3]}, "x": {"int": [8, 64], "when": {"depth": [1.0]}}}
+        assert load_space(write_space(tmp_path, depth))[0].left_out == ()
         file = file_of("bi")
         assert load_space(file)[0].left_out == ()
         assert load_space(file, ["config.block=bi"])[0].left_out == ()

@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from pyarrow import fs
 
 from search.files import replace_bytes
-from search.records.folder import CHECKPOINT_PATTERN, PRINTED, SCRATCH, SPACE, STUDY
+from search.records.folder import CHECKPOINT_PATTERN, PRINTED, SCRATCH, SPACE, STUDY, running
 from trainables.contract import UserError
 
 LAST_TRIES = 3  # attempts at the last push of a search
@@ -84,6 +84,8 @@ class Mirror:
         self._filesystem, self._root = _open(self.uri)
         self._sent: dict[str, Version] = {}  # by relative path: the version sent last
         self._made: set[str] = set()  # folders that the store has
+        self._stored: dict[str, int] = {}  # the studies' sizes in the store, as far as they are this process's work
+        self._overtaken: UserError | None = None
         self._tried = time.monotonic()
         self._wanted, self._follows = threading.Event(), False
 
@@ -118,6 +120,7 @@ class Mirror:
                 self._made.add(found.path)
             elif found.base_name == STUDY:
                 self._check_study(found, self.results / name)
+                self._stored[name] = found.size
             elif name in here and _is_sent(name, here[name], found):
                 self._sent[name] = here[name]
 
@@ -143,7 +146,7 @@ class Mirror:
             while self._wanted.wait() and not over.is_set():
                 self._wanted.clear()
                 began = time.monotonic()
-                self._send_new()
+                self._send_in_thread()
                 over.wait(pause_s(time.monotonic() - began, self.every_s))
 
         sender = threading.Thread(target=follow, daemon=True, name="mirror")
@@ -159,7 +162,12 @@ class Mirror:
             self._wanted.clear()
 
     def push(self) -> None:
-        """Upload every file that has changed since it was sent. A store that is unreachable does not end the search."""
+        """Upload every file that has changed since it was sent. A store that is unreachable does not end the search.
+
+        Raises UserError if the store has more of the search than this process has sent: another one goes on with it.
+        """
+        if self._overtaken is not None:
+            raise self._overtaken
         if self._follows:
             self._wanted.set()
         else:
@@ -172,6 +180,13 @@ class Mirror:
                 return
             time.sleep(PAUSE_S)
         self._send_new(f"{self.again} sends the rest")
+
+    def _send_in_thread(self) -> None:
+        """Push, and leave to the next call of `push` that this process may not."""
+        try:
+            self._send_new()
+        except UserError as error:
+            self._overtaken = error
 
     def _send_new(self, then: str = "will try again after the next trial") -> bool:
         """Push; returns whether that worked, and prints why not and what happens then."""
@@ -197,6 +212,7 @@ class Mirror:
             if _base(name) != STUDY:
                 here[name] = version
             elif self._sent.get(name) != version:
+                self._check_alone(name)
                 studies[name] = version, (self.results / name).read_bytes()
         for name in sorted(name for name, version in here.items() if self._sent.get(name) != version):
             try:
@@ -210,6 +226,11 @@ class Mirror:
         finally:  # a store may refuse to delete anything
             for name, (version, content) in studies.items():
                 self._send(name, version, content)
+
+    def _check_alone(self, name: str) -> None:
+        """Raise UserError if a stored study is longer than any that this process has found or tried to send."""
+        if name in self._stored and _length(self._filesystem, f"{self._root}/{name}") > self._stored[name]:
+            raise UserError(f"{self.uri} is written to by another process, which has gone on with this search")
 
     def _files(self) -> Iterator[tuple[str, Version]]:
         """Yield all files by their relative paths, except Ray's, whose folders come and go, and `NOT_SENT`.
@@ -242,6 +263,7 @@ class Mirror:
         if content is None:
             fs.copy_files(str(self.results / name), target, destination_filesystem=self._filesystem)
         else:
+            self._stored[name] = max(len(content), self._stored.get(name, -1))  # even if only a part gets there
             with self._filesystem.open_output_stream(target) as there:
                 there.write(content)
         self._sent[name] = version
@@ -324,17 +346,24 @@ def fetch(uri: str, into: Path, parts: Sequence[str] = ()) -> Path:
         if parts:
             for part in parts:
                 _copy(filesystem, f"{root}/{part}", results / part)
-        else:
-            there, here = _length(filesystem, f"{root}/{STUDY}"), _length(fs.LocalFileSystem(), str(results / STUDY))
-            if here > 0 and not _same_begin(filesystem, f"{root}/{STUDY}", results / STUDY, min(there, here)):
-                raise UserError(
-                    f"{results} holds a different search from {uri}; move it away, or work in another folder"
-                )
-            if there > here:
-                _copy_all(filesystem, root, results)
+        elif _has_more(filesystem, root, results, uri):
+            results.mkdir(parents=True, exist_ok=True)
+            with running(results):  # else two commands might fetch it, and one of them replace what the other writes
+                if _has_more(filesystem, root, results, uri):
+                    _copy_all(filesystem, root, results)
+    except BlockingIOError:
+        raise UserError(f"{results}: another process is running this search, or fetching it; wait for it") from None
     except OSError as error:
         raise UserError(f"{uri}: cannot be read: {error}") from None
     return results
+
+
+def _has_more(filesystem: fs.FileSystem, root: str, results: Path, uri: str) -> bool:
+    """Return whether the store has more of a search than `results`; raises UserError if that is another search."""
+    there, here = _length(filesystem, f"{root}/{STUDY}"), _length(fs.LocalFileSystem(), str(results / STUDY))
+    if here > 0 and not _same_begin(filesystem, f"{root}/{STUDY}", results / STUDY, min(there, here)):
+        raise UserError(f"{results} holds a different search from {uri}; move it away, or work in another folder")
+    return there > here
 
 
 def _copy_all(filesystem: fs.FileSystem, root: str, results: Path) -> None:

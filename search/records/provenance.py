@@ -36,7 +36,7 @@ def write_space(results: Path, space: Space, mirror: str | None = None) -> None:
         "before": _runs_before(results),
     }
     try:
-        yaml_file.write(results / SPACE, document)
+        yaml_file.write(results / SPACE, document, durable=True)  # no search resumes without it
     except OSError as error:
         raise UserError(f"{results}: cannot be written to: {error.strerror}") from None
 

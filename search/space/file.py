@@ -94,7 +94,10 @@ def profiled(document: Any, profile: str | None, has_gpu: bool) -> tuple[dict[st
     profiles = document.get("profiles") or {}
     chosen = _choose_profile(profiles, profile, has_gpu)
     left = {key: node for key, node in document.items() if key != "profiles"}
-    return (left if chosen is None else trees.merge(left, profiles[chosen])), chosen
+    if chosen is None:
+        return left, None
+    said = {key: node for key, node in profiles[chosen].items() if node is not None}  # a section without lines
+    return trees.merge(left, said), chosen
 
 
 def _mapping(document: Any) -> dict[str, Any]:
@@ -122,6 +125,8 @@ def _choose_profile(profiles: Any, wanted: str | None, has_gpu: bool) -> str | N
     if not isinstance(profiles, dict):
         raise UserError(f"profiles: expected a mapping of names, got {profiles!r}")
     for name, profile in profiles.items():
+        if not isinstance(name, str):
+            raise UserError(f"profiles.{name}: YAML reads this name as {name!r}; write it in quotes")
         if not isinstance(profile, dict):
             raise UserError(f"profiles.{name}: expected a mapping, got {profile!r}")
         _check_keys(profile, _PROFILED, f"profiles.{name}.")
@@ -359,7 +364,11 @@ def _never_searched(space: Space) -> list[str]:
 
 def _can_be(domain: Domain, value: Any) -> bool:
     """Return whether a condition on this value can hold: it compares a choice as Python does, 1 with 1.0."""
-    return value in domain.values if isinstance(domain, Choice) else domain.contains(value)
+    if isinstance(domain, Choice):
+        return value in domain.values
+    if isinstance(domain, Integer) and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return domain.contains(value)
 
 
 def _check_other(document: Mapping[str, Any], file: Path, name: str | None) -> None:

@@ -108,7 +108,7 @@ class Resources(_Section):
     cpus_per_worker: int = Field(1, ge=1)
     # In MiB, of a rank's training step; None: all that its GPU has. With `auto`, the limit of a GPU, for all slots on
     # it together; without GPUs, each machine is then given a simulated one of this size.
-    memory_limit_mb: float | None = Field(None, gt=0)
+    memory_limit_mb: float | None = Field(None, gt=0, allow_inf_nan=False)
 
     @field_validator("gpus_per_worker", mode="before")
     @classmethod
@@ -145,6 +145,9 @@ def tables_in(node: Any) -> dict[str, Table]:
     """Return the tables of a space file, by name; raises UserError for a mistake in any of them."""
     if not isinstance(node or {}, dict):
         raise UserError(f"tables: expected a mapping of names, got {node!r}")
+    for name in node or {}:
+        if not isinstance(name, str):
+            raise UserError(f"tables.{name}: YAML reads this name as {name!r}; write it in quotes")
     tables = {name: section(Table, table, f"tables.{name}") for name, table in (node or {}).items()}
     for name, table in tables.items():
         _check_reference(name, table)

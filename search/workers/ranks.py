@@ -26,6 +26,7 @@ from trainables.contract import Diverged, Report, Trial, UserError, default_devi
 # GPU memory that PyTorch's allocator may hold, as a ratio of `memory_limit_mb`: it rounds up, and keeps blocks that lie
 # between others. Beyond that, this process runs out of memory instead of its neighbour on the same GPU.
 ALLOCATOR_ROOM = 1.1
+LEFT_GROUPS = 16  # process groups beyond the first that trials may leave: one that all of them use is kept, as well
 LEAK_BYTES = 256 * 2**20  # GPU memory that an ended trial may leave behind: allocator rounding, cuDNN, cuBLASLt
 
 
@@ -43,7 +44,7 @@ class RankLoop:
         self._reports: Generator[Any, None, None] | None = None
         self._knot: _Knot  # as old as the trial that gives them
         self._watch = Watch()
-        self._joined = torch.distributed.is_initialized()
+        self._joined, self._groups = torch.distributed.is_initialized(), _process_groups()
         if self._device.type == "cuda" and spec.memory_limit_mb is not None:
             bound(self._device, spec.memory_limit_mb)
 
@@ -137,6 +138,8 @@ class RankLoop:
             told = f"the state of a report is a {type(report.state).__name__}"
             raise UserError(f"{told}; it must be a function that returns the state: state=lambda: {{...}}")
         state = report.state()
+        if state is None:  # it would be read as having nothing to resume from
+            raise UserError("the state of a report is None; its function must return what trial.resume is to be")
         if (found := self._watch.look(state)) is not None:
             raise Diverged(f"{found.where} of the state is {found.value}")
         try:
@@ -176,6 +179,8 @@ class RankLoop:
         """Return what the trial did to the process group, or on the GPU beyond what the cache accounts for."""
         if torch.distributed.is_initialized() != self._joined:
             return f"{'destroyed its' if self._joined else 'left a'} process group"
+        if (more := _process_groups() - self._groups) > LEFT_GROUPS:
+            return f"is the latest of those that left {more} process groups, each with memory and sockets of its own"
         if self._device.type != "cuda":
             return None
         try:
@@ -186,6 +191,11 @@ class RankLoop:
         if left <= LEAK_BYTES:
             return None
         return f"left {left / 2**20:.0f} MiB on the GPU, and what stays there has to be in trial.cache"
+
+
+def _process_groups() -> int:
+    """Return how many process groups there are; torch has no public count of those that have not been destroyed."""
+    return len(torch.distributed.distributed_c10d._world.pg_map) if torch.distributed.is_available() else 0
 
 
 class _Knot:
@@ -221,12 +231,12 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for name, value in metrics.items():
         try:
+            if isinstance(value, (torch.Tensor, np.ndarray)):
+                item = value.item()  # fails with more than one element
+                value = math.nan if np.ma.is_masked(value) else item
             if isinstance(value, (str, bytes)):  # float() reads numbers from text, and "nan" is one of them
                 raise TypeError
-            # Of tensors and arrays; fails with more than one element.
-            found[encodable(str(name))] = float(
-                value.item() if isinstance(value, (torch.Tensor, np.ndarray)) else value
-            )
+            found[encodable(str(name))] = float(value)
         except (TypeError, ValueError, OverflowError, RuntimeError):
             told = short_line(repr(value), "")
             raise UserError(f"the metric `{name}` is {told}; a metric is a number, leave out what is none") from None
