@@ -66,6 +66,7 @@ def test_a_network_is_not_that_of_changed_encoders(config: rebuild.Config, tmp_p
     keys = []
     for content in (b"first", b"better"):
         weights.write_bytes(content)
+        pretrained._digest.cache_clear()
         keys.append(pretrained.key(replace(config.fusion, model=model), 0, []))
     assert keys[0] != keys[1]
     assert keys[1] == pretrained.key(replace(config.fusion, model=model), 0, [])

@@ -508,12 +508,15 @@ def test_a_contrast_of_windows_that_are_always_alone_is_refused(
 
 
 @pytest.mark.slow
-def test_a_contrast_that_memory_left_no_pairs_for_is_reported_as_none(config: rebuild.Config) -> None:
+def test_a_contrast_that_memory_left_no_pairs_for_is_reported_as_none(
+    config: rebuild.Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = replace(config, pretrain=Pretrain(epochs=0), optim=replace(OPTIM, batch_size=2), epochs=1)
     alone = replace(config, optim=replace(OPTIM, batch_size=1), loss=replace(config.loss, alpha_contrast=0.0))
     need_mb = [rebuild.memory_need(Trial(one)) / MIB for one in (alone, config)]
     (report,) = rebuild.train(Trial(config, memory_limit_mb=sum(need_mb) / 2))
     assert (report.metrics["micro_batch"], report.metrics["contrasted"], report.metrics["loss_contrast"]) == (1, 0, 0)
+    assert "so the contrastive loss is 0 and teaches nothing" in capsys.readouterr().out
 
 
 def test_the_chance_level_of_the_contrast_is_that_of_an_epoch_shorter_than_a_batch(config: rebuild.Config) -> None:
@@ -557,8 +560,10 @@ def test_the_network_as_it_came_is_measured_by_as_many_windows_at_once_as_the_tr
 ) -> None:
     sizes: list[int | None] = []
 
-    def evaluated(task: object, network: object, windows: object, trial: Trial) -> dict[str, float]:
-        sizes.append(trial.config.optim.eval_batch)
+    def evaluated(
+        task: object, network: object, windows: object, trial: Trial, at_once: int | None
+    ) -> dict[str, float]:
+        sizes.append(at_once)
         return {"dba": 0.9, "dba_missing": 0.1}
 
     monkeypatch.setattr(rebuild, "evaluate", evaluated)

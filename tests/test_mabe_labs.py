@@ -15,6 +15,7 @@ from sklearn.metrics import f1_score
 from small_mabe import challenge_csv, forget_attacks, rows_of, small_config, tag, two_labs
 from torch import Tensor, nn
 
+from trainables.contract import UserError
 from trainables.mabe.config import CLASSES, FrameLoss, Simulated
 from trainables.mabe.data import describe, samples, training_frames, videos_of
 from trainables.mabe.metrics import derived, lab_scores, macro_f1_labs
@@ -164,17 +165,27 @@ def test_a_guess_is_among_the_known_classes(partial: Config) -> None:
     assert float(pairs["val_ce"][0]) < torch.inf
 
 
-def test_what_nobody_annotated_is_neither_learnt_nor_scored(partial: Config) -> None:
-    """Where "other" is all there is, it would be a hit in every frame."""
+def test_where_no_behaviour_was_annotated_nothing_is_scored(partial: Config) -> None:
+    """There "other" is all there is, and would be a hit in every frame."""
     batch = all_of(partial, "val")
     bare = of_forgetful(partial, batch)
     batch["known"][bare] = torch.tensor([True, False, False, False])
-    model = sees_attacks(partial)
+    model, rest = sees_attacks(partial), {name: x[~bare] for name, x in batch.items()}
     with torch.no_grad():
-        for pairs in (score(model, batch, partial), loss(model, batch, partial)):
-            rest = {name: x[~bare] for name, x in batch.items()}
-            less = score(model, rest, partial) if "val_ce" in pairs else loss(model, rest, partial)
-            assert ratios(pairs) == pytest.approx(ratios({name: less[name] for name in pairs}))
+        assert ratios(score(model, batch, partial)) == pytest.approx(ratios(score(model, rest, partial)))
+
+
+def test_where_no_behaviour_was_annotated_nothing_is_learnt(partial: Config) -> None:
+    prepared = prepare_data(partial.data)
+    known = [("other",) if lab == FORGETFUL else prepared.known[v] for v, lab in enumerate(prepared.lab)]
+    bare = replace(prepared, known=known)
+    left = videos_of(bare, partial.data, "train")
+    assert left
+    assert all(prepared.lab[v] != FORGETFUL for v in left)
+    assert set(videos_of(bare, as_other(partial).data, "train")) == set(videos_of(prepared, partial.data, "train"))
+    nothing = replace(prepared, known=[("other",)] * len(prepared.known))
+    with pytest.raises(UserError, match="no lab annotated a behaviour"):
+        videos_of(nothing, partial.data, "train")
 
 
 def test_all_is_other_by_wish(partial: Config) -> None:

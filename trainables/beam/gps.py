@@ -176,10 +176,9 @@ def _local(metres_N22: Floats, scale: Scale, timing: Timing) -> Floats:
 
 def _late(metres_N22: Floats, timing: Timing, beam_N: NDArray[np.int64]) -> float:
     """Return by how many more intervals to extrapolate positions, so that their bearings best predict the beams."""
-    usual = float(np.median(timing.ahead_N))
     if len(beam_N) < FEW:
         return 0.0
-    misses = []
+    usual, misses = float(np.median(timing.ahead_N)), []
     for lead in LEADS:
         bearing = _bearing(_at_label(metres_N22, timing, lead - usual))
         relative = _wrapped(bearing - _middle(bearing))

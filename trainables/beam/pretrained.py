@@ -23,7 +23,7 @@ from trainables.checkpoint import Weights, weights_of
 from trainables.contract import Diverged, State, Trial, UserError
 from trainables.loop import fit
 
-VERSION = 5  # part of the key: increment it whenever the same settings would train another network
+VERSION = 6  # part of the key: increment it whenever the same settings would train another network
 POLL_S = 1.0
 MISSING = "dba_missing"  # the only score that depends on `score_without`
 
@@ -38,7 +38,8 @@ def trained_once(config: fusion.Config, seed: int, trial: Trial) -> Weights:
     machines, rank 0's folder counts. If the training diverged, all ranks raise `UserError`, because no setting that a
     trial draws could help.
     """
-    kept = cache_folder(config.data.prepared) / f"fusion-{key(config, seed, arrays_of(config.data))}.pt"
+    name = _by_rank_0(lambda: f"fusion-{key(config, seed, arrays_of(config.data))}.pt", trial)
+    kept = cache_folder(config.data.prepared) / name
     if kept not in trial.cache:
         for other in [path for path in trial.cache if isinstance(path, Path) and path.match("fusion-*.pt")]:
             del trial.cache[other]  # of a search whose trials differ in it: each is hundreds of MB
@@ -92,16 +93,22 @@ def key(config: fusion.Config, seed: int, arrays: Sequence[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _encoders(config: fusion.Config) -> str | list[object] | None:
-    """Return which encoder weights are taken: a folder by its path and files, and one name for having none."""
+def _encoders(config: fusion.Config) -> str | None:
+    """Return which encoder weights are taken: a folder by what is in it, and one name for having none."""
     source = config.model.pretrained_encoders
     if source is None or not config.model.has_pretrained_encoders:
         return None
-    if source == "imagenet":
-        return source
-    folder = Path(source).expanduser().resolve()
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*/*"))]
-    return [str(folder), *files]
+    return source if source == "imagenet" else _digest(source)
+
+
+@functools.cache  # as long as the weights are, which each process reads once
+def _digest(source: str) -> str:
+    found = hashlib.sha256()
+    for name in ("resnet-18", "resnet-34"):
+        for path in sorted((Path(source).expanduser() / name).glob("*.*")):
+            with path.open("rb") as file:
+                found.update(f"{name}/{path.name}".encode() + hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 def _turn(kept: Path, held: contextlib.ExitStack) -> Turn:

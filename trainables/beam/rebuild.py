@@ -218,11 +218,10 @@ def score(model: nn.Module, batch: Batch, config: Config, scenarios: Sequence[st
 def scores_before(config: Config, network: FusionNetwork, maps: features.Maps, trial: Trial) -> dict[str, float]:
     """Score the initial network: DBA with all sensors (`dba_upper`) and without the targets (`dba_missing`)."""
     seed_everything(trial.seed, "before", trial.rank)  # a noise stand-in must not depend on whether pre-training ran
-    own = config.optim
-    optim = replace(config.fusion.optim, eval_batch=own.eval_batch or own.micro_batch)
+    windows, before = features.samples(config, "val", maps=maps), replace(trial, config=config.fusion)
+    at_once = config.optim.eval_batch or config.optim.micro_batch
     with torch.no_grad():
-        before = replace(trial, config=replace(config.fusion, optim=optim))
-        scores = evaluate(fusion.TASK, network, features.samples(config, "val", maps=maps), before)
+        scores = evaluate(fusion.TASK, network, windows, before, at_once)
     return {"dba_upper": scores["dba"], "dba_missing": scores["dba_missing"]}
 
 
@@ -324,11 +323,14 @@ def train(trial: Trial) -> Iterator[Report]:
     before, guessing = scores_before(config, network, maps, trial), dba_of_guessing(config)
     del network
     batch = config.optim.largest_batch(len(features.samples(config, "train")))
-    settings = settings_of(config.fusion)
+    settings, told = settings_of(config.fusion), False
     for report in fit(task_for(config, weights, maps), trial):
         assert report.state is not None
         share = recovered(before["dba_upper"], before["dba_missing"], report.metrics["dba_rebuilt"])
         sizes = micro_sizes(batch, int(report.metrics["micro_batch"]), trial.world_size)
+        if config.loss.alpha_contrast > 0 and max(sizes) == 1 and not told:
+            told = True
+            print("beam rebuild: no window has another beside it, so the contrastive loss is 0 and teaches nothing")
         more = {
             **before,
             **share,

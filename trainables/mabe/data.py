@@ -130,7 +130,8 @@ def windows_of(start: int, stop: int, data: Data, train: bool) -> tuple[NDArray[
 def videos_of(prepared: Prepared, data: Data, split: str) -> list[int]:
     """Return the numbers of the videos of one side: a share of each lab's units is held out, at least one of two.
 
-    Raises `UserError` if no lab has two units.
+    Videos whose lab annotated no behaviour are not trained with where the other classes are masked: "other" is then all
+    there is. Raises `UserError` if no lab has two units, or no video is left to train with.
     """
     rng = np.random.default_rng(data.split_seed)
     held: set[str] = set()
@@ -143,7 +144,18 @@ def videos_of(prepared: Prepared, data: Data, split: str) -> list[int]:
             f"data.root = {prepared.root} must hold two videos (CalMS21: animals; an .npz: sequences) of one lab, one "
             f"to train with and one to validate; it holds {len(prepared.unit)}: {', '.join(prepared.unit[:3])}"
         )
-    return [v for v, unit in enumerate(prepared.unit) if (unit in held) == (split == "val")]
+    if split == "val":
+        return [v for v, unit in enumerate(prepared.unit) if unit in held]
+    found = [
+        v
+        for v, unit in enumerate(prepared.unit)
+        if unit not in held and (data.unlabelled == "other" or len(prepared.known[v]) > 1)
+    ]
+    if not found:
+        raise UserError(
+            f"data.root = {prepared.root}: no lab annotated a behaviour in what is to be learnt; see data.unlabelled"
+        )
+    return found
 
 
 def training_frames(data: Data) -> tuple[Batch, Tensor]:

@@ -97,20 +97,21 @@ def loss(model: nn.Module, batch: Batch, config: Config) -> Pairs:
 
 
 def forward(model: Tagger, batch: Batch, noise: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return logits (B, S, K), -inf for classes that a window's lab did not annotate, and labels (B, S).
-
-    Where a lab annotated none of them, "other" is the only guess, and a hit would be no merit: it counts as unlabelled.
-    """
-    logits_BSK, label_BS = model(batch, noise), batch["label"]
+    """Return logits (B, S, K), -inf for classes that a window's lab did not annotate, and labels (B, S)."""
+    logits_BSK = model(batch, noise)
     if (known_BK := batch.get("known")) is not None:
         logits_BSK = logits_BSK.masked_fill(~known_BK[:, None], -torch.inf)
-        label_BS = label_BS.masked_fill(known_BK.sum(-1, keepdim=True) == 1, UNLABELLED)
-    return logits_BSK, label_BS
+    return logits_BSK, batch["label"]
 
 
 def scored(model: Tagger, batch: Batch, context: int) -> tuple[Tensor, Tensor]:
-    """Return the logits (B, T, K) and labels (B, T) of windows that have `context` more frames on each side."""
+    """Return the logits (B, T, K) and labels (B, T) of windows that have `context` more frames on each side.
+
+    Where a lab annotated no behaviour, "other" is the only guess, and no merit: such windows count as unlabelled.
+    """
     logits_BSK, label_BS = forward(model, batch)
+    if (known_BK := batch.get("known")) is not None:
+        label_BS = label_BS.masked_fill(known_BK.sum(-1, keepdim=True) == 1, UNLABELLED)
     window = slice(context, label_BS.shape[1] - context)
     return logits_BSK[:, window], label_BS[:, window]
 
