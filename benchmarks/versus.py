@@ -1,7 +1,7 @@
 """The best score over time of four ways to search one space, each with the same wall time.
 
     python benchmarks/versus.py [--space rebuild] [--seconds 240] [--seeds 3] [--against random guide chain]
-                                [--longer 10] [--plot benchmarks/versus.svg]
+                                [--longer 10] [--plot benchmarks/versus.svg] [--keep results/versus]
 
 * this platform: the space unchanged
 * random: random settings, all trained to the end, on this platform's warm groups
@@ -41,19 +41,19 @@ MANY = 10_000  # trials; the time budget ends the search before
 Reports = list[tuple[float, Mapping[str, Any]]]  # seconds since the start, and metrics
 
 
-def ours(file: Path, seed: int, seconds: float, overrides: Sequence[str] = (), trials: int = MANY) -> Reports:
-    """Run a search through launch.py, and return the reports from its results folder, in order of time."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "launch.py"), "--space", str(file), "--seed", str(seed)]
-        command += ["--trials", str(trials), "--time-budget", f"{seconds:g}s", "--results", folder, "--name", "run"]
-        command += [word for override in overrides for word in ("--set", override)]
-        began = time.time()
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-        rows = [
-            json.loads(line)
-            for path in Path(folder).glob("run/trials/*/metrics.jsonl")
-            for line in path.read_text().splitlines()
-        ]
+def ours(
+    file: Path, results: Path, seed: int, seconds: float, overrides: Sequence[str] = (), trials: int = MANY
+) -> Reports:
+    """Run a search through launch.py, and return the reports from its new results folder, in order of time."""
+    command = [sys.executable, str(ROOT / "launch.py"), "--space", str(file), "--seed", str(seed)]
+    command += ["--trials", str(trials), "--time-budget", f"{seconds:g}s"]
+    command += ["--results", str(results.parent), "--name", results.name]
+    command += [word for override in overrides for word in ("--set", override)]
+    began = time.time()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    rows = [
+        json.loads(line) for path in results.glob("trials/*/metrics.jsonl") for line in path.read_text().splitlines()
+    ]
     return sorted(((row["time"] - began, row["metrics"]) for row in rows), key=lambda item: item[0])
 
 
@@ -143,17 +143,30 @@ def main() -> None:
     parser.add_argument("--against", nargs="+", choices=RIVALS, default=RIVALS, metavar="RIVAL", help=", ".join(RIVALS))
     parser.add_argument("--longer", type=float, default=0, metavar="N", help="how long the guide's pattern goes on")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the curves as SVG")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="a new folder for this platform's results folders")
     arguments = parser.parse_args()
+    if arguments.keep:
+        arguments.keep.mkdir(parents=True)  # must be new: runs of another time would count as this one's
+    with tempfile.TemporaryDirectory() as passing:
+        compare(arguments, arguments.keep or Path(passing))
+
+
+def compare(arguments: argparse.Namespace, kept: Path) -> None:
+    """Run all methods on all seeds, one after another, and print the tables."""
     file, seconds = ROOT / "search_spaces" / f"{arguments.space}.yaml", arguments.seconds
     space, _ = load_space(file, has_gpu=False)
     sign = sign_of(space)
     rivals: dict[str, Callable[[int], Reports]] = {
-        "random": lambda seed: ours(file, seed, seconds, PLAIN),
-        "chain": lambda seed: ours(file, seed, seconds, ["scheduler.name=none"], len(space.try_first)),
+        "random": lambda seed: ours(file, kept / f"random-{seed}", seed, seconds, PLAIN),
+        "chain": lambda seed: ours(
+            file, kept / f"chain-{seed}", seed, seconds, ["scheduler.name=none"], len(space.try_first)
+        ),
     }
-    methods: dict[str, Callable[[int], Reports]] = {"this platform": lambda seed: ours(file, seed, seconds)}
+    methods: dict[str, Callable[[int], Reports]] = {
+        "this platform": lambda seed: ours(file, kept / f"ours-{seed}", seed, seconds)
+    }
     methods |= {RIVALS[name]: method for name, method in rivals.items() if name in arguments.against}
-    ours(file, 0, 600, ["try_first=[]", "config.epochs=1"], trials=1)  # prepares data and networks
+    ours(file, kept / "first", 0, 600, ["try_first=[]", "config.epochs=1"], trials=1)  # prepares data and networks
     curves: dict[str, list[Curve]] = {name: [] for name in methods}
     longer: list[Curve] = []
     for seed in arguments.seeds:
