@@ -129,7 +129,7 @@ def search(
     interruption = interruption or Interruption()
     with interruption.heeded(), contextlib.ExitStack() as held:  # from here on there is a folder to resume from
         results = folder_of(options, space)
-        mirror = open_mirror(options, results)
+        mirror = None if mirror_of_all is not None else open_mirror(options, results)
         open_results(options, space, results, held, mirror)
         if mirror is not None:
             mirror.begin()
@@ -144,7 +144,9 @@ def search(
             print(summary(results, space, outcome.records))
     if mirror is not None:
         print(f"kept at: {mirror.uri}")
-    if outcome.interrupted:
+    if outcome.overtaken:
+        print(f"ended: {outcome.reason}; what ran here since then is in {results}")
+    elif outcome.interrupted:
         kept = str(results) if mirror is None or options.uri is None else mirror.uri
         again = [sys.argv[0], "--resume", kept, *(["--cold"] if options.cold else [])]
         again += ["--retry-failed"] if outcome.hopeless else []
@@ -311,8 +313,9 @@ def open_results(
         open_study(results / STUDY, space, create=True)
         return
     begun = results / f".{STUDY}"  # renamed when all is in it: a search that is resumed takes over nothing
-    begun.unlink(missing_ok=True)
     try:
+        begun.unlink(missing_ok=True)
+        drop_lock(begun)
         study = open_study(begun, space, create=True)
         print(f"warm start: {take_over(study, space, read_earlier(options.warm_start))}")
         begun.rename(results / STUDY)

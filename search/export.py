@@ -134,7 +134,7 @@ def is_plain(checkpoint: Path) -> bool:
 def _again(document: Mapping[str, Any], config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the space of a search with nothing left to search: one trial, run to its end.
 
-    values: those that were searched. One that is a mapping stays a choice: its keys need not be words of a space file.
+    values: those that were searched. One that is a mapping stays a choice: its keys may have dots, or name domains.
     """
     fixed = copy.deepcopy(dict(config))
     for name, value in values.items():

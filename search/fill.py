@@ -13,7 +13,7 @@ from search.command import cap_to_grid, check_unused, made_anew, named_folder, n
 from search.interruption import Interruption
 from search.options import Options
 from search.records.folder import SPACE, STUDY
-from search.records.mirror import Mirror, below, fetch, folders_at, holds_search
+from search.records.mirror import Mirror, Overtaken, below, fetch, folders_at, holds_search
 from search.records.record import INTERRUPTED, best_of
 from search.results import read_results
 from search.space.decode import did_you_mean
@@ -69,8 +69,14 @@ def fill(options: Options, wanted: str) -> list[engine.Outcome]:
             text = _write(results, options.file.stem, tables, everything)
         except OSError as error:  # such as a full disk, which the search has reported
             text = f"the tables were not updated: {error}"
-        if mirror is not None:
-            mirror.push_last()
+        if mirror is not None and not outcome.overtaken:
+            try:
+                mirror.push_last()
+            except Overtaken as error:
+                print(f"ended: {error}", flush=True)
+                outcomes[-1] = replace(outcome, interrupted=True, reason=str(error), overtaken=True)
+        if outcomes[-1].overtaken:
+            return outcomes
         if stops:
             print(f"the tables go on with: {_again(sys.argv, results)}")
             return outcomes

@@ -100,5 +100,5 @@ class OwnHandler(tune.Callback):
         return OwnHandler, ()
 
     def setup(self, *args: Any, **info: Any) -> None:
-        if signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN:
+        if signal.getsignal(signal.SIGUSR1) not in (self._own, signal.SIG_IGN):
             signal.signal(signal.SIGUSR1, self._own)

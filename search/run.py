@@ -24,7 +24,7 @@ from search.plan import Plan
 from search.recorder import Recorder
 from search.records.folder import SCRATCH, STUDY, TrialFolder
 from search.records.health import compared
-from search.records.mirror import Mirror
+from search.records.mirror import Mirror, Overtaken
 from search.records.record import INTERRUPTED, Record, best_of
 from search.results import trial_line, write_results
 from search.sampler import sampler_maker
@@ -44,7 +44,7 @@ class Outcome:
     """How a search ended.
 
     interrupted: by Ctrl-C or for `reason`; unfinished trials continue with `--resume`. hopeless: the most recent trials
-    all failed and are worth retrying.
+    all failed and are worth retrying. overtaken: another process has gone on with the search.
     """
 
     records: tuple[Record, ...]
@@ -52,6 +52,7 @@ class Outcome:
     interrupted: bool
     reason: str | None = None
     hopeless: bool = False
+    overtaken: bool = False
 
 
 class _Stop(tune.Stopper):
@@ -132,7 +133,8 @@ def run(
         with interruption.kept():
             mark_ended(study, space.search.trials)
     best = tuple(best_of(found, space))
-    return Outcome(tuple(found), best, interruption.came, interruption.reason, interruption.hopeless)
+    overtaken = isinstance(interruption.cause, Overtaken)
+    return Outcome(tuple(found), best, interruption.came, interruption.reason, interruption.hopeless, overtaken)
 
 
 def _remove(folder: Path) -> None:

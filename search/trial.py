@@ -147,7 +147,7 @@ class Slot(tune.Trainable):
         self._folder.write_copied(copied)
 
     def cleanup(self) -> None:
-        self._is_free()  # what the last trial does as it is closed takes its time, and may print
+        self._is_free()  # closes the last trial and keeps what it prints then; Tune allows ten seconds for all of this
         self._retire_group()
 
     def _assign(self, config: dict[str, Any]) -> None:

@@ -495,6 +495,7 @@ def test_a_warm_start_that_breaks_off_can_be_begun_again(
             2,
             "error: --warm-start: results/new: cannot be written to: No space left on device\n",
         )
+    (tmp_path / "results/new/.study.journal.lock").symlink_to("gone/.study.journal")  # as a kill leaves it
     status, out, _ = run(*new)
     assert (status, "warm start: 1 trials of" in out) == (130, True)
     assert not list((tmp_path / "results/new").glob(".study*"))

@@ -50,6 +50,18 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     assert path.read_text() == "new"
 
 
+def test_a_file_that_must_survive_a_loss_of_power_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, there = tmp_path / "file", []
+    monkeypatch.setattr(os, "fsync", lambda _: there.append(path.exists()))
+    replace_text(path, "quick")
+    replace_text(path, "slow", durable=True)
+    path.unlink()
+    replace_text(path, "slow", durable=True)
+    assert there == [True, False]
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_quota_that_is_used_up_is_a_full_disk(code: int) -> None:
     error = OSError(code, os.strerror(code), "checkpoint-0001.pt")

@@ -127,7 +127,9 @@ def test_a_search_that_is_there_is_not_overwritten(results: Path, disk: Path, tm
         Mirror(tmp_path / "new", f"file://{disk}/run").check()
     assert tree(disk / "run") == before
     (results / "study.journal").write_bytes(b"one more")
-    Mirror(results, f"file://{disk}/run").begin()
+    resumed = Mirror(results, f"file://{disk}/run")
+    resumed.check()
+    resumed.begin()
     assert (disk / "run/study.journal").read_bytes() == b"one more"
 
 
@@ -151,8 +153,7 @@ def test_a_search_that_another_process_goes_on_with_ends(follows: bool, results:
     second.check()
     (elsewhere / "study.journal").write_bytes(b"one, and then two")
     second.begin()
-    (results / "study.journal").write_bytes(b"one, three")
-    (results / "trials/0000/checkpoint-0001.pt").write_bytes(b"of another setting")
+    (results / "trials/0000/checkpoint-0001.pt").write_bytes(b"of another setting")  # its study need not have changed
 
     def push_for_long() -> None:
         until = time.monotonic() + 20

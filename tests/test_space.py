@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import json
+import math
 import random
 import re
 import sys
@@ -196,6 +197,7 @@ def message_of(file: Path, *overrides: str, profile: str | None = None, has_gpu:
         ),
         ({"profiles": ["laptop"]}, "profiles: expected a mapping of names, got ['laptop']"),
         ({"profiles": {"laptop": None}}, "profiles.laptop: expected a mapping, got None"),
+        ({"resources": {"memory_limit_mb": math.inf}}, "resources.memory_limit_mb: "),
         ({"profiles": {2024: {}}}, "profiles.2024: YAML reads this name as 2024; write it in quotes"),
         ({"tables": {2024: {}}}, "tables.2024: YAML reads this name as 2024; write it in quotes"),
         ({"profiles": {"laptop": {"confg": {}}}}, "profiles.laptop.confg: no such key; did you mean `config`?"),

@@ -68,6 +68,10 @@ def above(uri: str) -> str:
     return urlunsplit(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]))
 
 
+class Overtaken(UserError):
+    """Another process has gone on with a search, from its mirror."""
+
+
 @dataclass
 class Mirror:
     """The folder at `uri`, a copy of the local folder `results`.
@@ -84,8 +88,8 @@ class Mirror:
         self._filesystem, self._root = _open(self.uri)
         self._sent: dict[str, Version] = {}  # by relative path: the version sent last
         self._made: set[str] = set()  # folders that the store has
-        self._stored: dict[str, int] = {}  # the studies' sizes in the store, as far as they are this process's work
-        self._overtaken: UserError | None = None
+        self._stored: dict[str, int] = {}  # by study: the longest that was in the store at `check`, or was sent
+        self._overtaken: Overtaken | None = None
         self._tried = time.monotonic()
         self._wanted, self._follows = threading.Event(), False
 
@@ -164,7 +168,7 @@ class Mirror:
     def push(self) -> None:
         """Upload every file that has changed since it was sent. A store that is unreachable does not end the search.
 
-        Raises UserError if the store has more of the search than this process has sent: another one goes on with it.
+        Raises Overtaken if the store has more of the search than this process has sent; so does `push_last`.
         """
         if self._overtaken is not None:
             raise self._overtaken
@@ -185,7 +189,7 @@ class Mirror:
         """Push, and leave to the next call of `push` that this process may not."""
         try:
             self._send_new()
-        except UserError as error:
+        except Overtaken as error:
             self._overtaken = error
 
     def _send_new(self, then: str = "will try again after the next trial") -> bool:
@@ -208,13 +212,19 @@ class Mirror:
         # The study is read first and sent last, as it was then: if the machine dies in between, every trial that the
         # stored study calls finished is complete, and none of its superseded checkpoints is left there.
         here, studies = dict[str, Version](), dict[str, tuple[Version, bytes]]()
+        unchanged: list[str] = []  # studies
         for name, version in self._files():
             if _base(name) != STUDY:
                 here[name] = version
-            elif self._sent.get(name) != version:
-                self._check_alone(name)
+            elif self._sent.get(name) == version:
+                unchanged.append(name)
+            else:
                 studies[name] = version, (self.results / name).read_bytes()
-        for name in sorted(name for name, version in here.items() if self._sent.get(name) != version):
+        new = sorted(name for name, version in here.items() if self._sent.get(name) != version)
+        has_more = (name for name in unchanged if any(file.startswith(name.removesuffix(STUDY)) for file in new))
+        for name in [*studies, *has_more]:
+            self._check_alone(name)
+        for name in new:
             try:
                 self._send(name, here[name])
             except FileNotFoundError:
@@ -228,9 +238,9 @@ class Mirror:
                 self._send(name, version, content)
 
     def _check_alone(self, name: str) -> None:
-        """Raise UserError if a stored study is longer than any that this process has found or tried to send."""
-        if name in self._stored and _length(self._filesystem, f"{self._root}/{name}") > self._stored[name]:
-            raise UserError(f"{self.uri} is written to by another process, which has gone on with this search")
+        """Raise Overtaken if a stored study is longer than any that this process has found or tried to send."""
+        if _length(self._filesystem, f"{self._root}/{name}") > self._stored.get(name, -1):
+            raise Overtaken(f"{self.uri} is written to by another process, which has gone on with this search")
 
     def _files(self) -> Iterator[tuple[str, Version]]:
         """Yield all files by their relative paths, except Ray's, whose folders come and go, and `NOT_SENT`.
@@ -336,7 +346,7 @@ def fetch(uri: str, into: Path, parts: Sequence[str] = ()) -> Path:
     """Copy a results folder mirrored to `uri`, or only `parts` of it (files or folders), into `into`; returns its path.
 
     An existing copy of the whole stays as it is, unless the store has more of the search. Raises UserError if there is
-    no results folder at `uri`, the store cannot be reached, or the local folder holds another search.
+    no results folder at `uri`, the store cannot be reached, or the local folder holds another search or is in use.
     """
     filesystem, root = _open(uri)
     results = into / root.rpartition("/")[2]

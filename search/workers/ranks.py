@@ -26,7 +26,7 @@ from trainables.contract import Diverged, Report, Trial, UserError, default_devi
 # GPU memory that PyTorch's allocator may hold, as a ratio of `memory_limit_mb`: it rounds up, and keeps blocks that lie
 # between others. Beyond that, this process runs out of memory instead of its neighbour on the same GPU.
 ALLOCATOR_ROOM = 1.1
-LEFT_GROUPS = 16  # process groups beyond the first that trials may leave: one that all of them use is kept, as well
+LEFT_GROUPS = 16  # process groups that trials may leave: a few may be meant to stay, in trial.cache
 LEAK_BYTES = 256 * 2**20  # GPU memory that an ended trial may leave behind: allocator rounding, cuDNN, cuBLASLt
 
 
@@ -231,12 +231,11 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for name, value in metrics.items():
         try:
-            if isinstance(value, (torch.Tensor, np.ndarray)):
-                item = value.item()  # fails with more than one element
-                value = math.nan if np.ma.is_masked(value) else item
-            if isinstance(value, (str, bytes)):  # float() reads numbers from text, and "nan" is one of them
+            # Of tensors and arrays; fails with more than one element.
+            item = value.item() if isinstance(value, (torch.Tensor, np.ndarray)) else value
+            if isinstance(item, (str, bytes)):  # float() reads numbers from text, and "nan" is one of them
                 raise TypeError
-            found[encodable(str(name))] = float(value)
+            found[encodable(str(name))] = math.nan if np.ma.is_masked(value) else float(item)
         except (TypeError, ValueError, OverflowError, RuntimeError):
             told = short_line(repr(value), "")
             raise UserError(f"the metric `{name}` is {told}; a metric is a number, leave out what is none") from None
