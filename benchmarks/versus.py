@@ -1,6 +1,6 @@
 """The best score over time of four ways to search one space, each with the same wall time.
 
-    python benchmarks/versus.py [--space rebuild] [--seconds 240] [--seeds 3] [--against random guide chain]
+    python benchmarks/versus.py [--space rebuild] [--seconds 240] [--seeds 0 1 2] [--against random guide chain]
                                 [--longer 10] [--plot benchmarks/versus.svg] [--keep results/versus]
 
 * this platform: the space unchanged
