@@ -629,7 +629,9 @@ def test_a_bucket_is_a_mirror_too(results: Path, tmp_path: Path, store: Store) -
     TrialFolder(results, 0).write_checkpoint(2, bytes(range(256)) * 50_000)
     TrialFolder(results, 0).keep_checkpoint(2)
     mirror.push()
-    Mirror(results, "s3://bucket/searches/run").begin()
+    again = Mirror(results, "s3://bucket/searches/run")
+    again.check()
+    again.begin()
     assert tree(tmp_path / "store/bucket/searches/run") == tree(results)
     assert tree(fetch("s3://bucket/searches/run", tmp_path / "elsewhere")) == tree(results)
 
