@@ -165,6 +165,11 @@ class Optim:
         require(self.precision in precisions, "optim.precision", self.precision, f"be one of {', '.join(precisions)}")
         require(self.ema is None or 0 < self.ema < 1, "optim.ema", self.ema, "lie between 0 and 1")
 
+    @property
+    def scored_at_once(self) -> int:
+        """The samples that a single process passes through the model at once to score or predict them."""
+        return self.eval_batch or self.micro_batch or self.batch_size
+
     def largest_batch(self, samples: int) -> int:
         """Return the size of the largest effective batch from a training split of so many samples."""
         return min(self.batch_size, self.epoch_samples or samples, samples)

@@ -150,7 +150,10 @@ class Mirror:
             while self._wanted.wait() and not over.is_set():
                 self._wanted.clear()
                 began = time.monotonic()
-                self._send_in_thread()
+                try:
+                    self._send_new()
+                except Overtaken as error:
+                    self._overtaken = error  # for the next call of `push` to raise
                 over.wait(pause_s(time.monotonic() - began, self.every_s))
 
         sender = threading.Thread(target=follow, daemon=True, name="mirror")
@@ -184,13 +187,6 @@ class Mirror:
                 return
             time.sleep(PAUSE_S)
         self._send_new(f"{self.again} sends the rest")
-
-    def _send_in_thread(self) -> None:
-        """Push, and leave to the next call of `push` that this process may not."""
-        try:
-            self._send_new()
-        except Overtaken as error:
-            self._overtaken = error
 
     def _send_new(self, then: str = "will try again after the next trial") -> bool:
         """Push; returns whether that worked, and prints why not and what happens then."""

@@ -35,6 +35,7 @@ from search.space.sections import (
     Resources,
     Scheduler,
     Search,
+    check_names,
     section,
     tables_in,
 )
@@ -124,9 +125,8 @@ def _check_keys(keys: Iterable[Any], known: Sequence[str], prefix: str = "") -> 
 def _choose_profile(profiles: Any, wanted: str | None, has_gpu: bool) -> str | None:
     if not isinstance(profiles, dict):
         raise UserError(f"profiles: expected a mapping of names, got {profiles!r}")
+    check_names(profiles, "profiles")
     for name, profile in profiles.items():
-        if not isinstance(name, str):
-            raise UserError(f"profiles.{name}: YAML reads this name as {name!r}; write it in quotes")
         if not isinstance(profile, dict):
             raise UserError(f"profiles.{name}: expected a mapping, got {profile!r}")
         _check_keys(profile, _PROFILED, f"profiles.{name}.")

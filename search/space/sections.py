@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -141,13 +142,18 @@ class Table(_Section):
     source: str = ""  # where the reference values come from
 
 
+def check_names(node: Iterable[Any], where: str) -> None:
+    """Raise UserError for a name that YAML reads as something else, such as 2024."""
+    for name in node:
+        if not isinstance(name, str):
+            raise UserError(f"{where}.{name}: YAML reads this name as {name!r}; write it in quotes")
+
+
 def tables_in(node: Any) -> dict[str, Table]:
     """Return the tables of a space file, by name; raises UserError for a mistake in any of them."""
     if not isinstance(node or {}, dict):
         raise UserError(f"tables: expected a mapping of names, got {node!r}")
-    for name in node or {}:
-        if not isinstance(name, str):
-            raise UserError(f"tables.{name}: YAML reads this name as {name!r}; write it in quotes")
+    check_names(node or {}, "tables")
     tables = {name: section(Table, table, f"tables.{name}") for name, table in (node or {}).items()}
     for name, table in tables.items():
         _check_reference(name, table)

@@ -175,7 +175,10 @@ def _local(metres_N22: Floats, scale: Scale, timing: Timing) -> Floats:
 
 
 def _late(metres_N22: Floats, timing: Timing, beam_N: NDArray[np.int64]) -> float:
-    """Return by how many more intervals to extrapolate positions, so that their bearings best predict the beams."""
+    """Return by how many more intervals to extrapolate positions, so that their bearings best predict the beams.
+
+    0 if the windows are too few to tell.
+    """
     if len(beam_N) < FEW:
         return 0.0
     usual, misses = float(np.median(timing.ahead_N)), []

@@ -125,11 +125,8 @@ def batches(model: Model, windows: Path) -> tuple[tuple[str, ...], Iterator[Batc
     arrays = {name: frames_of(here, table, name) for name in sensors}
     at_NH = {name: table.groups[GROUPS[name][0]].at_NK[:, -data.history :] for name in sensors}
 
-    optim = model.config.optim
-    size = optim.eval_batch or optim.micro_batch or optim.batch_size
-
     def gathered() -> Iterator[Batch]:
-        for chosen in torch.arange(len(names)).split(size):
+        for chosen in torch.arange(len(names)).split(model.config.optim.scored_at_once):
             batch: Batch = {name: torch.from_numpy(x[at_NH[name][chosen.numpy()]]) for name, x in arrays.items()}
             yield batch if gps_N2G is None else {**batch, "gps": gps_N2G[chosen]}
 

@@ -323,13 +323,12 @@ def train(trial: Trial) -> Iterator[Report]:
     before, guessing = scores_before(config, network, maps, trial), dba_of_guessing(config)
     del network
     batch = config.optim.largest_batch(len(features.samples(config, "train")))
-    settings, told = settings_of(config.fusion), False
-    for report in fit(task_for(config, weights, maps), trial):
+    settings = settings_of(config.fusion)
+    for count, report in enumerate(fit(task_for(config, weights, maps), trial)):
         assert report.state is not None
         share = recovered(before["dba_upper"], before["dba_missing"], report.metrics["dba_rebuilt"])
         sizes = micro_sizes(batch, int(report.metrics["micro_batch"]), trial.world_size)
-        if config.loss.alpha_contrast > 0 and max(sizes) == 1 and not told:
-            told = True
+        if config.loss.alpha_contrast > 0 and max(sizes) == 1 and count == 0:
             print("beam rebuild: no window has another beside it, so the contrastive loss is 0 and teaches nothing")
         more = {
             **before,

@@ -144,13 +144,9 @@ def videos_of(prepared: Prepared, data: Data, split: str) -> list[int]:
             f"data.root = {prepared.root} must hold two videos (CalMS21: animals; an .npz: sequences) of one lab, one "
             f"to train with and one to validate; it holds {len(prepared.unit)}: {', '.join(prepared.unit[:3])}"
         )
-    if split == "val":
-        return [v for v, unit in enumerate(prepared.unit) if unit in held]
-    found = [
-        v
-        for v, unit in enumerate(prepared.unit)
-        if unit not in held and (data.unlabelled == "other" or len(prepared.known[v]) > 1)
-    ]
+    found = [v for v, unit in enumerate(prepared.unit) if (unit in held) == (split == "val")]
+    if split == "train" and data.unlabelled == "mask":
+        found = [v for v in found if len(prepared.known[v]) > 1]
     if not found:
         raise UserError(
             f"data.root = {prepared.root}: no lab annotated a behaviour in what is to be learnt; see data.unlabelled"

@@ -142,9 +142,8 @@ def samples_of(model: Model, video: Video) -> Samples:
 def tag(model: Model, video: Video, device: torch.device) -> Tags:
     """Tag one video; the network must be in eval mode and on `device`."""
     samples, optim = samples_of(model, video), model.config.optim
-    size = optim.eval_batch or optim.micro_batch or optim.batch_size
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch in on_device(samples, torch.arange(len(samples)).split(size), device):
+    for batch in on_device(samples, torch.arange(len(samples)).split(optim.scored_at_once), device):
         with autocast(device, optim):
             logits, label = scored(model.network, batch, model.config.data.context)
         parts.append((logits.argmax(-1).cpu(), logits.float().softmax(-1).amax(-1).cpu(), label.cpu()))

@@ -145,11 +145,11 @@ def weighted_entropy(
     # No boolean indexing: the host would wait for the number of selected frames.
     weight_BT = weights_K[label_BT.clamp(min=0)] * (label_BT != UNLABELLED)
     if smoothing:
-        log_p_BTK, classes = logits_BTK.log_softmax(-1), torch.tensor(logits_BTK.shape[-1])
-        if known_BK is not None:
-            log_p_BTK = log_p_BTK.masked_fill(~known_BK[:, None], 0.0)  # -inf * 0 is NaN
-            classes = known_BK.sum(-1, keepdim=True)
-        even_BT = log_p_BTK.sum(-1) / classes
+        log_p_BTK = logits_BTK.log_softmax(-1)
+        if known_BK is None:
+            even_BT = log_p_BTK.mean(-1)
+        else:  # -inf * 0 is NaN
+            even_BT = log_p_BTK.masked_fill(~known_BK[:, None], 0.0).sum(-1) / known_BK.sum(-1, keepdim=True)
         summed = (1 - smoothing) * summed - smoothing * (weight_BT * even_BT).sum()
     return summed, weight_BT.sum()
 
